@@ -1,0 +1,198 @@
+"""The `hrf` command. Imports inside commands, so that `hrf --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
+
+
+def run_command(command: Callable[[], Any]) -> int:
+    """Run a command and turn the errors that a user can mend into one line and an exit code.
+
+    HRF_TRACEBACK=1 shows the traceback too.
+
+    Returns:
+        0, 1 for an error, 130 after Ctrl-C.
+    """
+    from hrf_fast.rewards import RewardError
+
+    try:
+        command()
+        return 0
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; the same command resumes the run", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output, such as `head`, has left; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
+        if os.environ.get("HRF_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Fine-tune; the same command resumes."""
+    from hrf_fast.config import load_config
+    from hrf_fast.train import train as run_training
+
+    folder = run_training(load_config(arguments.words))
+    print(f"done: {folder} (hrf report {folder})", file=sys.stderr)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Write a grid of images of a model."""
+    import torch
+
+    from hrf_fast import seeds
+    from hrf_fast.evaluation import save_grid
+    from hrf_fast.policy import load_policy
+    from hrf_fast.rollout import sample as denoise
+    from hrf_fast.run import choose_device
+
+    if arguments.count < 1 or arguments.batch_size < 1:
+        raise ValueError(f"--count is {arguments.count} and --batch-size {arguments.batch_size}; both must be at least 1")
+    policy = load_policy(
+        _model_of(arguments.model),
+        sampler=arguments.scheduler,
+        num_inference_steps=arguments.steps,
+        eta=arguments.eta,
+        device=choose_device(arguments.device),
+    )
+    ids = torch.arange(arguments.count, device=policy.device)
+    latents = denoise(policy, seed=seeds.key(arguments.seed, 0, "panel"), sample_id=ids, batch_size=arguments.batch_size)
+    save_grid(policy.images(latents).cpu(), Path(arguments.out))
+    print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
+
+
+def _model_of(name: str) -> str:
+    """A run folder stands for the model that it tuned."""
+    return str(Path(name) / "model") if (Path(name) / "model").is_dir() and (Path(name) / "config.yaml").exists() else name
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Score a run's tuned model against its pretrained one on a fixed panel."""
+    from hrf_fast.config import load_config
+    from hrf_fast.parts import build_config_reward, build_policy
+    from hrf_fast.evaluation import choose_scorer, evaluate as score_panel
+    from hrf_fast.run import choose_device
+    from hrf_fast.checkpoint import write_atomically
+
+    run = Path(arguments.run)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
+    if not (run / "model").is_dir():
+        raise ValueError(f"{run} has no model/ yet; let its training finish (the same `hrf train` command resumes it)")
+    config = load_config(["--config", str(run / "config.yaml"), *arguments.overrides])
+    device = choose_device(config.run.device)
+    reward = build_config_reward(config, device)
+    scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
+    result: dict[str, Any] = {"panel_size": config.evaluation.panel_size, "seed": config.evaluation.seed}
+    for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
+        scores = score_panel(
+            build_policy(config, name),
+            reward,
+            scorer,
+            panel_size=config.evaluation.panel_size,
+            seed=config.evaluation.seed,
+            batch_size=config.sample.batch_size,
+            resamples=config.evaluation.resamples,
+        )
+        result[title] = scores.record()
+        shown = {k: v for k, v in result[title].items() if k != "rewards"}
+        print(f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items()))
+    write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
+    print(f"written to {run / 'evaluation.json'} (95 % bootstrap intervals)")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """One HTML page from one or more runs."""
+    from hrf_fast.report import write_report
+
+    print(write_report([Path(folder) for folder in arguments.runs], Path(arguments.out) if arguments.out else None))
+
+
+def rewards(arguments: argparse.Namespace) -> None:
+    """List the rewards with their arguments and needs."""
+    from hrf_fast.rewards import list_rewards
+
+    for info in list_rewards():
+        print(info.describe())
+
+
+def doctor(arguments: argparse.Namespace) -> int | None:
+    """Say what works on this machine and what does not, and why."""
+    from hrf_fast.doctor import examine
+
+    print(examine())
+    return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hrf", description="Hierarchical Reward Fine-tuning of diffusion models")
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(dest="command")
+
+    def add(function: Callable[[argparse.Namespace], Any], **kwargs: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__, **kwargs)
+        command.set_defaults(function=function)
+        return command
+
+    add(train, add_help=False)
+    command = add(sample)
+    command.add_argument("model", help="fashion, portraits, a run folder, a diffusers folder or a hub id")
+    command.add_argument("--out", default="samples.png")
+    command.add_argument("--count", type=int, default=64)
+    command.add_argument("--steps", type=int, default=40, help="denoising steps")
+    command.add_argument("--scheduler", choices=("ddim", "ddpm"), default="ddim")
+    command.add_argument("--eta", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=1234)
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--device", default="auto")
+    command = add(evaluate)
+    command.add_argument("run", help="a run folder")
+    command.add_argument("overrides", nargs="*", help="such as evaluation.panel_size=512")
+    command = add(report)
+    command.add_argument("runs", nargs="+", help="run folders; several are compared")
+    command.add_argument("--out", help="HTML file; by default report.html in the first run")
+    add(rewards)
+    add(doctor)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `hrf`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        # options of training are section.field=value and --config, which config.py parses
+        if not words[1:] or {"-h", "--help"} & set(words[1:]):
+            from hrf_fast.config import describe_options
+
+            print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
+            return 0
+        return run_command(lambda: train(argparse.Namespace(words=words[1:])))
+    parser = build_parser()
+    arguments = parser.parse_args(words)
+    if arguments.version:
+        from hrf_fast import __version__
+
+        print(f"hrf_fast {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    return run_command(lambda: arguments.function(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

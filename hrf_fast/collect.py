@@ -1,0 +1,63 @@
+"""Collect: one iteration's anchors, windows and group rollouts, and the advantages of their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hrf_fast import seeds
+from hrf_fast.advantages import group_advantages
+from hrf_fast.config import Config
+from hrf_fast.parts import Parts
+from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
+from hrf_fast.run import Run
+from hrf_fast.trajectory import Trajectory
+
+
+def collect(parts: Parts, config: Config, run: Run, iteration: int) -> list[Trajectory]:
+    """One window per group, chosen by the schedule, and one rollout per group.
+
+    A schedule with anchors (HRF) denoises one image per group, then re-noises it to the window's start; one without
+    (DDPO) starts from pure noise.
+    """
+    policy, train = parts.policy, config.train
+    groups, size, batch = train.groups_per_iteration, train.group_size, config.sample.batch_size
+    sample_id = torch.arange(groups * size, device=policy.device).reshape(groups, size)
+
+    def key(purpose: str) -> int:
+        return seeds.key(config.run.seed, iteration, purpose)
+
+    anchors = torch.empty(0)
+    if parts.schedule.needs_anchors:
+        with run.phase("anchors"):
+            ids = torch.arange(groups, device=policy.device)
+            anchors = sample(policy, seed=key("anchors"), sample_id=ids, batch_size=batch)
+
+    def probe(group: int, candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
+        place = {"seed": key("search"), "sample_id": sample_id[group]}
+        return probe_starts(policy, parts.reward, anchors[group], candidates, **place, batch_size=batch)
+
+    with run.phase("search"):
+        generator = seeds.generator(config.run.seed, iteration, "windows")
+        windows = parts.schedule(iteration, groups, generator=generator, probe=probe)
+    trajectories = []
+    with run.phase("rollout"):
+        for group, window in enumerate(windows):
+            place = {"seed": key("rollout"), "sample_id": sample_id[group]}
+            if parts.schedule.needs_anchors:
+                start = renoised(policy, anchors[group], window.start, **place)
+            else:
+                start = starting_noise(policy, **place)
+            trajectories.append(rollout(policy, window, start, micro_batch_size=train.micro_batch_size or size, **place))
+    return trajectories
+
+
+def score(parts: Parts, config: Config, trajectories: Sequence[Trajectory]) -> tuple[Tensor, list[Tensor]]:
+    """Rewards [N] of all samples and the advantages [group_size] of each group."""
+    rewards = parts.reward(torch.cat([trajectory.images for trajectory in trajectories]))
+    group = torch.arange(len(rewards), device=rewards.device) // config.train.group_size
+    peers = group if config.train.advantages == "group" else torch.zeros_like(group)
+    advantages = group_advantages(rewards, peers, floor=config.train.advantage_floor)
+    return rewards, list(advantages.split(config.train.group_size))

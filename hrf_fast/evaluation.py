@@ -1,0 +1,113 @@
+"""The panel: a fixed set of noises whose images are scored before, during and after training.
+
+The noise is counter-based, so two models see the very same panel, step by step; their grids can be laid side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hrf_fast import seeds
+from hrf_fast.assets import SHIPPED
+from hrf_fast.diversity import Interval, mean_interval, inception_interval, vendi_interval
+from hrf_fast.policy import Policy
+from hrf_fast.rewards import Reward
+from hrf_fast.rollout import sample
+from hrf_fast.scorers import FeatureNetwork, Scorer, load_feature_network, load_scorer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class PanelScores:
+    """One panel's scores with 95 % bootstrap intervals; what has no network for it is None."""
+
+    images: Tensor
+    """[N, 3, H, W] in [0, 1] on the CPU."""
+    rewards: list[float]
+    """Per image."""
+    reward: Interval
+    vendi: Interval | None
+    inception: Interval | None
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able: every interval as [value, low, high], and the rewards of each image for paired comparison."""
+        intervals = {"reward": self.reward, "vendi": self.vendi, "inception": self.inception}
+        scores = {name: list(interval) for name, interval in intervals.items() if interval is not None}
+        return {**scores, "rewards": [round(value, 6) for value in self.rewards]}
+
+
+def choose_scorer(spec: str, model_name: str, device: torch.device) -> FeatureNetwork | None:
+    """The feature network of evaluation.scorer; `auto` is the shipped model's own, and none for other models."""
+    if spec == "auto":
+        spec = model_name if model_name in SHIPPED else "none"
+    if spec == "none":
+        return None
+    return load_scorer(spec, device) if spec in SHIPPED else load_feature_network(spec, device)
+
+
+def evaluate(
+    policy: Policy,
+    reward: Reward,
+    scorer: FeatureNetwork | None,
+    *,
+    panel_size: int,
+    seed: int,
+    batch_size: int,
+    resamples: int = 1000,
+) -> PanelScores:
+    """Sample the panel and score it: reward, Vendi Score, and Inception Score where the network is a classifier.
+
+    Args:
+        panel_size: images; the first n of a larger panel are the smaller panel.
+        seed: of the panel's noise.
+    """
+    latents = sample(
+        policy,
+        seed=seeds.key(seed, 0, "panel"),
+        sample_id=torch.arange(panel_size, device=policy.device),
+        batch_size=batch_size,
+    )
+    images = policy.images(latents)
+    rewards = reward(images).cpu()
+    vendi = inception = None
+    if scorer is not None:
+        vendi = vendi_interval(scorer.features(images).cpu(), resamples=resamples, seed=seed)
+    if isinstance(scorer, Scorer) and "label" in scorer.labels:
+        inception = inception_interval(scorer.log_probs(images)["label"].cpu(), resamples=resamples, seed=seed)
+    return PanelScores(
+        images=images.cpu(),
+        rewards=rewards.tolist(),
+        reward=mean_interval(rewards, resamples=resamples, seed=seed),
+        vendi=vendi,
+        inception=inception,
+    )
+
+
+def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 0) -> Image:
+    """Images [N, 3, H, W] in [0, 1] as one picture, small ones enlarged to be seen (`scale` 0 chooses)."""
+    from PIL import Image
+
+    count, _, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    scale = scale or max(1, 64 // width)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    # white cells fill the last row
+    canvas = torch.full((rows * columns, height, width, 3), 255, dtype=torch.uint8)
+    canvas[:count] = pixels
+    canvas = canvas.reshape(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
+    picture = Image.fromarray(canvas.numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write `image_grid` as PNG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images).save(path)

@@ -1,0 +1,86 @@
+"""Parts: what a configuration builds before anything runs, so that whatever can't work is refused first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hrf_fast.config import Config
+from hrf_fast.engine import PlainEngine
+from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
+from hrf_fast.policy import Policy, load_policy
+from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
+from hrf_fast.run import choose_device
+from hrf_fast.scorers import FeatureNetwork
+from hrf_fast.windows import WindowSchedule, build_schedule
+
+
+@dataclass
+class Parts:
+    """The model and everything that acts on it."""
+
+    policy: Policy
+    reward: CombinedReward
+    schedule: WindowSchedule
+    engine: PlainEngine
+    scorer: FeatureNetwork | None
+    config: Config
+
+    def evaluate_panel(self) -> PanelScores:
+        """Score the fixed panel with the current weights; its UNet calls are not counted as training's."""
+        evaluation = self.config.evaluation
+        with self.policy.uncounted():
+            return evaluate(
+                self.policy,
+                self.reward,
+                self.scorer,
+                panel_size=evaluation.panel_size,
+                seed=evaluation.seed,
+                batch_size=self.config.sample.batch_size,
+                resamples=evaluation.resamples,
+            )
+
+
+def build_parts(config: Config) -> Parts:
+    """Load the model, the reward and its networks, the schedule, the optimizer and the panel's scorer.
+
+    Raises:
+        ValueError, ImportError, OSError: names the option, its value and the way out.
+    """
+    device = choose_device(config.run.device)
+    policy = build_policy(config)
+    reward = build_config_reward(config, device)
+    schedule = build_schedule(
+        config.window.schedule,
+        config.window.kwargs,
+        num_inference_steps=config.sample.num_inference_steps,
+        stop=policy.diffusion.stochastic_steps,
+    )
+    train = config.train
+    engine = PlainEngine(
+        policy.unet,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_betas[0], train.adam_betas[1]),
+        eps=train.adam_eps,
+        max_grad_norm=train.max_grad_norm,
+    )
+    scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
+    return Parts(policy, reward, schedule, engine, scorer, config)
+
+
+def build_policy(config: Config, name: str | None = None) -> Policy:
+    """The policy of a configuration, or another model `name` under the same sampler."""
+    return load_policy(
+        name or config.model.name,
+        revision=config.model.revision if name is None else None,
+        sampler=config.sample.scheduler,
+        num_inference_steps=config.sample.num_inference_steps,
+        eta=config.sample.eta,
+        precision=config.train.precision,
+        device=choose_device(config.run.device),
+    )
+
+
+def build_config_reward(config: Config, device) -> CombinedReward:
+    """The reward that a configuration names, or the weighted sum of its terms."""
+    reward = config.reward
+    return build_reward(reward.terms or [RewardTerm(name=reward.name or "", kwargs=reward.kwargs)], device)

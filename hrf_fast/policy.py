@@ -1,0 +1,198 @@
+"""Policy: a diffusers UNet with the tables of its sampler, loaded from a shipped name, a folder or a hub id.
+
+Left out: text conditioning and latent decoders; a model that needs them is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.diffusion import Diffusion, build_diffusion
+from hrf_fast.registry import nearest
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class UNetCalls:
+    """What the run has asked of the UNet: batches, and images per forward and backward (a backward costs two)."""
+
+    batches: int = 0
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Cost in UNet forwards of one image."""
+        return self.forwards + 2 * self.backwards
+
+
+class Policy:
+    """The denoising policy π(x_{t-1} | x_t, t): the UNet's Gaussian step."""
+
+    def __init__(self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+        self.unet, self.scheduler, self.precision = unet, scheduler, precision
+        self.device = next(unet.parameters()).device
+        self.diffusion = diffusion.to(self.device)
+        # one list, so that choosing a step's timestep needs no copy from the device
+        self.timestep_list = diffusion.timesteps.tolist()
+        self.calls = UNetCalls()
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.image_shape = (unet.config.in_channels, height, width)
+
+    def model_output(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
+        """The UNet's prediction in fp32, [B, C, H, W]; `timesteps` is one value or [B]."""
+        self.calls.batches += 1
+        self.calls.forwards += len(latents)
+        if torch.is_grad_enabled():
+            self.calls.backwards += len(latents)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.unet(latents, timesteps).sample.float()
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Panels and checks are no part of what training costs: calls inside are not counted."""
+        kept, self.calls = self.calls, UNetCalls()
+        try:
+            yield
+        finally:
+            self.calls = kept
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Clean latents in [-1, 1] to images [B, 3, H, W] in [0, 1]; a grey channel is repeated."""
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+    def save(self, folder: Path) -> None:
+        """Write a diffusers folder (safetensors) that `DDPMPipeline.from_pretrained` loads."""
+        from diffusers import DDIMPipeline, DDPMPipeline
+
+        pipeline = DDIMPipeline if type(self.scheduler).__name__ == "DDIMScheduler" else DDPMPipeline
+        pipeline(unet=self.unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+def load_policy(
+    name: str,
+    *,
+    revision: str | None = None,
+    sampler: str = "ddim",
+    num_inference_steps: int = 40,
+    eta: float = 1.0,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+) -> Policy:
+    """Load an unconditional diffusers DDPM or DDIM model as a policy.
+
+    Args:
+        name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
+            google/ddpm-celebahq-256; revision: of a hub id.
+        sampler, num_inference_steps, eta: see `build_diffusion`.
+        precision: fp32, or bf16 for autocast with fp32 weights.
+
+    Raises:
+        ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, UNet2DModel
+    from diffusers.utils import logging
+
+    folder = _find_folder(name, revision)
+    unet_folder, unet_config = _component(folder, "unet", "config.json")
+    scheduler_folder, scheduler_config = _component(folder, "scheduler", "scheduler_config.json")
+    if unet_config.get("_class_name") != "UNet2DModel":
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet is a {unet_config.get('_class_name')}; this trainer drives "
+            "unconditional UNet2DModel pipelines (DDPM, DDIM), e.g. google/ddpm-celebahq-256"
+        )
+    classes = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, PNDMScheduler)}
+    scheduler_name = scheduler_config.get("_class_name")
+    if scheduler_name not in classes:
+        raise ValueError(f"model.name is {name!r}, whose scheduler is {scheduler_name}; use one of {', '.join(classes)}")
+    if (unet_folder / "diffusion_pytorch_model.safetensors").exists():
+        kwargs: dict[str, Any] = {"use_safetensors": True}
+    else:
+        # a .bin file is read by diffusers with torch.load(weights_only=True): tensors only, no code
+        kwargs = {"use_safetensors": False}
+    verbosity = logging.get_verbosity()
+    # diffusers suggests installing accelerate and safetensors variants; neither concerns the user of this call
+    logging.set_verbosity_error()
+    try:
+        unet = UNet2DModel.from_pretrained(unet_folder, low_cpu_mem_usage=False, **kwargs).to(device).float()
+        scheduler = classes[scheduler_name].from_pretrained(scheduler_folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model.name is {name!r} but its weights in {unet_folder} do not load: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if unet.config.in_channels not in (1, 3) or unet.config.sample_size is None:
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet takes {unet.config.in_channels} channels of size "
+            f"{unet.config.sample_size}; a pixel-space model of 1 or 3 channels with a sample_size is needed"
+        )
+    diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
+    # dropout would make the policy that samples another one than the policy that is scored
+    return Policy(unet.eval(), scheduler, diffusion, precision=precision)
+
+
+def _find_folder(name: str, revision: str | None) -> Path:
+    """The local folder of a model: shipped, the user's own, or downloaded from the hub."""
+    if name in SHIPPED:
+        return ASSETS / name / "model"
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"model.name is {name!r}{nearest(name, SHIPPED)}: no such folder, not a hub id (owner/name), "
+            f"and not one of the shipped models {', '.join(SHIPPED)}"
+        )
+    import huggingface_hub
+
+    errors = (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError, *_network_errors())
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not list(folder.rglob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
+        return folder
+    except errors as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model.name is {name!r}: no such folder, and the hub did not deliver it ({reason}); on a connected "
+            f"machine run `hf download {name} --local-dir some/folder` and set model.name=some/folder"
+        ) from error
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the hub client's transport raises without a network, whichever library it is built on."""
+    try:
+        import httpx
+
+        return (httpx.HTTPError,)
+    except ImportError:
+        import requests
+
+        return (requests.RequestException,)
+
+
+def _component(folder: Path, name: str, config: str) -> tuple[Path, dict[str, Any]]:
+    """A pipeline part and its config: in its own subfolder, or at the top as in older hub repositories."""
+    for candidate in (folder / name, folder):
+        if (candidate / config).is_file():
+            try:
+                return candidate, json.loads((candidate / config).read_text())
+            except ValueError as error:
+                raise ValueError(f"model.name: {candidate / config} is not valid JSON ({error})") from error
+    raise ValueError(
+        f"model.name is {str(folder)!r}, which holds no {name}/{config} (nor {config}); "
+        "give a diffusers pipeline folder with unet/ and scheduler/"
+    )

@@ -1,0 +1,98 @@
+"""Names for the things that a config chooses (schedules, rewards), and the only place that runs user code.
+
+A name that does not exist answers with the nearest one; an option that does not exist with those that do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """" (did you mean 'x'?)" or nothing, to append to an error about `name`."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Registry(Generic[T]):
+    """Named factories of one `kind`, chosen by the config option `option`."""
+
+    def __init__(self, kind: str, option: str) -> None:
+        self.kind, self.option = kind, option
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds an entry.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"a {self.kind} named {name!r} is already registered; choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise ValueError(
+                f"{self.option} is {name!r}{nearest(name, self._entries)}; "
+                f"use one of {', '.join(sorted(self._entries))}, or module:function of your own"
+            )
+        return self._entries[name]
+
+
+def load_user_function(spec: str, option: str) -> Callable[..., Any]:
+    """Import `module:function`, also from the current folder.
+
+    Raises:
+        ValueError: malformed, no such module or attribute, or not callable.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{option} is {spec!r}; write module:function, e.g. my_rewards:brightness")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{option} is {spec!r} but importing {module_name!r} failed: {error}; is it on PYTHONPATH?") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        found = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ValueError(f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, found)}")
+    return function
+
+
+def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any], **given: Any) -> T:
+    """Call `factory(**given, **kwargs)` after checking the user's `kwargs` against its signature.
+
+    Raises:
+        ValueError: an option that the factory does not have, or one it needs and did not get.
+    """
+    parameters = inspect.signature(factory).parameters
+    accepted = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD} - set(given)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in kwargs:
+        if name not in accepted and not open_ended:
+            options = ", ".join(sorted(accepted)) or "none"
+            raise ValueError(f"{option}.{name} is unknown{nearest(name, accepted)}; it takes {options}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name in accepted and name not in kwargs:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                raise ValueError(f"{option}.{name} is missing; this choice needs it")
+    return factory(**given, **kwargs)

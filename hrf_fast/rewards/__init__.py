@@ -1,0 +1,31 @@
+"""Rewards: what an image is worth, as a callable `reward(images, prompts) -> [B]`, higher is better.
+
+`build_reward` turns the terms of a config into one checked callable; `list_rewards` says what there is. A new reward
+is a factory under `@register_reward("name")`, or any function named as `module:function` in the config. Importing
+this package imports neither torch nor transformers; a family loads when it is listed or built, weights when built.
+"""
+
+from hrf_fast.rewards.build import CombinedReward, build_reward, check_images, check_rewards
+from hrf_fast.rewards.registry import (
+    Reward,
+    RewardArgument,
+    RewardError,
+    RewardInfo,
+    RewardTerm,
+    list_rewards,
+    register_reward,
+)
+
+__all__ = [
+    "CombinedReward",
+    "Reward",
+    "RewardArgument",
+    "RewardError",
+    "RewardInfo",
+    "RewardTerm",
+    "build_reward",
+    "check_images",
+    "check_rewards",
+    "list_rewards",
+    "register_reward",
+]

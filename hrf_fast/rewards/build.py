@@ -1,0 +1,162 @@
+"""From the terms of a config to one callable that checks every call.
+
+What is checked: the images that go in (so that a [-1, 1] tensor is refused rather than scored) and the numbers that
+come out (B of them, real, finite). Nothing is normalised here: rewards keep their units, advantages standardise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hrf_fast.rewards.registry import Reward, RewardError, RewardTerm, build_registered
+from hrf_fast.rewards.user import build_user
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# images come from a clamp, so only rounding can leave [0, 1]
+RANGE_TOLERANCE = 1e-3
+
+
+def build_reward(terms: Sequence[RewardTerm], device: torch.device | str = "cpu") -> CombinedReward:
+    """Build the reward of a config: the weighted sum of its terms.
+
+    Args:
+        terms: at least one; a term of weight 1 alone is that reward.
+        device: where the networks of learned rewards live.
+
+    Raises:
+        ValueError: no terms, a weight that is not finite, only zero weights, an unknown name or argument, or a
+            `module:function` that does not resolve.
+        ImportError: a package that the reward needs is not installed.
+        OSError: weights that are neither on disk nor downloadable.
+    """
+    if not terms:
+        raise ValueError('reward.terms is empty; give at least one, for example name: "jpeg_compressibility"')
+    for term in terms:
+        if not math.isfinite(term.weight):
+            raise ValueError(f"the weight of reward {term.name!r} is {term.weight}; use a finite number")
+    if all(term.weight == 0 for term in terms):
+        raise ValueError("every weight in reward.terms is 0, so there is nothing to learn; make one of them non-zero")
+    built: list[_BuiltTerm] = []
+    for term in terms:
+        kwargs = {str(key): value for key, value in term.kwargs.items()}
+        reward = build_user(term.name, kwargs) if ":" in term.name else build_registered(term.name, kwargs, device)
+        count = sum(other.name == term.name for other in built)
+        built.append(_BuiltTerm(term.name, f"{term.name}_{count + 1}" if count else term.name, term.weight, reward))
+    return CombinedReward(built)
+
+
+@dataclass(frozen=True)
+class _BuiltTerm:
+    name: str
+    key: str
+    weight: float
+    reward: Reward
+
+
+class CombinedReward:
+    """Weighted sum of rewards; every call is checked, nothing is differentiated.
+
+    `last_terms` holds the batch mean of each term of the last call, before its weight: 0-dim tensors on the images'
+    device, by name. A name used twice gets `_2` the second time.
+    """
+
+    def __init__(self, terms: Sequence[_BuiltTerm]) -> None:
+        self._terms = tuple(terms)
+        self.last_terms: dict[str, Tensor] = {}
+
+    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+        """Score a batch.
+
+        Args:
+            images: [B, 3, H, W] float in [0, 1].
+            prompts: B strings, for rewards that read them.
+
+        Returns:
+            [B] fp32 on the images' device.
+
+        Raises:
+            ValueError: images or prompts are not as above.
+            RewardError: a term raised, or returned something else than B finite numbers.
+        """
+        import torch
+
+        check_images(images, prompts)
+        total = torch.zeros(len(images), device=images.device)
+        means = {}
+        # a score must not depend on the precision that the run trains in
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            for term in self._terms:
+                try:
+                    values = term.reward(images, prompts)
+                except Exception as error:
+                    message = f"reward {term.key!r} failed with {type(error).__name__}: {error}"
+                    raise RewardError(message) from error
+                values = check_rewards(images, values, term.key)
+                means[term.key] = values.mean()
+                total += term.weight * values
+        self.last_terms = means
+        return total
+
+
+def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
+    """Refuse images that no reward is meant to score.
+
+    Raises:
+        ValueError: not [B, 3, H, W] float with B at least 1, outside [0, 1] or NaN, or not one prompt per image.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0 or not images.is_floating_point():
+        raise ValueError(
+            f"rewards score float images [B, 3, H, W], got {images.dtype} {list(images.shape)}; "
+            "repeat the channel of grey images three times and scale bytes by 1/255"
+        )
+    low, high = (value.item() for value in images.aminmax())
+    # written so that NaN fails too
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+        raise ValueError(
+            f"rewards score images in [0, 1], got values in [{low:.3g}, {high:.3g}]; "
+            "map [-1, 1] by images / 2 + 0.5 and clamp"
+        )
+    if prompts is not None and len(prompts) != len(images):
+        raise ValueError(f"rewards got {len(prompts)} prompts for {len(images)} images; give one per image, or None")
+
+
+def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
+    """Turn what a reward returned into [B] fp32 on the images' device, or say what is wrong with it.
+
+    Args:
+        images: [B, 3, H, W], the images that were scored.
+        rewards: a tensor, array or list of B numbers.
+        name: the reward, for the message.
+
+    Raises:
+        RewardError: not numbers, not one per image, NaN or infinite.
+    """
+    import torch
+
+    expected = f"expected {len(images)} real numbers, one per image"
+    try:
+        values = torch.as_tensor(rewards)
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r} returned a {type(rewards).__name__} that is not an array of numbers; {expected} "
+            "(no tuple, no info dict)"
+        ) from error
+    if values.is_complex():
+        raise RewardError(f"reward {name!r} returned {values.dtype}; {expected}")
+    if values.shape != (len(images),):
+        raise RewardError(f"reward {name!r} returned shape {list(values.shape)}; {expected}: [{len(images)}]")
+    values = values.detach().to(images.device, torch.float32)
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(f"{index} ({values[index].item()})" for index in bad[:5])
+        raise RewardError(
+            f"reward {name!r} returned {len(bad)} of {len(images)} values that are NaN or infinite, "
+            f"first at index {shown}; {expected}, finite in fp32"
+        )
+    return values

@@ -1,0 +1,177 @@
+"""The registry of rewards by name, and the small types every family shares.
+
+No torch here: the config reads `RewardTerm` before anything heavy is imported. Building and checking a reward is
+`build.py`; a `module:function` named in a config is `user.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from hrf_fast.registry import Registry, call_factory
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+FAMILIES = ("jpeg", "aesthetic", "classifier")
+
+
+@dataclass
+class RewardTerm:
+    """One term of the reward; several terms are a weighted sum."""
+
+    name: str = ""
+    """A registered name (see `hrf rewards`) or "module:function" for a function of your own."""
+    weight: float = 1.0
+    """What the term is multiplied by; negative to minimise it, 0 to log it without training on it."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reward, by name."""
+
+
+class Reward(Protocol):
+    """Images [B, 3, H, W] in [0, 1] and optionally B prompts -> [B], higher is better."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor: ...
+
+
+class RewardError(RuntimeError):
+    """A reward raised, or returned something that is not B finite numbers. The message names the reward."""
+
+
+@dataclass(frozen=True)
+class RewardArgument:
+    """One argument of a registered reward, read from its signature and docstring."""
+
+    name: str
+    type: str
+    default: Any
+    required: bool
+    doc: str
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What `hrf rewards` prints about one reward."""
+
+    name: str
+    description: str
+    arguments: tuple[RewardArgument, ...]
+    needs: str
+
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    factory: Callable[..., Any]
+    needs: str
+
+
+_rewards: Registry[_Entry] = Registry("reward", "reward.name")
+
+
+def register_reward(name: str, *, needs: str = "nothing beyond torch") -> Callable[[Factory], Factory]:
+    """Register a factory under a name.
+
+    The factory's arguments are the `kwargs` of a `RewardTerm`, and it returns a `Reward`. If it has an argument called
+    `device`, that comes from the run and not from the config. The first line of its docstring and the lines of its
+    `Args:` section are what `list_rewards` shows.
+
+    Args:
+        name: unique, without a colon (a colon marks `module:function`).
+        needs: packages, files or downloads that the reward cannot do without.
+
+    Raises:
+        ValueError: the name has a colon, or another factory has it already.
+    """
+    if not name or ":" in name:
+        raise ValueError(f"register_reward: name is {name!r}; use a non-empty name without a colon")
+
+    def decorate(factory: Factory) -> Factory:
+        _rewards.register(name)(_Entry(factory, needs))
+        return factory
+
+    return decorate
+
+
+def list_rewards() -> list[RewardInfo]:
+    """Every registered reward, by name. Loads no weights and imports no model library."""
+    _load_families()
+    infos = []
+    for name in sorted(_rewards):
+        factory, needs = _rewards[name].factory, _rewards[name].needs
+        doc = inspect.getdoc(factory) or ""
+        docs = _argument_docs(doc)
+        arguments = tuple(
+            RewardArgument(
+                name=key,
+                type=inspect.formatannotation(parameter.annotation).strip("'")
+                if parameter.annotation is not parameter.empty
+                else "",
+                default=None if parameter.default is parameter.empty else parameter.default,
+                required=parameter.default is parameter.empty,
+                doc=docs.get(key, ""),
+            )
+            for key, parameter in _config_parameters(factory).items()
+        )
+        infos.append(RewardInfo(name, doc.partition("\n")[0], arguments, needs))
+    return infos
+
+
+def build_registered(name: str, kwargs: dict[str, Any], device: Any) -> Reward:
+    """Call the factory of `name` with the config's arguments.
+
+    Raises:
+        ValueError: unknown name, unknown, missing or `device` argument; the message says which ones there are.
+    """
+    _load_families()
+    factory = _rewards[name].factory
+    given = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    return call_factory(factory, name, kwargs, **given)
+
+
+def require(module: str, *, reward: str) -> ModuleType:
+    """Import an optional package, or say how to install it.
+
+    Raises:
+        ImportError: the package is missing or does not import; the message has the install line.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"reward {reward!r} needs {module}, which does not import ({error}); "
+            'install it with: pip install "hrf_fast[rewards]"'
+        ) from error
+
+
+def _load_families() -> None:
+    for family in FAMILIES:
+        importlib.import_module(f"hrf_fast.rewards.{family}")
+
+
+def _config_parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {key: item for key, item in inspect.signature(factory).parameters.items() if key != "device"}
+
+
+def _argument_docs(doc: str) -> dict[str, str]:
+    """The `name: text` entries of a docstring's `Args:` section, continuation lines joined."""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", doc, re.MULTILINE)
+    docs: dict[str, str] = {}
+    name = ""
+    for line in section.group(1).splitlines() if section else ():
+        entry = re.match(r" {4}(\w+): (.*)", line)
+        if entry:
+            name = entry.group(1)
+            docs[name] = entry.group(2)
+        elif name and line.strip():
+            docs[name] += f" {line.strip()}"
+    return docs

@@ -1,0 +1,200 @@
+"""Run: the folder, its logs and progress, and when to evaluate and save.
+
+run_dir/
+    config.yaml          the whole configuration, a valid --config
+    metrics.jsonl        one line per iteration
+    evaluations.jsonl    one line per panel
+    samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
+    checkpoints/         newest few, for resume
+    model/               the tuned model, a diffusers folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrf_fast.checkpoint import replace_folder, write_atomically
+from hrf_fast.config import Config, differences, load_config, to_yaml
+from hrf_fast.evaluation import PanelScores, save_grid
+from hrf_fast.policy import Policy
+from hrf_fast.writers import Progress, Writer, build_progress, build_writers
+
+# options that may change between a run and its resume without changing what it computes
+_FREE = ("run.progress", "run.writers", "run.save_every", "run.keep_checkpoints", "run.folder", "train.max_evaluations")
+
+
+class Run:
+    """One training run's folder; use as a context manager."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.run.folder)
+        self.checkpoints = self.folder / "checkpoints"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
+        except OSError as error:
+            raise OSError(f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another") from error
+        self.progress: Progress = build_progress(config.run.progress)
+        self.writers: list[Writer] = build_writers(config.run.writers, self.folder)
+        self.seconds: dict[str, float] = {}
+        self._interrupted = False
+
+    def _claim(self) -> None:
+        """Write config.yaml, or check that the one there is this run's."""
+        path = self.folder / "config.yaml"
+        if path.exists():
+            changes = differences(load_config(["--config", str(path)]), self.config)
+            changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
+            if changes:
+                listed = "; ".join(f"{option} was {old!r} and is {new!r}" for option, (old, new) in changes.items())
+                raise ValueError(
+                    f"run.folder {self.folder} holds a run of another configuration ({listed}); choose another "
+                    "run.folder, restore those options to resume, or delete the folder"
+                )
+        elif any(self.folder.iterdir()):
+            raise ValueError(f"run.folder {self.folder} is not empty and holds no run; choose another run.folder")
+        write_atomically(path, to_yaml(self.config).encode())
+
+    def _may_change(self, option: str) -> bool:
+        if option == "train.iterations":
+            # a cosine learning rate depends on the length, so another length is another run
+            return self.config.train.learning_rate_schedule == "constant"
+        return option in _FREE
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        for writer in self.writers:
+            writer.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's time to the iteration's `seconds` and show its name."""
+        self.progress.phase(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update."""
+        try:
+            previous = signal.signal(signal.SIGINT, self._note_interrupt)
+        except ValueError:
+            # not the main thread: no Ctrl-C arrives here
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+
+    def _note_interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        self.progress.note("Ctrl-C: stopping after this update (press again to stop at once, losing it)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def rewind(self, iteration: int) -> None:
+        """Drop log lines of iterations that a resumed run will do again."""
+        for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration)):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line in _complete_lines(path) if json.loads(line)["iteration"] <= last]
+                write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+    def has_panel(self, iteration: int) -> bool:
+        """Whether the panel after `iteration` iterations has been scored and logged."""
+        return any(record["iteration"] == iteration for record in read_log(self.folder / "evaluations.jsonl"))
+
+    def log(self, iteration: int, record: dict[str, Any]) -> None:
+        """One metrics line for a finished iteration, also to the writers and the progress display."""
+        seconds, self.seconds = self.seconds, {}
+        line = {"iteration": iteration, **record, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
+        self._append("metrics.jsonl", line)
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+        for writer in self.writers:
+            writer.scalars(iteration, numbers | {f"seconds/{k}": v for k, v in seconds.items()})
+        self.progress.iteration(iteration, line)
+
+    def log_panel(self, iteration: int, scores: PanelScores, record: dict[str, Any]) -> None:
+        """One evaluation line and the panel's PNG grid."""
+        grid = scores.images[: self.config.evaluation.grid_size]
+        save_grid(grid, self.folder / "samples" / f"iteration-{iteration:06d}.png")
+        line = {"iteration": iteration, **record, **scores.record()}
+        self._append("evaluations.jsonl", line)
+        values = {f"panel/{k}": v[0] for k, v in scores.record().items() if k != "rewards"}
+        for writer in self.writers:
+            writer.scalars(iteration, values)
+            writer.images(iteration, "panel", grid)
+        self.progress.panel(iteration, line)
+
+    def save_model(self, policy: Policy) -> Path:
+        """Write the tuned model as a diffusers folder."""
+        replace_folder(self.folder / "model", policy.save)
+        return self.folder / "model"
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        # one write of a whole line to an append-only file: a crash can't tear it
+        data = (json.dumps(record) + "\n").encode()
+        with open(self.folder / name, "ab", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a log; a last line without its end, left by a full disk, is not one."""
+    return path.read_text().split("\n")[:-1]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl or evaluations.jsonl."""
+    return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the device's allocator on CUDA, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of run.device.
+
+    Raises:
+        ValueError: not a device, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"run.device is {name!r} but torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device

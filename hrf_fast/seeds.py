@@ -1,0 +1,30 @@
+"""Keys for counter-based noise: every random number of a run is a function of (seed, iteration, purpose).
+
+So there is no generator state: a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check")
+
+
+def key(seed: int, iteration: int, purpose: str) -> int:
+    """An unsigned 64-bit key, independent for each combination."""
+    sequence = np.random.SeedSequence([seed, iteration, PURPOSES.index(purpose)])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
+    """A CPU generator on that key, for choices that are not per-sample noise."""
+    return torch.Generator().manual_seed(key(seed, iteration, purpose) >> 1)
+
+
+def seed_everything(seed: int, iteration: int) -> None:
+    """Seed the global generators too, so that a user's reward that draws from them is repeatable."""
+    value = key(seed, iteration, "reward") % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)

@@ -1,0 +1,149 @@
+"""Train: config -> parts -> loop -> run folder. The file to open first.
+
+    hrf train --config configs/demo_fashion.yaml
+    python hrf_fast/train.py --config configs/smoke_cpu.yaml train.iterations=3
+    deepspeed hrf_fast/train.py --config configs/smoke_cpu.yaml
+
+DDPO, HRF and HRF-D are one loop; they differ in the window schedule. How a group is denoised is in rollout.py, how an
+iteration's groups are made in collect.py, how they are learnt from in update.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hrf_fast import seeds
+from hrf_fast.checkpoint import load_newest, save_checkpoint
+from hrf_fast.collect import collect, score
+from hrf_fast.config import Config, load_config
+from hrf_fast.engine import learning_rate_at
+from hrf_fast.metrics import StepStats, iteration_record
+from hrf_fast.parts import Parts, build_parts
+from hrf_fast.policy import UNetCalls
+from hrf_fast.run import Run, peak_memory_bytes
+from hrf_fast.self_check import self_check
+from hrf_fast.trajectory import Trajectory
+from hrf_fast.update import update
+
+
+def train(config: Config) -> Path:
+    """Fine-tune, resume or extend the run that `config` describes; returns its folder.
+
+    Raises:
+        ValueError: the configuration can't work; nothing has run.
+        RewardError, FloatingPointError: a reward or a gradient is not finite; no step was made of it.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint.
+    """
+    parts = build_parts(config)
+    policy, engine = parts.policy, parts.engine
+    rate = learning_rate_at(
+        config.train.learning_rate_schedule,
+        peak=config.train.learning_rate,
+        warmup_iterations=config.train.warmup_iterations,
+        iterations=config.train.iterations,
+    )
+    with Run(config) as run:
+        state = load_newest(run.checkpoints, policy, engine.optimizer, warn=run.progress.note)
+        done = saved = state["iteration"] if state else 0
+        policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
+        run.rewind(done)
+        run.progress.note(self_check(parts, config))
+        run.progress.start(done, config.train.iterations)
+        weights_are_whole = True
+        try:
+            while True:
+                finished = done >= config.train.iterations or _budget_spent(config, policy)
+                if _due(config.evaluation.every, done, finished) and not run.has_panel(done):
+                    run.log_panel(done, parts.evaluate_panel(), {"evaluations": policy.calls.evaluations})
+                if _due(config.run.save_every, done, finished) and done != saved:
+                    _save(run, parts, config, done)
+                    saved = done
+                if finished:
+                    break
+                seeds.seed_everything(config.run.seed, done)
+                trajectories = collect(parts, config, run, done)
+                with run.phase("reward"):
+                    rewards, advantages = score(parts, config, trajectories)
+                engine.set_learning_rate(rate(done))
+                with run.uninterrupted():
+                    weights_are_whole = False
+                    with run.phase("update"):
+                        steps = learn(parts, config, trajectories, advantages)
+                    done, weights_are_whole = done + 1, True
+                    counters = _counters(config, parts, done, rate(done - 1))
+                    terms = parts.reward.last_terms
+                    run.log(done - 1, iteration_record(steps, rewards, advantages, trajectories, terms=terms, counters=counters))
+        except BaseException:
+            # Ctrl-C, a reward that fails, a full disk: keep what was learnt, unless an update was cut in half
+            if weights_are_whole and done != saved:
+                _save(run, parts, config, done)
+            raise
+        run.save_model(policy)
+    return run.folder
+
+
+def learn(
+    parts: Parts, config: Config, trajectories: Sequence[Trajectory], advantages: Sequence[Tensor]
+) -> list[StepStats]:
+    """Inner epochs over the groups, `groups_per_step` of them to an optimizer step."""
+    train, steps = config.train, []
+    for _ in range(train.inner_epochs):
+        for first in range(0, len(trajectories), train.groups_per_step):
+            batch = slice(first, first + train.groups_per_step)
+            stats = update(
+                parts.engine,
+                parts.policy,
+                trajectories[batch],
+                advantages[batch],
+                clip_range=train.clip_range,
+                advantage_clip=train.advantage_clip,
+                scale_clips_by_window=train.scale_clips_by_window,
+                micro_batch_size=train.micro_batch_size or train.group_size,
+                steps_per_forward=train.steps_per_forward,
+            )
+            steps.append(stats)
+    return steps
+
+
+def _counters(config: Config, parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
+    policy, train = parts.policy, config.train
+    return {
+        "learning_rate": learning_rate,
+        "images": done * train.groups_per_iteration * train.group_size,
+        **asdict(policy.calls),
+        "evaluations": policy.calls.evaluations,
+        "peak_memory_bytes": peak_memory_bytes(policy.device),
+    }
+
+
+def _save(run: Run, parts: Parts, config: Config, done: int) -> None:
+    with run.uninterrupted():
+        state = {"calls": asdict(parts.policy.calls)}
+        save_checkpoint(
+            run.checkpoints, done, parts.policy, parts.engine.optimizer, state, keep=config.run.keep_checkpoints
+        )
+
+
+def _due(every: int, done: int, finished: bool) -> bool:
+    return finished or done == 0 or (every > 0 and done % every == 0)
+
+
+def _budget_spent(config: Config, policy: Any) -> bool:
+    return 0 < config.train.max_evaluations <= policy.calls.evaluations
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of training; returns the exit code."""
+    from hrf_fast.cli import run_command
+
+    return run_command(lambda: train(load_config(sys.argv[1:] if argv is None else argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Update: every window step of every trajectory of the batch, then one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hrf_fast.engine import Engine
+from hrf_fast.metrics import StepStats
+from hrf_fast.policy import Policy
+from hrf_fast.trajectory import Trajectory
+from hrf_kernels import Surrogate, clipped_surrogate
+
+
+def update(
+    engine: Engine,
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[Tensor],
+    *,
+    clip_range: float,
+    advantage_clip: float,
+    scale_clips_by_window: bool,
+    micro_batch_size: int,
+    steps_per_forward: int = 1,
+) -> StepStats:
+    """One optimizer step on a batch of groups (DDPO, arXiv 2305.13301; HRF, arXiv 2410.08315).
+
+    The loss of a group is the sum over its window's steps of the mean over its samples; groups are averaged.
+
+    Args:
+        trajectories: groups, whose windows may differ; advantages: [B] fp32 for each.
+        clip_range, advantage_clip: ε of the ratio's range and the bound on |advantage|; with `scale_clips_by_window`
+            both are multiplied by (T − start)/T for each group.
+        micro_batch_size, steps_per_forward: a forward holds their product, samples times consecutive steps.
+
+    Returns:
+        StepStats averaged over every sample and step of the batch.
+    """
+    totals = StepStats.zeros(policy.device)
+    pairs = sum(trajectory.old_log_prob.numel() for trajectory in trajectories)
+    with engine.accumulating():
+        for trajectory, advantage in zip(trajectories, advantages, strict=True):
+            num_steps = len(policy.diffusion)
+            scale = (num_steps - trajectory.window.start) / num_steps if scale_clips_by_window else 1.0
+            bound = advantage_clip * scale
+            advantage = advantage.clamp(-bound, bound)
+            for surrogate in _replay(policy, trajectory, advantage, clip_range * scale, micro_batch_size, steps_per_forward):
+                loss = surrogate.loss.sum() / (trajectory.group_size * len(trajectories))
+                engine.backward(loss)
+                totals = totals.add(loss.detach(), surrogate, pairs)
+    return totals.finish(engine.step())
+
+
+def _replay(
+    policy: Policy, trajectory: Trajectory, advantage: Tensor, clip_range: float, micro_batch_size: int, steps_per_forward: int
+):
+    """Score the window again under the current weights, a chunk of samples and steps at a time."""
+    latents, count = trajectory.latents, trajectory.group_size
+    for first in range(0, count, micro_batch_size):
+        part = slice(first, min(first + micro_batch_size, count))
+        size = part.stop - part.start
+        for begin in range(0, len(trajectory.window), steps_per_forward):
+            steps = slice(begin, min(begin + steps_per_forward, len(trajectory.window)))
+            repeats = steps.stop - steps.start
+            # the same scalar form as the rollout's, so that the arithmetic and hence the ratio is equal to the bit
+            one_step = repeats == 1
+            coefficients = trajectory.coefficients[begin] if one_step else trajectory.coefficients[steps].repeat_interleave(size)
+            timesteps = trajectory.timesteps[begin] if one_step else trajectory.timesteps[steps].repeat_interleave(size)
+            now = latents[steps, part].flatten(0, 1)
+            following = latents[steps.start + 1 : steps.stop + 1, part].flatten(0, 1)
+            yield clipped_surrogate(
+                policy.model_output(now, timesteps),
+                now,
+                following,
+                coefficients,
+                trajectory.old_log_prob[steps, part].flatten(),
+                advantage[part].repeat(repeats),
+                clip_range,
+            )
+
+
+@torch.no_grad()
+def replay_ratio_error(policy: Policy, trajectory: Trajectory, *, micro_batch_size: int, steps_per_forward: int) -> float:
+    """Largest |ratio − 1| when a fresh trajectory is scored again under unchanged weights: 0 if replay is exact."""
+    worst = torch.zeros((), device=policy.device)
+    advantage = torch.zeros(trajectory.group_size, device=policy.device)
+    surrogate: Surrogate
+    for surrogate in _replay(policy, trajectory, advantage, 1.0, micro_batch_size, steps_per_forward):
+        worst = torch.maximum(worst, (surrogate.ratio - 1).abs().max())
+    return float(worst)

@@ -1,0 +1,192 @@
+"""Window schedules: which denoising steps each group trains, this iteration.
+
+A schedule is drawn from a generator that depends on (seed, iteration) only, so it has no state to save and is equal on
+every rank. `register_schedule` adds one; `module:function` in window.schedule names a user's factory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from hrf_fast.registry import Registry, call_factory, load_user_function
+from hrf_fast.trajectory import Window
+
+Probe = Callable[[int, Sequence[int]], tuple[Tensor, Tensor]]
+"""(group, candidate starts) -> mean reward and mean distance to the anchor per candidate, both [C]."""
+
+
+class WindowSchedule(Protocol):
+    """Chooses one window per group; `needs_anchors` is False where groups start from pure noise (DDPO)."""
+
+    needs_anchors: bool
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]: ...
+
+
+Factory = Callable[..., WindowSchedule]
+SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
+register_schedule = SCHEDULES.register
+
+
+def build_schedule(name: str, kwargs: dict[str, Any], *, num_inference_steps: int, stop: int) -> WindowSchedule:
+    """Build the schedule that a config names.
+
+    Args:
+        name: a registered name or `module:function`.
+        kwargs: window.kwargs, the factory's own options.
+        num_inference_steps: T; stop: end of every window, T less the deterministic last steps.
+
+    Raises:
+        ValueError: unknown name or option, or a start that leaves no step to train.
+    """
+    factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
+    schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)
+    if not callable(schedule) or "probe" not in inspect.signature(schedule.__call__).parameters:
+        raise ValueError(f"window.schedule {name} must return a callable (iteration, num_groups, *, generator, probe)")
+    return schedule
+
+
+def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int, stop: int) -> list[int]:
+    """Starts that can be trained: those in [0, stop). The steps in [stop, T) are deterministic and silently dropped.
+
+    Raises:
+        ValueError: a start outside the T steps, or none left.
+    """
+    wrong = [start for start in starts if not 0 <= start < num_inference_steps]
+    if wrong:
+        raise ValueError(
+            f"{option} has start {wrong[0]} but sample.num_inference_steps is {num_inference_steps}; "
+            f"use starts from 0 to {stop - 1}"
+        )
+    kept = [start for start in starts if start < stop]
+    if not kept:
+        raise ValueError(f"{option} is empty: {list(starts)} holds no step before the deterministic end at {stop}")
+    return kept
+
+
+def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
+    """Uniform draws with replacement, one per group."""
+    return [starts[int(i)] for i in torch.randint(len(starts), (count,), generator=generator)]
+
+
+class _Uniform:
+    """Starts drawn uniformly from a list that depends on the iteration."""
+
+    needs_anchors = True
+
+    def __init__(self, starts_at: Callable[[int], Sequence[int]], stop: int) -> None:
+        self.starts_at, self.stop = starts_at, stop
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
+        return [Window(start, self.stop) for start in _draw(self.starts_at(iteration), num_groups, generator)]
+
+
+@register_schedule("full")
+class Full:
+    """DDPO (arXiv 2305.13301): every stochastic step, from pure noise."""
+
+    needs_anchors = False
+
+    def __init__(self, *, num_inference_steps: int, stop: int) -> None:
+        self.window = Window(0, stop)
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
+        return [self.window] * num_groups
+
+
+@register_schedule("clusters")
+def clusters(
+    *, num_inference_steps: int, stop: int, clusters: list[Any] | None = None, iterations_per_cluster: int = 35
+) -> WindowSchedule:
+    """HRF (arXiv 2410.08315): uniform in one cluster of starts for some iterations, then in the next, and round again.
+
+    `clusters` lists half-open ranges [first, stop) or explicit `{steps: [...]}`; by default the two halves of the
+    trajectory. `iterations_per_cluster` is how long one is used.
+    """
+    if iterations_per_cluster < 1:
+        raise ValueError(f"window.kwargs.iterations_per_cluster is {iterations_per_cluster}; use at least 1")
+    half = num_inference_steps // 2
+    # a single step has no halves
+    groups = clusters if clusters is not None else [[0, half], [half, num_inference_steps]] if half else [[0, 1]]
+    if not groups:
+        raise ValueError("window.kwargs.clusters is empty; list at least one range such as [0, 20]")
+    starts = []
+    for index, cluster in enumerate(groups):
+        option = f"window.kwargs.clusters[{index}]"
+        starts.append(
+            check_starts(_cluster_steps(cluster, option), option=option, num_inference_steps=num_inference_steps, stop=stop)
+        )
+    return _Uniform(lambda iteration: starts[iteration // iterations_per_cluster % len(starts)], stop)
+
+
+def _cluster_steps(cluster: Any, option: str) -> list[int]:
+    if isinstance(cluster, dict) and set(cluster) == {"steps"} and all(type(step) is int for step in cluster["steps"]):
+        return list(cluster["steps"])
+    if isinstance(cluster, (list, tuple)) and len(cluster) == 2 and all(type(bound) is int for bound in cluster):
+        return list(range(*cluster))
+    raise ValueError(f"{option} is {cluster!r}; use a half-open range [first, stop] or {{steps: [...]}} of whole numbers")
+
+
+@register_schedule("random")
+def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
+    """Uniform over every start that leaves a step to train: HRF without a hierarchy, a control for studies."""
+    return _Uniform(lambda iteration: range(stop), stop)
+
+
+@register_schedule("sliding")
+def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 1, stride: int = 1) -> WindowSchedule:
+    """All groups share one start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
+    for name, value in (("iterations_per_start", iterations_per_start), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"window.kwargs.{name} is {value}; use at least 1")
+    starts = range(0, stop, stride)
+    return _Uniform(lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop)
+
+
+@register_schedule("dynamic")
+class Dynamic:
+    """HRF-D (arXiv 2410.08315): per group, the start of greatest change in reward that stays near the anchor.
+
+    `stride` spaces the candidates 0, stride, 2·stride, …; `beta` weighs the distance. The search is the published one:
+    a deterministic denoising of the whole group from every candidate.
+    """
+
+    needs_anchors = True
+
+    def __init__(self, *, num_inference_steps: int, stop: int, stride: int = 2, beta: float = 0.5) -> None:
+        if stride < 1:
+            raise ValueError(f"window.kwargs.stride is {stride}; use at least 1")
+        self.stop, self.beta = stop, beta
+        self.candidates = list(range(0, stop, stride))
+        if len(self.candidates) < 2:
+            raise ValueError(f"window.kwargs.stride is {stride}: a search needs two candidates among {stop} steps")
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
+        windows = []
+        for group in range(num_groups):
+            rewards, distances = probe(group, self.candidates)
+            windows.append(Window(select_start(self.candidates, rewards, distances, beta=self.beta), self.stop))
+        return windows
+
+
+def select_start(candidates: Sequence[int], rewards: Tensor, distances: Tensor, *, beta: float) -> int:
+    """HRF-D's rule: argmax of Δ̂_i − β·d̂_i with Δ_i = r_{i+1} − r_i and d_i the distance of candidate i+1.
+
+    Args:
+        candidates: C starts; rewards, distances: [C] mean reward and mean 1 − cosine to the anchor of each.
+
+    Returns:
+        The chosen start, never the last candidate. Both lists are min-max normalised; a constant one counts as zeros.
+    """
+    score = _min_max(rewards.double().diff()) - beta * _min_max(distances.double()[1:])
+    return candidates[int(score.argmax())]
+
+
+def _min_max(values: Tensor) -> Tensor:
+    spread = values.max() - values.min()
+    return (values - values.min()) / spread if spread > 0 else torch.zeros_like(values)

@@ -1,0 +1,162 @@
+"""Where a run's numbers go besides its files: the terminal, TensorBoard, Weights & Biases.
+
+The last two are optional packages and take no credential from a config: W&B uses what `wandb login` stored.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Writer(Protocol):
+    """A place for scalars and images of an iteration."""
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None: ...
+
+    def images(self, iteration: int, name: str, images: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardWriter:
+    """Event files in run_dir/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError('run.writers has tensorboard: `pip install "hrf_fast[writers]"`') from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def images(self, iteration: int, name: str, images: Tensor) -> None:
+        from hrf_fast.evaluation import image_grid
+
+        self._writer.add_image(name, _array(image_grid(images)), iteration, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A W&B run named after the folder; log in once with `wandb login`, or set WANDB_MODE=offline."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError('run.writers has wandb: `pip install "hrf_fast[writers]"`, then `wandb login`') from error
+        self._wandb = wandb
+        self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder))
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        self._run.log({"iteration": iteration, **values})
+
+    def images(self, iteration: int, name: str, images: Tensor) -> None:
+        from hrf_fast.evaluation import image_grid
+
+        self._run.log({"iteration": iteration, name: self._wandb.Image(image_grid(images))})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _array(picture: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(picture)
+
+
+def build_writers(names: list[str], folder: Path) -> list[Writer]:
+    """The writers of run.writers.
+
+    Raises:
+        ImportError: a package is missing; says how to install it.
+    """
+    kinds: dict[str, type[Writer]] = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter}
+    return [kinds[name](folder) for name in names]  # type: ignore[call-arg]
+
+
+class Progress:
+    """Says nothing: the quiet display, and the interface of the others."""
+
+    def start(self, first: int, total: int) -> None:
+        """Iterations [first, total) are to come."""
+
+    def phase(self, name: str) -> None:
+        """What the iteration is doing now."""
+
+    def iteration(self, iteration: int, record: dict[str, Any]) -> None:
+        """An iteration is done."""
+
+    def panel(self, iteration: int, record: dict[str, Any]) -> None:
+        """A panel was scored after `iteration` iterations."""
+
+    def note(self, text: str) -> None:
+        """Something that a user must see."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None: ...
+
+
+class JsonProgress(Progress):
+    """One JSON line per event on standard output, for logs."""
+
+    def iteration(self, iteration: int, record: dict[str, Any]) -> None:
+        print(json.dumps(record), flush=True)
+
+    def panel(self, iteration: int, record: dict[str, Any]) -> None:
+        print(json.dumps({"panel": {k: v for k, v in record.items() if k != "rewards"}}), flush=True)
+
+    def note(self, text: str) -> None:
+        print(json.dumps({"note": text}), flush=True)
+
+
+class BarProgress(Progress):
+    """A tqdm bar with reward, images/s and the time left; panels and notes scroll above it."""
+
+    _bar: tqdm | None = None
+
+    def start(self, first: int, total: int) -> None:
+        self._bar = tqdm(total=total, initial=first, unit="it", dynamic_ncols=True, smoothing=0.1)
+
+    def phase(self, name: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(f"{name:>8}")
+
+    def iteration(self, iteration: int, record: dict[str, Any]) -> None:
+        if self._bar is not None:
+            rate = record["images"] / max(1e-9, sum(record["seconds"].values()))
+            self._bar.set_postfix_str(f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s", refresh=False)
+            self._bar.update(1)
+
+    def panel(self, iteration: int, record: dict[str, Any]) -> None:
+        parts = [
+            f"{name} {record[name][0]:.4g} [{record[name][1]:.4g}, {record[name][2]:.4g}]"
+            for name in ("reward", "vendi", "inception")
+            if name in record
+        ]
+        self.note(f"panel after {iteration} iterations: " + "   ".join(parts))
+
+    def note(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def build_progress(kind: str) -> Progress:
+    """The display of run.progress: auto is a bar on a terminal and JSON lines elsewhere."""
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "json"
+    return {"bar": BarProgress, "json": JsonProgress, "quiet": Progress}[kind]()

@@ -1,0 +1,42 @@
+"""StepCoefficients: one affine form for every scheduler step, so that no scheduler is known below this line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """The Gaussian step `next ~ N(mean_x0·x0 + mean_latents·latents + mean_output·model_output, std²)`.
+
+    `x0 = x0_latents·latents + x0_output·model_output`, clamped to ±`x0_clip` when that is set. Each tensor is fp32
+    and either a scalar (one step for the whole batch), [S] (a table of steps) or [B] (one step per sample).
+    """
+
+    x0_latents: Tensor
+    x0_output: Tensor
+    mean_x0: Tensor
+    mean_latents: Tensor
+    mean_output: Tensor
+    std: Tensor
+    x0_clip: float | None = None
+
+    def _map(self, function) -> StepCoefficients:
+        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "x0_clip"}
+        return StepCoefficients(**tensors, x0_clip=self.x0_clip)
+
+    def __len__(self) -> int:
+        return len(self.std)
+
+    def __getitem__(self, index: int | slice | Tensor) -> StepCoefficients:
+        """Step `index` of a table: an int gives scalars, a slice or an index tensor a smaller table."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device) -> StepCoefficients:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def repeat_interleave(self, repeats: int) -> StepCoefficients:
+        """[S] to [S·repeats]: each step's numbers once per sample, for a time-major batch."""
+        return self._map(lambda tensor: tensor.repeat_interleave(repeats))

@@ -1,0 +1,54 @@
+"""Packaging: `hrf_kernels` lives in kernels/, which has no __init__.py so that it never hides the hub's `kernels`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+EXTRAS = {
+    # learned rewards and feature networks from the hub
+    "rewards": ["transformers>=4.45"],
+    "writers": ["tensorboard", "wandb"],
+    # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
+    "gpu": ["triton>=3.0", "deepspeed>=0.15", "bitsandbytes>=0.44", "xformers"],
+    "test": [
+        "transformers>=4.45",
+        "tensorboard",
+        "torchmetrics",
+        "vendi-score",
+        "pytest",
+        "pytest-cov",
+        "pytest-timeout",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+    ],
+    # drawing the portraits again; Fashion-MNIST comes from Debian's dataset-fashion-mnist
+    "pretraining": ["dicebear-core", "dicebear-styles", "resvg-py"],
+}
+
+setup(
+    name="hrf_fast",
+    version="0.1.0",
+    description="Hierarchical Reward Fine-tuning of diffusion models",
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["hrf_fast", "hrf_fast.rewards", "hrf_fast.assets", "hrf_kernels"],
+    package_dir={"hrf_kernels": "kernels/hrf_kernels"},
+    package_data={"hrf_fast.assets": ["**/*"]},
+    install_requires=[
+        "torch>=2.4",
+        "numpy",
+        "diffusers>=0.30",
+        "safetensors",
+        "huggingface_hub",
+        "omegaconf>=2.3",
+        "pyyaml",
+        "pillow",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["hrf=hrf_fast.cli:main"]},
+)
