@@ -1,4 +1,4 @@
-"""Train one of the shipped DDPMs from scratch: `python pretraining/train_ddpm.py fashion --out some/folder`.
+"""Train one of the shipped DDPMs: `python pretraining/train_ddpm.py fashion --out some/folder`.
 
 Plain epsilon prediction with min-SNR weights (arXiv 2303.09556), squared-cosine betas, AdamW with warm-up and
 cosine decay, and an exponential moving average of the weights, which is what is saved. One core, bf16 autocast.
@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 BLOCKS = {"fashion": (32, 64, 64), "portraits": (32, 64, 64, 64)}
-STEPS = {"fashion": 12_000, "portraits": 12_000}
+STEPS = 10_000
 BATCH, LEARNING_RATE, WARMUP, MIN_SNR, EMA = 32, 1e-3, 200, 5.0, 0.999
 
 
@@ -38,17 +38,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(BLOCKS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="optimizer steps of 32 images")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of 32 images")
+    parser.add_argument("--init", type=Path, help="start from the weights of this folder instead of from scratch")
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    steps = arguments.steps or STEPS[arguments.name]
+    steps = arguments.steps
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)
 
     pixels = fashion("train")[0] if arguments.name == "fashion" else portraits(12_000)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     unet = build_unet(arguments.name, images.shape[1])
+    if arguments.init:
+        unet = UNet2DModel.from_pretrained(arguments.init / "unet", low_cpu_mem_usage=False)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(EMA))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)

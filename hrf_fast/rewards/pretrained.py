@@ -72,6 +72,10 @@ def load_network(option: str, source: str, network_class: Any, config: Any, devi
         ValueError: the file lacks some of the network's weights, which transformers would make up at random.
     """
     path = str(Path(source).expanduser()) if check_folder(option, source) else source
+    logging = require("transformers.utils.logging", reward=option.split(".")[0])
+    verbosity = logging.get_verbosity()
+    # the text half of a CLIP is left out on purpose, and 200 lines of warning would say so
+    logging.set_verbosity_error()
     try:
         # takes safetensors where there is one, and otherwise a pickle without code
         network, report = network_class.from_pretrained(
@@ -79,6 +83,8 @@ def load_network(option: str, source: str, network_class: Any, config: Any, devi
         )
     except Exception as error:
         raise unavailable(option, source, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(

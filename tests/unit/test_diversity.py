@@ -115,7 +115,7 @@ def test_inception_score_refuses_what_is_no_log_probability(log_probs, message):
 
 
 def test_bootstrap_of_two_samples_by_hand():
-    # resamples of (0, 1) have mean 0, 1/2, 1 with probability 1/4, 1/2, 1/4: the 5 % tails are 0 and 1, the 40 % ones 1/2
+    # resamples of (0, 1) have mean 0, 1/2, 1 1/4, 1/2, 1/4 of the time: 5 % tails 0 and 1, 40 % tails 1/2
     values = torch.tensor([0.0, 1.0])
     assert mean_interval(values, level=0.9, seed=0) == (0.5, 0.0, 1.0)
     assert mean_interval(values, level=0.2, seed=0) == (0.5, 0.5, 0.5)
@@ -147,9 +147,9 @@ def test_the_seed_decides_the_interval():
 
 def test_fast_intervals_equal_the_general_one():
     tall, wide, log_probs = random_features(20, 4), random_features(5, 9), random_log_probs(20, 4)
-    for features in (tall, wide):
-        slow = bootstrap_interval(lambda i, f=features: vendi_score(f[i]), len(features), resamples=99, seed=2, centred=True)
-        assert vendi_interval(features, resamples=99, seed=2) == pytest.approx(slow, rel=1e-9)
+    for f in (tall, wide):
+        slow = bootstrap_interval(lambda i, f=f: vendi_score(f[i]), len(f), resamples=99, seed=2, centred=True)
+        assert vendi_interval(f, resamples=99, seed=2) == pytest.approx(slow, rel=1e-9)
     slow = bootstrap_interval(lambda i: inception_score(log_probs[i]), 20, resamples=99, seed=2, centred=True)
     assert inception_interval(log_probs, resamples=99, seed=2) == pytest.approx(slow, rel=1e-9)
     slow = bootstrap_interval(lambda i: float(tall[i, 0].double().mean()), 20, resamples=99, seed=2)

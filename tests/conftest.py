@@ -1,0 +1,82 @@
+"""Fixtures: small models made on the spot, and the golden numbers of the HRF authors' code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# parity tolerances, each with its reason
+LOSS_TOLERANCE = 1e-5  # of the loss scale: fp32 sums over steps and pixels in another order
+GRADIENT_TOLERANCE = 1e-3  # relative norm: fp32 ratios near 1 lose digits at small std
+
+
+@pytest.fixture(autouse=True)
+def two_threads_less_noise():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """(cases, tensors) of hrf_reference.safetensors."""
+    with safe_open(GOLDEN / "hrf_reference.safetensors", framework="pt") as file:
+        cases = json.loads(file.metadata()["cases"])
+        return cases, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def make_unet(channels: int = 3, size: int = 16, seed: int = 0):
+    """The tiny UNet of the golden numbers, randomly initialised."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )
+
+
+def make_scheduler(kind: str = "DDIMScheduler", **options):
+    import diffusers
+
+    return getattr(diffusers, kind)(**{"beta_start": 1e-4, "beta_end": 0.02, **options})
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A diffusers folder with a tiny random 3-channel DDPM, as `DDPMPipeline.save_pretrained` writes it."""
+    from diffusers import DDPMPipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(tiny_model, tmp_path):
+    """Arguments of a run of seconds on the tiny model; its folder is tmp_path/run."""
+    return [
+        f"model.name={tiny_model}",
+        "sample.num_inference_steps=6",
+        "sample.batch_size=8",
+        "train.iterations=2",
+        "train.groups_per_iteration=2",
+        "train.group_size=3",
+        "train.learning_rate=1e-4",
+        "evaluation.every=1",
+        "evaluation.panel_size=6",
+        "evaluation.grid_size=4",
+        "evaluation.resamples=100",
+        "run.save_every=1",
+        "run.progress=json",
+        f"run.folder={tmp_path / 'run'}",
+    ]
