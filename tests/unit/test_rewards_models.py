@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hrf_fast.rewards import RewardTerm, build_reward
@@ -17,7 +17,7 @@ from hrf_fast.rewards.aesthetic import CLIP_STD, build_head
 from hrf_fast.rewards.classifier import find_classes
 from hrf_fast.rewards.pretrained import Preprocessor
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
 WIDTH = 24
 CLIP_SIDE = 32
@@ -264,6 +264,18 @@ def test_the_vision_half_alone_and_a_pickled_checkpoint_are_clips_too(clip_folde
     whole.config.save_pretrained(tmp_path / "pickled")
     torch.save(whole.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     assert torch.equal(aesthetic(clip=tmp_path / "pickled", head=tmp_path / "v1.pth")(images), expected)
+
+
+def test_a_clip_saved_in_half_precision_is_run_in_fp32(clip_folder, tmp_path):
+    save_linear(tmp_path / "v1.pth")
+    half = copied(clip_folder, tmp_path)
+    transformers.CLIPModel.from_pretrained(clip_folder).half().save_pretrained(half)
+    assert load_file(half / "model.safetensors")["visual_projection.weight"].dtype == torch.float16
+    _, images = byte_images()
+    scores = aesthetic(clip=half, head=tmp_path / "v1.pth")(images)
+    expected = aesthetic(clip=clip_folder, head=tmp_path / "v1.pth")(images)
+    # the weights are rounded to 11 bits, the arithmetic is not
+    assert 0 < (scores - expected).abs().max() < 0.1 * expected.std()
 
 
 def test_a_head_for_another_clip_or_a_network_that_is_no_clip_is_refused(clip_folder, vit_folder, tmp_path):

@@ -1,0 +1,153 @@
+"""Checkpoints: complete or absent, verified, and never executed."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hrf_fast.checkpoint import list_checkpoints, load_newest, replace_folder, save_checkpoint, write_atomically
+from tests.unit.test_update import make_policy
+
+
+def make_optimizer(policy):
+    optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=1e-3)
+    for parameter in policy.unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    policy = make_policy()
+    optimizer = make_optimizer(policy)
+    save_checkpoint(tmp_path, 1, policy, optimizer, {"calls": {"batches": 3}}, keep=2)
+    return tmp_path, policy, optimizer
+
+
+def fail(text):
+    raise AssertionError(f"unexpected warning: {text}")
+
+
+def test_weights_optimizer_and_state_come_back_bit_for_bit(saved):
+    folder, policy, optimizer = saved
+    other = make_policy(seed=1)
+    fresh = torch.optim.AdamW(other.unet.parameters(), lr=0.5)
+    state = load_newest(folder, other, fresh, warn=fail)
+    assert state == {"iteration": 1, "calls": {"batches": 3}}
+    for old, new in zip(policy.unet.parameters(), other.unet.parameters(), strict=True):
+        assert torch.equal(old, new)
+    before, after = optimizer.state_dict(), fresh.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for index, entry in before["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(value, after["state"][index][key]), (index, key)
+
+
+def test_the_checkpoint_holds_a_pipeline_that_diffusers_loads(saved):
+    from diffusers import DDIMPipeline
+
+    folder, policy, _ = saved
+    pipeline = DDIMPipeline.from_pretrained(folder / "iteration-000001" / "model")
+    assert torch.equal(pipeline.unet.conv_in.weight, policy.unet.conv_in.weight)
+
+
+def test_only_the_newest_are_kept(saved):
+    folder, policy, optimizer = saved
+    for iteration in (2, 3):
+        save_checkpoint(folder, iteration, policy, optimizer, {}, keep=2)
+    assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(saved):
+    folder, policy, optimizer = saved
+    path = save_checkpoint(folder, 2, policy, optimizer, {}, keep=2)
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+    warnings = []
+    state = load_newest(folder, policy, optimizer, warn=warnings.append)
+    assert state["iteration"] == 1
+    assert "iteration-000002" in warnings[0] and "optimizer.safetensors is not what was written" in warnings[0]
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "file missing", "manifest is no mapping"])
+def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved, damage):
+    folder, policy, optimizer = saved
+    path = folder / "iteration-000001"
+    if damage == "no manifest":
+        (path / "manifest.json").unlink()
+    elif damage == "file missing":
+        (path / "state.json").unlink()
+    else:
+        (path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="no checkpoint in .* is intact"):
+        load_newest(folder, policy, optimizer, warn=lambda text: None)
+
+
+def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
+    folder, policy, optimizer = saved
+    path = folder / "iteration-000001" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    path.write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_newest(folder, policy, optimizer, warn=lambda text: None)
+    # even with a manifest that vouches for it
+    from hrf_fast.checkpoint import _sha256
+
+    manifest_path = folder / "iteration-000001" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest["model/unet/diffusion_pytorch_model.safetensors"] = _sha256(path)
+    manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match="(?i)safetensors|header"):
+        load_newest(folder, policy, optimizer, warn=fail)
+    assert not marker.exists()
+
+
+def test_no_checkpoint_is_not_an_error(tmp_path):
+    assert load_newest(tmp_path / "none", make_policy(), None, warn=fail) is None
+
+
+def test_a_failure_while_writing_leaves_the_old_folder_and_no_litter(tmp_path):
+    target = tmp_path / "folder"
+    replace_folder(target, lambda path: (path / "a").write_text("old"))
+
+    def fail_half_way(path):
+        (path / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        replace_folder(target, fail_half_way)
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    replace_folder(target, lambda path: (path / "a").write_text("new"))
+    assert (target / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(saved):
+    folder, policy, optimizer = saved
+    shutil.copytree(folder / "iteration-000001", folder / ".iteration-000002.tmp")
+    assert [path.name for path in list_checkpoints(folder)] == ["iteration-000001"]
+    save_checkpoint(folder, 2, policy, optimizer, {}, keep=2)
+    assert [path.name for path in list_checkpoints(folder)] == ["iteration-000002", "iteration-000001"]
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "x.json"
+    write_atomically(path, b"1")
+    write_atomically(path, b"22")
+    assert path.read_bytes() == b"22" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_saved_optimizer_is_plain_safetensors(saved):
+    folder, _, _ = saved
+    tensors = load_file(folder / "iteration-000001" / "optimizer.safetensors")
+    assert "0.exp_avg" in tensors and "0.step" in tensors

@@ -1,0 +1,116 @@
+"""Configuration: layers, typos, ranges, and every shipped YAML."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hrf_fast.config import SECTIONS, Config, describe_options, differences, load_config, to_yaml
+from hrf_fast.rewards import RewardTerm
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_later_layers_win_over_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {iterations: 5, group_size: 7}\n")
+    (tmp_path / "b.yaml").write_text("train: {iterations: 6}\n")
+    config = load_config(["--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}", "run.seed=3"])
+    assert (config.train.iterations, config.train.group_size, config.run.seed) == (6, 7, 3)
+
+
+def test_a_base_is_read_relative_to_its_file_and_is_overridden(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {iterations: 5, learning_rate: 1e-5}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "child.yaml").write_text("base: ../base.yaml\ntrain: {iterations: 9}\n")
+    config = load_config(["--config", str(tmp_path / "sub" / "child.yaml")])
+    # 1e-5 is a number: plain YAML would read a string
+    assert (config.train.iterations, config.train.learning_rate) == (9, 1e-5)
+
+
+def test_a_circle_of_bases_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ValueError, match="its own base"):
+        load_config(["--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.iteratons=3"], r"no option train.iteratons \(did you mean 'iterations'\?\)"),
+        (["tarin.iterations=3"], r"no section 'tarin' \(did you mean 'train'\?\)"),
+        (["train.iterations=many"], "train.iterations.*many"),
+        (["train.iterations=0"], "train.iterations is 0; use at least 1"),
+        (["train.group_size=1"], "train.group_size is 1; use at least 2"),
+        (["train.learning_rate=-1"], "train.learning_rate is -1.0; use a finite number above 0"),
+        (["train.learning_rate=nan"], "train.learning_rate is nan"),
+        (["train.clip_range=0"], "train.clip_range is 0.0"),
+        (["train.precision=fp16"], "train.precision is 'fp16'.*use fp32, bf16"),
+        (["train.groups_per_iteration=4", "train.groups_per_step=3"], "does not divide"),
+        (["train.adam_betas=[0.9]"], "train.adam_betas is"),
+        (["train.adam_betas=[0.9,1.0]"], "train.adam_betas is"),
+        (["sample.scheduler=dim"], r"did you mean 'ddim'\?"),
+        (["run.writers=[tensorbord]"], r"did you mean 'tensorboard'\?"),
+        (["reward.name=null"], "either reward.name or reward.terms"),
+        (["reward.terms=[{name: jpeg_compressibility}]"], "either reward.name or reward.terms"),
+        (["train"], "write section.field=value"),
+        (["train=3"], "train is a section"),
+        (["--iterations=3"], "--iterations=3 is unknown"),
+        (["--config"], "--config needs a file"),
+        (["--config", "nowhere/x.yaml"], "does not exist"),
+    ],
+)
+def test_a_wrong_option_names_itself_and_the_way_out(words, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(words)
+
+
+def test_a_missing_file_answers_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"did you mean '.*smoke_cpu.yaml'"):
+        load_config(["--config", str(CONFIGS / "smoke_cpuu.yaml")])
+
+
+@pytest.mark.parametrize("text", ["train: [1, 2", "- a\n- b\n", "\tx: 1"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="broken.yaml"):
+        load_config(["--config", str(path)])
+
+
+def test_the_launchers_local_rank_is_dropped():
+    assert load_config(["--local_rank=0", "--local_rank", "0", "run.seed=2"]).run.seed == 2
+
+
+def test_several_processes_are_refused_until_an_engine_shards(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
+        load_config([])
+
+
+def test_weighted_terms_become_reward_terms():
+    config = load_config(["reward.name=null", "reward.terms=[{name: jpeg_compressibility, weight: 2}]"])
+    assert config.reward.terms == [RewardTerm("jpeg_compressibility", 2.0, {})]
+
+
+def test_the_written_configuration_reads_back_equal(tmp_path):
+    config = load_config(["window.kwargs.clusters=[[0,5],{steps: [6,7]}]", "train.learning_rate=3e-5", "run.seed=4"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert differences(load_config(["--config", str(path)]), config) == {}
+
+
+def test_differences_names_option_old_and_new():
+    assert differences(load_config([]), load_config(["run.seed=4"])) == {"run.seed": (0, 4)}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_yaml_loads(path):
+    assert isinstance(load_config(["--config", str(path)]), Config)
+
+
+def test_every_option_has_a_docstring_and_a_line_of_help():
+    text = describe_options()
+    for section, factory in SECTIONS.items():
+        for field in dataclasses.fields(factory):
+            assert f"  {section}.{field.name}=" in text
