@@ -82,11 +82,12 @@ def _model_of(name: str) -> str:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Score a run's tuned model against its pretrained one on a fixed panel."""
-    from hrf_fast.config import load_config
-    from hrf_fast.parts import build_config_reward, build_policy
-    from hrf_fast.evaluation import choose_scorer, evaluate as score_panel
-    from hrf_fast.run import choose_device
     from hrf_fast.checkpoint import write_atomically
+    from hrf_fast.config import load_config
+    from hrf_fast.evaluation import choose_scorer
+    from hrf_fast.evaluation import evaluate as score_panel
+    from hrf_fast.parts import build_config_reward, build_policy
+    from hrf_fast.run import choose_device
 
     run = Path(arguments.run)
     if not (run / "config.yaml").is_file():
@@ -117,9 +118,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """One HTML page from one or more runs."""
-    from hrf_fast.report import write_report
+    from hrf_fast.report import summary_lines, write_report
 
-    print(write_report([Path(folder) for folder in arguments.runs], Path(arguments.out) if arguments.out else None))
+    runs = [Path(folder) for folder in arguments.runs]
+    print("\n".join(summary_lines(runs)))
+    print(write_report(runs, Path(arguments.out) if arguments.out else None))
 
 
 def rewards(arguments: argparse.Namespace) -> None:
@@ -127,15 +130,18 @@ def rewards(arguments: argparse.Namespace) -> None:
     from hrf_fast.rewards import list_rewards
 
     for info in list_rewards():
-        print(info.describe())
+        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}")
+        for argument in info.arguments:
+            default = "required" if argument.required else f"default {argument.default!r}"
+            print(f"    {argument.name} ({argument.type}, {default}): {argument.doc}")
+    print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
 
 
-def doctor(arguments: argparse.Namespace) -> int | None:
+def doctor(arguments: argparse.Namespace) -> None:
     """Say what works on this machine and what does not, and why."""
     from hrf_fast.doctor import examine
 
     print(examine())
-    return None
 
 
 def build_parser() -> argparse.ArgumentParser:

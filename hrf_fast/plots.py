@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,14 +42,16 @@ def interval_curves(series: Sequence[Series], *, x_label: str, y_label: str) -> 
     return _png(figure)
 
 
-def frontier(series: Sequence[Series], *, x_label: str, y_label: str) -> bytes:
-    """Each run's way through the plane, from a hollow start to a large end; up and to the right is better."""
+def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: float | None = None) -> bytes:
+    """Each run's way through the plane, from a hollow start to a large end; a dotted line marks x = `level`."""
     figure, axes = _axes(x_label, y_label)
     for index, line in enumerate(series):
         look = _look(index)
         axes.plot(line.x, line.y, **{**look, "markersize": 3}, label=_label(line.name))
         axes.plot(line.x[-1:], line.y[-1:], **{**look, "markersize": 9})
         axes.plot(line.x[:1], line.y[:1], **{**look, "markersize": 9, "markerfacecolor": "white", "zorder": 3})
+    if level is not None:
+        axes.axvline(level, color="#666666", linestyle=":", linewidth=1)
     _legend(axes)
     return _png(figure)
 
@@ -58,12 +60,8 @@ def diagnostics(panels: Sequence[tuple[str, Series]], *, x_label: str) -> bytes:
     """Small panels in two columns, (title, series) each; the interval is drawn as a band."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(1.5 * WIDTH, 0.6 * HEIGHT * rows), layout="constrained")
-    axes_of = figure.subplots(rows, 2, squeeze=False).flatten()
-    for index, axes in enumerate(axes_of):
-        if index >= len(panels):
-            axes.set_axis_off()
-            continue
-        title, line = panels[index]
+    for place, (title, line) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, place)
         axes.plot(line.x, line.y, color=COLOURS[0], linewidth=1.2, marker="." if len(line.x) < 30 else None)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=COLOURS[0], alpha=0.15, linewidth=0)
@@ -82,7 +80,7 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _look(index: int) -> dict[str, object]:
+def _look(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -96,6 +94,7 @@ def _tidy(axes: Axes) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=FONT - 1)
+    axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
 
 

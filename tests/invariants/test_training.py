@@ -1,0 +1,289 @@
+"""Whole runs on a tiny model, through the real command: what must hold whatever the numbers are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hrf_fast.train as train_module
+from hrf_fast.run import read_log
+from hrf_fast.train import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(run: Path):
+    return load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(run: Path):
+    """Metrics without what time and memory say."""
+    records = read_log(run / "metrics.jsonl")
+    for record in records:
+        del record["seconds"], record["peak_memory_bytes"]
+    return records
+
+
+def assert_equal_weights(a: Path, b: Path):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def with_folder(words, folder, *more):
+    return [word for word in words if not word.startswith("run.folder=")] + [f"run.folder={folder}", *more]
+
+
+def bright(images, prompts=None):
+    return images.mean((1, 2, 3))
+
+
+def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
+    from diffusers import DDPMPipeline
+
+    from hrf_fast.config import load_config
+
+    assert main(tiny_run) == 0
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "samples",
+        "checkpoints",
+        "model",
+    }
+    assert load_config(["--config", str(run / "config.yaml")]) == load_config(tiny_run)
+    records = read_log(run / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == [0, 1]
+    wanted = "reward_mean reward_std reward_min reward_max advantage_std ratio_mean ratio_max clip_fraction approx_kl"
+    wanted += " grad_norm learning_rate window_starts seconds images forwards evaluations peak_memory_bytes loss"
+    assert set(wanted.split()) <= set(records[0])
+    assert set(records[0]["seconds"]) == {"anchors", "search", "rollout", "reward", "update"}
+    assert [record["iteration"] for record in read_log(run / "evaluations.jsonl")] == [0, 1, 2]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"iteration-00000{i}.png" for i in range(3)]
+    assert DDPMPipeline.from_pretrained(run / "model").unet.config.sample_size == 16
+    # not a terminal: every line of the output is JSON
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "exact" in lines[0]["note"]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_weights_and_another_seed_does_not(tiny_run, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(with_folder(tiny_run, tmp_path / name, f"run.seed={seed}")) == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("schedule", ["full", "clusters", "dynamic", "random", "sliding"])
+def test_every_schedule_trains_and_changes_the_weights(tiny_run, tmp_path, tiny_model, schedule):
+    assert main([*tiny_run, f"window.schedule={schedule}", "evaluation.every=0", "train.iterations=1"]) == 0
+    before = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    after = weights(tmp_path / "run")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    # the deterministic last step, index 5 of 6, is in no window
+    record = read_log(tmp_path / "run" / "metrics.jsonl")[0]
+    assert record["window_steps"] == sum(5 - start for start in record["window_starts"])
+
+
+def test_unet_calls_are_counted_as_the_algorithm_needs_them(tiny_run, tmp_path):
+    assert main([*tiny_run, "window.schedule=full", "train.iterations=1"]) == 0
+    record = metrics(tmp_path / "run")[0]
+    # DDPO: 6 samples x (6 rollout + 5 replayed forwards), 6 x 5 backwards; panels are not training
+    assert (record["forwards"], record["backwards"], record["evaluations"]) == (66, 30, 126)
+
+
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_run, tmp_path):
+    assert main(with_folder(tiny_run, tmp_path / "whole", "train.iterations=4")) == 0
+    assert main(with_folder(tiny_run, tmp_path / "halves", "train.iterations=2")) == 0
+    assert main(with_folder(tiny_run, tmp_path / "halves", "train.iterations=4")) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
+    assert read_log(tmp_path / "whole" / "evaluations.jsonl") == read_log(tmp_path / "halves" / "evaluations.jsonl")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_lines_that_outlived_their_checkpoint_are_done_again_once(tiny_run, tmp_path):
+    # checkpoints after 2 of 3 iterations only: kill during iteration 3 means 1 logged line too many
+    words = with_folder(tiny_run, tmp_path / "run", "run.save_every=2", "train.iterations=3")
+    assert main(words) == 0
+    whole = metrics(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "iteration-000003"
+    newest.rename(tmp_path / "gone")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "torn')
+    assert main(words) == 0
+    assert metrics(tmp_path / "run") == whole
+
+
+def test_inner_epochs_and_groups_per_step_make_the_optimizer_steps_they_say(tiny_run, tmp_path, monkeypatch):
+    calls = []
+    original = train_module.update
+    monkeypatch.setattr(train_module, "update", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
+    assert main([*tiny_run, "train.iterations=1", "train.inner_epochs=3", "train.groups_per_step=2"]) == 0
+    assert calls == [2, 2, 2]
+
+
+def test_the_budget_of_evaluations_ends_a_run_after_the_iteration_that_passes_it(tiny_run, tmp_path):
+    assert main([*tiny_run, "train.iterations=50", "train.max_evaluations=1", "evaluation.every=0"]) == 0
+    assert len(metrics(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "model").is_dir()
+    assert [record["iteration"] for record in read_log(tmp_path / "run" / "evaluations.jsonl")] == [0, 1]
+
+
+def test_the_cosine_schedule_and_warm_up_reach_the_optimizer(tiny_run, tmp_path):
+    words = ["train.learning_rate_schedule=cosine", "train.warmup_iterations=1", "train.learning_rate=1e-3"]
+    assert main([*tiny_run, *words, "train.iterations=3"]) == 0
+    # warm-up (0+1)/1, then cosine over 2 iterations: 1, (1 + cos(pi/2))/2 = 0.5
+    assert [r["learning_rate"] for r in metrics(tmp_path / "run")] == pytest.approx([1e-3, 1e-3, 5e-4])
+
+
+def test_bf16_trains(tiny_run, tmp_path):
+    assert main([*tiny_run, "train.precision=bf16", "train.iterations=1"]) == 0
+    assert weights(tmp_path / "run")["conv_in.weight"].dtype == torch.float32
+
+
+# what goes wrong
+
+
+def test_rewards_without_any_spread_leave_the_weights_alone_but_for_decay(tiny_run, tmp_path, tiny_model, monkeypatch):
+    (tmp_path / "flat_reward.py").write_text("def flat(images, prompts=None):\n    return [1.0] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    assert main([*tiny_run, "reward.name=flat_reward:flat", "train.weight_decay=0"]) == 0
+    before = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('no model')", "reward 'late_reward:score' failed with KeyError"),
+        ("return [float('nan')] * len(images)", "late_reward:score.*(NaN|nan)"),
+        ("return images.mean()", "late_reward:score"),
+    ],
+    ids=["raises", "NaN", "wrong shape"],
+)
+def test_a_reward_that_fails_stops_before_the_optimizer_step_with_the_checkpoint_intact(
+    tiny_run, tmp_path, monkeypatch, capsys, body, message
+):
+    # the first panel of 6, the first iteration's 6 and the second panel are fine, the second iteration's fail
+    (tmp_path / "late_reward.py").write_text(
+        f"calls = 0\ndef score(images, prompts=None):\n    global calls\n    calls += 1\n"
+        f"    if calls > 3:\n        {body}\n    return images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "late_reward", raising=False)
+    assert main([*tiny_run, "reward.name=late_reward:score"]) == 1
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+    checkpoint = tmp_path / "run" / "checkpoints" / "iteration-000001"
+    assert checkpoint.is_dir() and not (tmp_path / "run" / "model").exists()
+    assert len(metrics(tmp_path / "run")) == 1
+    # mended, the same command goes on from there and ends as if nothing had happened
+    (tmp_path / "late_reward.py").write_text("def score(images, prompts=None):\n    return images.mean((1, 2, 3))\n")
+    del sys.modules["late_reward"]
+    assert main([*tiny_run, "reward.name=late_reward:score"]) == 0
+    assert main(with_folder(tiny_run, tmp_path / "whole", "reward.name=late_reward:score")) == 0
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_nan_weights_are_caught_before_the_optimizer_step(tiny_run, tmp_path, monkeypatch, capsys):
+    original = train_module.learn
+
+    def poison(parts, *rest):
+        with torch.no_grad():
+            next(parts.policy.unet.parameters()).fill_(float("nan"))
+        return original(parts, *rest)
+
+    monkeypatch.setattr(train_module, "learn", poison)
+    assert main([*tiny_run, "run.save_every=0"]) == 1
+    assert "no optimizer step was made" in capsys.readouterr().err
+    # an update cut in half is not saved
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_configuration_in_the_folder_is_refused_with_what_differs(tiny_run, tmp_path, capsys):
+    assert main(tiny_run) == 0
+    before = metrics(tmp_path / "run")
+    assert main([*tiny_run, "train.group_size=4"]) == 1
+    message = capsys.readouterr().err
+    assert "train.group_size was 3 and is 4" in message and "choose another run.folder" in message
+    assert metrics(tmp_path / "run") == before
+
+
+def test_a_folder_that_holds_something_else_is_not_written_into(tiny_run, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    assert main(tiny_run) == 1
+    assert "is not empty and holds no run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_an_unwritable_folder_is_named(tiny_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(with_folder(tiny_run, tmp_path / "file" / "run")) == 1
+    assert "can't be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["window.kwargs={clusters: [[0, 3], [3, 9]]}"], r"clusters\[1\] has start 6 but sample.num_inference_steps is 6"),
+        (["window.kwargs={clusters: [[5, 6]]}"], r"clusters\[0\] is empty"),
+        (["window.schedule=cluster"], r"did you mean 'clusters'\?"),
+        (["reward.name=jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),
+        (["reward.kwargs={qualty: 3}"], "quality"),
+        (["sample.eta=0"], "sample.eta is 0.0"),
+        (["run.device=tpu"], "run.device is 'tpu'"),
+        (["run.device=cuda:99"], "torch sees"),
+        (["evaluation.scorer=fashon"], "fashion"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_a_folder_is_made(tiny_run, tmp_path, capsys, words, message):
+    import re
+
+    assert main([*tiny_run, *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def start(words, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def wait_for_lines(path: Path, count: int):
+    for _ in range(1200):
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} never had {count} lines")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_process_resumes_to_the_uninterrupted_result(tiny_run, tmp_path, stop):
+    words = [*tiny_run, "train.iterations=12", "evaluation.every=6"]
+    process = start(words)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    if stop == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert "stopped by Ctrl-C" in errors
+    assert not (tmp_path / "run" / "model").exists()
+    assert main(words) == 0
+    assert main(with_folder(words, tmp_path / "whole")) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")

@@ -1,0 +1,283 @@
+import base64
+import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from hrf_fast import report
+from hrf_fast.cli import main
+from hrf_fast.comparison import at_reward, describe, findings, gain, read_runs, result_table
+from hrf_fast.config import (
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    TrainConfig,
+    WindowConfig,
+    to_yaml,
+)
+from hrf_fast.evaluation import save_grid
+from hrf_fast.report import MID_RUN_GRIDS, summary_lines, write_report
+from hrf_fast.rewards.registry import RewardTerm
+
+START = [0.0, 1.0, 2.0, 3.0]  # rewards of the pretrained panel, mean 1.5
+UP_BY_3 = [(1.0, 3.0), (3.0, 1.0)]  # (gain, Vendi Score) of the panels after the pretrained one, whose Vendi is 4
+UP_BY_2 = [(1.0, 3.8), (2.0, 3.6)]
+
+
+def write_run(folder, schedule="clusters", later=UP_BY_3, *, start=START, vendi=True, finished=True, **sections):
+    """A run whose panel i after the first adds later[i][0] to every reward, with 100 UNet evaluations a panel."""
+    folder.mkdir(parents=True)
+    config = Config(window=WindowConfig(schedule=schedule), train=TrainConfig(iterations=len(later) or 1))
+    config.evaluation = EvaluationConfig(panel_size=len(start), resamples=100)
+    config.run = RunConfig(folder=str(folder))
+    (folder / "config.yaml").write_text(to_yaml(replace(config, **sections)))
+    panels = []
+    for i, (rise, diversity) in enumerate([(0.0, 4.0), *later]):
+        rewards = [value + rise for value in start]
+        mean = sum(rewards) / len(rewards)
+        panel = {"iteration": i, "evaluations": 100 * i, "reward": [mean, mean - 1, mean + 1]}
+        if vendi:
+            panel["vendi"] = [diversity, diversity - 0.5, diversity + 0.5]
+        panels.append(panel | {"rewards": rewards})
+        save_grid(torch.full((4, 3, 8, 8), 0.1 * i), folder / "samples" / f"iteration-{i:06d}.png")
+    write_log(folder / "evaluations.jsonl", panels)
+    done = range(len(later) or 1)
+    numbers = {"reward_mean": 1.0, "reward_std": 0.5, "approx_kl": 1e-6, "clip_fraction": 0.1, "grad_norm": 2.0}
+    seconds = {"rollout": 1.0, "update": 3.0}
+    counters = [{"images": 20 * (i + 1), "evaluations": 100 * (i + 1), "seconds": seconds} for i in done]
+    write_log(folder / "metrics.jsonl", [{"iteration": i, **numbers, **counters[i]} for i in done])
+    if finished:
+        (folder / "model").mkdir()
+    return folder
+
+
+def write_log(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+class Page(HTMLParser):
+    """Text, tags and image sources of a page; fails where tags don't nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.sources, self.text = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Figures of one pixel, for tests of what is beside them."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, format="png")
+    for name in ("interval_curves", "frontier", "diagnostics"):
+        monkeypatch.setattr(report, name, lambda *_, **__: buffer.getvalue())
+
+
+@pytest.fixture
+def ddpo_and_hrf(tmp_path):
+    return [write_run(tmp_path / "ddpo", "full", UP_BY_3), write_run(tmp_path / "hrf", "clusters", UP_BY_2)]
+
+
+def test_page_and_summary_say_who_keeps_more_diversity_at_equal_reward(ddpo_and_hrf, capsys):
+    out = write_report(ddpo_and_hrf)
+    assert out == ddpo_and_hrf[0] / "report.html" and capsys.readouterr() == ("", "")
+    page = Page(out.read_text())
+    # last panels: rewards 1.5 + 3 and 1.5 + 2; 1 and 3.6 of a Vendi Score of 4 are 25 % and 90 %
+    for cell in ("1.500 [0.5000, 2.500]", "+3.000 [+3.000, +3.000]", "+2.000 [+2.000, +2.000]", "25.0 %", "90.0 %"):
+        assert cell in page.text
+    # level 3.5 is half of DDPO's way from 2.5 to 4.5: Vendi half-way from 3 to 1, 150 UNet evaluations
+    assert {"2.000 [1.500, 2.500]", "50.0 %", "150"} <= set(page.text)
+    assert any("first reaches 3.5," in text for text in page.text)
+    # 3 curves, 3 grids, one on the way for each run, diagnostics of each
+    assert page.tags.count("img") == 3 + 3 + 2 + 2 and "script" not in page.tags and "link" not in page.tags
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    # 2 iterations of 1 s + 3 s; 40 images in 8 s
+    assert {"2.0 (25%)", "6.0 (75%)", "8.0", "5"} <= set(page.text)
+    assert {"window.schedule", "'full'", "'clusters'"} <= set(page.text)
+
+    lines = "\n".join(summary_lines(ddpo_and_hrf))
+    assert "at equal reward, 3.5:" in lines and "no gain" not in lines and "overlap" not in lines
+    assert [line.split()[0] for line in lines.splitlines() if "[+" in line] == ["DDPO", "HRF"]
+    assert "They say nothing about other training seeds" in lines
+
+
+def test_a_run_in_one_line(tmp_path):
+    reward = RewardConfig(name=None, terms=[RewardTerm("a", 0.5), RewardTerm("b", -1.0)])
+    folder = write_run(tmp_path / "run", "dynamic", reward=reward)
+    counts = "2 of 2 iterations · 40 images trained · 200 UNet evaluations"
+    assert describe(read_runs([folder])[0]) == f"HRF-D · fashion · 0.5 a + -1 b · T 40 · {counts} · seed 0 · {folder}"
+
+
+def test_the_gain_is_paired_by_image(tmp_path):
+    log = read_runs([write_run(tmp_path / "run")])[0]
+    # the means differ by 1.5, the images by 2, 1, 1 and 2: surer than the spread of the rewards
+    log.panels[-1]["rewards"] = [2.0, 2.0, 3.0, 5.0]
+    value, low, high = gain(log, log)
+    assert value == 1.5 and 1 <= low < value < high <= 2
+
+
+def test_the_first_crossing_counts_and_levels_at_the_start_or_never_reached_have_none(tmp_path):
+    log = read_runs([write_run(tmp_path / "run", later=[(1.0, 3.0), (0.5, 2.0), (3.0, 1.0)])])[0]
+    # a quarter of the way from 1.5 to 2.5: 25 evaluations, Vendi 4 - 1/4
+    assert at_reward(log, 1.75) == (25, (3.75, 3.25, 4.25))
+    assert at_reward(log, 2.5) == (100, (3.0, 2.5, 3.5))
+    assert at_reward(log, 1.5) is None and at_reward(log, 4.6) is None
+
+
+def test_findings_don_t_claim_what_the_intervals_don_t_show(tmp_path):
+    good = write_run(tmp_path / "good", "full", [(3.0, 3.9)])
+    weak, fell = write_run(tmp_path / "weak"), write_run(tmp_path / "fell", "dynamic", [(-1.0, 4.0)])
+    panels = [json.loads(line) for line in (weak / "evaluations.jsonl").read_text().splitlines()]
+    # changes of +1, -1, +1, -0.8: mean 0.05
+    panels[-1] |= {"rewards": [1.0, 0.0, 3.0, 2.2], "reward": [1.55, 0.5, 2.5], "vendi": [3.9, 3.4, 4.4]}
+    write_log(weak / "evaluations.jsonl", [panels[0], panels[-1]])
+    said = " ".join(summary_lines([good, weak]))
+    assert "HRF: no gain beyond its interval." in said and "DDPO: no gain" not in said
+    assert "The level of equal reward is HRF's, no gain beyond its interval: it says little." in said
+    assert "the intervals of the Vendi Scores overlap" in said
+    said = " ".join(summary_lines([good, fell]))
+    assert "HRF-D: the reward fell." in said and "at equal reward," not in said
+    assert "No comparison at equal reward: HRF-D did not end above the pretrained model." in said
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_without_vendi_scores_the_page_has_no_diversity_and_says_so(tmp_path):
+    folders = [write_run(tmp_path / name, name, vendi=False) for name in ("full", "clusters")]
+    assert result_table(read_runs(folders)).rows[0] == ["", "reward", "gain", "UNet evaluations"]
+    text = write_report(folders, tmp_path / "new" / "page.html").read_text()
+    assert "No Vendi Score: evaluation.scorer has no network for this model" in text and "<th>Vendi" not in text
+    assert Page(text).tags.count("img") == 1 + 3 + 2 + 2
+
+
+def test_a_classifier_s_inception_score_gets_a_column(tmp_path):
+    folder = write_run(tmp_path / "run", later=[])
+    panel = json.loads((folder / "evaluations.jsonl").read_text()) | {"inception": [3.0, 2.5, 3.5]}
+    write_log(folder / "evaluations.jsonl", [panel])
+    assert "3.000 [2.500, 3.500]" in result_table(read_runs([folder])).rows[1]
+
+
+def test_an_unfinished_run_is_labelled_also_while_it_is_extended_or_young(tmp_path):
+    stopped = write_run(tmp_path / "a", finished=False)
+    extended = write_run(tmp_path / "b", train=TrainConfig(iterations=9))
+    young, budget = write_run(tmp_path / "c", later=[]), TrainConfig(iterations=9, max_evaluations=200)
+    for folder in (stopped, extended, young):
+        assert describe(read_runs([folder])[0]).startswith("HRF (unfinished) ·")
+    assert "HRF: no panel after the pretrained one yet." in findings(read_runs([young]))
+    assert read_runs([write_run(tmp_path / "d", train=budget)])[0].finished
+
+
+def test_runs_of_one_method_are_told_apart_by_folder(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("s0/hrf", "s1/hrf", "s2/other")]
+    folders.append(write_run(tmp_path / "d", "full"))
+    names = [log.name for log in read_runs(folders)]
+    assert names == [f"HRF ({folders[0]})", f"HRF ({folders[1]})", "HRF (other)", "DDPO"]
+
+
+def test_what_users_name_is_escaped(tmp_path):
+    name = '<script>alert("$x$ & _y")</script>'
+    folder = write_run(
+        tmp_path / "<b>", "_mine:<i>", model=ModelConfig(name=name), reward=RewardConfig(name="my:</style>漢$")
+    )
+    text = write_report([folder]).read_text()
+    page = Page(text)
+    assert not {"script", "b", "i"} & set(page.tags) and text.count("</style>") == 1
+    assert any(name in data and "my:</style>漢$" in data and "/<b>" in data for data in page.text)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_long_run_shows_five_grids_on_the_way_and_large_grids_are_shrunk(tmp_path):
+    folder = write_run(tmp_path / "run", later=[(0.1 * i, 4.0) for i in range(1, 10)])
+    for iteration in (8, 9):
+        save_grid(torch.zeros(1, 3, 2000, 1000), folder / "samples" / f"iteration-{iteration:06d}.png")
+    page = Page(write_report([folder]).read_text())
+    captions = [text for text in page.text if text.startswith(("pretrained, iteration", "HRF, iteration"))]
+    # the ends, then five of the eight between them
+    assert [int(text.split()[2].strip(":")) for text in captions] == [0, 9, 1, 3, 5, 6, 8]
+    assert len(captions) == 2 + MID_RUN_GRIDS
+    sizes = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in page.sources]
+    assert (512, 1024) in sizes and (192, 384) in sizes and max(map(max, sizes)) == 1024
+
+
+def test_close_starts_are_noted(tmp_path):
+    folders = [write_run(tmp_path / "a", "full"), write_run(tmp_path / "b", start=[0.0, 1.0, 2.0, 3.001])]
+    assert any("close but not identical" in line for line in summary_lines(folders))
+
+
+def test_runs_whose_panels_differ_are_refused(tmp_path):
+    first = write_run(tmp_path / "a")
+    other = write_run(
+        tmp_path / "b",
+        evaluation=EvaluationConfig(seed=7, panel_size=4, resamples=300),
+        train=TrainConfig(learning_rate=1e-3),
+    )
+    with pytest.raises(ValueError, match=r"a and .*b can't be compared.*: evaluation.seed is 1234 and 7\. Report each"):
+        write_report([first, other])
+    far = write_run(tmp_path / "c", start=[5.0, 6.0, 7.0, 8.0])
+    with pytest.raises(ValueError, match=r"same weights: .* panel scores 6.5, outside the first's \[0.5, 2.5\]"):
+        summary_lines([first, far])
+
+
+def test_folders_without_a_run_name_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="no run folder was given; name at least one"):
+        write_report([])
+    with pytest.raises(ValueError, match="empty is not a run folder: it has no config.yaml; give one"):
+        write_report([tmp_path / "empty"])
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="run is given twice; name each run once"):
+        write_report([run, tmp_path / "x" / ".." / "run"])
+    with pytest.raises(ValueError, match="which is a folder; name an HTML file"):
+        write_report([run], tmp_path)
+
+
+def test_logs_that_lack_something_name_the_folder_and_the_way_out(tmp_path):
+    run = write_run(tmp_path / "run")
+    panels = (run / "evaluations.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="run has no finished iteration in metrics.jsonl; wait .*, or resume the run"):
+        write_report([run])
+    (run / "evaluations.jsonl").write_text(panels.split("\n", 1)[1])
+    with pytest.raises(ValueError, match="run has no panel of the pretrained model in .*; wait for it, or start"):
+        write_report([run])
+    (run / "evaluations.jsonl").unlink()
+    with pytest.raises(ValueError, match="run has no panel of the pretrained model"):
+        write_report([run])
+    (run / "evaluations.jsonl").write_text("{oops\n")
+    with pytest.raises(ValueError, match="evaluations.jsonl has a line that is not JSON .*; mend or delete that line"):
+        write_report([run])
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"?")], ids=["missing", "damaged"])
+def test_a_grid_that_can_t_be_read_names_the_folder_and_the_way_out(tmp_path, damage):
+    run = write_run(tmp_path / "run")
+    damage(run / "samples" / "iteration-000002.png")
+    with pytest.raises(ValueError, match="run lacks a grid, .*iteration-000002.png: .*; copy the whole run folder"):
+        write_report([run])
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_command_prints_the_summary_and_then_the_path(tmp_path, capsys):
+    run, out = write_run(tmp_path / "run"), tmp_path / "page.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [*summary_lines([run]), str(out)] and out.is_file()
