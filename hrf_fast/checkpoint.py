@@ -1,7 +1,7 @@
 """Checkpoints: written aside, hashed, renamed into place; resumed exactly, never unpickled.
 
-A checkpoint folder holds `model/` (a diffusers pipeline), `optimizer.safetensors`, `state.json` and `manifest.json` with
-the SHA-256 of every file. Random numbers need no state (seeds.py), so weights, optimizer and counters are all there is.
+A checkpoint folder holds `model/` (a diffusers pipeline), `optimizer.safetensors`, `state.json` and `manifest.json`
+with the SHA-256 of every file. Random numbers need no state (seeds.py): weights, optimizer and counters are all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder with `fill(path)` so that a crash leaves the old one, the new one or neither; never half of one."""
+    """Write a folder with `fill(path)` so that a crash leaves the old one, the new one or none; never half a one."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -52,16 +52,15 @@ def train(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
-    import torch
-
-    from hrf_fast import seeds
-    from hrf_fast.evaluation import save_grid
+    from hrf_fast.evaluation import panel_noise, save_grid
     from hrf_fast.policy import load_policy
     from hrf_fast.rollout import sample as denoise
     from hrf_fast.run import choose_device
 
     if arguments.count < 1 or arguments.batch_size < 1:
-        raise ValueError(f"--count is {arguments.count} and --batch-size {arguments.batch_size}; both must be at least 1")
+        raise ValueError(
+            f"--count is {arguments.count} and --batch-size {arguments.batch_size}; both must be at least 1"
+        )
     policy = load_policy(
         _model_of(arguments.model),
         sampler=arguments.scheduler,
@@ -69,15 +68,17 @@ def sample(arguments: argparse.Namespace) -> None:
         eta=arguments.eta,
         device=choose_device(arguments.device),
     )
-    ids = torch.arange(arguments.count, device=policy.device)
-    latents = denoise(policy, seed=seeds.key(arguments.seed, 0, "panel"), sample_id=ids, batch_size=arguments.batch_size)
+    noise = panel_noise(policy, arguments.seed, arguments.count)
+    latents = denoise(policy, noise, batch_size=arguments.batch_size)
     save_grid(policy.images(latents).cpu(), Path(arguments.out))
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
 
 
 def _model_of(name: str) -> str:
     """A run folder stands for the model that it tuned."""
-    return str(Path(name) / "model") if (Path(name) / "model").is_dir() and (Path(name) / "config.yaml").exists() else name
+    return (
+        str(Path(name) / "model") if (Path(name) / "model").is_dir() and (Path(name) / "config.yaml").exists() else name
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -111,7 +112,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         result[title] = scores.record()
         shown = {k: v for k, v in result[title].items() if k != "rewards"}
-        print(f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items()))
+        print(
+            f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items())
+        )
     write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
     print(f"written to {run / 'evaluation.json'} (95 % bootstrap intervals)")
 

@@ -13,6 +13,7 @@ from hrf_fast.config import Config
 from hrf_fast.parts import Parts
 from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
 from hrf_fast.run import Run
+from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Trajectory
 
 
@@ -22,22 +23,23 @@ def collect(parts: Parts, config: Config, run: Run, iteration: int) -> list[Traj
     A schedule with anchors (HRF) denoises one image per group, then re-noises it to the window's start; one without
     (DDPO) starts from pure noise.
     """
-    policy, train = parts.policy, config.train
-    groups, size, batch = train.groups_per_iteration, train.group_size, config.sample.batch_size
+    policy, train, batch_size = parts.policy, config.train, config.sample.batch_size
+    groups, size = train.groups_per_iteration, train.group_size
     sample_id = torch.arange(groups * size, device=policy.device).reshape(groups, size)
 
-    def key(purpose: str) -> int:
-        return seeds.key(config.run.seed, iteration, purpose)
+    def noise(purpose: str, ids: Tensor) -> NoiseKey:
+        return NoiseKey(seeds.key(config.run.seed, iteration, purpose), ids)
 
     anchors = torch.empty(0)
     if parts.schedule.needs_anchors:
         with run.phase("anchors"):
-            ids = torch.arange(groups, device=policy.device)
-            anchors = sample(policy, seed=key("anchors"), sample_id=ids, batch_size=batch)
+            anchors = sample(
+                policy, noise("anchors", torch.arange(groups, device=policy.device)), batch_size=batch_size
+            )
 
     def probe(group: int, candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
-        place = {"seed": key("search"), "sample_id": sample_id[group]}
-        return probe_starts(policy, parts.reward, anchors[group], candidates, **place, batch_size=batch)
+        place = noise("search", sample_id[group])
+        return probe_starts(policy, parts.reward, anchors[group], candidates, place, batch_size=batch_size)
 
     with run.phase("search"):
         generator = seeds.generator(config.run.seed, iteration, "windows")
@@ -45,12 +47,12 @@ def collect(parts: Parts, config: Config, run: Run, iteration: int) -> list[Traj
     trajectories = []
     with run.phase("rollout"):
         for group, window in enumerate(windows):
-            place = {"seed": key("rollout"), "sample_id": sample_id[group]}
+            place = noise("rollout", sample_id[group])
             if parts.schedule.needs_anchors:
-                start = renoised(policy, anchors[group], window.start, **place)
+                start = renoised(policy, anchors[group], window.start, place)
             else:
-                start = starting_noise(policy, **place)
-            trajectories.append(rollout(policy, window, start, micro_batch_size=train.micro_batch_size or size, **place))
+                start = starting_noise(policy, place)
+            trajectories.append(rollout(policy, window, start, place, micro_batch_size=train.micro_batch_size or size))
     return trajectories
 
 

@@ -1,4 +1,4 @@
-"""Every option, as dataclasses; `load_config(argv)` makes one Config of defaults, YAML layers and `section.field=value`.
+"""Every option, as dataclasses; `load_config(argv)` makes one Config of defaults, YAML and `section.field=value`.
 
 The only module that imports OmegaConf. A typo answers with the nearest name. Values are checked here as far as they can
 be without the model; what depends on it (windows, schedulers) is checked when it is built, before anything runs.
@@ -124,7 +124,7 @@ class EvaluationConfig:
     seed: int = 1234
     """Of the panel's noise; independent of run.seed."""
     scorer: str = "auto"
-    """Features for the Vendi Score: auto (the shipped model's own, else none), none, a shipped name, or a hub id/folder."""
+    """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
     grid_size: int = 64
     """Images of the panel that the PNG grids show."""
     resamples: int = 1000
@@ -164,7 +164,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
 
 # least value of every number; a choice of every named option
 _AT_LEAST = {
@@ -190,7 +190,13 @@ _AT_LEAST = {
     "run.save_every": 0,
     "run.keep_checkpoints": 1,
 }
-_ABOVE_ZERO = ("train.learning_rate", "train.clip_range", "train.advantage_clip", "train.advantage_floor", "train.adam_eps")
+_ABOVE_ZERO = (
+    "train.learning_rate",
+    "train.clip_range",
+    "train.advantage_clip",
+    "train.advantage_floor",
+    "train.adam_eps",
+)
 _CHOICES = {
     "sample.scheduler": ("ddim", "ddpm"),
     "train.advantages": ("group", "batch"),
@@ -227,7 +233,9 @@ def load_config(argv: Sequence[str]) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{error.full_key or 'the configuration'}: {reason}; `hrf train --help` shows its type") from error
+        raise ValueError(
+            f"{error.full_key or 'the configuration'}: {reason}; `hrf train --help` shows its type"
+        ) from error
     assert isinstance(config, Config)
     check_config(config)
     return config
@@ -273,14 +281,18 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ValueError(f"{path} must hold sections such as `train:`, not a {type(values).__name__}")
     bases = values.pop("base", [])
     _check_names(values, str(path))
-    parents = [_read(path.parent / base, (*seen, path.resolve())) for base in ([bases] if isinstance(bases, str) else bases)]
+    parents = [
+        _read(path.parent / base, (*seen, path.resolve())) for base in ([bases] if isinstance(bases, str) else bases)
+    ]
     return OmegaConf.merge(*parents, values)
 
 
 def _check_names(values: Any, source: str) -> None:
     for section, options in values.items():
         if section not in SECTIONS:
-            raise ValueError(f"{source}: no section {section!r}{nearest(str(section), SECTIONS)}; use {', '.join(SECTIONS)}")
+            raise ValueError(
+                f"{source}: no section {section!r}{nearest(str(section), SECTIONS)}; use {', '.join(SECTIONS)}"
+            )
         if options is None:
             continue
         if not isinstance(options, dict):
@@ -288,7 +300,9 @@ def _check_names(values: Any, source: str) -> None:
         names = [f.name for f in dataclasses.fields(SECTIONS[section])]
         for name in options:
             if name not in names:
-                raise ValueError(f"{source}: no option {section}.{name}{nearest(str(name), names)}; use {', '.join(names)}")
+                raise ValueError(
+                    f"{source}: no option {section}.{name}{nearest(str(name), names)}; use {', '.join(names)}"
+                )
 
 
 def check_config(config: Config) -> None:
@@ -310,7 +324,9 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{option} is {value(option)}; use a finite number above 0")
     for option, choices in _CHOICES.items():
         if value(option) not in choices:
-            raise ValueError(f"{option} is {value(option)!r}{nearest(value(option), choices)}; use {', '.join(choices)}")
+            raise ValueError(
+                f"{option} is {value(option)!r}{nearest(value(option), choices)}; use {', '.join(choices)}"
+            )
     train = config.train
     if train.groups_per_iteration % train.groups_per_step:
         raise ValueError(
@@ -351,11 +367,12 @@ def describe_options() -> str:
     lines = []
     for section, factory in SECTIONS.items():
         lines.append(f"\n{section}: {factory.__doc__}")
-        body = ast.parse(inspect.getsource(factory)).body[0].body  # type: ignore[attr-defined]
+        tree: Any = ast.parse(inspect.getsource(factory))
+        body: list[Any] = tree.body[0].body
         docs = {
-            node.target.id: following.value.value
-            for node, following in zip(body, body[1:], strict=False)
-            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr)
+            node.target.id: text.value.value
+            for node, text in zip(body, body[1:], strict=False)
+            if hasattr(node, "target") and hasattr(text, "value")
         }
         default = factory()
         lines += [f"  {section}.{name}={getattr(default, name)!r}\n      {doc}" for name, doc in docs.items()]

@@ -45,7 +45,9 @@ class Diffusion:
         return self.signal[step] * x0 + self.noise[step] * noise
 
     def to(self, device: torch.device) -> Diffusion:
-        moved = {name: getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "stochastic_steps"}
+        moved = {
+            name: getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "stochastic_steps"
+        }
         return Diffusion(**moved, stochastic_steps=self.stochastic_steps)
 
 
@@ -95,14 +97,14 @@ def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, e
 
     x0_latents, x0_output = _x0_factors(scheduler.config.prediction_type, alpha)
     clip = scheduler.config.clip_sample_range if ddim.config.clip_sample and "clip_sample" in scheduler.config else None
-    x0 = {"x0_latents": x0_latents, "x0_output": x0_output, "x0_clip": clip}
+    x0 = {"x0_latents": x0_latents, "x0_output": x0_output}
     deterministic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_ddim, 0.0)
     if sampler == "ddim":
         stochastic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_previous, eta)
     else:
         stochastic = _ancestral_step(maker.config.variance_type, alpha, alpha_previous, maker.timesteps)
     for key, value in (x0 | stochastic).items():
-        if isinstance(value, Tensor) and not value.isfinite().all():
+        if not value.isfinite().all():
             raise ValueError(f"{key} is not finite: a timestep has alpha-bar 0, which epsilon prediction can't invert")
     noisy = stochastic["std"] > 0
     count = int(noisy.sum())
@@ -110,8 +112,8 @@ def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, e
         raise ValueError(f"no step of this sampler is stochastic before its end (std {stochastic['std'].tolist()})")
     return Diffusion(
         timesteps=maker.timesteps.long(),
-        coefficients=_table(x0 | stochastic),
-        deterministic=_table(x0 | deterministic),
+        coefficients=_table(x0 | stochastic, clip),
+        deterministic=_table(x0 | deterministic, clip),
         signal=alpha.sqrt().float(),
         noise=(1 - alpha).sqrt().float(),
         stochastic_steps=count,
@@ -177,5 +179,5 @@ def _floor(std: Tensor) -> Tensor:
     return torch.where(std < _NO_NOISE, 0.0, std)
 
 
-def _table(values: dict[str, Any]) -> StepCoefficients:
-    return StepCoefficients(**{k: v.float() if isinstance(v, Tensor) else v for k, v in values.items()})
+def _table(values: dict[str, Tensor], clip: float | None) -> StepCoefficients:
+    return StepCoefficients(**{name: value.float() for name, value in values.items()}, x0_clip=clip)

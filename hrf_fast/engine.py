@@ -1,4 +1,4 @@
-"""Engine: gradients, their clipping and the optimizer. One process here; sharding is another engine behind the protocol."""
+"""Engine: gradients, their clipping and the optimizer. One process; sharding is another engine behind the protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 class Engine(Protocol):
     """What the update needs of whatever owns the weights."""
 
-    optimizer: torch.optim.Optimizer
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Around all forwards and backwards of one optimizer step."""
@@ -82,7 +83,9 @@ def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iter
         schedule: constant or cosine; peak: the rate after warm-up; iterations: length of the run.
     """
     if schedule not in LEARNING_RATE_SCHEDULES:
-        raise ValueError(f"train.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}")
+        raise ValueError(
+            f"train.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
+        )
 
     def rate(iteration: int) -> float:
         if iteration < warmup_iterations:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from hrf_fast import seeds
 from hrf_fast.assets import SHIPPED
-from hrf_fast.diversity import Interval, mean_interval, inception_interval, vendi_interval
+from hrf_fast.diversity import Interval, inception_interval, mean_interval, vendi_interval
 from hrf_fast.policy import Policy
 from hrf_fast.rewards import Reward
 from hrf_fast.rollout import sample
 from hrf_fast.scorers import FeatureNetwork, Scorer, load_feature_network, load_scorer
+from hrf_fast.seeds import NoiseKey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,6 +53,11 @@ def choose_scorer(spec: str, model_name: str, device: torch.device) -> FeatureNe
     return load_scorer(spec, device) if spec in SHIPPED else load_feature_network(spec, device)
 
 
+def panel_noise(policy: Policy, seed: int, count: int) -> NoiseKey:
+    """The noise of the first `count` images of the panel `seed`."""
+    return NoiseKey(seeds.key(seed, 0, "panel"), torch.arange(count, device=policy.device))
+
+
 def evaluate(
     policy: Policy,
     reward: Reward,
@@ -68,13 +74,7 @@ def evaluate(
         panel_size: images; the first n of a larger panel are the smaller panel.
         seed: of the panel's noise.
     """
-    latents = sample(
-        policy,
-        seed=seeds.key(seed, 0, "panel"),
-        sample_id=torch.arange(panel_size, device=policy.device),
-        batch_size=batch_size,
-    )
-    images = policy.images(latents)
+    images = policy.images(sample(policy, panel_noise(policy, seed, panel_size), batch_size=batch_size))
     rewards = reward(images).cpu()
     vendi = inception = None
     if scorer is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from hrf_fast.config import Config
 from hrf_fast.engine import PlainEngine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
@@ -80,7 +82,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     )
 
 
-def build_config_reward(config: Config, device) -> CombinedReward:
+def build_config_reward(config: Config, device: torch.device) -> CombinedReward:
     """The reward that a configuration names, or the weighted sum of its terms."""
     reward = config.reward
     return build_reward(reward.terms or [RewardTerm(name=reward.name or "", kwargs=reward.kwargs)], device)

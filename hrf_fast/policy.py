@@ -40,6 +40,9 @@ class UNetCalls:
 class Policy:
     """The denoising policy π(x_{t-1} | x_t, t): the UNet's Gaussian step."""
 
+    # a UNet2DModel: its config and output have types that only diffusers knows
+    unet: Any
+
     def __init__(self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32") -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
@@ -49,9 +52,9 @@ class Policy:
         # one list, so that choosing a step's timestep needs no copy from the device
         self.timestep_list = diffusion.timesteps.tolist()
         self.calls = UNetCalls()
-        size = unet.config.sample_size
+        size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        self.image_shape = (unet.config.in_channels, height, width)
+        self.image_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
 
     def model_output(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
         """The UNet's prediction in fp32, [B, C, H, W]; `timesteps` is one value or [B]."""
@@ -80,7 +83,7 @@ class Policy:
         """Write a diffusers folder (safetensors) that `DDPMPipeline.from_pretrained` loads."""
         from diffusers import DDIMPipeline, DDPMPipeline
 
-        pipeline = DDIMPipeline if type(self.scheduler).__name__ == "DDIMScheduler" else DDPMPipeline
+        pipeline: Any = DDIMPipeline if type(self.scheduler).__name__ == "DDIMScheduler" else DDPMPipeline
         pipeline(unet=self.unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
 
 
@@ -119,7 +122,9 @@ def load_policy(
     classes = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, PNDMScheduler)}
     scheduler_name = scheduler_config.get("_class_name")
     if scheduler_name not in classes:
-        raise ValueError(f"model.name is {name!r}, whose scheduler is {scheduler_name}; use one of {', '.join(classes)}")
+        raise ValueError(
+            f"model.name is {name!r}, whose scheduler is {scheduler_name}; use one of {', '.join(classes)}"
+        )
     if (unet_folder / "diffusion_pytorch_model.safetensors").exists():
         kwargs: dict[str, Any] = {"use_safetensors": True}
     else:
@@ -158,30 +163,21 @@ def _find_folder(name: str, revision: str | None) -> Path:
         )
     import huggingface_hub
 
-    errors = (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError, *_network_errors())
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(folder.rglob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", weights])
+            )
+            if list(folder.rglob(weights)):
+                break
         return folder
-    except errors as error:
+    # without a network the hub client raises an OSError where it has looked up its cache
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model.name is {name!r}: no such folder, and the hub did not deliver it ({reason}); on a connected "
             f"machine run `hf download {name} --local-dir some/folder` and set model.name=some/folder"
         ) from error
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the hub client's transport raises without a network, whichever library it is built on."""
-    try:
-        import httpx
-
-        return (httpx.HTTPError,)
-    except ImportError:
-        import requests
-
-        return (requests.RequestException,)
 
 
 def _component(folder: Path, name: str, config: str) -> tuple[Path, dict[str, Any]]:

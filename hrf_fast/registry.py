@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """" (did you mean 'x'?)" or nothing, to append to an error about `name`."""
+    """ " (did you mean 'x'?)" or nothing, to append to an error about `name`."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -70,11 +70,15 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"{option} is {spec!r} but importing {module_name!r} failed: {error}; is it on PYTHONPATH?") from error
+        raise ValueError(
+            f"{option} is {spec!r} but importing {module_name!r} failed: {error}; is it on PYTHONPATH?"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         found = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, found)}")
+        raise ValueError(
+            f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, found)}"
+        )
     return function
 
 
@@ -92,7 +96,10 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
             options = ", ".join(sorted(accepted)) or "none"
             raise ValueError(f"{option}.{name} is unknown{nearest(name, accepted)}; it takes {options}")
     for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name in accepted and name not in kwargs:
-            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                raise ValueError(f"{option}.{name} is missing; this choice needs it")
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.KEYWORD_ONLY,
+            parameter.POSITIONAL_OR_KEYWORD,
+        )
+        if required and name in accepted and name not in kwargs:
+            raise ValueError(f"{option}.{name} is missing; this choice needs it")
     return factory(**given, **kwargs)

@@ -138,7 +138,7 @@ def _curves(logs: Sequence[RunLog]) -> str:
             _figure(
                 frontier(paths, x_label=reward, y_label="Vendi Score of the panel", level=level),
                 "Reward against diversity, from the pretrained model (hollow) panel by panel to the last (large). "
-                "Higher at equal reward (dotted) is better.",
+                f"Higher at equal reward{' (dotted)' if level is not None else ''} is better.",
                 "plot",
             ),
         ]

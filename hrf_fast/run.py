@@ -45,7 +45,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._claim()
         except OSError as error:
-            raise OSError(f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another") from error
+            raise OSError(
+                f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another"
+            ) from error
         self.progress: Progress = build_progress(config.run.progress)
         self.writers: list[Writer] = build_writers(config.run.writers, self.folder)
         self.seconds: dict[str, float] = {}

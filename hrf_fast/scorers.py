@@ -120,7 +120,9 @@ def load_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
 
 
 def load_reference(name: str) -> Tensor:
-    """Real images of a shipped data set which neither its DDPM nor its scoring network was trained on.
+    """Real images of a shipped data set, held out from the training of its DDPM and of its scoring network.
+
+    (Of the portraits some ten are drawn alike by a training seed: the parts of a face are finite.)
 
     Returns:
         [512, 3, 32, 32] fp32 in [0, 1]; a grey data set repeats its channel.

@@ -3,10 +3,15 @@
 So there is no generator state: a resumed run draws what the uninterrupted one would have drawn.
 """
 
+from __future__ import annotations
+
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check")
 
@@ -15,6 +20,25 @@ def key(seed: int, iteration: int, purpose: str) -> int:
     """An unsigned 64-bit key, independent for each combination."""
     sequence = np.random.SeedSequence([seed, iteration, PURPOSES.index(purpose)])
     return int(sequence.generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names the noise of a batch: a key, and a counter for each sample."""
+
+    seed: int
+    """Unsigned 64-bit."""
+    sample_id: Tensor
+    """[B] int64, on the device that the noise is wanted on."""
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def __getitem__(self, rows: slice) -> NoiseKey:
+        return NoiseKey(self.seed, self.sample_id[rows])
+
+    def split(self, size: int) -> Iterator[NoiseKey]:
+        return (NoiseKey(self.seed, ids) for ids in self.sample_id.split(size))
 
 
 def generator(seed: int, iteration: int, purpose: str) -> torch.Generator:

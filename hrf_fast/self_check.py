@@ -12,6 +12,7 @@ from hrf_fast import seeds
 from hrf_fast.config import Config
 from hrf_fast.parts import Parts
 from hrf_fast.rollout import rollout, starting_noise
+from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from hrf_fast.update import replay_ratio_error
 
@@ -30,13 +31,12 @@ def self_check(parts: Parts, config: Config) -> str:
     policy, train = parts.policy, config.train
     table = policy.diffusion
     window = Window(max(0, table.stochastic_steps - max(_STEPS, train.steps_per_forward)), table.stochastic_steps)
-    place = {
-        "seed": seeds.key(config.run.seed, 0, "self_check"),
-        "sample_id": torch.arange(train.group_size, device=policy.device),
-    }
+    ids = torch.arange(train.group_size, device=policy.device)
+    noise = NoiseKey(seeds.key(config.run.seed, 0, "self_check"), ids)
     micro_batch_size = train.micro_batch_size or train.group_size
     with policy.uncounted():
-        trajectory = rollout(policy, window, starting_noise(policy, **place), micro_batch_size=micro_batch_size, **place)
+        start = starting_noise(policy, noise)
+        trajectory = rollout(policy, window, start, noise, micro_batch_size=micro_batch_size)
         error = replay_ratio_error(
             policy, trajectory, micro_batch_size=micro_batch_size, steps_per_forward=train.steps_per_forward
         )
@@ -44,13 +44,13 @@ def self_check(parts: Parts, config: Config) -> str:
     scale = (len(table) - table.stochastic_steps + 1) / len(table) if train.scale_clips_by_window else 1.0
     smallest = train.clip_range * scale
     verdict = "exact" if error == 0 else "well inside it" if error < smallest / 10 else "NOT well inside it"
-    parts_of_line = [
+    line = [
         f"self-check: kernels eager ({policy.device.type}, {policy.precision}), on-policy |ratio - 1| {error:.2g}, "
         f"smallest clip range {smallest:.2g}: {verdict}"
     ]
     if verdict.startswith("NOT"):
-        parts_of_line.append("the clip will act on rounding noise: use train.steps_per_forward=1, fp32, or a wider clip_range")
+        line.append("the clip will act on rounding noise: use train.steps_per_forward=1, fp32, or a wider clip_range")
     least_std = float(table.coefficients.std[: table.stochastic_steps].min())
     if least_std < _SMALL_STD:
-        parts_of_line.append(f"std falls to {least_std:.2g}, under which fp32 gradients lose digits")
-    return "; ".join(parts_of_line)
+        line.append(f"std falls to {least_std:.2g}, under which fp32 gradients lose digits")
+    return "; ".join(line)

@@ -1,6 +1,5 @@
 """Train: config -> parts -> loop -> run folder. The file to open first.
 
-    hrf train --config configs/demo_fashion.yaml
     python hrf_fast/train.py --config configs/smoke_cpu.yaml train.iterations=3
     deepspeed hrf_fast/train.py --config configs/smoke_cpu.yaml
 
@@ -76,9 +75,11 @@ def train(config: Config) -> Path:
                     with run.phase("update"):
                         steps = learn(parts, config, trajectories, advantages)
                     done, weights_are_whole = done + 1, True
-                    counters = _counters(config, parts, done, rate(done - 1))
-                    terms = parts.reward.last_terms
-                    run.log(done - 1, iteration_record(steps, rewards, advantages, trajectories, terms=terms, counters=counters))
+                    extra = {
+                        "terms": parts.reward.last_terms,
+                        "counters": _counters(config, parts, done, rate(done - 1)),
+                    }
+                    run.log(done - 1, iteration_record(steps, rewards, advantages, trajectories, **extra))
         except BaseException:
             # Ctrl-C, a reward that fails, a full disk: keep what was learnt, unless an update was cut in half
             if weights_are_whole and done != saved:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ def update(
             scale = (num_steps - trajectory.window.start) / num_steps if scale_clips_by_window else 1.0
             bound = advantage_clip * scale
             advantage = advantage.clamp(-bound, bound)
-            for surrogate in _replay(policy, trajectory, advantage, clip_range * scale, micro_batch_size, steps_per_forward):
+            for surrogate in _replay(
+                policy, trajectory, advantage, clip_range * scale, micro_batch_size, steps_per_forward
+            ):
                 loss = surrogate.loss.sum() / (trajectory.group_size * len(trajectories))
                 engine.backward(loss)
                 totals = totals.add(loss.detach(), surrogate, pairs)
@@ -55,8 +57,13 @@ def update(
 
 
 def _replay(
-    policy: Policy, trajectory: Trajectory, advantage: Tensor, clip_range: float, micro_batch_size: int, steps_per_forward: int
-):
+    policy: Policy,
+    trajectory: Trajectory,
+    advantage: Tensor,
+    clip_range: float,
+    micro_batch_size: int,
+    steps_per_forward: int,
+) -> Iterator[Surrogate]:
     """Score the window again under the current weights, a chunk of samples and steps at a time."""
     latents, count = trajectory.latents, trajectory.group_size
     for first in range(0, count, micro_batch_size):
@@ -67,7 +74,9 @@ def _replay(
             repeats = steps.stop - steps.start
             # the same scalar form as the rollout's, so that the arithmetic and hence the ratio is equal to the bit
             one_step = repeats == 1
-            coefficients = trajectory.coefficients[begin] if one_step else trajectory.coefficients[steps].repeat_interleave(size)
+            coefficients = (
+                trajectory.coefficients[begin] if one_step else trajectory.coefficients[steps].repeat_interleave(size)
+            )
             timesteps = trajectory.timesteps[begin] if one_step else trajectory.timesteps[steps].repeat_interleave(size)
             now = latents[steps, part].flatten(0, 1)
             following = latents[steps.start + 1 : steps.stop + 1, part].flatten(0, 1)
@@ -83,11 +92,12 @@ def _replay(
 
 
 @torch.no_grad()
-def replay_ratio_error(policy: Policy, trajectory: Trajectory, *, micro_batch_size: int, steps_per_forward: int) -> float:
+def replay_ratio_error(
+    policy: Policy, trajectory: Trajectory, *, micro_batch_size: int, steps_per_forward: int
+) -> float:
     """Largest |ratio − 1| when a fresh trajectory is scored again under unchanged weights: 0 if replay is exact."""
     worst = torch.zeros((), device=policy.device)
     advantage = torch.zeros(trajectory.group_size, device=policy.device)
-    surrogate: Surrogate
     for surrogate in _replay(policy, trajectory, advantage, 1.0, micro_batch_size, steps_per_forward):
         worst = torch.maximum(worst, (surrogate.ratio - 1).abs().max())
     return float(worst)

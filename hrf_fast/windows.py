@@ -119,7 +119,9 @@ def clusters(
     for index, cluster in enumerate(groups):
         option = f"window.kwargs.clusters[{index}]"
         starts.append(
-            check_starts(_cluster_steps(cluster, option), option=option, num_inference_steps=num_inference_steps, stop=stop)
+            check_starts(
+                _cluster_steps(cluster, option), option=option, num_inference_steps=num_inference_steps, stop=stop
+            )
         )
     return _Uniform(lambda iteration: starts[iteration // iterations_per_cluster % len(starts)], stop)
 
@@ -129,7 +131,9 @@ def _cluster_steps(cluster: Any, option: str) -> list[int]:
         return list(cluster["steps"])
     if isinstance(cluster, (list, tuple)) and len(cluster) == 2 and all(type(bound) is int for bound in cluster):
         return list(range(*cluster))
-    raise ValueError(f"{option} is {cluster!r}; use a half-open range [first, stop] or {{steps: [...]}} of whole numbers")
+    raise ValueError(
+        f"{option} is {cluster!r}; use a half-open range [first, stop] or {{steps: [...]}} of whole numbers"
+    )
 
 
 @register_schedule("random")
@@ -140,7 +144,7 @@ def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
 
 @register_schedule("sliding")
 def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 1, stride: int = 1) -> WindowSchedule:
-    """All groups share one start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
+    """All groups share a start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
     for name, value in (("iterations_per_start", iterations_per_start), ("stride", stride)):
         if value < 1:
             raise ValueError(f"window.kwargs.{name} is {value}; use at least 1")

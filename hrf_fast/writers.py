@@ -125,6 +125,7 @@ class BarProgress(Progress):
     """A tqdm bar with reward, images/s and the time left; panels and notes scroll above it."""
 
     _bar: tqdm | None = None
+    _images = 0
 
     def start(self, first: int, total: int) -> None:
         self._bar = tqdm(total=total, initial=first, unit="it", dynamic_ncols=True, smoothing=0.1)
@@ -135,7 +136,10 @@ class BarProgress(Progress):
 
     def iteration(self, iteration: int, record: dict[str, Any]) -> None:
         if self._bar is not None:
-            rate = record["images"] / max(1e-9, sum(record["seconds"].values()))
+            # the record counts from the start of the run; a resumed run's first rate is not known
+            new = record["images"] - self._images if self._images or iteration == 0 else 0
+            self._images = record["images"]
+            rate = new / max(1e-9, sum(record["seconds"].values()))
             self._bar.set_postfix_str(f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s", refresh=False)
             self._bar.update(1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -23,7 +25,7 @@ class StepCoefficients:
     std: Tensor
     x0_clip: float | None = None
 
-    def _map(self, function) -> StepCoefficients:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> StepCoefficients:
         tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "x0_clip"}
         return StepCoefficients(**tensors, x0_clip=self.x0_clip)
 
@@ -34,7 +36,7 @@ class StepCoefficients:
         """Step `index` of a table: an int gives scalars, a slice or an index tensor a smaller table."""
         return self._map(lambda tensor: tensor[index])
 
-    def to(self, device) -> StepCoefficients:
+    def to(self, device: torch.device | str) -> StepCoefficients:
         return self._map(lambda tensor: tensor.to(device))
 
     def repeat_interleave(self, repeats: int) -> StepCoefficients:

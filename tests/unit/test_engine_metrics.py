@@ -95,7 +95,8 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_are_as_they_we
     model, engine = make_engine(max_grad_norm)
     one_step(model, engine)
     before, moment = model.weight.detach().clone(), engine.optimizer.state[model.weight]["exp_avg"].clone()
-    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf): no optimizer step.*lower train\.learning_rate"):
+    message = r"gradient norm is (nan|inf): no optimizer step was made; lower train\.learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
         one_step(model, engine, (bad, 1.0))
     assert torch.equal(model.weight, before)
     assert torch.equal(engine.optimizer.state[model.weight]["exp_avg"], moment)
@@ -146,10 +147,12 @@ def surrogate(ratios, outside, clipped, kl):
 
 
 def test_step_stats_are_averages_over_all_pairs():
-    # four pairs in forwards of 1 and 3: kl (0.4 + 0.1 + 0.2 + 0.5)/4, outside 3/4, clipped 1/4, ratio (1.5 + 0.9 + 1 + 1.2)/4
+    # four pairs in forwards of 1 and 3: kl (0.4 + 0.1 + 0.2 + 0.5)/4, outside 3/4, clipped 1/4,
+    # ratio (1.5 + 0.9 + 1 + 1.2)/4
+    first = surrogate([1.5], [True], [True], [0.4])
+    second = surrogate([0.9, 1.0, 1.2], [True, False, True], [False] * 3, [0.1, 0.2, 0.5])
     stats = StepStats.zeros(torch.device("cpu"))
-    stats = stats.add(torch.tensor(0.25), surrogate([1.5], [True], [True], [0.4]), 4)
-    stats = stats.add(torch.tensor(-0.75), surrogate([0.9, 1.0, 1.2], [True, False, True], [False] * 3, [0.1, 0.2, 0.5]), 4)
+    stats = stats.add(torch.tensor(0.25), first, 4).add(torch.tensor(-0.75), second, 4)
     stats = stats.finish(torch.tensor(3.0))
     found = {name: float(value) for name, value in vars(stats).items()}
     assert found == pytest.approx(

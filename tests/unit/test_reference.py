@@ -1,6 +1,7 @@
 """The policy's mathematics by hand: log-prob, its gradient, the clipped surrogate, one step, and Philox noise."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -19,11 +20,19 @@ from hrf_kernels.philox import philox
 HALF_LOG_2PI = 0.9189385332046727
 
 
-def coefficients(
-    x0_latents=2.0, x0_output=-1.0, mean_x0=0.5, mean_latents=0.25, mean_output=0.1, std=0.5, clip=None, dtype=torch.float32
-):
-    values = (x0_latents, x0_output, mean_x0, mean_latents, mean_output, std)
-    return StepCoefficients(*(torch.tensor(value, dtype=dtype) for value in values), x0_clip=clip)
+NAMES = ("x0_latents", "x0_output", "mean_x0", "mean_latents", "mean_output", "std")
+
+
+def coefficients(*values, clip=None, dtype=torch.float32, **changes):
+    """One step: the six numbers in the order of NAMES, or the example of the hand arithmetic with changes."""
+    example = dict(zip(NAMES, values or (2.0, -1.0, 0.5, 0.25, 0.1, 0.5), strict=True)) | changes
+    return StepCoefficients(**{k: torch.tensor(v, dtype=dtype) for k, v in example.items()}, x0_clip=clip)
+
+
+def table_of(steps):
+    """[B] coefficients, one step per sample."""
+    columns = {name: torch.stack([getattr(step, name) for step in steps]) for name in NAMES}
+    return StepCoefficients(**columns, x0_clip=steps[0].x0_clip)
 
 
 def row(*values, dtype=torch.float32):
@@ -78,10 +87,11 @@ def test_log_prob_is_a_mean_over_pixels_and_separate_per_sample():
 def test_log_prob_is_that_of_torch_distributions_in_float64(clip):
     output, latents, following = random_batch(3, 2, 5, 7, dtype=torch.float64)
     x0 = 1.25 * latents - 0.75 * output
-    x0 = x0 if clip is None else torch.minimum(torch.maximum(x0, torch.tensor(-clip)), torch.tensor(clip))
+    bound = torch.full_like(x0, torch.inf if clip is None else clip)
+    x0 = torch.minimum(torch.maximum(x0, -bound), bound)
     normal = torch.distributions.Normal(0.875 * x0 + 0.125 * latents + 0.3125 * output, 0.40625)
     expected = normal.log_prob(following).mean(dim=(1, 2, 3))
-    coef = coefficients(1.25, -0.75, 0.875, 0.125, 0.3125, 0.40625, clip, dtype=torch.float64)
+    coef = coefficients(1.25, -0.75, 0.875, 0.125, 0.3125, 0.40625, clip=clip, dtype=torch.float64)
     ours = gaussian_log_prob(output, latents, following, coef)
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
@@ -125,7 +135,7 @@ def test_a_pixel_exactly_on_the_clamp_keeps_its_gradient():
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (5, 1, 3, 1)])
 def test_autograd_in_float64_is_the_analytic_gradient(clip, shape):
     output, latents, following = random_batch(*shape, dtype=torch.float64, seed=1)
-    coef = coefficients(1.3, -0.8, 0.9, 0.05, 0.35, 0.07, clip, dtype=torch.float64)
+    coef = coefficients(1.3, -0.8, 0.9, 0.05, 0.35, 0.07, clip=clip, dtype=torch.float64)
     x0 = 1.3 * latents - 0.8 * output
     inside = torch.ones_like(x0) if clip is None else ((x0 >= -clip) & (x0 <= clip)).double()
     clamped = x0 if clip is None else x0.clip(-clip, clip)
@@ -168,9 +178,9 @@ def test_the_gradient_of_a_half_precision_output_is_in_its_dtype():
 
 def test_coefficients_per_sample_equal_scalar_ones():
     output, latents, following = random_batch(3, 2, 4, 4)
-    steps = [coefficients(clip=1.0), coefficients(1.5, -0.5, 0.75, 0.5, 0.0, 0.25, 1.0), coefficients(1.0, 0.0, 1.0, 0.0, 1.0, 2.0, 1.0)]
-    names = ("x0_latents", "x0_output", "mean_x0", "mean_latents", "mean_output", "std")
-    table = StepCoefficients(*(torch.stack([getattr(step, name) for step in steps]) for name in names), x0_clip=1.0)
+    values = ((2.0, -1.0, 0.5, 0.25, 0.1, 0.5), (1.5, -0.5, 0.75, 0.5, 0.0, 0.25), (1.0, 0.0, 1.0, 0.0, 1.0, 2.0))
+    steps = [coefficients(*step, clip=1.0) for step in values]
+    table = table_of(steps)
     together = gaussian_log_prob(output, latents, following, table)
     for i, step in enumerate(steps):
         one = slice(i, i + 1)
@@ -193,7 +203,7 @@ def test_a_model_output_of_another_shape_is_refused(function):
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 1, 4, 4), (2, 3, 4, 1)])
 def test_next_latents_that_would_broadcast_are_refused(shape):
     latents = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match=rf"next_latents are \({shape[0]}, {shape[1]}, .*\) but latents are \(2, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=re.escape(f"next_latents are {shape} but latents are (2, 3, 4, 4)")):
         gaussian_log_prob(latents, latents, torch.zeros(shape), coefficients())
 
 
@@ -234,14 +244,14 @@ PLAIN = (0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
 LOG_PROB = -0.5 - HALF_LOG_2PI
 
 
-def surrogate_at(ratios, advantages, clip_range, **options):
+def surrogate_at(ratios, advantages, clip_range):
     """Surrogate at chosen ratios and the gradient of its summed loss, per sample at the first of two pixels."""
     ratios = torch.tensor(ratios, dtype=torch.float64)
     output = torch.zeros(len(ratios), 1, 1, 2, requires_grad=True)
     zeros, ones = torch.zeros(len(ratios), 1, 1, 2), torch.ones(len(ratios), 1, 1, 2)
     old = (LOG_PROB - ratios.log()).float()
     coef = coefficients(*PLAIN)
-    result = clipped_surrogate(output, zeros, ones, coef, old, torch.tensor(advantages), clip_range, **options)
+    result = clipped_surrogate(output, zeros, ones, coef, old, torch.tensor(advantages), clip_range)
     gradient = torch.autograd.grad(result.loss.sum(), output)[0]
     assert torch.equal(gradient[..., 0], gradient[..., 1])
     return result, gradient[:, 0, 0, 0]
@@ -331,7 +341,7 @@ def test_a_ratio_of_exactly_one_has_the_full_gradient():
 
 def test_the_gradient_in_float64_is_minus_advantage_times_ratio_times_that_of_the_log_prob():
     output, latents, following = random_batch(6, 2, 3, 3, dtype=torch.float64, seed=4)
-    coef = coefficients(1.3, -0.8, 0.9, 0.05, 0.35, 0.6, 1.0, dtype=torch.float64)
+    coef = coefficients(1.3, -0.8, 0.9, 0.05, 0.35, 0.6, clip=1.0, dtype=torch.float64)
     log_prob = gaussian_log_prob(output, latents, following, coef)
     ratios = torch.tensor([0.7, 0.95, 1.3, 0.7, 0.95, 1.3], dtype=torch.float64)
     advantages = torch.tensor([1.5, 1.5, 1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
@@ -363,8 +373,7 @@ def test_a_replayed_step_has_a_ratio_of_exactly_one(dtype, per_sample):
     output, latents, _ = random_batch(4, 3, 16, 16, seed=2)
     coef = coefficients(std=0.01, clip=1.0)
     if per_sample:
-        table = (v.reshape(1).repeat(4) for v in (getattr(coef, name) for name in coef.__dataclass_fields__ if name != "x0_clip"))
-        coef = StepCoefficients(*table, x0_clip=1.0)
+        coef = table_of([coef] * 4)
     output = output.to(dtype)
     following, old = gaussian_step(output, latents, coef, seed=1, sample_id=torch.arange(4), step=0)
     assert torch.equal(gaussian_log_prob(output, latents, following, coef), old)
@@ -449,9 +458,18 @@ def test_noise_has_the_moments_of_a_standard_normal():
         assert abs(float((x.abs() > bound).double().mean()) - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
-@pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"seed": 2**32}, {"seed": 2**63}, {"sample": 1}, {"sample": 2**31}, {"step": 1}, {"step": 2**32 - 1}], ids=str
+OTHERS = (
+    {"seed": 1},
+    {"seed": 2**32},
+    {"seed": 2**63},
+    {"sample": 1},
+    {"sample": 2**31},
+    {"step": 1},
+    {"step": 2**32 - 1},
 )
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_noise_is_independent_across_seed_sample_and_step(other):
     def draw(seed=0, sample=0, step=0):
         return philox_normal((3, 32, 32), seed=seed, sample_id=torch.tensor([sample]), step=step).flatten().double()

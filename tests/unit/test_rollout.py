@@ -3,6 +3,7 @@
 import torch
 
 from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
+from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from tests.unit.test_update import T, make_policy
 
@@ -10,8 +11,8 @@ from tests.unit.test_update import T, make_policy
 def test_prefix_steps_are_never_run():
     # window [4, 5) of 6: steps 4 and 5 run, two batches of 3 images
     policy = make_policy()
-    place = {"seed": 1, "sample_id": torch.arange(3)}
-    trajectory = rollout(policy, Window(4, 5), starting_noise(policy, **place), micro_batch_size=3, **place)
+    noise = NoiseKey(1, torch.arange(3))
+    trajectory = rollout(policy, Window(4, 5), starting_noise(policy, noise), noise, micro_batch_size=3)
     assert (policy.calls.batches, policy.calls.forwards, policy.calls.backwards) == (2, 6, 0)
     assert trajectory.latents.shape == (2, 3, 3, 16, 16)
     assert trajectory.old_log_prob.shape == (1, 3)
@@ -20,16 +21,16 @@ def test_prefix_steps_are_never_run():
 
 def test_images_are_in_range_and_finite():
     policy = make_policy()
-    place = {"seed": 1, "sample_id": torch.arange(3)}
-    images = rollout(policy, Window(0, 5), starting_noise(policy, **place), micro_batch_size=3, **place).images
+    noise = NoiseKey(1, torch.arange(3))
+    images = rollout(policy, Window(0, 5), starting_noise(policy, noise), noise, micro_batch_size=3).images
     assert images.shape == (3, 3, 16, 16) and float(images.min()) >= 0 and float(images.max()) <= 1
 
 
 def test_a_sample_does_not_depend_on_its_batch():
     policy = make_policy()
-    together = sample(policy, seed=3, sample_id=torch.arange(5), batch_size=5)
-    apart = sample(policy, seed=3, sample_id=torch.arange(5), batch_size=2)
-    alone = sample(policy, seed=3, sample_id=torch.tensor([4]), batch_size=1)
+    together = sample(policy, NoiseKey(3, torch.arange(5)), batch_size=5)
+    apart = sample(policy, NoiseKey(3, torch.arange(5)), batch_size=2)
+    alone = sample(policy, NoiseKey(3, torch.tensor([4])), batch_size=1)
     # the UNet's own fp32 sums depend on the batch; the noise does not
     torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(alone[0], together[4], atol=1e-4, rtol=1e-4)
@@ -37,40 +38,38 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_another_seed_gives_another_image_and_the_same_seed_the_same():
     policy = make_policy()
-    first = sample(policy, seed=3, sample_id=torch.arange(2), batch_size=2)
-    assert torch.equal(first, sample(policy, seed=3, sample_id=torch.arange(2), batch_size=2))
-    assert not torch.allclose(first, sample(policy, seed=4, sample_id=torch.arange(2), batch_size=2))
+    first = sample(policy, NoiseKey(3, torch.arange(2)), batch_size=2)
+    assert torch.equal(first, sample(policy, NoiseKey(3, torch.arange(2)), batch_size=2))
+    assert not torch.allclose(first, sample(policy, NoiseKey(4, torch.arange(2)), batch_size=2))
 
 
 def test_renoising_at_the_end_keeps_the_anchor_and_at_the_start_loses_it():
     policy = make_policy()
     anchor = torch.rand(3, 16, 16) * 2 - 1
-    place = {"seed": 1, "sample_id": torch.arange(2)}
-    late, early = renoised(policy, anchor, T - 1, **place), renoised(policy, anchor, 0, **place)
+    noise = NoiseKey(1, torch.arange(2))
+    late, early = renoised(policy, anchor, T - 1, noise), renoised(policy, anchor, 0, noise)
     assert float((late - anchor).abs().mean()) < 0.05
     # at step 0 the image is mostly noise: variance near 1 and different per sample
     assert float((early[0] - early[1]).abs().mean()) > 0.5
-    expected = policy.diffusion.signal[0] * anchor + policy.diffusion.noise[0] * starting_noise(policy, **place)
+    expected = policy.diffusion.signal[0] * anchor + policy.diffusion.noise[0] * starting_noise(policy, noise)
     assert torch.equal(early, expected)
 
 
 def test_the_search_measures_reward_and_distance_of_the_whole_group():
     policy = make_policy()
-    anchor = sample(policy, seed=3, sample_id=torch.arange(1), batch_size=1)[0]
+    anchor = sample(policy, NoiseKey(3, torch.arange(1)), batch_size=1)[0]
 
     def brightness(images):
         return images.mean((1, 2, 3))
 
     ids = torch.arange(4)
-    rewards, distances = probe_starts(policy, brightness, anchor, [0, 3, 5], seed=9, sample_id=ids, batch_size=4)
+    rewards, distances = probe_starts(policy, brightness, anchor, [0, 3, 5], NoiseKey(9, ids), batch_size=4)
     assert rewards.shape == distances.shape == (3,)
     # from the last step hardly anything can change, from the first almost everything
     assert float(distances[2]) < float(distances[0])
     # by hand for the last candidate: one deterministic step from the re-noised anchor
     policy.calls.forwards = 0
-    split_rewards, split_distances = probe_starts(
-        policy, brightness, anchor, [0, 3, 5], seed=9, sample_id=ids, batch_size=3
-    )
+    split_rewards, split_distances = probe_starts(policy, brightness, anchor, [0, 3, 5], NoiseKey(9, ids), batch_size=3)
     torch.testing.assert_close(split_rewards, rewards, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(split_distances, distances, atol=1e-4, rtol=1e-4)
     # candidates 0, 3, 5 of 6 steps cost 6 + 3 + 1 evaluations for each of 4 samples

@@ -7,6 +7,7 @@ from hrf_fast.diffusion import build_diffusion
 from hrf_fast.engine import PlainEngine
 from hrf_fast.policy import Policy
 from hrf_fast.rollout import rollout, starting_noise
+from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from hrf_fast.update import replay_ratio_error, update
 from hrf_kernels import gaussian_log_prob
@@ -26,8 +27,8 @@ def make_engine(policy, max_grad_norm=0.0) -> PlainEngine:
 
 
 def make_group(policy, window, size=4, first_id=0):
-    place = {"seed": 5, "sample_id": torch.arange(first_id, first_id + size)}
-    return rollout(policy, window, starting_noise(policy, **place), micro_batch_size=size, **place)
+    noise = NoiseKey(5, torch.arange(first_id, first_id + size))
+    return rollout(policy, window, starting_noise(policy, noise), noise, micro_batch_size=size)
 
 
 def gradients(policy, groups, advantages, **options):
@@ -68,7 +69,9 @@ def test_on_policy_stats_are_those_of_ratio_one():
     assert abs(float(stats.loss)) < 1e-7
 
 
-@pytest.mark.parametrize("options", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"steps_per_forward": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"steps_per_forward": 2}], ids=str
+)
 def test_the_gradient_does_not_depend_on_how_forwards_are_split(options):
     policy = make_policy()
     group = make_group(policy, Window(1, 5))

@@ -1,0 +1,48 @@
+# make demo: install, fine-tune a shipped model with HRF and with DDPO, and write one page. make test: every check.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
+
+.PHONY: demo demo-fashion test test-all lint install install-gpu clean
+
+demo: $(VENV)/.base
+	$(BIN)/hrf train --config configs/demo_portraits.yaml
+	$(BIN)/hrf train --config configs/demo_portraits.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-portraits-ddpo
+	$(BIN)/hrf report runs/demo-portraits-hrf runs/demo-portraits-ddpo --out runs/demo-portraits.html
+	@echo "the same on product photos: make demo-fashion"
+
+demo-fashion: $(VENV)/.base
+	$(BIN)/hrf train --config configs/demo_fashion.yaml
+	$(BIN)/hrf train --config configs/demo_fashion.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-fashion-ddpo
+	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-all: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q --cov
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+install: $(VENV)/.base
+
+$(VENV)/.base: setup.py pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP_INSTALL) -e ".[test]"
+	touch $@
+
+# triton, deepspeed, bitsandbytes, xformers: on a machine with a CUDA GPU
+install-gpu: $(VENV)/.base
+	$(PIP_INSTALL) -e ".[gpu]"
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

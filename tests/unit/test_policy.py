@@ -1,0 +1,192 @@
+"""Loading models: every layout that diffusers writes, and a clear refusal of what can't be driven."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hrf_fast.policy import load_policy
+from hrf_fast.rollout import sample
+from hrf_fast.seeds import NoiseKey
+from tests.conftest import make_scheduler, make_unet
+
+
+def load(name, **options):
+    return load_policy(str(name), **{"num_inference_steps": 4, **options})
+
+
+def edit(path, **values):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | values))
+
+
+@pytest.fixture
+def copy(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "copy")
+
+
+def test_a_pipeline_folder_loads_with_its_weights(tiny_model):
+    policy = load(tiny_model)
+    saved = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in policy.unet.state_dict().items())
+    assert policy.image_shape == (3, 16, 16) and not policy.unet.training
+
+
+def test_the_flat_layout_of_older_hub_repositories_loads(tiny_model, tmp_path):
+    # as google/ddpm-celebahq-256: unet and scheduler files side by side
+    for path in (*(tiny_model / "unet").iterdir(), *(tiny_model / "scheduler").iterdir()):
+        shutil.copy(path, tmp_path)
+    assert torch.equal(load(tmp_path).unet.conv_in.weight, load(tiny_model).unet.conv_in.weight)
+
+
+def test_weights_in_a_bin_file_load_as_tensors_only(copy):
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    expected = load_file(weights)["conv_in.weight"]
+    weights.unlink()
+    assert torch.equal(load(copy).unet.conv_in.weight, expected)
+
+
+def test_a_bin_file_with_code_in_it_is_refused_and_not_run(copy, tmp_path):
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save({"conv_in.weight": Malicious()}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="do not load"):
+        load(copy)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["fashion", "portraits"])
+def test_the_shipped_models_load_and_draw(name):
+    policy = load(name)
+    images = policy.images(sample(policy, NoiseKey(0, torch.arange(2)), batch_size=2))
+    assert images.shape == (2, 3, 32, 32)
+    if name == "fashion":
+        assert torch.equal(images[:, 0], images[:, 2])
+
+
+@pytest.mark.parametrize("name", ["fashion", "portraits"])
+def test_the_shipped_folders_load_as_diffusers_pipelines(name):
+    from diffusers import DDPMPipeline
+
+    from hrf_fast.assets import ASSETS
+
+    pipeline = DDPMPipeline.from_pretrained(ASSETS / name / "model")
+    assert pipeline.unet.config.sample_size == 32
+
+
+def test_a_tuned_model_is_saved_as_what_it_was_loaded_from(tiny_model, tmp_path):
+    from diffusers import DDPMPipeline
+
+    policy = load(tiny_model)
+    with torch.no_grad():
+        policy.unet.conv_in.weight.add_(1.0)
+    policy.save(tmp_path / "tuned")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(pipeline.unet.conv_in.weight, policy.unet.conv_in.weight)
+    assert list((tmp_path / "tuned").rglob("*.safetensors")) and not list((tmp_path / "tuned").rglob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fashon", r"did you mean 'fashion'\?"),
+        ("./nowhere", "no such folder"),
+        ("/nowhere/at/all", "no such folder"),
+    ],
+)
+def test_an_unknown_model_is_named_with_the_ways_out(name, message):
+    with pytest.raises(ValueError, match=message):
+        load(name)
+
+
+def test_a_hub_id_without_network_says_how_to_bring_the_model(monkeypatch):
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"google/ddpm-celebahq-256.*hf download .* model.name=some/folder"):
+        load("google/ddpm-celebahq-256")
+
+
+def test_a_hub_id_is_fetched_without_pickles_where_safetensors_exist(monkeypatch, tiny_model):
+    asked = []
+
+    def deliver(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tiny_model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", deliver)
+    load("owner/model", revision="main")
+    assert asked == [("owner/model", "main", ["*.json", "*.safetensors"])]
+
+
+def test_a_folder_without_a_unet_is_refused(copy):
+    shutil.rmtree(copy / "unet")
+    with pytest.raises(ValueError, match="holds no unet/config.json"):
+        load(copy)
+
+
+def test_a_folder_without_a_scheduler_is_refused(copy):
+    shutil.rmtree(copy / "scheduler")
+    with pytest.raises(ValueError, match="holds no scheduler/scheduler_config.json"):
+        load(copy)
+
+
+def test_a_config_that_is_not_json_is_named(copy):
+    (copy / "unet" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load(copy)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(copy):
+    edit(copy / "unet" / "config.json", block_out_channels=[8, 24])
+    with pytest.raises(ValueError, match="do not load"):
+        load(copy)
+
+
+def test_a_conditional_unet_is_refused_by_name(copy):
+    edit(copy / "unet" / "config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(ValueError, match="UNet2DConditionModel; this trainer drives unconditional"):
+        load(copy)
+
+
+def test_a_foreign_scheduler_is_refused_by_name(copy):
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler"):
+        load(copy)
+
+
+@pytest.mark.parametrize("values", [{"sample_size": None}, {"in_channels": 4, "out_channels": 4}], ids=str)
+def test_a_model_without_pixels_or_size_is_refused(tmp_path, values):
+    from diffusers import DDPMPipeline
+
+    unet = make_unet(channels=values.get("in_channels", 3), size=values.get("sample_size", 16))
+    DDPMPipeline(unet, make_scheduler("DDPMScheduler")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a pixel-space model of 1 or 3 channels with a sample_size is needed"):
+        load(tmp_path)
+
+
+def test_an_unknown_precision_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="train.precision is 'fp8'"):
+        load(tiny_model, precision="fp8")
+
+
+def test_calls_inside_uncounted_are_not_counted(tiny_model):
+    policy = load(tiny_model)
+    latents = torch.zeros(2, 3, 16, 16)
+    with policy.uncounted(), torch.no_grad():
+        policy.model_output(latents, 1)
+    assert policy.calls.forwards == 0
+    policy.model_output(latents, 1)
+    # one forward and, since gradients are on, one backward for each of two images: 2 + 2 x 2
+    assert policy.calls.evaluations == 6

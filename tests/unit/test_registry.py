@@ -1,0 +1,198 @@
+"""Names chosen by a config: nearest-name answers, user functions, and options checked against a signature."""
+
+import sys
+
+import pytest
+
+from hrf_fast.registry import Registry, call_factory, load_user_function, nearest
+
+
+@pytest.fixture
+def registry():
+    registry = Registry("window schedule", "window.schedule")
+
+    @registry.register("clusters")
+    def clusters():
+        return "a clusters"
+
+    @registry.register("sliding")
+    def sliding():
+        return "a sliding"
+
+    return registry
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_name_is_offered_if_one_is_near():
+    assert nearest("clustrs", ["sliding", "clusters"]) == " (did you mean 'clusters'?)"
+    assert nearest("xyz", ["sliding", "clusters"]) == ""
+    assert nearest("x", []) == ""
+
+
+def test_a_registered_entry_is_found_and_left_as_it_was(registry):
+    assert registry["sliding"]() == "a sliding"
+    assert list(registry) == ["clusters", "sliding"]
+
+    def entry():
+        return 3
+
+    assert registry.register("third")(entry) is entry
+
+
+def test_a_name_that_is_taken_is_refused_and_keeps_its_entry(registry):
+    with pytest.raises(
+        ValueError, match="a window schedule named 'sliding' is already registered; choose another name"
+    ):
+        registry.register("sliding")(lambda: "another")
+    assert registry["sliding"]() == "a sliding"
+
+
+def test_an_unknown_name_answers_with_the_nearest_and_all_names(registry):
+    message = (
+        r"window\.schedule is 'slide' \(did you mean 'sliding'\?\); "
+        r"use one of clusters, sliding, or module:function of your own"
+    )
+    with pytest.raises(ValueError, match=message):
+        registry["slide"]
+
+
+def test_an_unknown_name_far_from_all_answers_with_all_names(registry):
+    with pytest.raises(ValueError, match=r"window\.schedule is 'zzz'; use one of clusters, sliding"):
+        registry["zzz"]
+
+
+def test_registries_are_separate(registry):
+    assert list(Registry("reward", "reward.name")) == []
+
+
+# --- module:function --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a module of the user's that nobody has imported."""
+    (tmp_path / "brightness_of_mine.py").write_text(
+        "LIMIT = 3\n\n\ndef brightness(images):\n    return 'bright'\n\n\ndef _hidden():\n    return 0\n"
+    )
+    (tmp_path / "broken_of_mine.py").write_text("import a_module_that_nobody_has\n")
+    monkeypatch.chdir(tmp_path)
+    # both undone after the test
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    for name in ("brightness_of_mine", "broken_of_mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield tmp_path
+    sys.modules.pop("brightness_of_mine", None)
+
+
+def test_a_function_in_the_current_folder_is_found(folder):
+    assert load_user_function("brightness_of_mine:brightness", "reward.name")(None) == "bright"
+
+
+def test_the_current_folder_is_put_on_the_path_once(folder):
+    load_user_function("brightness_of_mine:brightness", "reward.name")
+    load_user_function("brightness_of_mine:brightness", "reward.name")
+    assert sys.path.count(str(folder)) == 1
+
+
+@pytest.mark.parametrize("spec", ["brightness", "brightness_of_mine:", ":brightness", ":", ""])
+def test_a_malformed_name_says_how_to_write_one(folder, spec):
+    with pytest.raises(
+        ValueError, match=rf"reward\.name is '{spec}'; write module:function, e\.g\. my_rewards:brightness"
+    ):
+        load_user_function(spec, "reward.name")
+
+
+def test_a_module_that_does_not_exist_is_refused(folder):
+    message = (
+        r"reward\.name is 'not_mine:f' but importing 'not_mine' failed: No module named 'not_mine'; is it on PYTHONPATH"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_user_function("not_mine:f", "reward.name")
+
+
+def test_a_module_whose_own_import_fails_says_which(folder):
+    with pytest.raises(
+        ValueError, match=r"importing 'broken_of_mine' failed: No module named 'a_module_that_nobody_has'"
+    ):
+        load_user_function("broken_of_mine:f", "reward.name")
+
+
+def test_a_relative_module_name_is_refused_by_name(folder):
+    with pytest.raises(ValueError, match=r"reward\.name is '\.brightness_of_mine:brightness'"):
+        load_user_function(".brightness_of_mine:brightness", "reward.name")
+
+
+def test_a_function_that_does_not_exist_answers_with_the_nearest(folder):
+    message = r"brightness_of_mine has no callable 'brightnes' \(did you mean 'brightness'\?\)"
+    with pytest.raises(ValueError, match=message):
+        load_user_function("brightness_of_mine:brightnes", "reward.name")
+
+
+def test_something_that_cannot_be_called_is_refused(folder):
+    with pytest.raises(ValueError, match="brightness_of_mine has no callable 'LIMIT'"):
+        load_user_function("brightness_of_mine:LIMIT", "reward.name")
+
+
+def test_private_names_are_not_offered(folder):
+    with pytest.raises(ValueError, match=r"has no callable 'hidden'$"):
+        load_user_function("brightness_of_mine:hidden", "reward.name")
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def factory(*, stop, stride=1, beta=0.5):
+    return stop, stride, beta
+
+
+def test_given_arguments_and_options_reach_the_factory():
+    assert call_factory(factory, "window.kwargs", {"beta": 2}, stop=7) == (7, 1, 2)
+
+
+def test_an_unknown_option_answers_with_the_nearest_and_all_options():
+    with pytest.raises(
+        ValueError, match=r"window\.kwargs\.strid is unknown \(did you mean 'stride'\?\); it takes beta, stride$"
+    ):
+        call_factory(factory, "window.kwargs", {"strid": 2}, stop=7)
+
+
+def test_a_factory_without_options_says_so():
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.size is unknown; it takes none"):
+        call_factory(lambda: 0, "reward.kwargs", {"size": 2})
+
+
+def test_what_the_program_gives_is_no_option():
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stop is unknown; it takes beta, stride"):
+        call_factory(factory, "window.kwargs", {"stop": 3}, stop=7)
+
+
+def test_what_the_program_gives_is_no_option_of_an_open_ended_factory_either():
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stop"):
+        call_factory(lambda **options: options, "window.kwargs", {"stop": 3}, stop=7)
+
+
+def test_a_needed_option_that_is_missing_is_named():
+    def needy(path, *, stop, size):
+        return path, stop, size
+
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.size is missing"):
+        call_factory(needy, "reward.kwargs", {"path": "x"}, stop=1)
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.path is missing"):
+        call_factory(needy, "reward.kwargs", {"size": 1}, stop=1)
+    assert call_factory(needy, "reward.kwargs", {"size": 2, "path": "x"}, stop=1) == ("x", 1, 2)
+
+
+def test_an_open_ended_factory_takes_any_option():
+    assert call_factory(lambda **options: options, "reward.kwargs", {"a": 1}, b=2) == {"a": 1, "b": 2}
+
+
+def test_a_class_is_a_factory():
+    class Reward:
+        def __init__(self, *, size=1):
+            self.size = size
+
+    assert call_factory(Reward, "reward.kwargs", {"size": 3}).size == 3
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.self is unknown.*; it takes size$"):
+        call_factory(Reward, "reward.kwargs", {"self": 3})

@@ -1,0 +1,178 @@
+"""The run folder's logs, displays and writers."""
+
+import json
+import signal
+import sys
+import types
+
+import pytest
+import torch
+
+from hrf_fast.config import load_config
+from hrf_fast.diversity import Interval
+from hrf_fast.evaluation import PanelScores, choose_scorer, image_grid
+from hrf_fast.run import Run, choose_device, read_log
+from hrf_fast.writers import BarProgress, JsonProgress, Progress, build_progress, build_writers
+
+RECORD = {"images": 8, "reward_mean": 0.5, "window_starts": [1]}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_config([f"run.folder={tmp_path / 'run'}", "run.progress=quiet", "evaluation.grid_size=4"])
+
+
+def scores(count=6):
+    interval = Interval(1.0, 0.5, 1.5)
+    return PanelScores(torch.rand(count, 3, 8, 8), [1.0] * count, interval, interval, None)
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n{"iteration": 1, "rew')
+    assert read_log(path) == [{"iteration": 0}]
+
+
+def test_rewinding_drops_iterations_to_be_done_again_but_keeps_the_panel_before_them(config, tmp_path):
+    with Run(config) as run:
+        for iteration in range(4):
+            run.log(iteration, RECORD)
+            run.log_panel(iteration + 1, scores(), {})
+        run.rewind(2)
+    assert [r["iteration"] for r in read_log(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    assert [r["iteration"] for r in read_log(tmp_path / "run" / "evaluations.jsonl")] == [1, 2]
+
+
+def test_phases_add_up_within_an_iteration_and_start_again_in_the_next(config):
+    with Run(config) as run:
+        for _ in range(2):
+            with run.phase("rollout"):
+                pass
+        assert list(run.seconds) == ["rollout"]
+        run.log(0, RECORD)
+        assert run.seconds == {}
+
+
+def test_ctrl_c_waits_for_the_end_of_an_update(config, capsys):
+    steps = []
+    with Run(config) as run, pytest.raises(KeyboardInterrupt), run.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("after the signal")
+    assert steps == ["after the signal"]
+    assert "stopping after this update" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_stops_at_once(config):
+    steps = []
+    with Run(config) as run, pytest.raises(KeyboardInterrupt), run.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("never")
+    assert steps == []
+
+
+def test_a_free_option_may_change_on_resume_and_the_length_only_under_a_constant_rate(config, tmp_path):
+    Run(config)
+    words = [f"run.folder={tmp_path / 'run'}", "evaluation.grid_size=4"]
+    Run(load_config([*words, "run.save_every=3", "run.progress=json", "train.iterations=99"]))
+    cosine = [*words[:0], f"run.folder={tmp_path / 'cosine'}", "train.learning_rate_schedule=cosine"]
+    Run(load_config(cosine))
+    with pytest.raises(ValueError, match="train.iterations was 70 and is 99"):
+        Run(load_config([*cosine, "train.iterations=99"]))
+
+
+def test_the_json_display_is_json(capsys):
+    display = JsonProgress()
+    display.iteration(0, RECORD)
+    display.panel(0, {"iteration": 0, "reward": [1, 0, 2], "rewards": [1, 1]})
+    display.note("careful")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [RECORD, {"panel": {"iteration": 0, "reward": [1, 0, 2]}}, {"note": "careful"}]
+
+
+def test_the_bar_shows_reward_rate_and_panels(capsys):
+    display = BarProgress()
+    display.start(0, 2)
+    display.phase("rollout")
+    # 8 images in 2 seconds
+    display.iteration(0, {**RECORD, "seconds": {"rollout": 2.0}})
+    display.panel(1, {"reward": [1.0, 0.5, 1.5], "vendi": [7.0, 6.0, 8.0]})
+    display.close()
+    err = capsys.readouterr().err
+    assert (
+        "reward 0.5000, 4.0 images/s" in err and "panel after 1 iterations: reward 1 [0.5, 1.5]   vendi 7 [6, 8]" in err
+    )
+
+
+def test_auto_is_a_bar_on_a_terminal_and_json_elsewhere(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert isinstance(build_progress("auto"), BarProgress)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert isinstance(build_progress("auto"), JsonProgress)
+    assert type(build_progress("quiet")) is Progress
+
+
+def test_tensorboard_gets_scalars_and_the_panel(tmp_path):
+    words = [f"run.folder={tmp_path / 'run'}", "run.writers=[tensorboard]", "run.progress=quiet"]
+    with Run(load_config(words)) as run:
+        run.log(0, RECORD)
+        run.log_panel(1, scores(), {})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("reward_mean")[0].value == 0.5 and events.Images("panel")
+
+
+def test_wandb_gets_the_same_and_no_key(tmp_path, monkeypatch):
+    logged, options = [], {}
+
+    class FakeRun:
+        def log(self, values):
+            logged.append(values)
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**kwargs):
+        options.update(kwargs)
+        return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda picture: picture.size))
+    (writer,) = build_writers(["wandb"], tmp_path)
+    writer.scalars(3, {"reward_mean": 0.5})
+    writer.images(3, "panel", torch.rand(4, 3, 8, 8))
+    writer.close()
+    assert set(options) == {"project", "name", "dir"}
+    assert logged == [{"iteration": 3, "reward_mean": 0.5}, {"iteration": 3, "panel": (128, 128)}, "finished"]
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_writer_says_how_to_install_it(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"hrf_fast\[writers\]"):
+        build_writers([name], tmp_path)
+
+
+def test_the_grid_has_a_white_cell_where_no_image_is():
+    # 3 black images of 2 pixels in 2 columns, not enlarged
+    picture = image_grid(torch.zeros(3, 3, 2, 2), columns=2, scale=1)
+    assert picture.size == (4, 4)
+    assert picture.getpixel((0, 0)) == picture.getpixel((1, 3)) == (0, 0, 0)
+    assert picture.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_the_scorer_follows_the_model_and_may_be_turned_off():
+    device = torch.device("cpu")
+    assert choose_scorer("auto", "fashion", device).name == "fashion"
+    assert choose_scorer("auto", "some/folder", device) is None
+    assert choose_scorer("none", "fashion", device) is None
+    assert choose_scorer("portraits", "some/folder", device).name == "portraits"
+
+
+def test_the_device_is_checked():
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="run.device is 'gpu'"):
+        choose_device("gpu")
+    with pytest.raises(ValueError, match="run.device is 'meta'"):
+        choose_device("meta")

@@ -1,0 +1,450 @@
+"""Window schedules: what each trains over a full cycle, by hand, and the configurations that are refused."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from hrf_fast.trajectory import Window
+from hrf_fast.windows import SCHEDULES, build_schedule, check_starts, select_start
+
+
+def make(name, kwargs=None, *, T=40, stop=None):
+    return build_schedule(name, kwargs or {}, num_inference_steps=T, stop=T - 1 if stop is None else stop)
+
+
+def no_probe(group, candidates):
+    raise AssertionError("this schedule has nothing to search")
+
+
+def draw(schedule, iteration=0, num_groups=1, seed=0, probe=no_probe):
+    return schedule(iteration, num_groups, generator=torch.Generator().manual_seed(seed), probe=probe)
+
+
+def starts(schedule, iteration=0, num_groups=1, seed=0, probe=no_probe):
+    return [window.start for window in draw(schedule, iteration, num_groups, seed, probe)]
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_half_open():
+    window = Window(3, 7)
+    assert (window.start, window.stop, len(window)) == (3, 7, 4)
+    assert len(Window(0, 1)) == 1
+
+
+@pytest.mark.parametrize(("start", "stop"), [(3, 3), (4, 3), (-1, 3), (-3, -1), (0, 0)])
+def test_a_window_that_is_empty_or_negative_is_refused(start, stop):
+    with pytest.raises(ValueError, match=rf"window \[{start}, {stop}\) is empty or negative; use 0 <= start < stop"):
+        Window(start, stop)
+
+
+def test_a_window_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Window(0, 3).start = 2
+
+
+# --- every schedule ---------------------------------------------------------------------------------------------------
+
+
+def test_the_registered_schedules_are_known_here():
+    # so that a new one is added to the sweep below
+    assert set(SCHEDULES) == {"full", "clusters", "random", "sliding", "dynamic"}
+
+
+def random_probe(group, candidates):
+    generator = torch.Generator().manual_seed(group)
+    return torch.rand(len(candidates), generator=generator), torch.rand(len(candidates), generator=generator)
+
+
+# T, end of the windows: DDIM's last step is deterministic unless set_alpha_to_one is false
+LENGTHS = ((40, 39), (40, 40), (20, 19), (7, 6), (7, 7), (3, 2), (2, 2))
+
+
+@pytest.mark.parametrize(("T", "stop"), LENGTHS)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("full", {}),
+        ("clusters", {}),
+        ("clusters", {"iterations_per_cluster": 3}),
+        ("random", {}),
+        ("sliding", {}),
+        ("sliding", {"stride": 3, "iterations_per_start": 2}),
+        ("dynamic", {"stride": 1}),
+    ],
+)
+def test_no_window_of_a_full_cycle_is_empty_or_holds_a_deterministic_step(T, stop, name, kwargs):
+    schedule = make(name, kwargs, T=T, stop=stop)
+    # 90 iterations: over two clusters of 35 and round again, and twice over every sliding start
+    for iteration in range(90):
+        windows = draw(schedule, iteration, num_groups=3, seed=iteration, probe=random_probe)
+        assert len(windows) == 3
+        assert all(0 <= window.start < window.stop == stop for window in windows)
+
+
+@pytest.mark.parametrize("name", ["full", "clusters", "random", "sliding"])
+@pytest.mark.parametrize(("T", "stop"), [(1, 1), (2, 1)])
+def test_the_defaults_work_with_a_single_step_to_train(T, stop, name):
+    # T = 2 with a deterministic last step leaves step 0: its default second half, [1, 2), has nothing to train
+    schedule = make(name, T=T, stop=stop)
+    for iteration in (0, 34, 35, 69, 70):
+        assert draw(schedule, iteration, num_groups=2) == [Window(0, 1)] * 2
+
+
+def test_only_ddpo_starts_from_noise():
+    assert make("full").needs_anchors is False
+    assert all(make(name).needs_anchors is True for name in ("clusters", "random", "sliding", "dynamic"))
+
+
+def test_full_trains_every_stochastic_step_of_every_group():
+    assert draw(make("full"), iteration=12, num_groups=2) == [Window(0, 39), Window(0, 39)]
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_clusters_are_the_halves_for_35_iterations_each():
+    # T 40: starts 0–19 in iterations 0–34, 20–38 (39 is deterministic) in 35–69, and round again
+    schedule = make("clusters")
+    for iteration, expected in (
+        (0, range(20)),
+        (34, range(20)),
+        (35, range(20, 39)),
+        (69, range(20, 39)),
+        (70, range(20)),
+    ):
+        assert set(starts(schedule, iteration, num_groups=400)) == set(expected)
+
+
+def test_an_odd_number_of_steps_gives_the_later_half_the_middle_one():
+    # T 7: [0, 3) and [3, 7) less the deterministic step 6
+    schedule = make("clusters", T=7)
+    assert set(starts(schedule, 0, num_groups=100)) == {0, 1, 2}
+    assert set(starts(schedule, 35, num_groups=100)) == {3, 4, 5}
+
+
+def test_explicit_steps_and_ranges_take_turns():
+    # two iterations each: {4, 9}, then [0, 2), then {7}; iteration 6 is back at the first
+    kwargs = {"clusters": [{"steps": [4, 9]}, [0, 2], {"steps": [7]}], "iterations_per_cluster": 2}
+    schedule = make("clusters", kwargs, T=12)
+    found = [set(starts(schedule, iteration, num_groups=50)) for iteration in range(8)]
+    assert found == [{4, 9}, {4, 9}, {0, 1}, {0, 1}, {7}, {7}, {4, 9}, {4, 9}]
+
+
+def test_a_tuple_is_as_good_as_a_list():
+    assert set(starts(make("clusters", {"clusters": [(1, 3)]}), num_groups=50)) == {1, 2}
+
+
+def test_the_deterministic_last_step_never_starts_a_window():
+    # both spellings hold step 39 of 40; it is dropped and the rest is used
+    for cluster in ([37, 40], {"steps": [37, 38, 39]}):
+        assert set(starts(make("clusters", {"clusters": [cluster]}), num_groups=100)) == {37, 38}
+
+
+def test_starts_are_uniform_over_the_cluster():
+    # 8000 draws of 20: 400 each, standard deviation sqrt(8000·0.05·0.95) = 19.5; five of them
+    counts = torch.bincount(torch.tensor(starts(make("clusters"), num_groups=8000)), minlength=20)
+    assert len(counts) == 20
+    assert (counts - 400).abs().max() < 98
+
+
+def test_groups_of_one_iteration_draw_their_own_starts():
+    assert len(set(starts(make("clusters"), num_groups=20))) > 5
+
+
+@pytest.mark.parametrize("name", ["clusters", "random"])
+def test_equal_generators_give_equal_windows_on_every_rank(name):
+    assert draw(make(name), 3, 10, seed=4) == draw(make(name), 3, 10, seed=4)
+    assert draw(make(name), 3, 10, seed=4) != draw(make(name), 3, 10, seed=5)
+
+
+def test_a_schedule_has_no_state():
+    # a resumed run asks for iteration 36 first
+    used, fresh = make("clusters"), make("clusters")
+    for iteration in range(36):
+        draw(used, iteration, 2, seed=iteration)
+    assert draw(used, 36, 5, seed=36) == draw(fresh, 36, 5, seed=36)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "message"),
+    [
+        (
+            [[0, 20], [20, 41]],
+            r"window\.kwargs\.clusters\[1\] has start 40 but sample\.num_inference_steps is 40; .*0 to 38",
+        ),
+        ([[-1, 20]], r"window\.kwargs\.clusters\[0\] has start -1 but .*use starts from 0 to 38"),
+        ([{"steps": [3, 99]}], r"window\.kwargs\.clusters\[0\] has start 99 but .*use starts from 0 to 38"),
+        ([[5, 5]], r"window\.kwargs\.clusters\[0\] is empty"),
+        ([[20, 0]], r"window\.kwargs\.clusters\[0\] is empty"),
+        ([[0, 20], {"steps": []}], r"window\.kwargs\.clusters\[1\] is empty"),
+        (
+            [[39, 40]],
+            r"window\.kwargs\.clusters\[0\] is empty: \[39\] holds no step before the deterministic end at 39",
+        ),
+        ([], r"window\.kwargs\.clusters is empty; list at least one range such as \[0, 20\]"),
+        (
+            [0, 20],
+            r"window\.kwargs\.clusters\[0\] is 0; use a half-open range \[first, stop\] or \{steps: \[\.\.\.\]\}",
+        ),
+        ([[0, 10, 20]], r"window\.kwargs\.clusters\[0\] is \[0, 10, 20\]; use a half-open range"),
+        ([[0, 2.5]], r"window\.kwargs\.clusters\[0\] is \[0, 2\.5\]; .*whole numbers"),
+        ([["0", "20"]], r"window\.kwargs\.clusters\[0\] is \['0', '20'\]; .*whole numbers"),
+        ([[False, True]], r"window\.kwargs\.clusters\[0\] is \[False, True\]; .*whole numbers"),
+        ([{"steps": [1, 2.5]}], r"window\.kwargs\.clusters\[0\] is .*2\.5.*; use a half-open range"),
+        ([{"start": [1]}], r"window\.kwargs\.clusters\[0\] is \{'start': \[1\]\}; use a half-open range"),
+        ([{"steps": 3}], r"window\.kwargs\.clusters\[0\] is \{'steps': 3\}; use a half-open range"),
+    ],
+)
+def test_clusters_that_cannot_be_trained_are_refused(clusters, message):
+    with pytest.raises(ValueError, match=message):
+        make("clusters", {"clusters": clusters})
+
+
+def test_check_starts_keeps_the_order_and_drops_the_deterministic_end():
+    assert check_starts([5, 1, 3, 4], option="x", num_inference_steps=6, stop=4) == [1, 3]
+
+
+# --- random and sliding -----------------------------------------------------------------------------------------------
+
+
+def test_random_is_uniform_over_every_start():
+    # 7800 draws of 39: 200 each, standard deviation sqrt(7800·38)/39 = 14; five of them, in any iteration
+    for iteration in (0, 50):
+        counts = torch.bincount(torch.tensor(starts(make("random"), iteration, num_groups=7800)), minlength=39)
+        assert len(counts) == 39
+        assert (counts - 200).abs().max() < 70
+
+
+def test_sliding_moves_all_groups_one_step_per_iteration_and_wraps():
+    # T 5: starts 0, 1, 2, 3 (4 is deterministic), then 0
+    schedule = make("sliding", T=5)
+    assert [starts(schedule, iteration, num_groups=2) for iteration in range(5)] == [
+        [0, 0],
+        [1, 1],
+        [2, 2],
+        [3, 3],
+        [0, 0],
+    ]
+
+
+def test_sliding_with_a_stride_and_several_iterations_per_start():
+    # stop 9, stride 4: starts 0, 4, 8 for two iterations each
+    schedule = make("sliding", {"stride": 4, "iterations_per_start": 2}, T=10)
+    assert [starts(schedule, iteration)[0] for iteration in range(8)] == [0, 0, 4, 4, 8, 8, 0, 0]
+
+
+# --- dynamic (HRF-D) --------------------------------------------------------------------------------------------------
+
+
+def select(rewards, distances, beta=0.5, candidates=None):
+    candidates = candidates or [2 * i for i in range(len(rewards))]
+    return select_start(candidates, torch.tensor(rewards), torch.tensor(distances), beta=beta)
+
+
+def test_the_chosen_start_by_hand():
+    # Δ (1, 2, 0.5) → (1/3, 1, 0); d[1:] (0.1, 0.3, 0.2) → (0, 1, 0.5); the distance of the first, 9, has no part
+    rewards, distances = [0.0, 1.0, 3.0, 3.5], [9.0, 0.1, 0.3, 0.2]
+    # β 0.5: (0.333, 0.5, −0.25); β 1: (0.333, 0, −0.5); β 0: Δ̂ alone
+    assert select(rewards, distances, beta=0.5) == 2
+    assert select(rewards, distances, beta=1.0) == 0
+    assert select(rewards, distances, beta=0.0) == 2
+
+
+def test_a_falling_reward_is_not_a_large_change():
+    # Δ (−3, 0.5) → (0, 1), not its absolute value; the distances are equal
+    assert select([3.0, 0.0, 0.5], [0.1, 0.1, 0.1]) == 2
+
+
+def test_a_constant_list_counts_as_zeros():
+    # rewards rise by the same: −β·d̂ decides, d[1:] (0.5, 0.2, 0.4) is least for the second
+    assert select([1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.2, 0.4]) == 2
+    # distances equal: Δ (1, 1, 3) decides
+    assert select([1.0, 2.0, 3.0, 6.0], [0.3] * 4) == 4
+    # both constant: all scores 0, the first
+    assert select([1.0] * 4, [0.3] * 4) == 0
+
+
+def test_two_candidates_leave_the_first():
+    assert select([5.0, 1.0], [0.0, 0.9]) == 0
+
+
+def test_the_last_candidate_is_never_chosen():
+    # the largest change and the smallest distance both belong to the last difference, which is candidate 4's
+    assert select([0.0, 0.0, 0.0, 10.0], [0.9, 0.9, 0.9, 0.0]) == 4
+
+
+def test_candidates_need_no_regular_spacing():
+    assert select([0.0, 1.0, 3.0, 3.5], [9.0, 0.1, 0.3, 0.2], candidates=[1, 5, 6, 30]) == 5
+
+
+def test_dynamic_probes_every_group_at_every_second_step_in_order():
+    # T 40: candidates 0, 2, …, 38; group 0's reward jumps between 6 and 8, group 1's between 20 and 22
+    asked = []
+
+    def probe(group, candidates):
+        asked.append((group, list(candidates)))
+        jump = (6, 20)[group]
+        return torch.tensor([float(c > jump) for c in candidates]), torch.full((len(candidates),), 0.1)
+
+    windows = draw(make("dynamic"), iteration=3, num_groups=2, probe=probe)
+    assert asked == [(0, list(range(0, 40, 2))), (1, list(range(0, 40, 2)))]
+    assert windows == [Window(6, 39), Window(20, 39)]
+
+
+def test_dynamic_passes_on_its_stride_and_beta():
+    # T 10, stride 3: candidates 0, 3, 6 (9 is deterministic); Δ (1, 2) → (0, 1), d̂ (0, 1);
+    # scores at β 0.9 (0, 0.1), at β 2 (0, −1)
+    def probe(group, candidates):
+        assert list(candidates) == [0, 3, 6]
+        return torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.1, 0.2])
+
+    assert starts(make("dynamic", {"stride": 3, "beta": 0.9}, T=10), probe=probe) == [3]
+    assert starts(make("dynamic", {"stride": 3, "beta": 2.0}, T=10), probe=probe) == [0]
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("clusters", "iterations_per_cluster"),
+        ("sliding", "iterations_per_start"),
+        ("sliding", "stride"),
+        ("dynamic", "stride"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -2])
+def test_counts_below_one_are_refused(name, option, value):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value}; use at least 1"):
+        make(name, {option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("clusters", "iterations_per_cluster"),
+        ("sliding", "iterations_per_start"),
+        ("sliding", "stride"),
+        ("dynamic", "stride"),
+    ],
+)
+@pytest.mark.parametrize("value", [2.5, "two"])
+def test_counts_that_are_no_whole_numbers_are_refused_before_the_run(name, option, value):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is .*{value}"):
+        make(name, {option: value})
+
+
+def test_a_search_without_two_candidates_is_refused():
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is 6: a search needs two candidates among 6 steps"):
+        make("dynamic", {"stride": 6}, T=7)
+
+
+def test_an_unknown_schedule_answers_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"window\.schedule is 'cluster' \(did you mean 'clusters'\?\); use one of clusters, dyn"
+    ):
+        make("cluster")
+
+
+def test_an_unknown_option_answers_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"window\.kwargs\.strid is unknown \(did you mean 'stride'\?\); it takes beta, stride"
+    ):
+        make("dynamic", {"strid": 3})
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is unknown; it takes none"):
+        make("full", {"stride": 3})
+
+
+def test_the_trainers_own_arguments_are_no_options():
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stop is unknown"):
+        make("full", {"stop": 3})
+
+
+# --- user schedules ---------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A user's schedule: one start for all."""
+
+    needs_anchors = True
+
+    def __init__(self, *, num_inference_steps, stop, start=1):
+        self.window = Window(start, stop)
+
+    def __call__(self, iteration, num_groups, *, generator, probe):
+        return [self.window] * num_groups
+
+
+@pytest.fixture
+def user_module(monkeypatch):
+    module = ModuleType("my_schedules")
+    monkeypatch.setitem(sys.modules, "my_schedules", module)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return module
+
+
+def test_a_users_class_is_a_schedule(user_module):
+    user_module.fixed = Fixed
+    schedule = make("my_schedules:fixed", {"start": 4}, T=7)
+    assert draw(schedule, num_groups=2) == [Window(4, 6), Window(4, 6)]
+
+
+def test_a_users_function_may_return_a_plain_function(user_module):
+    # "must return a callable (iteration, num_groups, *, generator, probe)": a closure is one
+    def factory(*, num_inference_steps, stop):
+        def schedule(iteration, num_groups, *, generator, probe):
+            return [Window(2, stop)] * num_groups
+
+        schedule.needs_anchors = True
+        return schedule
+
+    user_module.factory = factory
+    assert draw(make("my_schedules:factory", T=7), num_groups=2) == [Window(2, 6), Window(2, 6)]
+
+
+def test_a_users_schedule_takes_its_own_options_only(user_module):
+    user_module.fixed = Fixed
+    with pytest.raises(ValueError, match=r"window\.kwargs\.begin is unknown.*; it takes start"):
+        make("my_schedules:fixed", {"begin": 4}, T=7)
+
+
+class NoProbe:
+    needs_anchors = True
+
+    def __call__(self, iteration, num_groups, *, generator):
+        return []
+
+
+@pytest.mark.parametrize("product", [None, 3, SimpleNamespace(needs_anchors=True), NoProbe()])
+def test_a_users_factory_that_returns_no_schedule_is_refused(user_module, product):
+    user_module.bad = lambda *, num_inference_steps, stop: product
+    with pytest.raises(
+        ValueError, match=r"window\.schedule my_schedules:bad must return a callable \(iteration, num_groups"
+    ):
+        make("my_schedules:bad")
+
+
+def test_a_users_schedule_that_does_not_say_whether_it_needs_anchors_is_refused_before_the_run(user_module):
+    class Silent:
+        def __call__(self, iteration, num_groups, *, generator, probe):
+            return [Window(0, 1)] * num_groups
+
+    user_module.silent = lambda *, num_inference_steps, stop: Silent()
+    with pytest.raises(ValueError, match=r"window\.schedule.*needs_anchors"):
+        make("my_schedules:silent")
+
+
+def test_a_users_module_or_function_that_does_not_exist_is_refused(user_module):
+    with pytest.raises(
+        ValueError, match=r"window\.schedule is 'no_such_module:f' but importing 'no_such_module' failed"
+    ):
+        make("no_such_module:f")
+    with pytest.raises(
+        ValueError, match=r"window\.schedule is 'my_schedules:nothing' but my_schedules has no callable 'nothing'"
+    ):
+        make("my_schedules:nothing")
