@@ -19,7 +19,7 @@ def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
     Raises:
         ValueError: a group of one sample has no spread to standardise by, or a floor that is not positive.
     """
-    if floor <= 0:
+    if not floor > 0:
         raise ValueError(f"train.advantage_floor is {floor}; it divides, so use a positive number")
     _, index, sizes = group.unique(return_inverse=True, return_counts=True)
     if int(sizes.min()) < 2:

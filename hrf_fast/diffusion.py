@@ -83,35 +83,47 @@ def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, e
             "and has no Gaussian step of fixed coefficients; use a model or scheduler_config.json without it"
         )
 
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    maker = ddim if sampler == "ddim" else DDPMScheduler.from_config(scheduler.config)
+    maker = (DDIMScheduler if sampler == "ddim" else DDPMScheduler).from_config(scheduler.config)
     maker.set_timesteps(num_inference_steps)
-    ddim.set_timesteps(num_inference_steps)
-    alpha = scheduler.alphas_cumprod.double()[maker.timesteps]
-    previous = maker.timesteps - trained_steps // num_inference_steps
-    if sampler == "ddpm":
-        # ancestral steps go to the next timestep of the list; the last goes to the clean image
-        previous = torch.cat([maker.timesteps[1:], torch.tensor([-1])])
-    alpha_ddim = _previous_alpha(scheduler, maker.timesteps - trained_steps // num_inference_steps, ddim)
-    alpha_previous = alpha_ddim if sampler == "ddim" else _previous_alpha(scheduler, previous, None)
+    timesteps = maker.timesteps.long()
+    if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= trained_steps:
+        # diffusers rounds "trailing" to one step too many for some T, and steps_offset can pass the end
+        raise ValueError(
+            f"sample.num_inference_steps is {num_inference_steps}: with the scheduler's timestep_spacing "
+            f"{maker.config.timestep_spacing!r} its {len(timesteps)} timesteps run from {int(timesteps.max())} to "
+            f"{int(timesteps.min())}; use another number of steps, such as a divisor of {trained_steps}"
+        )
+    alphas = scheduler.alphas_cumprod.double()
+    alpha = alphas[timesteps]
+    alpha_ddim = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, _final_alpha(scheduler))
+    # ancestral steps go to the next timestep of the list; the last goes to the clean image
+    following = torch.cat([timesteps[1:], torch.tensor([-1])])
+    alpha_previous = alpha_ddim if sampler == "ddim" else _previous_alpha(alphas, following, 1.0)
 
     x0_latents, x0_output = _x0_factors(scheduler.config.prediction_type, alpha)
-    clip = scheduler.config.clip_sample_range if ddim.config.clip_sample and "clip_sample" in scheduler.config else None
+    clip = maker.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
     x0 = {"x0_latents": x0_latents, "x0_output": x0_output}
     deterministic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_ddim, 0.0)
     if sampler == "ddim":
         stochastic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_previous, eta)
     else:
-        stochastic = _ancestral_step(maker.config.variance_type, alpha, alpha_previous, maker.timesteps)
+        stochastic = _ancestral_step(maker.config.variance_type, alpha, alpha_previous, timesteps)
     for key, value in (x0 | stochastic).items():
         if not value.isfinite().all():
-            raise ValueError(f"{key} is not finite: a timestep has alpha-bar 0, which epsilon prediction can't invert")
+            raise ValueError(
+                f"{key} is not finite: the first timestep has no signal left (rescale_betas_zero_snr), which "
+                f"{scheduler.config.prediction_type} prediction can't invert; use a scheduler without it, or one of "
+                "v_prediction"
+            )
     noisy = stochastic["std"] > 0
     count = int(noisy.sum())
     if count == 0 or not noisy[:count].all():
-        raise ValueError(f"no step of this sampler is stochastic before its end (std {stochastic['std'].tolist()})")
+        raise ValueError(
+            f"sample.num_inference_steps is {num_inference_steps}: no step is stochastic before the end, so nothing "
+            "can be trained; use at least 2"
+        )
     return Diffusion(
-        timesteps=maker.timesteps.long(),
+        timesteps=timesteps,
         coefficients=_table(x0 | stochastic, clip),
         deterministic=_table(x0 | deterministic, clip),
         signal=alpha.sqrt().float(),
@@ -120,11 +132,14 @@ def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, e
     )
 
 
-def _previous_alpha(scheduler: Any, previous: Tensor, ddim: Any | None) -> Tensor:
-    """ā of the next cleaner step [T]; before the first trained step it is 1, or what DDIM's set_alpha_to_one says."""
-    final = 1.0 if ddim is None else float(ddim.final_alpha_cumprod)
-    alphas = scheduler.alphas_cumprod.double()
+def _previous_alpha(alphas: Tensor, previous: Tensor, final: float) -> Tensor:
+    """ā of the next cleaner step [T]; `final` before the first trained step."""
     return torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+
+
+def _final_alpha(scheduler: Any) -> float:
+    """ā of DDIM's clean image: 1, or that of the first trained step where set_alpha_to_one is off."""
+    return 1.0 if scheduler.config.get("set_alpha_to_one", True) else float(scheduler.alphas_cumprod[0])
 
 
 def _x0_factors(prediction: str, alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,11 @@ def load_policy(
         raise ValueError(f"model.name is {name!r} but its weights in {unet_folder} do not load: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet returns {unet.config.out_channels} channels for "
+            f"{unet.config.in_channels}: a learned variance, which is not supported; use a model of fixed variance"
+        )
     if unet.config.in_channels not in (1, 3) or unet.config.sample_size is None:
         raise ValueError(
             f"model.name is {name!r}, whose UNet takes {unet.config.in_channels} channels of size "

@@ -63,7 +63,7 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
         ValueError: malformed, no such module or attribute, or not callable.
     """
     module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
+    if not module_name or not attribute or module_name.startswith("."):
         raise ValueError(f"{option} is {spec!r}; write module:function, e.g. my_rewards:brightness")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -92,7 +92,7 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
     accepted = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD} - set(given)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in kwargs:
-        if name not in accepted and not open_ended:
+        if name not in accepted and (name in given or not open_ended):
             options = ", ".join(sorted(accepted)) or "none"
             raise ValueError(f"{option}.{name} is unknown{nearest(name, accepted)}; it takes {options}")
     for name, parameter in parameters.items():

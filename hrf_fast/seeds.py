@@ -17,7 +17,13 @@ PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_
 
 
 def key(seed: int, iteration: int, purpose: str) -> int:
-    """An unsigned 64-bit key, independent for each combination."""
+    """An unsigned 64-bit key, independent for each combination.
+
+    Raises:
+        ValueError: a seed of more than 32 bits, which would share keys with a smaller one.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"the seed is {seed}; run.seed and evaluation.seed must be from 0 to 2^32 - 1")
     sequence = np.random.SeedSequence([seed, iteration, PURPOSES.index(purpose)])
     return int(sequence.generate_state(1, np.uint64)[0])
 

@@ -1,7 +1,6 @@
 """Train: config -> parts -> loop -> run folder. The file to open first.
 
-    python hrf_fast/train.py --config configs/smoke_cpu.yaml train.iterations=3
-    deepspeed hrf_fast/train.py --config configs/smoke_cpu.yaml
+    deepspeed hrf_fast/train.py --config configs/smoke_cpu.yaml train.iterations=3
 
 DDPO, HRF and HRF-D are one loop; they differ in the window schedule. How a group is denoised is in rollout.py, how an
 iteration's groups are made in collect.py, how they are learnt from in update.py.

@@ -46,8 +46,13 @@ def build_schedule(name: str, kwargs: dict[str, Any], *, num_inference_steps: in
     """
     factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
     schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)
-    if not callable(schedule) or "probe" not in inspect.signature(schedule.__call__).parameters:
+    if not callable(schedule) or not {"generator", "probe"} <= set(inspect.signature(schedule).parameters):
         raise ValueError(f"window.schedule {name} must return a callable (iteration, num_groups, *, generator, probe)")
+    if not isinstance(getattr(schedule, "needs_anchors", None), bool):
+        raise ValueError(
+            f"window.schedule {name} must return a callable with needs_anchors: True to re-noise an anchor per group "
+            "(HRF), False to start from pure noise (DDPO)"
+        )
     return schedule
 
 
@@ -67,6 +72,11 @@ def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int
     if not kept:
         raise ValueError(f"{option} is empty: {list(starts)} holds no step before the deterministic end at {stop}")
     return kept
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"window.kwargs.{name} is {value!r}; use a whole number of at least 1")
 
 
 def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
@@ -108,15 +118,16 @@ def clusters(
     `clusters` lists half-open ranges [first, stop) or explicit `{steps: [...]}`; by default the two halves of the
     trajectory. `iterations_per_cluster` is how long one is used.
     """
-    if iterations_per_cluster < 1:
-        raise ValueError(f"window.kwargs.iterations_per_cluster is {iterations_per_cluster}; use at least 1")
-    half = num_inference_steps // 2
-    # a single step has no halves
-    groups = clusters if clusters is not None else [[0, half], [half, num_inference_steps]] if half else [[0, 1]]
-    if not groups:
+    _check_count("iterations_per_cluster", iterations_per_cluster)
+    if clusters is None:
+        half = num_inference_steps // 2
+        halves = [[0, half], [half, num_inference_steps]]
+        # of one or two steps a half has nothing to train
+        clusters = [bounds for bounds in halves if bounds[0] < min(bounds[1], stop)]
+    if not clusters:
         raise ValueError("window.kwargs.clusters is empty; list at least one range such as [0, 20]")
     starts = []
-    for index, cluster in enumerate(groups):
+    for index, cluster in enumerate(clusters):
         option = f"window.kwargs.clusters[{index}]"
         starts.append(
             check_starts(
@@ -127,10 +138,13 @@ def clusters(
 
 
 def _cluster_steps(cluster: Any, option: str) -> list[int]:
-    if isinstance(cluster, dict) and set(cluster) == {"steps"} and all(type(step) is int for step in cluster["steps"]):
-        return list(cluster["steps"])
-    if isinstance(cluster, (list, tuple)) and len(cluster) == 2 and all(type(bound) is int for bound in cluster):
-        return list(range(*cluster))
+    explicit = isinstance(cluster, dict) and set(cluster) == {"steps"}
+    numbers = cluster["steps"] if explicit else cluster
+    if isinstance(numbers, (list, tuple)) and all(type(number) is int for number in numbers):
+        if explicit:
+            return list(numbers)
+        if len(numbers) == 2:
+            return list(range(*numbers))
     raise ValueError(
         f"{option} is {cluster!r}; use a half-open range [first, stop] or {{steps: [...]}} of whole numbers"
     )
@@ -145,9 +159,8 @@ def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
 @register_schedule("sliding")
 def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 1, stride: int = 1) -> WindowSchedule:
     """All groups share a start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
-    for name, value in (("iterations_per_start", iterations_per_start), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"window.kwargs.{name} is {value}; use at least 1")
+    _check_count("iterations_per_start", iterations_per_start)
+    _check_count("stride", stride)
     starts = range(0, stop, stride)
     return _Uniform(lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop)
 
@@ -163,8 +176,7 @@ class Dynamic:
     needs_anchors = True
 
     def __init__(self, *, num_inference_steps: int, stop: int, stride: int = 2, beta: float = 0.5) -> None:
-        if stride < 1:
-            raise ValueError(f"window.kwargs.stride is {stride}; use at least 1")
+        _check_count("stride", stride)
         self.stop, self.beta = stop, beta
         self.candidates = list(range(0, stop, stride))
         if len(self.candidates) < 2:

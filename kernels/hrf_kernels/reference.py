@@ -36,6 +36,13 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value if value.dim() == 0 else value.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def _check_per_sample(latents: Tensor, **values: Tensor) -> None:
+    """Refuse what would broadcast silently: one number per sample is wanted."""
+    for name, value in values.items():
+        if value.shape != latents.shape[:1]:
+            raise ValueError(f"{name} is {tuple(value.shape)} but the batch is {len(latents)}; pass [{len(latents)}]")
+
+
 def gaussian_mean(model_output: Tensor, latents: Tensor, coef: StepCoefficients) -> Tensor:
     """Mean of the next latents, [B, C, H, W] fp32 (or wider); the x0 clamp has no gradient outside its range."""
     if model_output.shape != latents.shape:
@@ -88,6 +95,7 @@ def gaussian_step(
     Returns:
         next_latents [B, C, H, W] fp32 and log_prob [B] fp32.
     """
+    _check_per_sample(latents, sample_id=sample_id)
     mean = gaussian_mean(model_output, latents, coef)
     noise = philox_normal(tuple(mean.shape[1:]), seed=seed, sample_id=sample_id, step=step)
     next_latents = mean + _per_sample(coef.std, mean) * noise
@@ -112,6 +120,7 @@ def clipped_surrogate(
         old_log_prob, advantages: [B] fp32.
         clip_range: half-width ε of the ratio's range 1±ε; a number or [B].
     """
+    _check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
     log_prob = gaussian_log_prob(model_output, latents, next_latents, coef)
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()

@@ -114,12 +114,12 @@ def test_the_tolerance_rejects_a_gradient_that_is_one_percent_off(golden):
     assert gradient_error({k: v * 1.01 for k, v in gradients.items()}, case) > GRADIENT_TOLERANCE
 
 
-def test_the_degenerate_step_would_swamp_the_loss(golden):
-    # theirs, sigma clamped to 1e-6: the last step's log-probs are rounding noise and its loss 10 to 10,000 times the rest
-    cases, tensors = golden
+def test_the_degenerate_step_would_show_in_the_loss(golden):
+    # theirs, sigma clamped to 1e-6: the last step's log-probs are rounding noise, and its loss is 0.17 to 0.43
+    _, tensors = golden
     for name in CASES:
         theirs, ours = tensors[f"{name}.total_loss"], tensors[f"{name}.total_loss_without_last_step"]
-        assert abs(float(theirs)) > 10 * abs(float(ours)), name
+        assert abs(float(theirs - ours)) > 1000 * LOSS_TOLERANCE, name
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,11 @@ def test_the_floor_stands_in_for_a_smaller_spread_only():
 
 
 def test_a_large_offset_does_not_drown_the_differences():
-    # 16 777 216 = 2^24, where float32 counts in twos: (0, 2, 4) + 2^24 is (−1, 0, 1) in units of the std 2
+    # 16 777 216 = 2^24, where float32 counts in twos: the mean of 2^24 + (0, 2, 6) is no float32. Deviations
+    # (−8, −2, 10)/3, squares (64 + 4 + 100)/9, over 2: std sqrt(28/3) = 3.0550505
     base = 2.0**24
-    torch.testing.assert_close(advantages([base, base + 2, base + 4], [0, 0, 0]), torch.tensor([-1.0, 0, 1]))
+    expected = torch.tensor([-8.0, -2.0, 10.0]) / 3 / 3.0550505
+    torch.testing.assert_close(advantages([base, base + 2, base + 6], [0, 0, 0]), expected)
 
 
 def test_advantages_are_float32_whatever_the_rewards_dtype():

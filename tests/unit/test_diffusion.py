@@ -280,7 +280,7 @@ def test_degenerate_steps_are_outside_the_stochastic_ones(kind, sampler, options
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_a_sampler_without_a_stochastic_step_is_refused(spacing):
     # one step straight to alpha 1 has no noise and so no policy
-    with pytest.raises(ValueError, match="no step of this sampler is stochastic"):
+    with pytest.raises(ValueError, match="num_inference_steps is 1: no step is stochastic before the end"):
         build_diffusion(make_scheduler(timestep_spacing=spacing), sampler="ddim", num_inference_steps=1, eta=1.0)
 
 
@@ -392,7 +392,7 @@ def test_variances_that_ancestral_sampling_cannot_fix_are_refused(variance):
 def test_zero_terminal_snr_is_refused_with_epsilon_prediction(sampler):
     # x0 = (x − m)/0: nothing of the image is in x
     scheduler = make_scheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    with pytest.raises(ValueError, match="alpha-bar 0, which epsilon prediction can't invert"):
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr.* epsilon prediction can't invert"):
         build_diffusion(scheduler, sampler=sampler, num_inference_steps=10, eta=1.0)
 
 

@@ -320,7 +320,7 @@ def test_dynamic_passes_on_its_stride_and_beta():
 )
 @pytest.mark.parametrize("value", [0, -2])
 def test_counts_below_one_are_refused(name, option, value):
-    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value}; use at least 1"):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value}; use a whole number of at least 1"):
         make(name, {option: value})
 
 

@@ -1,0 +1,126 @@
+"""HRF against DDPO over several seeds, at equal UNet evaluations: the claim of the paper, measured.
+
+    python benchmarks/study.py configs/demo_fashion.yaml --seeds 0 1 2 --jobs 2
+
+Each seed trains HRF by the config and DDPO by the config with `configs/demo_ddpo.yaml` over it; both resume if they
+were interrupted. For each seed it reads off: HRF's gain in reward on the fixed panel with its paired 95 % interval, the
+share of the pretrained Vendi Score that it kept, and the Vendi Score of DDPO where its reward reached HRF's (linear
+interpolation between panels). Writes study.json and study.md beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hrf_fast.comparison import at_reward, gain, read_runs
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"hrf": [], "ddpo": ["--config", str(ROOT / "configs" / "demo_ddpo.yaml")]}
+
+
+def train(config: Path, method: str, seed: int, folder: Path, threads: int, overrides: list[str]) -> None:
+    """One run in a process of its own, so that several can run side by side.
+
+    Raises:
+        RuntimeError: it failed; the message is its last line.
+    """
+    words = ["--config", str(config), *METHODS[method], f"run.seed={seed}", f"run.folder={folder}", *overrides]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words, "run.progress=quiet"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise RuntimeError(f"{method} with seed {seed} failed: {result.stderr.strip().splitlines()[-1]}")
+
+
+def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
+    """What one seed says; Vendi Scores as shares of the pretrained model's."""
+    ours, theirs = read_runs([hrf, ddpo])
+    before, after = ours.score("vendi", 0), ours.score("vendi")
+    assert before is not None and after is not None, "the config's evaluation.scorer must give features"
+    level = ours.rewards()[-1]
+    there = at_reward(theirs, level)
+    end = theirs.score("vendi")
+    assert end is not None
+    return {
+        "pretrained_reward": ours.rewards()[0],
+        "pretrained_vendi": before.value,
+        "hrf_reward": level,
+        "hrf_gain": list(gain(ours, ours)),
+        "hrf_vendi_share": after.value / before.value,
+        "hrf_evaluations": ours.panels[-1]["evaluations"],
+        "ddpo_reward": theirs.rewards()[-1],
+        "ddpo_vendi_share": end.value / before.value,
+        "ddpo_evaluations": theirs.panels[-1]["evaluations"],
+        # where DDPO's reward reached HRF's; None where it never did
+        "ddpo_evaluations_at_hrf_reward": there[0] if there else None,
+        "ddpo_vendi_share_at_hrf_reward": there[1].value / before.value if there else None,
+    }
+
+
+def markdown(title: str, results: dict[int, dict[str, Any]]) -> str:
+    """One row per seed and a row of means ± standard deviations."""
+    lines = [
+        f"### {title}",
+        "",
+        "| seed | HRF: gain in reward [95 %] | HRF keeps Vendi | DDPO keeps Vendi at that reward | DDPO at its end: gain, Vendi |",
+        "|---|---|---|---|---|",
+    ]
+    for seed, r in results.items():
+        value, low, high = r["hrf_gain"]
+        there = r["ddpo_vendi_share_at_hrf_reward"]
+        shown = f"{there:.1%}" if there is not None else "never reached it"
+        end = f"{r['ddpo_reward'] - r['pretrained_reward']:+.4f}, {r['ddpo_vendi_share']:.1%}"
+        lines.append(
+            f"| {seed} | {value:+.4f} [{low:+.4f}, {high:+.4f}] | {r['hrf_vendi_share']:.1%} | {shown} | {end} |"
+        )
+
+    def mean(values: list[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1%}{spread}"
+
+    reached = [r["ddpo_vendi_share_at_hrf_reward"] for r in results.values() if r["ddpo_vendi_share_at_hrf_reward"]]
+    gains = [r["hrf_gain"][0] for r in results.values()]
+    lines.append(
+        f"| mean | {statistics.mean(gains):+.4f} | {mean([r['hrf_vendi_share'] for r in results.values()])} "
+        f"| {mean(reached) if reached else '-'} | {mean([r['ddpo_vendi_share'] for r in results.values()])} |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--out", type=Path, help="folder of the runs; by default runs/study-<config>")
+    parser.add_argument("overrides", nargs="*", help="section.field=value for every run")
+    arguments = parser.parse_intermixed_args()
+    out = arguments.out or Path("runs") / f"study-{arguments.config.stem}"
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    todo = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in METHODS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        jobs = [pool.submit(train, arguments.config, *job, threads, arguments.overrides) for job in todo]
+        for job in tqdm(jobs, unit="run"):
+            job.result()
+    results = {seed: compare(out / f"hrf-{seed}", out / f"ddpo-{seed}") for seed in arguments.seeds}
+    page = markdown(arguments.config.stem, results)
+    (out / "study.json").write_text(json.dumps(results, indent=1))
+    (out / "study.md").write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
