@@ -75,7 +75,7 @@ def markdown(title: str, results: dict[int, dict[str, Any]]) -> str:
     lines = [
         f"### {title}",
         "",
-        "| seed | HRF: gain in reward [95 %] | HRF keeps Vendi | DDPO keeps Vendi at that reward | DDPO at its end: gain, Vendi |",
+        "| seed | HRF: gain in reward [95 %] | Vendi that HRF keeps | DDPO keeps at that reward | DDPO's end |",
         "|---|---|---|---|---|",
     ]
     for seed, r in results.items():

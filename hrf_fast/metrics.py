@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,20 +34,23 @@ class StepStats:
     def zeros(cls, device: torch.device) -> StepStats:
         return cls(*(torch.zeros((), device=device) for _ in fields(cls)))
 
-    def add(self, loss: Tensor, surrogate: Surrogate, pairs: int) -> StepStats:
-        """Include one forward's surrogate; `pairs` counts samples × steps of the whole optimizer step."""
+    def add(self, loss: Tensor, surrogate: Surrogate) -> StepStats:
+        """Include one forward's surrogate, as sums: `finish` divides, so that a mean of ones is exactly one."""
         return StepStats(
             loss=self.loss + loss,
-            approx_kl=self.approx_kl + surrogate.approx_kl.sum() / pairs,
-            clip_fraction=self.clip_fraction + surrogate.outside.sum() / pairs,
-            clipped_fraction=self.clipped_fraction + surrogate.clipped.sum() / pairs,
-            ratio_mean=self.ratio_mean + surrogate.ratio.sum() / pairs,
+            approx_kl=self.approx_kl + surrogate.approx_kl.sum(),
+            clip_fraction=self.clip_fraction + surrogate.outside.sum(),
+            clipped_fraction=self.clipped_fraction + surrogate.clipped.sum(),
+            ratio_mean=self.ratio_mean + surrogate.ratio.sum(),
             ratio_max=torch.maximum(self.ratio_max, surrogate.ratio.max()),
             grad_norm=self.grad_norm,
         )
 
-    def finish(self, grad_norm: Tensor) -> StepStats:
-        return StepStats(**{**self.__dict__, "grad_norm": grad_norm})
+    def finish(self, pairs: int, grad_norm: Tensor) -> StepStats:
+        """The stats of a whole optimizer step of `pairs` samples × steps."""
+        sums = ("approx_kl", "clip_fraction", "clipped_fraction", "ratio_mean")
+        means = {name: getattr(self, name) / pairs for name in sums}
+        return replace(self, **means, grad_norm=grad_norm)
 
 
 def summarise(steps: Sequence[StepStats]) -> dict[str, float]:

@@ -52,8 +52,8 @@ def update(
             ):
                 loss = surrogate.loss.sum() / (trajectory.group_size * len(trajectories))
                 engine.backward(loss)
-                totals = totals.add(loss.detach(), surrogate, pairs)
-    return totals.finish(engine.step())
+                totals = totals.add(loss.detach(), surrogate)
+    return totals.finish(pairs, engine.step())
 
 
 def _replay(

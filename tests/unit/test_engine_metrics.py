@@ -152,8 +152,8 @@ def test_step_stats_are_averages_over_all_pairs():
     first = surrogate([1.5], [True], [True], [0.4])
     second = surrogate([0.9, 1.0, 1.2], [True, False, True], [False] * 3, [0.1, 0.2, 0.5])
     stats = StepStats.zeros(torch.device("cpu"))
-    stats = stats.add(torch.tensor(0.25), first, 4).add(torch.tensor(-0.75), second, 4)
-    stats = stats.finish(torch.tensor(3.0))
+    stats = stats.add(torch.tensor(0.25), first).add(torch.tensor(-0.75), second)
+    stats = stats.finish(4, torch.tensor(3.0))
     found = {name: float(value) for name, value in vars(stats).items()}
     assert found == pytest.approx(
         {
@@ -174,7 +174,7 @@ def test_the_largest_ratio_may_come_first_or_last():
     for order in ((low, high), (high, low)):
         stats = zeros
         for part in order:
-            stats = stats.add(torch.tensor(0.0), part, 2)
+            stats = stats.add(torch.tensor(0.0), part)
         assert float(stats.ratio_max) == pytest.approx(0.7)
 
 

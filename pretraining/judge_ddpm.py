@@ -1,0 +1,55 @@
+"""Quality figures of a small DDPM for its model card: `python pretraining/judge_ddpm.py fashion`.
+
+512 images by DDIM (eta 1, 50 steps) against the 512 real images that ship, in the features of the shipped scorer:
+Vendi and Inception Score, precision and recall (Kynkäänniemi et al., arXiv 1904.06991, k = 3), and the distance to the
+nearest training image in pixels, compared with that of real held-out images: a model that copies is nearer.
+"""
+
+import argparse
+
+import torch
+from data import fashion, portraits
+from torch import Tensor
+
+from hrf_fast.diversity import inception_score, vendi_score
+from hrf_fast.evaluation import panel_noise
+from hrf_fast.policy import load_policy
+from hrf_fast.rollout import sample
+from hrf_fast.scorers import load_reference, load_scorer
+
+
+def covered(of: Tensor, by: Tensor, k: int = 3) -> float:
+    """Share of `of` [N, D] that lies within the k-nearest-neighbour ball of some point of `by` [M, D]."""
+    radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values
+    return float((torch.cdist(of, by) <= radius).any(1).float().mean())
+
+
+def nearest_training_distance(images: Tensor, training: Tensor) -> float:
+    """Median over `images` [N, 3, H, W] of the Euclidean pixel distance to the nearest of `training`."""
+    return float(torch.cdist(images.flatten(1), training.flatten(1)).min(1).values.median())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=("fashion", "portraits"))
+    parser.add_argument("--model", help="folder; by default the shipped model")
+    parser.add_argument("--count", type=int, default=512)
+    arguments = parser.parse_args()
+    policy = load_policy(arguments.model or arguments.name, num_inference_steps=50)
+    with torch.no_grad():
+        images = policy.images(sample(policy, panel_noise(policy, 7, arguments.count), batch_size=64))
+    real, scorer = load_reference(arguments.name), load_scorer(arguments.name)
+    pixels = fashion("train")[0] if arguments.name == "fashion" else portraits(12_000)
+    training = (torch.from_numpy(pixels[:12_000]).permute(0, 3, 1, 2).float() / 255).expand(-1, 3, -1, -1)
+    ours, theirs = scorer.features(images), scorer.features(real)
+    print(f"Vendi Score {vendi_score(ours):.1f}, real {vendi_score(theirs):.1f}")
+    if "label" in scorer.labels:
+        scores = [inception_score(scorer.log_probs(x)["label"]) for x in (images, real)]
+        print(f"Inception Score {scores[0]:.2f}, real {scores[1]:.2f}")
+    print(f"precision {covered(ours, theirs):.2f}, recall {covered(theirs, ours):.2f}")
+    near = [nearest_training_distance(x, training) for x in (images, real)]
+    print(f"distance to the nearest of 12,000 training images {near[0]:.2f}, of real held-out images {near[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
