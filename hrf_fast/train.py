@@ -40,11 +40,12 @@ def train(config: Config) -> Path:
     """
     parts = build_parts(config)
     policy, engine = parts.policy, parts.engine
+    iterations, budget = config.train.iterations, config.train.max_evaluations
     rate = learning_rate_at(
         config.train.learning_rate_schedule,
         peak=config.train.learning_rate,
         warmup_iterations=config.train.warmup_iterations,
-        iterations=config.train.iterations,
+        iterations=iterations,
     )
     with Run(config) as run:
         state = load_newest(run.checkpoints, policy, engine.optimizer, warn=run.progress.note)
@@ -52,11 +53,12 @@ def train(config: Config) -> Path:
         policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
         run.rewind(done)
         run.progress.note(self_check(parts, config))
-        run.progress.start(done, config.train.iterations)
+        unit = ("evaluations", policy.calls.evaluations, budget) if budget else ("iterations", done, iterations)
+        run.progress.start(*unit)
         weights_are_whole = True
         try:
             while True:
-                finished = done >= config.train.iterations or _budget_spent(config, policy)
+                finished = done >= iterations or 0 < budget <= policy.calls.evaluations
                 if _due(config.evaluation.every, done, finished) and not run.has_panel(done):
                     run.log_panel(done, parts.evaluate_panel(), {"evaluations": policy.calls.evaluations})
                 if _due(config.run.save_every, done, finished) and done != saved:
@@ -132,10 +134,6 @@ def _save(run: Run, parts: Parts, config: Config, done: int) -> None:
 
 def _due(every: int, done: int, finished: bool) -> bool:
     return finished or done == 0 or (every > 0 and done % every == 0)
-
-
-def _budget_spent(config: Config, policy: Any) -> bool:
-    return 0 < config.train.max_evaluations <= policy.calls.evaluations
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -89,8 +89,8 @@ def build_writers(names: list[str], folder: Path) -> list[Writer]:
 class Progress:
     """Says nothing: the quiet display, and the interface of the others."""
 
-    def start(self, first: int, total: int) -> None:
-        """Iterations [first, total) are to come."""
+    def start(self, unit: str, first: int, total: int) -> None:
+        """The run ends when the record's `unit` (iterations or evaluations), now at `first`, has reached `total`."""
 
     def phase(self, name: str) -> None:
         """What the iteration is doing now."""
@@ -126,9 +126,13 @@ class BarProgress(Progress):
 
     _bar: tqdm | None = None
     _images = 0
+    _unit = "iterations"
 
-    def start(self, first: int, total: int) -> None:
-        self._bar = tqdm(total=total, initial=first, unit="it", dynamic_ncols=True, smoothing=0.1)
+    def start(self, unit: str, first: int, total: int) -> None:
+        self._unit = unit
+        self._bar = tqdm(
+            total=total, initial=first, unit=f" {unit}", dynamic_ncols=True, unit_scale=True, smoothing=0.1
+        )
 
     def phase(self, name: str) -> None:
         if self._bar is not None:
@@ -141,7 +145,9 @@ class BarProgress(Progress):
             self._images = record["images"]
             rate = new / max(1e-9, sum(record["seconds"].values()))
             self._bar.set_postfix_str(f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s", refresh=False)
-            self._bar.update(1)
+            # never past the total: the last iteration may overshoot its budget
+            reached = record["evaluations"] if self._unit == "evaluations" else iteration + 1
+            self._bar.update(min(reached, self._bar.total) - self._bar.n)
 
     def panel(self, iteration: int, record: dict[str, Any]) -> None:
         parts = [

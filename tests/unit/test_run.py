@@ -92,7 +92,7 @@ def test_the_json_display_is_json(capsys):
 
 def test_the_bar_shows_reward_rate_and_panels(capsys):
     display = BarProgress()
-    display.start(0, 2)
+    display.start("iterations", 0, 2)
     display.phase("rollout")
     # 8 images in 2 seconds
     display.iteration(0, {**RECORD, "seconds": {"rollout": 2.0}})
