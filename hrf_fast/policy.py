@@ -150,6 +150,13 @@ def load_policy(
             f"model.name is {name!r}, whose UNet takes {unet.config.in_channels} channels of size "
             f"{unet.config.sample_size}; a pixel-space model of 1 or 3 channels with a sample_size is needed"
         )
+    size = unet.config.sample_size
+    halvings = 2 ** (len(unet.config.block_out_channels) - 1)
+    if any(side % halvings for side in ([size] if isinstance(size, int) else size)):
+        raise ValueError(
+            f"model.name is {name!r}, whose sample_size is {size}: its UNet halves the image "
+            f"{len(unet.config.block_out_channels) - 1} times, so use a size divisible by {halvings}"
+        )
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored
     return Policy(unet.eval(), scheduler, diffusion, precision=precision)

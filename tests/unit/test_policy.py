@@ -176,6 +176,12 @@ def test_a_model_without_pixels_or_size_is_refused(tmp_path, values):
         load(tmp_path)
 
 
+def test_an_image_size_that_the_unet_can_not_halve_is_refused(copy):
+    edit(copy / "unet" / "config.json", sample_size=15)
+    with pytest.raises(ValueError, match="sample_size is 15.* divisible by 2"):
+        load(copy)
+
+
 def test_an_unknown_precision_is_refused(tiny_model):
     with pytest.raises(ValueError, match="train.precision is 'fp8'"):
         load(tiny_model, precision="fp8")
