@@ -222,14 +222,14 @@ def load_config(argv: Sequence[str]) -> Config:
     merged = OmegaConf.structured(Config)
     try:
         for name in files:
-            merged = OmegaConf.merge(merged, _read(Path(name), ()))
+            merged = _merge(merged, _read(Path(name), ()))
         for override in overrides:
             key, separator, _ = override.partition("=")
             if not separator:
                 raise ValueError(f"{override!r} is not an option; write section.field=value, or --config FILE")
             layer = OmegaConf.from_dotlist([override])
             _check_names(OmegaConf.to_container(layer), override)
-            merged = OmegaConf.merge(merged, layer)
+            merged = _merge(merged, layer)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -284,7 +284,21 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     parents = [
         _read(path.parent / base, (*seen, path.resolve())) for base in ([bases] if isinstance(bases, str) else bases)
     ]
-    return OmegaConf.merge(*parents, values)
+    merged = OmegaConf.create({})
+    for layer in (*parents, OmegaConf.create(values)):
+        merged = _merge(merged, layer)
+    return merged
+
+
+def _merge(config: Any, layer: Any) -> Any:
+    """`layer` over `config`; another schedule or reward starts with its own options, not with the old one's."""
+    from omegaconf import OmegaConf
+
+    for section, selector in (("window", "schedule"), ("reward", "name")):
+        new, old = layer.get(section), config.get(section)
+        if new and old and selector in new and new[selector] != old.get(selector):
+            old.kwargs = {}
+    return OmegaConf.merge(config, layer)
 
 
 def _check_names(values: Any, source: str) -> None:

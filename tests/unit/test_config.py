@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hrf_fast.config import SECTIONS, Config, describe_options, differences, load_config, to_yaml
-from hrf_fast.rewards import RewardTerm
+from hrf_fast.rewards import RewardTerm, list_rewards
+from hrf_fast.windows import build_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,6 +26,31 @@ def test_a_base_is_read_relative_to_its_file_and_is_overridden(tmp_path):
     config = load_config(["--config", str(tmp_path / "sub" / "child.yaml")])
     # 1e-5 is a number: plain YAML would read a string
     assert (config.train.iterations, config.train.learning_rate) == (9, 1e-5)
+
+
+def test_another_schedule_or_reward_starts_with_its_own_options(tmp_path):
+    (tmp_path / "a.yaml").write_text("window: {schedule: clusters, kwargs: {clusters: [[0, 5]]}}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nwindow: {schedule: dynamic, kwargs: {beta: 1}}\n")
+    assert load_config(["--config", str(tmp_path / "b.yaml")]).window.kwargs == {"beta": 1}
+    assert load_config(["--config", str(tmp_path / "a.yaml"), "window.schedule=full"]).window.kwargs == {}
+    words = ["reward.kwargs.quality=50", "reward.name=jpeg_incompressibility"]
+    assert load_config(words).reward.kwargs == {}
+    # the same one keeps them, and an override adds to them
+    kept = ["--config", str(tmp_path / "a.yaml"), "window.schedule=clusters", "window.kwargs.iterations_per_cluster=2"]
+    assert load_config(kept).window.kwargs == {"clusters": [[0, 5]], "iterations_per_cluster": 2}
+
+
+def test_a_demo_and_its_ddpo_layer_differ_in_method_only():
+    demo = ["--config", str(CONFIGS / "demo_portraits.yaml")]
+    changed = differences(load_config(demo), load_config([*demo, "--config", str(CONFIGS / "demo_ddpo.yaml")]))
+    assert set(changed) == {
+        "window.schedule",
+        "window.kwargs",
+        "train.advantages",
+        "train.groups_per_iteration",
+        "train.groups_per_step",
+        "evaluation.every",
+    }
 
 
 def test_a_circle_of_bases_is_refused(tmp_path):
@@ -107,6 +133,24 @@ def test_differences_names_option_old_and_new():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_yaml_loads(path):
     assert isinstance(load_config(["--config", str(path)]), Config)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_yaml_names_a_schedule_and_options_that_exist(path):
+    config = load_config(["--config", str(path)])
+    steps = config.sample.num_inference_steps
+    build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=steps - 1)
+    assert config.reward.name in {info.name for info in list_rewards()}
+
+
+def test_the_authors_hyperparameters_are_in_the_celebahq_files():
+    for method in ("ddpo", "hrf", "hrf_d"):
+        for reward in ("compressibility", "incompressibility", "aesthetic"):
+            config = load_config(["--config", str(CONFIGS / "celebahq" / f"{method}_{reward}.yaml")])
+            train = config.train
+            assert (train.learning_rate, train.clip_range, train.advantage_clip) == (5e-6, 1e-4, 2.5)
+            assert (train.weight_decay, train.max_grad_norm, train.group_size) == (1e-3, 1.0, 5)
+            assert (config.sample.num_inference_steps, config.sample.eta) == (40, 1.0)
 
 
 def test_every_option_has_a_docstring_and_a_line_of_help():
