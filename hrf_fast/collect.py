@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hrf_fast import seeds
 from hrf_fast.advantages import group_advantages
-from hrf_fast.config import Config
+from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
 from hrf_fast.run import Run

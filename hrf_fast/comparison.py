@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from hrf_fast.config import Config, differences, load_config
+from hrf_fast.config import differences, load_config
 from hrf_fast.diversity import Interval, paired_difference_interval
+from hrf_fast.options import Config
 from hrf_fast.run import read_log
 
 METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}

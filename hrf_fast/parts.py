@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hrf_fast.config import Config
 from hrf_fast.engine import PlainEngine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
+from hrf_fast.options import Config
 from hrf_fast.policy import Policy, load_policy
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.run import choose_device

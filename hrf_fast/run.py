@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from hrf_fast.checkpoint import replace_folder, write_atomically
-from hrf_fast.config import Config, differences, load_config, to_yaml
+from hrf_fast.config import differences, load_config, to_yaml
 from hrf_fast.evaluation import PanelScores, save_grid
+from hrf_fast.options import Config
 from hrf_fast.policy import Policy
 from hrf_fast.writers import Progress, Writer, build_progress, build_writers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hrf_fast import seeds
-from hrf_fast.config import Config
+from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.rollout import rollout, starting_noise
 from hrf_fast.seeds import NoiseKey

@@ -19,9 +19,10 @@ from torch import Tensor
 from hrf_fast import seeds
 from hrf_fast.checkpoint import load_newest, save_checkpoint
 from hrf_fast.collect import collect, score
-from hrf_fast.config import Config, load_config
+from hrf_fast.config import load_config
 from hrf_fast.engine import learning_rate_at
 from hrf_fast.metrics import StepStats, iteration_record
+from hrf_fast.options import Config
 from hrf_fast.parts import Parts, build_parts
 from hrf_fast.policy import UNetCalls
 from hrf_fast.run import Run, peak_memory_bytes

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.config import SECTIONS, Config, describe_options, differences, load_config, to_yaml
+from hrf_fast.config import SECTIONS, describe_options, differences, load_config, to_yaml
+from hrf_fast.options import Config
 from hrf_fast.rewards import RewardTerm, list_rewards
 from hrf_fast.windows import build_schedule
 

@@ -12,7 +12,9 @@ from PIL import Image
 from hrf_fast import report
 from hrf_fast.cli import main
 from hrf_fast.comparison import at_reward, describe, findings, gain, read_runs, result_table
-from hrf_fast.config import (
+from hrf_fast.config import to_yaml
+from hrf_fast.evaluation import save_grid
+from hrf_fast.options import (
     Config,
     EvaluationConfig,
     ModelConfig,
@@ -20,9 +22,7 @@ from hrf_fast.config import (
     RunConfig,
     TrainConfig,
     WindowConfig,
-    to_yaml,
 )
-from hrf_fast.evaluation import save_grid
 from hrf_fast.report import MID_RUN_GRIDS, summary_lines, write_report
 from hrf_fast.rewards.registry import RewardTerm
 

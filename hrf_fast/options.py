@@ -1,0 +1,156 @@
+"""Every option, as dataclasses with a docstring under each field; `hrf train --help` prints them.
+
+How they are read, layered and checked is config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hrf_fast.rewards.registry import RewardTerm
+
+
+@dataclass
+class ModelConfig:
+    """The pretrained model to fine-tune."""
+
+    name: str = "fashion"
+    """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+
+@dataclass
+class SampleConfig:
+    """How images are denoised, in training and in evaluation."""
+
+    scheduler: str = "ddim"
+    """ddim, or ddpm for ancestral sampling."""
+    num_inference_steps: int = 40
+    """T; the paper uses 40."""
+    eta: float = 1.0
+    """DDIM's noise scale in (0, 1]; 1 for ddpm."""
+    batch_size: int = 64
+    """Images per UNet call where nothing is trained: anchors, search, panels."""
+
+
+@dataclass
+class WindowConfig:
+    """Which denoising steps are trained."""
+
+    schedule: str = "clusters"
+    """full (DDPO), clusters (HRF), dynamic (HRF-D), random, sliding, or module:function."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """The schedule's own options, e.g. {clusters: [[0, 20], [20, 40]], iterations_per_cluster: 35}."""
+
+
+@dataclass
+class RewardConfig:
+    """What is maximised: one reward by name, or a weighted sum of `terms`."""
+
+    name: str | None = "jpeg_compressibility"
+    """A name from `hrf rewards` or module:function; null when `terms` are given."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """The reward's own options."""
+    terms: list[RewardTerm] = field(default_factory=list)
+    """Terms {name, weight, kwargs} of a weighted sum."""
+
+
+@dataclass
+class TrainConfig:
+    """The RL update. Defaults are those of the HRF authors' code where it has them."""
+
+    iterations: int = 70
+    """Rollout and update, this many times."""
+    groups_per_iteration: int = 4
+    """Anchors, and so groups, per iteration."""
+    group_size: int = 5
+    """Samples that share an anchor; at least 2."""
+    groups_per_step: int = 1
+    """Groups averaged into one optimizer step; 1 as published. Must divide groups_per_iteration."""
+    inner_epochs: int = 1
+    """Passes over an iteration's rollouts."""
+    advantages: str = "group"
+    """Peers that rewards are standardised against: group, or batch for the whole iteration."""
+    advantage_floor: float = 1e-6
+    """Least standard deviation to divide by, in units of the reward."""
+    advantage_clip: float = 2.5
+    """Bound on |advantage|."""
+    clip_range: float = 1e-4
+    """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
+    scale_clips_by_window: bool = True
+    """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    learning_rate: float = 5e-6
+    """Peak learning rate of AdamW."""
+    learning_rate_schedule: str = "constant"
+    """constant or cosine (to zero at the last iteration)."""
+    warmup_iterations: int = 0
+    """Iterations of linear warm-up."""
+    weight_decay: float = 1e-3
+    """AdamW's decoupled weight decay."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two averaging factors."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns it off."""
+    micro_batch_size: int = 0
+    """Samples per UNet call of a window, in rollout and update alike; 0 is the whole group."""
+    steps_per_forward: int = 1
+    """Consecutive window steps that the update puts into one UNet call; 1 keeps the on-policy ratio exactly 1."""
+    precision: str = "fp32"
+    """fp32, or bf16 for autocast with fp32 weights."""
+    max_evaluations: int = 0
+    """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The panel: images from fixed noise, scored before, during and after."""
+
+    every: int = 10
+    """Iterations between panels; 0 for only the first and last."""
+    panel_size: int = 128
+    """Images in the panel."""
+    seed: int = 1234
+    """Of the panel's noise; independent of run.seed."""
+    scorer: str = "auto"
+    """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
+    grid_size: int = 64
+    """Images of the panel that the PNG grids show."""
+    resamples: int = 1000
+    """Bootstrap resamples behind the 95 % intervals."""
+
+
+@dataclass
+class RunConfig:
+    """Where and how the run happens."""
+
+    folder: str = "runs/default"
+    """Everything is written below it; the same command resumes from it."""
+    seed: int = 0
+    """Of all randomness in training."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda or cuda:N."""
+    save_every: int = 10
+    """Iterations between checkpoints; 0 for only the last."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    writers: list[str] = field(default_factory=list)
+    """Besides metrics.jsonl: tensorboard, wandb (logged in by `wandb login`)."""
+    progress: str = "auto"
+    """auto (bar on a terminal, else json), bar, json or quiet."""
+
+
+@dataclass
+class Config:
+    """All sections of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    window: WindowConfig = field(default_factory=WindowConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
