@@ -50,6 +50,7 @@ def test_a_demo_and_its_ddpo_layer_differ_in_method_only():
         "train.advantages",
         "train.groups_per_iteration",
         "train.groups_per_step",
+        "train.learning_rate",
         "evaluation.every",
     }
 
