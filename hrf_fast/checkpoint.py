@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hrf_fast.policy import Policy
@@ -55,6 +56,9 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         else:
             aside.rename(folder)
         _fsync(folder.parent)
+    except SafetensorError as error:
+        # what a full disk is called by safetensors
+        raise OSError(f"{folder} can't be written: {error}; free space, then the same command goes on") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -90,14 +94,28 @@ def save_checkpoint(
 
     target = folder / f"{_PREFIX}{iteration:06d}"
     replace_folder(target, fill)
-    for old in list_checkpoints(folder)[keep:]:
+    # only what is older: a newer one was skipped as broken, and must not count as one of the kept
+    for old in [path for path in list_checkpoints(folder) if _iteration(path) < iteration][keep - 1 :]:
         shutil.rmtree(old)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; unfinished ones have another name and are not listed."""
-    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.is_dir() and _iteration(path) >= 0), key=_iteration, reverse=True)
+
+
+def _iteration(path: Path) -> int:
+    """The iteration in a checkpoint's name, -1 if it is no checkpoint."""
+    match = re.fullmatch(rf"{_PREFIX}(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed save has left behind."""
+    for leftover in (*folder.glob(f".{_PREFIX}*.tmp"), *folder.glob(f".{_PREFIX}*.old")):
+        shutil.rmtree(leftover)
 
 
 def load_newest(
@@ -125,6 +143,9 @@ def load_newest(
 def _broken(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        lacking = {"state.json", "optimizer.safetensors", "model/unet/config.json"} - set(manifest)
+        if lacking:
+            return f"its manifest lacks {', '.join(sorted(lacking))}"
         for name, digest in manifest.items():
             if _sha256(path / name) != digest:
                 return f"{name} is not what was written"
@@ -137,7 +158,13 @@ def _restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> di
     from diffusers import UNet2DModel
 
     saved = UNet2DModel.from_pretrained(path / "model" / "unet", low_cpu_mem_usage=False, use_safetensors=True)
-    policy.unet.load_state_dict(saved.state_dict())
+    try:
+        policy.unet.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint {path} is of another architecture than model.name's: {str(error).splitlines()[0]}; "
+            "choose another run.folder, or restore the model"
+        ) from error
     state = json.loads((path / "state.json").read_text())
     _restore_optimizer(optimizer, path / "optimizer.safetensors", state.pop("optimizer_scalars"))
     return state
@@ -156,6 +183,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, path: Path, groups: lis
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = file.get_tensor(name)
+    # JSON has no tuples
+    groups = [group | {"betas": tuple(group["betas"])} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

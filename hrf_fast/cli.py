@@ -14,10 +14,13 @@ from typing import Any
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
 
-def run_command(command: Callable[[], Any]) -> int:
+RESUMES = "the same command resumes the run"
+
+
+def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     """Run a command and turn the errors that a user can mend into one line and an exit code.
 
-    HRF_TRACEBACK=1 shows the traceback too.
+    HRF_TRACEBACK=1 shows the traceback too; `interrupted` is what Ctrl-C leaves to be said.
 
     Returns:
         0, 1 for an error, 130 after Ctrl-C.
@@ -28,7 +31,7 @@ def run_command(command: Callable[[], Any]) -> int:
         command()
         return 0
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; the same command resumes the run", file=sys.stderr)
+        print("\nstopped by Ctrl-C" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of our output, such as `head`, has left; nothing more can be said to it
@@ -52,54 +55,64 @@ def train(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
+    from hrf_fast.devices import choose_device
     from hrf_fast.evaluation import panel_noise, save_grid
     from hrf_fast.policy import load_policy
     from hrf_fast.rollout import sample as denoise
-    from hrf_fast.run import choose_device
 
     if arguments.count < 1 or arguments.batch_size < 1:
         raise ValueError(
             f"--count is {arguments.count} and --batch-size {arguments.batch_size}; both must be at least 1"
         )
-    policy = load_policy(
-        _model_of(arguments.model),
-        sampler=arguments.scheduler,
-        num_inference_steps=arguments.steps,
-        eta=arguments.eta,
-        device=choose_device(arguments.device),
-    )
+    name, settings = _model_and_sampler(arguments.model)
+    given = {"sampler": arguments.scheduler, "num_inference_steps": arguments.steps, "eta": arguments.eta}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    policy = load_policy(name, **settings, device=choose_device(arguments.device))
     noise = panel_noise(policy, arguments.seed, arguments.count)
     latents = denoise(policy, noise, batch_size=arguments.batch_size)
     save_grid(policy.images(latents).cpu(), Path(arguments.out))
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
 
 
-def _model_of(name: str) -> str:
-    """A run folder stands for the model that it tuned."""
-    return (
-        str(Path(name) / "model") if (Path(name) / "model").is_dir() and (Path(name) / "config.yaml").exists() else name
-    )
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Score a run's tuned model against its pretrained one on a fixed panel."""
-    from hrf_fast.checkpoint import write_atomically
+def _model_and_sampler(name: str) -> tuple[str, dict[str, Any]]:
+    """A run folder stands for the model that it tuned, sampled as it was trained."""
+    if not (Path(name) / "config.yaml").is_file():
+        return name, {}
     from hrf_fast.config import load_config
-    from hrf_fast.evaluation import choose_scorer
-    from hrf_fast.evaluation import evaluate as score_panel
-    from hrf_fast.parts import build_config_reward, build_policy
-    from hrf_fast.run import choose_device
 
-    run = Path(arguments.run)
+    run = _finished_run(name)
+    sampler = load_config(["--config", str(run / "config.yaml")]).sample
+    steps = sampler.num_inference_steps
+    return str(run / "model"), {"sampler": sampler.scheduler, "num_inference_steps": steps, "eta": sampler.eta}
+
+
+def _finished_run(name: str) -> Path:
+    run = Path(name)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
     if not (run / "model").is_dir():
         raise ValueError(f"{run} has no model/ yet; let its training finish (the same `hrf train` command resumes it)")
+    return run
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Score a run's tuned model against its pretrained one on a fixed panel."""
+    from dataclasses import asdict
+
+    from hrf_fast.checkpoint import write_atomically
+    from hrf_fast.config import load_config
+    from hrf_fast.devices import choose_device
+    from hrf_fast.evaluation import choose_scorer
+    from hrf_fast.evaluation import evaluate as score_panel
+    from hrf_fast.parts import build_config_reward, build_policy
+
+    run = _finished_run(arguments.run)
     config = load_config(["--config", str(run / "config.yaml"), *arguments.overrides])
     device = choose_device(config.run.device)
     reward = build_config_reward(config, device)
     scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
-    result: dict[str, Any] = {"panel_size": config.evaluation.panel_size, "seed": config.evaluation.seed}
+    result: dict[str, Any] = {"sample": asdict(config.sample), "reward": asdict(config.reward)}
+    result["evaluation"] = asdict(config.evaluation)
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
         scores = score_panel(
             build_policy(config, name),
@@ -162,9 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="fashion, portraits, a run folder, a diffusers folder or a hub id")
     command.add_argument("--out", default="samples.png")
     command.add_argument("--count", type=int, default=64)
-    command.add_argument("--steps", type=int, default=40, help="denoising steps")
-    command.add_argument("--scheduler", choices=("ddim", "ddpm"), default="ddim")
-    command.add_argument("--eta", type=float, default=1.0)
+    command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
+    command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
+    command.add_argument("--eta", type=float, help="a run's own, else 1")
     command.add_argument("--seed", type=int, default=1234)
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--device", default="auto")
@@ -189,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
             return 0
-        return run_command(lambda: train(argparse.Namespace(words=words[1:])))
+        return run_command(lambda: train(argparse.Namespace(words=words[1:])), RESUMES)
     parser = build_parser()
     arguments = parser.parse_args(words)
     if arguments.version:

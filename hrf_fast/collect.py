@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from hrf_fast.parts import Parts
 from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
 from hrf_fast.run import Run
 from hrf_fast.seeds import NoiseKey
-from hrf_fast.trajectory import Trajectory
+from hrf_fast.trajectory import Trajectory, Window
 
 
 def collect(parts: Parts, config: Config, run: Run, iteration: int) -> list[Trajectory]:
@@ -44,6 +45,7 @@ def collect(parts: Parts, config: Config, run: Run, iteration: int) -> list[Traj
     with run.phase("search"):
         generator = seeds.generator(config.run.seed, iteration, "windows")
         windows = parts.schedule(iteration, groups, generator=generator, probe=probe)
+        _check_windows(windows, groups, policy.diffusion.stochastic_steps, config.window.schedule)
     trajectories = []
     with run.phase("rollout"):
         for group, window in enumerate(windows):
@@ -54,6 +56,17 @@ def collect(parts: Parts, config: Config, run: Run, iteration: int) -> list[Traj
                 start = starting_noise(policy, place)
             trajectories.append(rollout(policy, window, start, place, micro_batch_size=train.micro_batch_size or size))
     return trajectories
+
+
+def _check_windows(windows: Any, groups: int, stop: int, name: str) -> None:
+    """A schedule of the user's may return anything."""
+    if not isinstance(windows, list) or not all(isinstance(window, Window) for window in windows):
+        raise ValueError(f"window.schedule {name} returned {windows!r}; return a list of Window(start, stop)")
+    if len(windows) != groups:
+        raise ValueError(f"window.schedule {name} returned {len(windows)} windows for {groups} groups; return one each")
+    last = max(window.stop for window in windows)
+    if last > stop:
+        raise ValueError(f"window.schedule {name} returned a window to {last}; steps from {stop} are deterministic")
 
 
 def score(parts: Parts, config: Config, trajectories: Sequence[Trajectory]) -> tuple[Tensor, list[Tensor]]:

@@ -24,7 +24,7 @@ METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
 # panels show the same images, scored the same way, only where all of these are equal
 SAME_PANEL = (
     *("model.name", "model.revision", "reward.name", "reward.kwargs", "reward.terms"),
-    *("sample.scheduler", "sample.num_inference_steps", "sample.eta"),
+    *("sample.scheduler", "sample.num_inference_steps", "sample.eta", "train.precision"),
     *("evaluation.seed", "evaluation.panel_size", "evaluation.scorer"),
 )
 

@@ -11,10 +11,11 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.options import Config
+from hrf_fast.options import LEARNING_RATE_SCHEDULES, PRECISIONS, SAMPLERS, Config
 from hrf_fast.registry import nearest
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
@@ -51,17 +52,19 @@ _ABOVE_ZERO = (
     "train.adam_eps",
 )
 _CHOICES = {
-    "sample.scheduler": ("ddim", "ddpm"),
+    "sample.scheduler": SAMPLERS,
     "train.advantages": ("group", "batch"),
-    "train.learning_rate_schedule": ("constant", "cosine"),
-    "train.precision": ("fp32", "bf16"),
+    "train.learning_rate_schedule": LEARNING_RATE_SCHEDULES,
+    "train.precision": PRECISIONS,
     "run.progress": ("auto", "bar", "json", "quiet"),
 }
+# seeds.py makes keys of 32 bits
+_LARGEST_SEED = 2**32 - 1
 WRITERS = ("tensorboard", "wandb")
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """Defaults, then each `--config FILE` in order, then `section.field=value`.
+    """Defaults, then each `--config FILE` in order, then all `section.field=value` as one layer.
 
     A YAML file may name others to start from: `base: other.yaml`, relative to itself.
 
@@ -69,29 +72,56 @@ def load_config(argv: Sequence[str]) -> Config:
         ValueError: an unknown option (with the nearest name), a value of the wrong type or out of range, no such file.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     files, overrides = _split(argv)
     merged = OmegaConf.structured(Config)
-    try:
-        for name in files:
-            merged = _merge(merged, _read(Path(name), ()))
-        for override in overrides:
-            key, separator, _ = override.partition("=")
-            if not separator:
-                raise ValueError(f"{override!r} is not an option; write section.field=value, or --config FILE")
-            layer = OmegaConf.from_dotlist([override])
-            _check_names(OmegaConf.to_container(layer), override)
+    for name in files:
+        layer = _read(Path(name), ())
+        with _naming(name):
             merged = _merge(merged, layer)
+    for override in overrides:
+        _check_override(override)
+    # one layer, so that the order of the words does not matter: options of a new schedule may come before its name
+    with _naming(" ".join(overrides)):
+        merged = _merge(merged, OmegaConf.from_dotlist(overrides))
+    with _naming("the configuration"):
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{error.full_key or 'the configuration'}: {reason}; `hrf train --help` shows its type"
-        ) from error
     assert isinstance(config, Config)
     check_config(config)
     return config
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """What YAML and OmegaConf raise about `source`, a word or a file, becomes a ValueError that names it."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key and not source.startswith(error.full_key) else ""
+        raise ValueError(f"{source}: {key}{str(error).splitlines()[0]}; `hrf train --help` shows its type") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    except TypeError as error:
+        # OmegaConf's own "Cannot merge incompatible container types" does not say which
+        raise ValueError(
+            f"{source} has a list where a mapping belongs, or the reverse; "
+            "write a list whole, as [a, b], and a mapping as {name: value}"
+        ) from error
+
+
+def _check_override(word: str) -> None:
+    """Refuse one `section.field=value` that is wrong by itself, so that the message names this word only."""
+    from omegaconf import OmegaConf
+
+    if "=" not in word:
+        raise ValueError(f"{word!r} is not an option; write section.field=value, or --config FILE")
+    with _naming(word):
+        layer = OmegaConf.from_dotlist([word])
+        _check_names(OmegaConf.to_container(layer), word)
+        _merge(OmegaConf.structured(Config), layer)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -101,6 +131,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         word = rest.pop(0)
         if word.startswith("--local_rank"):
             if word == "--local_rank":
+                if not rest:
+                    raise ValueError("--local_rank needs a number, e.g. --local_rank=0, or leave it out")
                 rest.pop(0)
         elif word == "--config":
             if not rest:
@@ -117,7 +149,6 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     """A YAML file merged over the `base` files that it names."""
-    import yaml
     from omegaconf import OmegaConf
 
     if not path.is_file():
@@ -125,21 +156,20 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ValueError(f"--config {path} does not exist{nearest(str(path), others)}")
     if path.resolve() in seen:
         raise ValueError(f"{path} is its own base; remove the circle")
-    try:
-        layer = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    values = OmegaConf.to_container(layer)
+    with _naming(str(path)):
+        values = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold sections such as `train:`, not a {type(values).__name__}")
-    bases = values.pop("base", [])
+    base = values.pop("base", [])
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise ValueError(f"{path}: base is {base!r}; name a YAML file or a list of them, or leave it out")
     _check_names(values, str(path))
-    parents = [
-        _read(path.parent / base, (*seen, path.resolve())) for base in ([bases] if isinstance(bases, str) else bases)
-    ]
+    parents = [_read(path.parent / name, (*seen, path.resolve())) for name in bases]
     merged = OmegaConf.create({})
-    for layer in (*parents, OmegaConf.create(values)):
-        merged = _merge(merged, layer)
+    with _naming(str(path)):
+        for layer in (*parents, OmegaConf.create(values)):
+            merged = _merge(merged, layer)
     return merged
 
 
@@ -184,8 +214,14 @@ def check_config(config: Config) -> None:
         return getattr(getattr(config, section), name)
 
     for option, least in _AT_LEAST.items():
-        if value(option) < least:
+        # written so that NaN fails too
+        if not value(option) >= least:
             raise ValueError(f"{option} is {value(option)}; use at least {least}")
+        if value(option) == float("inf"):
+            raise ValueError(f"{option} is inf; use a finite number")
+    for option in ("run.seed", "evaluation.seed"):
+        if value(option) > _LARGEST_SEED:
+            raise ValueError(f"{option} is {value(option)}; use at most {_LARGEST_SEED} (2^32 - 1)")
     for option in _ABOVE_ZERO:
         if not 0 < value(option) < float("inf"):
             raise ValueError(f"{option} is {value(option)}; use a finite number above 0")

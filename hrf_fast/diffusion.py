@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrf_fast.options import SAMPLERS
 from hrf_kernels import StepCoefficients
 
 # schedulers whose alphas_cumprod mean the same as DDPM's, so that DDIM and DDPM steps can be made of their config
@@ -68,8 +69,8 @@ def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, e
     name = type(scheduler).__name__
     if name not in COMPATIBLE:
         raise ValueError(f"the model's scheduler is {name}; only {', '.join(COMPATIBLE)} define the steps used here")
-    if sampler not in ("ddim", "ddpm"):
-        raise ValueError(f"sample.scheduler is {sampler!r}; use ddim or ddpm")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sample.scheduler is {sampler!r}; use {' or '.join(SAMPLERS)}")
     trained_steps = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= trained_steps:
         raise ValueError(f"sample.num_inference_steps is {num_inference_steps}; use 1 to {trained_steps}, as trained")

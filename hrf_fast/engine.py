@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+from hrf_fast.options import LEARNING_RATE_SCHEDULES
 
 
 class Engine(Protocol):
@@ -65,8 +65,8 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         if not math.isfinite(float(norm)):
             raise FloatingPointError(
-                f"the gradient norm is {float(norm)}: no optimizer step was made; lower train.learning_rate or "
-                "train.steps_per_forward, or use train.precision=fp32"
+                f"the gradient norm is {float(norm)}: this optimizer step was not made; lower train.learning_rate or "
+                "use train.precision=fp32, and go on from the last checkpoint"
             )
         self.optimizer.step()
         return norm

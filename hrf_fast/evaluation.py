@@ -74,6 +74,8 @@ def evaluate(
         panel_size: images; the first n of a larger panel are the smaller panel.
         seed: of the panel's noise.
     """
+    # a reward that draws random numbers draws the same for every panel
+    seeds.seed_everything(seed, 0)
     images = policy.images(sample(policy, panel_noise(policy, seed, panel_size), batch_size=batch_size))
     rewards = reward(images).cpu()
     vendi = inception = None

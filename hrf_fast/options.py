@@ -10,6 +10,10 @@ from typing import Any
 
 from hrf_fast.rewards.registry import RewardTerm
 
+SAMPLERS = ("ddim", "ddpm")
+LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("fp32", "bf16")
+
 
 @dataclass
 class ModelConfig:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from hrf_fast.devices import choose_device
 from hrf_fast.engine import PlainEngine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
 from hrf_fast.options import Config
 from hrf_fast.policy import Policy, load_policy
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
-from hrf_fast.run import choose_device
 from hrf_fast.scorers import FeatureNetwork
 from hrf_fast.windows import WindowSchedule, build_schedule
 

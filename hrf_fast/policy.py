@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.diffusion import Diffusion, build_diffusion
+from hrf_fast.options import PRECISIONS
 from hrf_fast.registry import nearest
-
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass
@@ -75,16 +74,29 @@ class Policy:
             self.calls = kept
 
     def images(self, latents: Tensor) -> Tensor:
-        """Clean latents in [-1, 1] to images [B, 3, H, W] in [0, 1]; a grey channel is repeated."""
+        """Clean latents in [-1, 1] to images [B, 3, H, W] in [0, 1]; a grey channel is repeated.
+
+        Raises:
+            FloatingPointError: a latent is NaN or infinite, which the clamp would hide in part.
+        """
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                "the images are not finite: the model's weights have diverged or were NaN when loaded; "
+                "lower train.learning_rate and resume from the last checkpoint, or check model.name"
+            )
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
     def save(self, folder: Path) -> None:
-        """Write a diffusers folder (safetensors) that `DDPMPipeline.from_pretrained` loads."""
-        from diffusers import DDIMPipeline, DDPMPipeline
+        """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
+        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
-        pipeline: Any = DDIMPipeline if type(self.scheduler).__name__ == "DDIMScheduler" else DDPMPipeline
-        pipeline(unet=self.unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
+        scheduler = self.scheduler
+        if type(scheduler).__name__ == "PNDMScheduler":
+            # no unconditional pipeline runs a PNDM; here it is sampled as a DDIM that does not clip
+            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        pipeline: Any = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
+        pipeline(unet=self.unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
 
 
 def load_policy(
@@ -119,6 +131,12 @@ def load_policy(
             f"model.name is {name!r}, whose UNet is a {unet_config.get('_class_name')}; this trainer drives "
             "unconditional UNet2DModel pipelines (DDPM, DDIM), e.g. google/ddpm-celebahq-256"
         )
+    for key in ("num_class_embeds", "class_embed_type"):
+        if unet_config.get(key) is not None:
+            raise ValueError(
+                f"model.name is {name!r}, whose UNet is conditioned on a class ({key}: {unet_config[key]!r}), which is "
+                "not supported; use an unconditional model"
+            )
     classes = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, PNDMScheduler)}
     scheduler_name = scheduler_config.get("_class_name")
     if scheduler_name not in classes:
@@ -136,8 +154,12 @@ def load_policy(
     try:
         unet = UNet2DModel.from_pretrained(unet_folder, low_cpu_mem_usage=False, **kwargs).to(device).float()
         scheduler = classes[scheduler_name].from_pretrained(scheduler_folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model.name is {name!r} but its weights in {unet_folder} do not load: {error}") from error
+    # diffusers checks no types: a wrong value in a config can raise nearly anything
+    except Exception as error:
+        raise ValueError(
+            f"model.name is {name!r} but its weights and configs in {unet_folder} and {scheduler_folder} do not load: "
+            f"{type(error).__name__}: {error}; save the model again with diffusers' save_pretrained"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     if unet.config.out_channels != unet.config.in_channels:
@@ -197,9 +219,15 @@ def _component(folder: Path, name: str, config: str) -> tuple[Path, dict[str, An
     for candidate in (folder / name, folder):
         if (candidate / config).is_file():
             try:
-                return candidate, json.loads((candidate / config).read_text())
+                values = json.loads((candidate / config).read_text())
             except ValueError as error:
                 raise ValueError(f"model.name: {candidate / config} is not valid JSON ({error})") from error
+            if not isinstance(values, dict):
+                raise ValueError(
+                    f"model.name: {candidate / config} holds a JSON {type(values).__name__}, not an object; "
+                    "give the file that diffusers' save_pretrained writes"
+                )
+            return candidate, values
     raise ValueError(
         f"model.name is {str(folder)!r}, which holds no {name}/{config} (nor {config}); "
         "give a diffusers pipeline folder with unet/ and scheduler/"

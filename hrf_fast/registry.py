@@ -60,7 +60,7 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     """Import `module:function`, also from the current folder.
 
     Raises:
-        ValueError: malformed, no such module or attribute, or not callable.
+        ValueError: malformed, no such module or attribute, a module that raises when imported, or not callable.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
@@ -72,6 +72,11 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     except ImportError as error:
         raise ValueError(
             f"{option} is {spec!r} but importing {module_name!r} failed: {error}; is it on PYTHONPATH?"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{option} is {spec!r} but importing {module_name!r} raised {type(error).__name__}: {error}; "
+            "correct that module"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

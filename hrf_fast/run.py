@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hrf_fast.checkpoint import replace_folder, write_atomically
+from hrf_fast.checkpoint import list_checkpoints, replace_folder, sweep, write_atomically
 from hrf_fast.config import differences, load_config, to_yaml
 from hrf_fast.evaluation import PanelScores, save_grid
 from hrf_fast.options import Config
@@ -44,20 +43,30 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._claim()
+            self._check_claim()
         except OSError as error:
             raise OSError(
                 f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another"
             ) from error
         self.progress: Progress = build_progress(config.run.progress)
-        self.writers: list[Writer] = build_writers(config.run.writers, self.folder)
+        self.writers: list[Writer] = []
         self.seconds: dict[str, float] = {}
+        # iterations in the newest checkpoint
+        self.saved = 0
         self._interrupted = False
+        self._spread_noted = False
 
-    def _claim(self) -> None:
-        """Write config.yaml, or check that the one there is this run's."""
+    def _check_claim(self) -> None:
+        """Refuse a folder that holds another run, or something else.
+
+        A run that has neither a checkpoint nor an iteration to lose may change its configuration.
+        """
         path = self.folder / "config.yaml"
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise ValueError(f"{self.checkpoints} is not a folder; remove it, or choose another run.folder")
         if path.exists():
+            if not list_checkpoints(self.checkpoints) and not read_log(self.folder / "metrics.jsonl"):
+                return
             changes = differences(load_config(["--config", str(path)]), self.config)
             changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
             if changes:
@@ -68,7 +77,34 @@ class Run:
                 )
         elif any(self.folder.iterdir()):
             raise ValueError(f"run.folder {self.folder} is not empty and holds no run; choose another run.folder")
+
+    def begin(self, done: int) -> None:
+        """Start, or go on after `done` iterations: from here on the folder is this configuration's.
+
+        Log lines of iterations that will be done again are dropped.
+
+        Raises:
+            ValueError: more iterations are done than asked for, or a finished run has lost its checkpoints.
+        """
+        if done > self.config.train.iterations:
+            raise ValueError(
+                f"train.iterations is {self.config.train.iterations} but {self.folder} has done {done}; "
+                "use at least that many, or another run.folder"
+            )
+        if done == 0 and (self.folder / "model").exists():
+            raise ValueError(
+                f"run.folder {self.folder} holds a tuned model but no checkpoint to go on from; choose another "
+                "run.folder, or delete the folder to train again"
+            )
+        path = self.folder / "config.yaml"
+        if done == 0 and path.exists() and differences(load_config(["--config", str(path)]), self.config):
+            # the panel of a configuration that never trained
+            (self.folder / "evaluations.jsonl").unlink(missing_ok=True)
+        sweep(self.checkpoints)
+        self.rewind(done)
         write_atomically(path, to_yaml(self.config).encode())
+        self.saved = done
+        self.writers = build_writers(self.config.run.writers, self.folder, done)
 
     def _may_change(self, option: str) -> bool:
         if option == "train.iterations":
@@ -115,16 +151,26 @@ class Run:
 
     def _note_interrupt(self, *_: object) -> None:
         self._interrupted = True
-        self.progress.note("Ctrl-C: stopping after this update (press again to stop at once, losing it)")
+        self.progress.note("Ctrl-C: stopping as soon as this is done (press again to stop at once, and lose it)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check_spread(self, iteration: int, advantages: Sequence[Tensor]) -> None:
+        """Say once that a reward gives every sample of its group the same value, so that nothing can be learnt."""
+        if not self._spread_noted and not any(bool(group.any()) for group in advantages):
+            self._spread_noted = True
+            name = self.config.reward.name or " + ".join(term.name for term in self.config.reward.terms)
+            self.progress.note(
+                f"iteration {iteration}: reward.name {name} is the same for all samples of every group, so their "
+                "advantages are 0 and nothing is learnt; use a reward that varies, or a larger train.group_size"
+            )
 
     def rewind(self, iteration: int) -> None:
         """Drop log lines of iterations that a resumed run will do again."""
         for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration)):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in _complete_lines(path) if json.loads(line)["iteration"] <= last]
-                write_atomically(path, "".join(line + "\n" for line in kept).encode())
+                kept = [record for record in read_log(path) if record["iteration"] <= last]
+                write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def has_panel(self, iteration: int) -> bool:
         """Whether the panel after `iteration` iterations has been scored and logged."""
@@ -165,39 +211,19 @@ class Run:
             os.fsync(file.fileno())
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a log; a last line without its end, left by a full disk, is not one."""
-    return path.read_text().split("\n")[:-1]
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl or evaluations.jsonl."""
-    return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device's allocator on CUDA, else the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of run.device.
+    """Records of metrics.jsonl or evaluations.jsonl; a last line without its end, left by a full disk, is not one.
 
     Raises:
-        ValueError: not a device, or not on this machine.
+        ValueError: a line that is not a record, by file and number.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"run.device is {name!r} but torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    return device
+    records = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["iteration"], int):
+                raise TypeError("iteration is not a whole number")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number} is not a record of a run ({error}); mend or delete it") from error
+        records.append(record)
+    return records

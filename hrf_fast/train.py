@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from hrf_fast import seeds
 from hrf_fast.checkpoint import load_newest, save_checkpoint
 from hrf_fast.collect import collect, score
 from hrf_fast.config import load_config
+from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.engine import learning_rate_at
 from hrf_fast.metrics import StepStats, iteration_record
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts, build_parts
 from hrf_fast.policy import UNetCalls
-from hrf_fast.run import Run, peak_memory_bytes
+from hrf_fast.run import Run
 from hrf_fast.self_check import self_check
 from hrf_fast.trajectory import Trajectory
 from hrf_fast.update import update
@@ -50,42 +51,41 @@ def train(config: Config) -> Path:
     )
     with Run(config) as run:
         state = load_newest(run.checkpoints, policy, engine.optimizer, warn=run.progress.note)
-        done = saved = state["iteration"] if state else 0
+        done = state["iteration"] if state else 0
         policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
-        run.rewind(done)
+        run.begin(done)
+        # iterations and UNet calls that the weights stand for; None while an update is under way
+        whole: tuple[int, UNetCalls] | None = (done, replace(policy.calls))
         run.progress.note(self_check(parts, config))
         unit = ("evaluations", policy.calls.evaluations, budget) if budget else ("iterations", done, iterations)
         run.progress.start(*unit)
-        weights_are_whole = True
         try:
             while True:
                 finished = done >= iterations or 0 < budget <= policy.calls.evaluations
                 if _due(config.evaluation.every, done, finished) and not run.has_panel(done):
                     run.log_panel(done, parts.evaluate_panel(), {"evaluations": policy.calls.evaluations})
-                if _due(config.run.save_every, done, finished) and done != saved:
-                    _save(run, parts, config, done)
-                    saved = done
+                if _due(config.run.save_every, done, finished):
+                    _save(run, parts, config, whole)
                 if finished:
                     break
                 seeds.seed_everything(config.run.seed, done)
                 trajectories = collect(parts, config, run, done)
                 with run.phase("reward"):
                     rewards, advantages = score(parts, config, trajectories)
+                run.check_spread(done, advantages)
                 engine.set_learning_rate(rate(done))
                 with run.uninterrupted():
-                    weights_are_whole = False
+                    whole = None
                     with run.phase("update"):
                         steps = learn(parts, config, trajectories, advantages)
-                    done, weights_are_whole = done + 1, True
-                    extra = {
-                        "terms": parts.reward.last_terms,
-                        "counters": _counters(config, parts, done, rate(done - 1)),
-                    }
-                    run.log(done - 1, iteration_record(steps, rewards, advantages, trajectories, **extra))
-        except BaseException:
-            # Ctrl-C, a reward that fails, a full disk: keep what was learnt, unless an update was cut in half
-            if weights_are_whole and done != saved:
-                _save(run, parts, config, done)
+                    known = {"terms": parts.reward.last_terms, "counters": _counters(parts, done + 1, rate(done))}
+                    run.log(done, iteration_record(steps, rewards, advantages, trajectories, **known))
+                    done += 1
+                    whole = (done, replace(policy.calls))
+        except BaseException as error:
+            # keep what was learnt, unless an update was cut in half, the disk is full or the weights have diverged
+            if not isinstance(error, (OSError, FloatingPointError)):
+                _save(run, parts, config, whole)
             raise
         run.save_model(policy)
     return run.folder
@@ -114,8 +114,8 @@ def learn(
     return steps
 
 
-def _counters(config: Config, parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
-    policy, train = parts.policy, config.train
+def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
+    policy, train = parts.policy, parts.config.train
     return {
         "learning_rate": learning_rate,
         "images": done * train.groups_per_iteration * train.group_size,
@@ -125,12 +125,13 @@ def _counters(config: Config, parts: Parts, done: int, learning_rate: float) -> 
     }
 
 
-def _save(run: Run, parts: Parts, config: Config, done: int) -> None:
+def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, UNetCalls] | None) -> None:
+    if whole is None or whole[0] in (0, run.saved):
+        return
     with run.uninterrupted():
-        state = {"calls": asdict(parts.policy.calls)}
-        save_checkpoint(
-            run.checkpoints, done, parts.policy, parts.engine.optimizer, state, keep=config.run.keep_checkpoints
-        )
+        state, keep = {"calls": asdict(whole[1])}, config.run.keep_checkpoints
+        save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine.optimizer, state, keep=keep)
+        run.saved = whole[0]
 
 
 def _due(every: int, done: int, finished: bool) -> bool:
@@ -139,9 +140,9 @@ def _due(every: int, done: int, finished: bool) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of training; returns the exit code."""
-    from hrf_fast.cli import run_command
+    from hrf_fast.cli import RESUMES, run_command
 
-    return run_command(lambda: train(load_config(sys.argv[1:] if argv is None else argv)))
+    return run_command(lambda: train(load_config(sys.argv[1:] if argv is None else argv)), RESUMES)
 
 
 if __name__ == "__main__":

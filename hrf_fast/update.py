@@ -37,7 +37,7 @@ def update(
         micro_batch_size, steps_per_forward: a forward holds their product, samples times consecutive steps.
 
     Returns:
-        StepStats averaged over every sample and step of the batch.
+        StepStats: the loss as differentiated, the rest over every sample and step of the batch.
     """
     totals = StepStats.zeros(policy.device)
     pairs = sum(trajectory.old_log_prob.numel() for trajectory in trajectories)

@@ -7,6 +7,7 @@ every rank. `register_schedule` adds one; `module:function` in window.schedule n
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -124,6 +125,8 @@ def clusters(
         halves = [[0, half], [half, num_inference_steps]]
         # of one or two steps a half has nothing to train
         clusters = [bounds for bounds in halves if bounds[0] < min(bounds[1], stop)]
+    if not isinstance(clusters, (list, tuple)):
+        raise ValueError(f"window.kwargs.clusters is {clusters!r}; use a list of ranges such as [[0, 20], [20, 40]]")
     if not clusters:
         raise ValueError("window.kwargs.clusters is empty; list at least one range such as [0, 20]")
     starts = []
@@ -177,6 +180,8 @@ class Dynamic:
 
     def __init__(self, *, num_inference_steps: int, stop: int, stride: int = 2, beta: float = 0.5) -> None:
         _check_count("stride", stride)
+        if type(beta) not in (int, float) or not math.isfinite(beta):
+            raise ValueError(f"window.kwargs.beta is {beta!r}; use a finite number such as 0.5")
         self.stop, self.beta = stop, beta
         self.candidates = list(range(0, stop, stride))
         if len(self.candidates) < 2:

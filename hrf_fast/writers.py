@@ -27,12 +27,12 @@ class Writer(Protocol):
 class TensorBoardWriter:
     """Event files in run_dir/tensorboard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, done: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('run.writers has tensorboard: `pip install "hrf_fast[writers]"`') from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -50,13 +50,18 @@ class TensorBoardWriter:
 class WandbWriter:
     """A W&B run named after the folder; log in once with `wandb login`, or set WANDB_MODE=offline."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, done: int) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ImportError('run.writers has wandb: `pip install "hrf_fast[writers]"`, then `wandb login`') from error
         self._wandb = wandb
-        self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder))
+        try:
+            self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder))
+        except Exception as error:
+            raise ValueError(
+                f"run.writers has wandb, which did not start ({error}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         self._run.log({"iteration": iteration, **values})
@@ -76,14 +81,14 @@ def _array(picture: Any) -> Any:
     return np.asarray(picture)
 
 
-def build_writers(names: list[str], folder: Path) -> list[Writer]:
-    """The writers of run.writers.
+def build_writers(names: list[str], folder: Path, done: int = 0) -> list[Writer]:
+    """The writers of run.writers; `done` iterations are behind a resumed run.
 
     Raises:
         ImportError: a package is missing; says how to install it.
     """
     kinds: dict[str, type[Writer]] = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter}
-    return [kinds[name](folder) for name in names]  # type: ignore[call-arg]
+    return [kinds[name](folder, done) for name in names]  # type: ignore[call-arg]
 
 
 class Progress:

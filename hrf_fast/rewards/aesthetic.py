@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from hrf_fast.rewards.pretrained import (
     Preprocessor,
+    check_batch_size,
+    check_text,
     fetch,
     load_config,
     load_network,
@@ -52,8 +54,9 @@ def aesthetic(
         head: a .safetensors, .pth or .pt file, or "owner/repository:filename" on the hub.
         batch_size: images that go through CLIP at once.
     """
-    if batch_size < 1:
-        raise ValueError(f"aesthetic.batch_size is {batch_size}; use at least 1")
+    check_batch_size("aesthetic.batch_size", batch_size)
+    check_text("aesthetic.clip", clip, "a hub id or a local folder")
+    check_text("aesthetic.head", head, 'a local file or "owner/repository:filename"')
     layers = build_head(load_head(head), head)
     config = load_config("aesthetic.clip", clip)
     if config.model_type == "clip":

@@ -93,7 +93,8 @@ class CombinedReward:
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for term in self._terms:
                 try:
-                    values = term.reward(images, prompts)
+                    # a reward may write into its images; the next term and the caller need theirs
+                    values = term.reward(images.clone(), prompts)
                 except Exception as error:
                     message = f"reward {term.key!r} failed with {type(error).__name__}: {error}"
                     raise RewardError(message) from error

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from hrf_fast.assets import SHIPPED
 from hrf_fast.registry import nearest
-from hrf_fast.rewards.pretrained import Preprocessor, check_folder, load_config, load_network, read_preprocessor
+from hrf_fast.rewards.pretrained import (
+    Preprocessor,
+    check_batch_size,
+    check_folder,
+    check_text,
+    load_config,
+    load_network,
+    read_preprocessor,
+)
 from hrf_fast.rewards.registry import Reward, register_reward, require
 
 
@@ -48,8 +56,8 @@ def classifier(
         model: "fashion" or "portraits" (shipped), or the hub id or local folder of a transformers image classifier.
         batch_size: images that go through a transformers network at once.
     """
-    if batch_size < 1:
-        raise ValueError(f"classifier.batch_size is {batch_size}; use at least 1")
+    check_batch_size("classifier.batch_size", batch_size)
+    check_text("classifier.model", model, f"{', '.join(SHIPPED)}, a hub id or a local folder")
     scorer: Scorer
     if model in SHIPPED:
         from hrf_fast.scorers import load_scorer

@@ -32,6 +32,16 @@ def unavailable(option: str, source: str, error: Exception) -> OSError:
     )
 
 
+def check_batch_size(option: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{option} is {value!r}; use a whole number of at least 1")
+
+
+def check_text(option: str, value: Any, expected: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{option} is {value!r}; use {expected}, as text")
+
+
 def check_folder(option: str, source: str) -> bool:
     """Whether `source` is a local folder rather than a hub id.
 
@@ -118,8 +128,13 @@ def read_preprocessor(option: str, source: str) -> dict[str, Any] | None:
     for filename in ("preprocessor_config.json", "processor_config.json"):
         path = Path(source).expanduser() / filename if is_folder else fetch(option, source, filename)
         if path is not None and path.is_file():
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            return settings.get("image_processor", settings)
+            try:
+                settings = json.loads(path.read_text(encoding="utf-8"))
+                return dict(settings.get("image_processor", settings))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{option} is {source!r}, whose {filename} is not a JSON object ({error}); download it again"
+                ) from error
     return None
 
 
@@ -176,7 +191,7 @@ class Preprocessor:
         if settings.get("do_normalize", True):
             mean, std = settings.get("image_mean"), settings.get("image_std")
         for key, value in (("image_mean", mean), ("image_std", std)):
-            if not isinstance(value, list) or len(value) != 3:
+            if not isinstance(value, list) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
                 raise refuse(key, "use three numbers, one per colour channel")
         factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
         return cls(

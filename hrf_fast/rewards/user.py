@@ -28,14 +28,7 @@ def build_user(spec: str, kwargs: dict[str, Any]) -> Reward:
     module, colon, attribute = spec.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ValueError(f'reward.name is {spec!r}; write "module:function" or "package.module:function"')
-    try:
-        function = load_user_function(spec, "reward.name")
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"reward.name is {spec!r} but importing {module!r} raised {type(error).__name__}: {error}"
-        ) from error
+    function = load_user_function(spec, "reward.name")
     if inspect.isclass(function):
         raise ValueError(f"reward.name is {spec!r}, which is a class; name a function, or an instance with __call__")
     try:

@@ -152,10 +152,13 @@ def test_bf16_trains(tiny_run, tmp_path):
 # what goes wrong
 
 
-def test_rewards_without_any_spread_leave_the_weights_alone_but_for_decay(tiny_run, tmp_path, tiny_model, monkeypatch):
+def test_rewards_without_any_spread_are_said_and_leave_the_weights_alone(
+    tiny_run, tmp_path, tiny_model, monkeypatch, capsys
+):
     (tmp_path / "flat_reward.py").write_text("def flat(images, prompts=None):\n    return [1.0] * len(images)\n")
     monkeypatch.chdir(tmp_path)
     assert main([*tiny_run, "reward.name=flat_reward:flat", "train.weight_decay=0"]) == 0
+    assert "is the same for all samples of every group" in capsys.readouterr().out
     before = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
 
@@ -204,7 +207,7 @@ def test_nan_weights_are_caught_before_the_optimizer_step(tiny_run, tmp_path, mo
 
     monkeypatch.setattr(train_module, "learn", poison)
     assert main([*tiny_run, "run.save_every=0"]) == 1
-    assert "no optimizer step was made" in capsys.readouterr().err
+    assert "was not made" in capsys.readouterr().err
     # an update cut in half is not saved
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -255,6 +258,48 @@ def test_what_can_not_work_is_refused_before_a_folder_is_made(tiny_run, tmp_path
     assert main([*tiny_run, *words]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [Window(0, 2)]", "returned 1 windows for 2 groups"),
+        ("return [(0, 2)] * num_groups", "return a list of Window"),
+        ("return [Window(0, 6)] * num_groups", "steps from 5 are deterministic"),
+    ],
+    ids=["too few", "no windows", "degenerate step"],
+)
+def test_a_schedule_of_the_users_is_checked(tiny_run, tmp_path, monkeypatch, capsys, body, message):
+    (tmp_path / "my_schedule.py").write_text(
+        "from hrf_fast.trajectory import Window\n"
+        "def build(*, num_inference_steps, stop):\n"
+        "    def schedule(iteration, num_groups, *, generator, probe):\n"
+        f"        {body}\n"
+        "    schedule.needs_anchors = False\n"
+        "    return schedule\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_schedule", raising=False)
+    assert main([*tiny_run, "window.schedule=my_schedule:build"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_calls_of_an_iteration_that_was_stopped_are_not_counted_twice(tiny_run, tmp_path, monkeypatch):
+    # stopped inside the reward of the third iteration, when its rollouts have been counted but not learnt from
+    (tmp_path / "pausing.py").write_text(
+        "stop_at = 3\ncalls = 0\ndef score(images, prompts=None):\n    global calls\n    calls += 1\n"
+        "    if calls == stop_at:\n        raise KeyboardInterrupt\n    return images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "pausing", raising=False)
+    options = ["reward.name=pausing:score", "run.save_every=0", "evaluation.every=0", "train.iterations=3"]
+    # calls: the first panel, then one an iteration
+    assert main([*tiny_run, *options]) == 130
+    sys.modules["pausing"].stop_at = None
+    assert main([*tiny_run, *options]) == 0
+    assert main(with_folder([*tiny_run, *options], tmp_path / "whole")) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def start(words, **environment):

@@ -6,9 +6,17 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hrf_fast.checkpoint import list_checkpoints, load_newest, replace_folder, save_checkpoint, write_atomically
+from hrf_fast.checkpoint import (
+    list_checkpoints,
+    load_newest,
+    replace_folder,
+    save_checkpoint,
+    sweep,
+    write_atomically,
+)
 from tests.unit.test_update import make_policy
 
 
@@ -74,7 +82,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(saved):
     assert "iteration-000002" in warnings[0] and "optimizer.safetensors is not what was written" in warnings[0]
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "file missing", "manifest is no mapping"])
+@pytest.mark.parametrize("damage", ["no manifest", "file missing", "manifest is no mapping", "empty manifest"])
 def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved, damage):
     folder, policy, optimizer = saved
     path = folder / "iteration-000001"
@@ -83,7 +91,7 @@ def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved,
     elif damage == "file missing":
         (path / "state.json").unlink()
     else:
-        (path / "manifest.json").write_text("[]")
+        (path / "manifest.json").write_text("[]" if damage == "manifest is no mapping" else "{}")
     with pytest.raises(ValueError, match="no checkpoint in .* is intact"):
         load_newest(folder, policy, optimizer, warn=lambda text: None)
 
@@ -151,3 +159,42 @@ def test_the_saved_optimizer_is_plain_safetensors(saved):
     folder, _, _ = saved
     tensors = load_file(folder / "iteration-000001" / "optimizer.safetensors")
     assert "0.exp_avg" in tensors and "0.step" in tensors
+
+
+def test_pruning_counts_neither_broken_newer_checkpoints_nor_strangers(saved):
+    folder, policy, optimizer = saved
+    broken = save_checkpoint(folder, 3, policy, optimizer, {}, keep=2)
+    (broken / "state.json").unlink()
+    (folder / "iteration-zzz").write_text("a stray file")
+    # resumed from 1, the run saves 2 with room for one
+    save_checkpoint(folder, 2, policy, optimizer, {}, keep=1)
+    assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
+    assert load_newest(folder, policy, optimizer, warn=lambda text: None)["iteration"] == 2
+
+
+def test_what_a_killed_save_left_is_swept(saved):
+    folder, _, _ = saved
+    for name in (".iteration-000002.tmp", ".iteration-000001.old"):
+        (folder / name / "model").mkdir(parents=True)
+    sweep(folder)
+    assert [path.name for path in folder.iterdir()] == ["iteration-000001"]
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_folder(saved, monkeypatch):
+    folder, policy, optimizer = saved
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("hrf_fast.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="iteration-000002 can't be written: No space left"):
+        save_checkpoint(folder, 2, policy, optimizer, {}, keep=2)
+    assert load_newest(folder, policy, optimizer, warn=fail)["iteration"] == 1
+
+
+def test_weights_of_another_architecture_are_refused(saved):
+    folder, _, optimizer = saved
+    other = make_policy()
+    other.unet.conv_in = torch.nn.Conv2d(3, 9, 3)
+    with pytest.raises(ValueError, match="another architecture"):
+        load_newest(folder, other, optimizer, warn=fail)

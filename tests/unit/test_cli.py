@@ -40,7 +40,7 @@ def test_sample_refuses_a_count_of_zero(tiny_model, capsys):
 def test_a_run_is_trained_sampled_evaluated_and_reported(tiny_run, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", *tiny_run]) == 0
-    assert main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--count", "2", "--steps", "3"]) == 0
+    assert main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--count", "2"]) == 0
     assert main(["evaluate", str(run), "evaluation.panel_size=8"]) == 0
     assert main(["report", str(run)]) == 0
     result = json.loads((run / "evaluation.json").read_text())
@@ -88,5 +88,5 @@ def test_ctrl_c_exits_with_130(capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    assert cli.run_command(interrupt) == 130
+    assert cli.run_command(interrupt, cli.RESUMES) == 130
     assert "the same command resumes" in capsys.readouterr().err

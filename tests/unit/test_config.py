@@ -34,11 +34,19 @@ def test_another_schedule_or_reward_starts_with_its_own_options(tmp_path):
     (tmp_path / "b.yaml").write_text("base: a.yaml\nwindow: {schedule: dynamic, kwargs: {beta: 1}}\n")
     assert load_config(["--config", str(tmp_path / "b.yaml")]).window.kwargs == {"beta": 1}
     assert load_config(["--config", str(tmp_path / "a.yaml"), "window.schedule=full"]).window.kwargs == {}
-    words = ["reward.kwargs.quality=50", "reward.name=jpeg_incompressibility"]
-    assert load_config(words).reward.kwargs == {}
     # the same one keeps them, and an override adds to them
     kept = ["--config", str(tmp_path / "a.yaml"), "window.schedule=clusters", "window.kwargs.iterations_per_cluster=2"]
     assert load_config(kept).window.kwargs == {"clusters": [[0, 5]], "iterations_per_cluster": 2}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_options_of_a_new_schedule_or_reward_may_come_before_or_after_its_name(tmp_path, order):
+    (tmp_path / "a.yaml").write_text("window: {schedule: clusters, kwargs: {clusters: [[0, 5]]}}\n")
+    words = ["window.kwargs.beta=0.9", "window.schedule=dynamic"]
+    config = load_config(["--config", str(tmp_path / "a.yaml"), *words[::order]])
+    assert config.window.kwargs == {"beta": 0.9}
+    words = ["reward.kwargs.quality=50", "reward.name=jpeg_incompressibility"]
+    assert load_config(words[::order]).reward.kwargs == {"quality": 50}
 
 
 def test_a_demo_and_its_ddpo_layer_differ_in_method_only():
@@ -86,6 +94,17 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["--iterations=3"], "--iterations=3 is unknown"),
         (["--config"], "--config needs a file"),
         (["--config", "nowhere/x.yaml"], "does not exist"),
+        (["run.seed=1", "reward.kwargs={a"], r"^reward.kwargs=\{a is not valid YAML"),
+        (["run.seed=1", "reward.terms={name: x}"], r"^reward.terms=\{name: x\} has a list where a mapping belongs"),
+        (["reward.terms.0.weight=2"], r"^reward.terms.0.weight=2 has .*write a list whole, as \[a, b\]"),
+        (["reward.kwargs=[1]"], r"^reward.kwargs=\[1\] has a list where a mapping belongs, or the reverse"),
+        (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\]: Invalid type assigned"),
+        (["reward.terms=[{nam: x}]"], r"^reward.terms=\[\{nam: x\}\]: .*Did you mean: 'name'"),
+        (["run.seed=1", "--local_rank"], "^--local_rank needs a number"),
+        (["train.max_grad_norm=nan"], "train.max_grad_norm is nan; use at least 0"),
+        (["train.weight_decay=inf"], "train.weight_decay is inf; use a finite number"),
+        (["run.seed=4294967296"], r"run.seed is 4294967296; use at most 4294967295 \(2\^32 - 1\)"),
+        (["evaluation.seed=18446744073709551616"], "evaluation.seed is 18446744073709551616; use at most 4294967295"),
     ],
 )
 def test_a_wrong_option_names_itself_and_the_way_out(words, message):
@@ -104,6 +123,33 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="broken.yaml"):
         load_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize("base", ["5", "null", "[3]", "{a: b}"])
+def test_a_base_that_is_no_file_name_is_refused(tmp_path, base):
+    path = tmp_path / "child.yaml"
+    path.write_text(f"base: {base}\n")
+    with pytest.raises(ValueError, match="child.yaml: base is .*; name a YAML file or a list of them"):
+        load_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize("text", ["reward: {kwargs: [1]}", "reward: {terms: {name: x}}", "reward: {terms: [3]}"])
+def test_a_list_or_mapping_in_the_wrong_place_names_its_file(tmp_path, text):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="wrong.yaml"):
+        load_config(["--config", str(path), "run.seed=1"])
+
+
+def test_a_list_over_a_mapping_of_its_base_names_the_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("reward: {kwargs: {quality: 5}}\n")
+    (tmp_path / "child.yaml").write_text("base: base.yaml\nreward: {kwargs: [5]}\n")
+    with pytest.raises(ValueError, match="child.yaml has a list where a mapping belongs"):
+        load_config(["--config", str(tmp_path / "child.yaml")])
+
+
+def test_the_largest_seed_is_that_of_32_bits():
+    assert load_config(["run.seed=4294967295"]).run.seed == 2**32 - 1
 
 
 def test_the_launchers_local_rank_is_dropped():

@@ -96,6 +96,24 @@ def test_a_tuned_model_is_saved_as_what_it_was_loaded_from(tiny_model, tmp_path)
     assert list((tmp_path / "tuned").rglob("*.safetensors")) and not list((tmp_path / "tuned").rglob("*.bin"))
 
 
+def test_a_tuned_model_of_a_pndm_scheduler_is_saved_as_the_ddim_that_it_was_sampled_with(tmp_path):
+    from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+
+    # saved by hand: the folder of a hub model whose scheduler is PNDM
+    DDPMPipeline(make_unet(), make_scheduler("PNDMScheduler")).save_pretrained(tmp_path / "given")
+    make_scheduler("PNDMScheduler").save_pretrained(tmp_path / "given" / "scheduler")
+    policy = load(tmp_path / "given")
+    policy.save(tmp_path / "tuned")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "tuned")
+    assert isinstance(pipeline.scheduler, DDIMScheduler) and not pipeline.scheduler.config.clip_sample
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
+    # and here it draws what it drew before
+    key = NoiseKey(0, torch.arange(2))
+    assert torch.equal(sample(load(tmp_path / "tuned"), key, batch_size=2), sample(policy, key, batch_size=2))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -148,6 +166,30 @@ def test_a_config_that_is_not_json_is_named(copy):
         load(copy)
 
 
+@pytest.mark.parametrize("path", ["unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("text", ["[1]", "3", "null"])
+def test_a_config_that_is_no_json_object_is_named(copy, path, text):
+    (copy / path).write_text(text)
+    with pytest.raises(ValueError, match=f"model.name: .*{path} holds a JSON .*, not an object"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_train_timesteps": "a"}, {"beta_start": None}, {"beta_schedule": "no"}], ids=str
+)
+def test_a_scheduler_config_of_wrong_values_is_refused(copy, values):
+    edit(copy / "scheduler" / "scheduler_config.json", **values)
+    with pytest.raises(ValueError, match="model.name is .*scheduler do not load: "):
+        load(copy)
+
+
+@pytest.mark.parametrize("values", [{"block_out_channels": 5}, {"down_block_types": ["NoBlock", "NoBlock"]}], ids=str)
+def test_a_unet_config_of_wrong_values_is_refused(copy, values):
+    edit(copy / "unet" / "config.json", **values)
+    with pytest.raises(ValueError, match="model.name is .*do not load: "):
+        load(copy)
+
+
 def test_weights_that_do_not_fit_their_config_are_refused(copy):
     edit(copy / "unet" / "config.json", block_out_channels=[8, 24])
     with pytest.raises(ValueError, match="do not load"):
@@ -157,6 +199,14 @@ def test_weights_that_do_not_fit_their_config_are_refused(copy):
 def test_a_conditional_unet_is_refused_by_name(copy):
     edit(copy / "unet" / "config.json", _class_name="UNet2DConditionModel")
     with pytest.raises(ValueError, match="UNet2DConditionModel; this trainer drives unconditional"):
+        load(copy)
+
+
+@pytest.mark.parametrize("values", [{"num_class_embeds": 10}, {"class_embed_type": "timestep"}], ids=str)
+def test_a_class_conditional_unet_is_refused_by_name(copy, values):
+    edit(copy / "unet" / "config.json", **values)
+    ((key, value),) = values.items()
+    with pytest.raises(ValueError, match=rf"conditioned on a class \({key}: {value!r}\).*use an unconditional model"):
         load(copy)
 
 
@@ -196,3 +246,13 @@ def test_calls_inside_uncounted_are_not_counted(tiny_model):
     policy.model_output(latents, 1)
     # one forward and, since gradients are on, one backward for each of two images: 2 + 2 x 2
     assert policy.calls.evaluations == 6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_images_that_are_not_finite_stop_the_run(tiny_model, value):
+    latents = torch.zeros(2, 3, 16, 16)
+    latents[1, 0, 0, 0] = value
+    with pytest.raises(
+        FloatingPointError, match="the images are not finite: .*lower train.learning_rate .* model.name"
+    ):
+        load(tiny_model).images(latents)

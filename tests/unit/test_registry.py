@@ -119,6 +119,16 @@ def test_a_module_whose_own_import_fails_says_which(folder):
         load_user_function("broken_of_mine:f", "reward.name")
 
 
+@pytest.mark.parametrize(("body", "name"), [("def f(:\n", "SyntaxError"), ("undefined\n", "NameError")])
+def test_a_module_that_raises_anything_at_import_says_what(folder, body, name):
+    (folder / "broken_of_mine.py").write_text(body)
+    with pytest.raises(
+        ValueError, match=rf"window\.schedule is 'broken_of_mine:f' but importing 'broken_of_mine' raised {name}: "
+    ) as caught:
+        load_user_function("broken_of_mine:f", "window.schedule")
+    assert type(caught.value.__cause__).__name__ == name
+
+
 def test_a_relative_module_name_is_refused_by_name(folder):
     with pytest.raises(ValueError, match=r"reward\.name is '\.brightness_of_mine:brightness'"):
         load_user_function(".brightness_of_mine:brightness", "reward.name")

@@ -282,6 +282,22 @@ def test_only_the_first_bad_indexes_are_shown():
         check_rewards(images_of(*[0.0] * 9), bad, "r")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_reward_that_writes_into_its_images_changes_neither_other_terms_nor_the_caller(scratch_registry, order):
+    @register_reward("spoiler")
+    def spoiler():
+        return lambda images, prompts=None: images.zero_().sum((1, 2, 3))
+
+    @register_reward("level")
+    def level():
+        return lambda images, prompts=None: images.mean((1, 2, 3))
+
+    images = images_of(0.25, 0.5)
+    # the spoiler is worth 0, so the sum is the level
+    assert build_reward([RewardTerm("spoiler"), RewardTerm("level")][::order])(images).tolist() == [0.25, 0.5]
+    assert torch.equal(images, images_of(0.25, 0.5))
+
+
 def test_an_exception_inside_names_the_reward_and_is_chained(scratch_registry):
     @register_reward("broken")
     def factory():

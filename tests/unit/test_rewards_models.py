@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -181,6 +182,7 @@ def test_scaling_and_normalising_can_be_off():
         ({"do_center_crop": True, "crop_size": 5}, "has crop_size = 5; it must fit into size"),
         ({"image_mean": [0.5]}, r"has image_mean = \[0.5\]; use three numbers"),
         ({"image_std": None}, "has image_std = None; use three numbers"),
+        ({"image_mean": ["a", "b", "c"]}, "has image_mean = .*; use three numbers"),
     ],
 )
 def test_a_setting_that_is_not_implemented_is_refused_by_name(settings, message):
@@ -219,7 +221,7 @@ def test_the_aesthetic_score_does_not_depend_on_the_batch_size(clip_folder, tmp_
     whole = build_reward([RewardTerm("aesthetic", kwargs=kwargs)])(images)
     split = build_reward([RewardTerm("aesthetic", kwargs=kwargs | {"batch_size": 2})])(images)
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="aesthetic.batch_size is 0; use at least 1"):
+    with pytest.raises(ValueError, match="aesthetic.batch_size is 0; use a whole number of at least 1"):
         build_reward([RewardTerm("aesthetic", kwargs=kwargs | {"batch_size": 0})])
 
 
@@ -499,7 +501,7 @@ def test_a_model_that_is_neither_shipped_nor_a_hub_id_nor_a_folder_is_refused(tm
         build_reward([RewardTerm("classifier", kwargs=kwargs | {"model": str(tmp_path / "gone")})])
     with pytest.raises(OSError, match="classifier.model is 'someone/age', which could not be loaded"):
         build_reward([RewardTerm("classifier", kwargs=kwargs | {"model": "someone/age"})])
-    with pytest.raises(ValueError, match="classifier.batch_size is 0; use at least 1"):
+    with pytest.raises(ValueError, match="classifier.batch_size is 0; use a whole number of at least 1"):
         build_reward([RewardTerm("classifier", kwargs=kwargs | {"batch_size": 0})])
 
 
@@ -517,6 +519,30 @@ def test_a_folder_that_would_give_meaningless_scores_is_refused(vit_folder, tmp_
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="gives several labels per image; use one with exclusive classes"):
         build_reward([RewardTerm("classifier", kwargs=kwargs)])
+
+
+@pytest.mark.parametrize(
+    ("reward", "argument", "value", "rule"),
+    [
+        *(("classifier", "batch_size", value, "use a whole number of at least 1") for value in ("abc", 2.5, True, 0)),
+        ("classifier", "model", 5, "use fashion, portraits, a hub id or a local folder, as text"),
+        ("classifier", "model", ["fashion"], "use fashion, portraits, a hub id or a local folder, as text"),
+        *(("aesthetic", "batch_size", value, "use a whole number of at least 1") for value in ("abc", None, -1)),
+        ("aesthetic", "clip", 5, "use a hub id or a local folder, as text"),
+        ("aesthetic", "head", None, 'use a local file or "owner/repository:filename", as text'),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_refused_by_name(reward, argument, value, rule):
+    kwargs = {"target": 0} if reward == "classifier" else {}
+    with pytest.raises(ValueError, match=re.escape(f"{reward}.{argument} is {value!r}; {rule}")):
+        build_reward([RewardTerm(reward, kwargs=kwargs | {argument: value})])
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"image_processor": 3}'])
+def test_a_settings_file_that_is_no_json_object_is_refused_by_name(vit_folder, tmp_path, text):
+    (copied(vit_folder, tmp_path) / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match="classifier.model is .*, whose preprocessor_config.json is not a JSON object"):
+        build_reward([RewardTerm("classifier", kwargs={"model": str(tmp_path), "target": 0})])
 
 
 def test_the_shipped_fashion_scorer_rewards_its_own_classes():

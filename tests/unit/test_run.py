@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hrf_fast.config import load_config
+from hrf_fast.devices import choose_device
 from hrf_fast.diversity import Interval
 from hrf_fast.evaluation import PanelScores, choose_scorer, image_grid
-from hrf_fast.run import Run, choose_device, read_log
+from hrf_fast.run import Run, read_log
 from hrf_fast.writers import BarProgress, JsonProgress, Progress, build_progress, build_writers
 
 RECORD = {"images": 8, "reward_mean": 0.5, "window_starts": [1]}
@@ -59,7 +60,7 @@ def test_ctrl_c_waits_for_the_end_of_an_update(config, capsys):
         signal.raise_signal(signal.SIGINT)
         steps.append("after the signal")
     assert steps == ["after the signal"]
-    assert "stopping after this update" in capsys.readouterr().err
+    assert "stopping as soon as this is done" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_stops_at_once(config):
@@ -72,11 +73,16 @@ def test_a_second_ctrl_c_stops_at_once(config):
 
 
 def test_a_free_option_may_change_on_resume_and_the_length_only_under_a_constant_rate(config, tmp_path):
-    Run(config)
-    words = [f"run.folder={tmp_path / 'run'}", "evaluation.grid_size=4"]
+    def begin(words):
+        with Run(load_config(words)) as run:
+            run.begin(0)
+            run.log(0, RECORD)
+
+    words = [f"run.folder={tmp_path / 'run'}", "evaluation.grid_size=4", "run.progress=quiet"]
+    begin(words)
     Run(load_config([*words, "run.save_every=3", "run.progress=json", "train.iterations=99"]))
-    cosine = [*words[:0], f"run.folder={tmp_path / 'cosine'}", "train.learning_rate_schedule=cosine"]
-    Run(load_config(cosine))
+    cosine = [f"run.folder={tmp_path / 'cosine'}", "train.learning_rate_schedule=cosine", "run.progress=quiet"]
+    begin(cosine)
     with pytest.raises(ValueError, match="train.iterations was 70 and is 99"):
         Run(load_config([*cosine, "train.iterations=99"]))
 
@@ -115,6 +121,7 @@ def test_auto_is_a_bar_on_a_terminal_and_json_elsewhere(monkeypatch):
 def test_tensorboard_gets_scalars_and_the_panel(tmp_path):
     words = [f"run.folder={tmp_path / 'run'}", "run.writers=[tensorboard]", "run.progress=quiet"]
     with Run(load_config(words)) as run:
+        run.begin(0)
         run.log(0, RECORD)
         run.log_panel(1, scores(), {})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -176,3 +183,65 @@ def test_the_device_is_checked():
         choose_device("gpu")
     with pytest.raises(ValueError, match="run.device is 'meta'"):
         choose_device("meta")
+
+
+def test_a_run_that_has_done_nothing_may_change_its_configuration(config, tmp_path):
+    with Run(config) as run:
+        run.begin(0)
+        run.log_panel(0, scores(), {})
+    other = load_config([f"run.folder={tmp_path / 'run'}", "run.progress=quiet", "train.group_size=9"])
+    with Run(other) as run:
+        run.begin(0)
+    # and the panel of the configuration that never trained is gone
+    assert read_log(tmp_path / "run" / "evaluations.jsonl") == []
+    assert load_config(["--config", str(tmp_path / "run" / "config.yaml")]) == other
+
+
+def test_fewer_iterations_than_are_done_are_refused(config):
+    with Run(config) as run, pytest.raises(ValueError, match="train.iterations is 70 but .* has done 71"):
+        run.begin(71)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(config, tmp_path):
+    with Run(config) as run:
+        run.begin(0)
+        run.log(0, RECORD)
+    (tmp_path / "run" / "model").mkdir()
+    with Run(config) as run, pytest.raises(ValueError, match="holds a tuned model but no checkpoint"):
+        run.begin(0)
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_checkpoints_must_be_a_folder(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="checkpoints is not a folder"):
+        Run(config)
+
+
+@pytest.mark.parametrize("line", ["garbage", "{}", "[1]", '{"iteration": "x"}'])
+def test_a_damaged_log_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a record"):
+        read_log(path)
+
+
+def test_a_reward_without_spread_is_said_once(config, capsys):
+    with Run(config) as run:
+        run.check_spread(0, [torch.zeros(3), torch.tensor([1.0, -1.0])])
+        assert capsys.readouterr().err == ""
+        run.check_spread(1, [torch.zeros(3)])
+        run.check_spread(2, [torch.zeros(3)])
+    err = capsys.readouterr().err
+    assert err.count("is the same for all samples of every group") == 1
+    assert "reward.name jpeg_compressibility" in err and "train.group_size" in err
+
+
+def test_wandb_that_does_not_start_says_how_to_log_in(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match="no API key.*wandb login"):
+        build_writers(["wandb"], tmp_path)

@@ -339,6 +339,18 @@ def test_counts_that_are_no_whole_numbers_are_refused_before_the_run(name, optio
         make(name, {option: value})
 
 
+@pytest.mark.parametrize("value", [5, "abc", {"steps": [1]}])
+def test_clusters_that_are_no_list_are_refused_before_the_run(value):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.clusters is .*; use a list of ranges such as \[\[0, 20\]"):
+        make("clusters", {"clusters": value})
+
+
+@pytest.mark.parametrize("value", ["abc", None, True, float("nan"), float("inf"), float("-inf")])
+def test_a_beta_that_is_no_finite_number_is_refused_before_the_run(value):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.beta is {value!r}; use a finite number"):
+        make("dynamic", {"beta": value})
+
+
 def test_a_search_without_two_candidates_is_refused():
     with pytest.raises(ValueError, match=r"window\.kwargs\.stride is 6: a search needs two candidates among 6 steps"):
         make("dynamic", {"stride": 6}, T=7)
