@@ -6,7 +6,6 @@ several runs of each method, so nothing here says that one method is better than
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +94,7 @@ def _read(folder: Path) -> RunLog:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
     config = load_config(["--config", str(folder / "config.yaml")])
-    panels, metrics = _records(folder / "evaluations.jsonl"), _records(folder / "metrics.jsonl")
+    panels, metrics = read_log(folder / "evaluations.jsonl"), read_log(folder / "metrics.jsonl")
     if not panels or panels[0]["iteration"] != 0:
         raise ValueError(
             f"{folder} has no panel of the pretrained model in evaluations.jsonl, the first thing that training makes; "
@@ -112,13 +111,6 @@ def _read(folder: Path) -> RunLog:
     finished = (folder / "model").is_dir() and complete and panels[-1]["iteration"] == done
     method = METHODS.get(config.window.schedule, config.window.schedule)
     return RunLog(method, folder, config, panels, metrics, finished)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_log(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a line that is not JSON ({error}); mend or delete that line") from error
 
 
 def _check_comparable(first: RunLog, other: RunLog) -> None:

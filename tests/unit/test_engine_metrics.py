@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_are_as_they_we
     model, engine = make_engine(max_grad_norm)
     one_step(model, engine)
     before, moment = model.weight.detach().clone(), engine.optimizer.state[model.weight]["exp_avg"].clone()
-    message = r"gradient norm is (nan|inf): no optimizer step was made; lower train\.learning_rate"
+    message = r"gradient norm is (nan|inf): this optimizer step was not made; lower train\.learning_rate"
     with pytest.raises(FloatingPointError, match=message):
         one_step(model, engine, (bad, 1.0))
     assert torch.equal(model.weight, before)

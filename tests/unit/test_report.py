@@ -263,7 +263,7 @@ def test_logs_that_lack_something_name_the_folder_and_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="run has no panel of the pretrained model"):
         write_report([run])
     (run / "evaluations.jsonl").write_text("{oops\n")
-    with pytest.raises(ValueError, match="evaluations.jsonl has a line that is not JSON .*; mend or delete that line"):
+    with pytest.raises(ValueError, match="evaluations.jsonl, line 1 is not a record of a run .*; mend or delete it"):
         write_report([run])
 
 
