@@ -110,9 +110,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     out = arguments.out or Path("runs") / f"study-{arguments.config.stem}"
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    todo = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in METHODS]
+    runs = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in METHODS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [pool.submit(train, arguments.config, *job, threads, arguments.overrides) for job in todo]
+        jobs = [pool.submit(train, arguments.config, *job, threads, arguments.overrides) for job in runs]
         for job in tqdm(jobs, unit="run"):
             job.result()
     results = {seed: compare(out / f"hrf-{seed}", out / f"ddpo-{seed}") for seed in arguments.seeds}

@@ -51,7 +51,8 @@ def main() -> None:
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     unet = build_unet(arguments.name, images.shape[1])
     if arguments.init:
-        unet = UNet2DModel.from_pretrained(arguments.init / "unet", low_cpu_mem_usage=False)
+        start = UNet2DModel.from_pretrained(arguments.init / "unet", low_cpu_mem_usage=False)
+        unet.load_state_dict(start.state_dict())
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(EMA))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
