@@ -224,12 +224,14 @@ def run_title(log: RunLog) -> str:
 def describe(log: RunLog) -> str:
     """A run in one line."""
     config, last = log.config, log.metrics[-1]
+    # where a budget of evaluations ends the run, its iterations are only a ceiling
+    planned = "" if config.train.max_evaluations else f" of {config.train.iterations}"
     parts = [
         run_title(log),
         config.model.name,
         reward_name(config),
         f"T {config.sample.num_inference_steps}",
-        f"{last['iteration'] + 1} of {config.train.iterations} iterations",
+        f"{last['iteration'] + 1}{planned} iterations",
         f"{last['images']:,} images trained",
         f"{last['evaluations']:,} UNet evaluations",
         f"seed {config.run.seed}",
