@@ -15,7 +15,7 @@ GRADIENT_TOLERANCE = 1e-3  # relative norm: fp32 ratios near 1 lose digits at sm
 
 
 @pytest.fixture(autouse=True)
-def two_threads_less_noise():
+def one_thread():
     torch.set_num_threads(1)
 
 

@@ -309,7 +309,7 @@ def test_dynamic_passes_on_its_stride_and_beta():
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+each_count = pytest.mark.parametrize(
     ("name", "option"),
     [
         ("clusters", "iterations_per_cluster"),
@@ -318,21 +318,16 @@ def test_dynamic_passes_on_its_stride_and_beta():
         ("dynamic", "stride"),
     ],
 )
+
+
+@each_count
 @pytest.mark.parametrize("value", [0, -2])
 def test_counts_below_one_are_refused(name, option, value):
     with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value}; use a whole number of at least 1"):
         make(name, {option: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [
-        ("clusters", "iterations_per_cluster"),
-        ("sliding", "iterations_per_start"),
-        ("sliding", "stride"),
-        ("dynamic", "stride"),
-    ],
-)
+@each_count
 @pytest.mark.parametrize("value", [2.5, "two"])
 def test_counts_that_are_no_whole_numbers_are_refused_before_the_run(name, option, value):
     with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is .*{value}"):
