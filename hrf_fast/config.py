@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.options import LEARNING_RATE_SCHEDULES, PRECISIONS, SAMPLERS, Config
+from hrf_fast.options import KERNELS, LEARNING_RATE_SCHEDULES, PRECISIONS, SAMPLERS, Config
 from hrf_fast.registry import nearest
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
@@ -56,6 +56,7 @@ _CHOICES = {
     "train.advantages": ("group", "batch"),
     "train.learning_rate_schedule": LEARNING_RATE_SCHEDULES,
     "train.precision": PRECISIONS,
+    "train.kernels": KERNELS,
     "run.progress": ("auto", "bar", "json", "quiet"),
 }
 # seeds.py makes keys of 32 bits

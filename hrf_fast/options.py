@@ -13,6 +13,7 @@ from hrf_fast.rewards.registry import RewardTerm
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
+KERNELS = ("auto", "eager", "triton")
 
 
 @dataclass
@@ -105,6 +106,8 @@ class TrainConfig:
     """Consecutive window steps that the update puts into one UNet call; 1 keeps the on-policy ratio exactly 1."""
     precision: str = "fp32"
     """fp32, or bf16 for autocast with fp32 weights."""
+    kernels: str = "auto"
+    """What computes log-probs and their gradients: triton (fused), eager, or auto: triton on a GPU that has it."""
     max_evaluations: int = 0
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
 

@@ -20,6 +20,7 @@ from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.diffusion import Diffusion, build_diffusion
 from hrf_fast.options import PRECISIONS
 from hrf_fast.registry import nearest
+from hrf_kernels import choose_backend
 
 
 @dataclass
@@ -42,11 +43,17 @@ class Policy:
     # a UNet2DModel: its config and output have types that only diffusers knows
     unet: Any
 
-    def __init__(self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32") -> None:
+    def __init__(
+        self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32", kernels: str = "auto"
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.unet, self.scheduler, self.precision = unet, scheduler, precision
         self.device = next(unet.parameters()).device
+        try:
+            self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
+        except ValueError as error:
+            raise ValueError(f"train.kernels is {kernels!r}: {error}") from error
         self.diffusion = diffusion.to(self.device)
         # one list, so that choosing a step's timestep needs no copy from the device
         self.timestep_list = diffusion.timesteps.tolist()
@@ -56,13 +63,13 @@ class Policy:
         self.image_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
 
     def model_output(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
-        """The UNet's prediction in fp32, [B, C, H, W]; `timesteps` is one value or [B]."""
+        """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B]."""
         self.calls.batches += 1
         self.calls.forwards += len(latents)
         if torch.is_grad_enabled():
             self.calls.backwards += len(latents)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.unet(latents, timesteps).sample.float()
+            return self.unet(latents, timesteps).sample.contiguous()
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -107,6 +114,7 @@ def load_policy(
     num_inference_steps: int = 40,
     eta: float = 1.0,
     precision: str = "fp32",
+    kernels: str = "auto",
     device: str | torch.device = "cpu",
 ) -> Policy:
     """Load an unconditional diffusers DDPM or DDIM model as a policy.
@@ -181,7 +189,7 @@ def load_policy(
         )
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored
-    return Policy(unet.eval(), scheduler, diffusion, precision=precision)
+    return Policy(unet.eval(), scheduler, diffusion, precision=precision, kernels=kernels)
 
 
 def _find_folder(name: str, revision: str | None) -> Path:

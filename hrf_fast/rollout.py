@@ -8,6 +8,7 @@ result does not depend on how a batch is split.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ def rollout(policy: Policy, window: Window, start: Tensor, noise: NoiseKey, *, m
 def _advance(policy: Policy, latents: Tensor, step: int, noise: NoiseKey) -> tuple[Tensor, Tensor]:
     output = policy.model_output(latents, policy.timestep_list[step])
     coefficients = policy.diffusion.coefficients[step]
-    return gaussian_step(output, latents, coefficients, seed=noise.seed, sample_id=noise.sample_id, step=step)
+    key: dict[str, Any] = {"seed": noise.seed, "sample_id": noise.sample_id, "step": step}
+    return gaussian_step(output, latents, coefficients, **key, backend=policy.kernels)
 
 
 @torch.no_grad()

@@ -45,8 +45,8 @@ def self_check(parts: Parts, config: Config) -> str:
     smallest = train.clip_range * scale
     verdict = "exact" if error == 0 else "well inside it" if error < smallest / 10 else "NOT well inside it"
     line = [
-        f"self-check: kernels eager ({policy.device.type}, {policy.precision}), on-policy |ratio - 1| {error:.2g}, "
-        f"smallest clip range {smallest:.2g}: {verdict}"
+        f"self-check: kernels {policy.kernels} ({policy.kernels_reason}), {policy.precision}, "
+        f"on-policy |ratio - 1| {error:.2g}, smallest clip range {smallest:.2g}: {verdict}"
     ]
     if verdict.startswith("NOT"):
         line.append("the clip will act on rounding noise: use train.steps_per_forward=1, fp32, or a wider clip_range")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +46,14 @@ def update(
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
             num_steps = len(policy.diffusion)
             scale = (num_steps - trajectory.window.start) / num_steps if scale_clips_by_window else 1.0
-            bound = advantage_clip * scale
-            advantage = advantage.clamp(-bound, bound)
-            for surrogate in _replay(
-                policy, trajectory, advantage, clip_range * scale, micro_batch_size, steps_per_forward
-            ):
-                loss = surrogate.loss.sum() / (trajectory.group_size * len(trajectories))
+            clips = {
+                "clip_range": clip_range,
+                "advantage_clip": advantage_clip,
+                "window_scale": scale,
+                "loss_weight": 1 / (trajectory.group_size * len(trajectories)),
+            }
+            for surrogate in _replay(policy, trajectory, advantage, clips, micro_batch_size, steps_per_forward):
+                loss = surrogate.loss.sum()
                 engine.backward(loss)
                 totals = totals.add(loss.detach(), surrogate)
     return totals.finish(pairs, engine.step())
@@ -60,11 +63,15 @@ def _replay(
     policy: Policy,
     trajectory: Trajectory,
     advantage: Tensor,
-    clip_range: float,
+    clips: dict[str, Any],
     micro_batch_size: int,
     steps_per_forward: int,
 ) -> Iterator[Surrogate]:
-    """Score the window again under the current weights, a chunk of samples and steps at a time."""
+    """Score the window again under the current weights, a chunk of samples and steps at a time.
+
+    Args:
+        clips: clip_range and the other numbers that `clipped_surrogate` takes.
+    """
     latents, count = trajectory.latents, trajectory.group_size
     for first in range(0, count, micro_batch_size):
         part = slice(first, min(first + micro_batch_size, count))
@@ -87,7 +94,8 @@ def _replay(
                 coefficients,
                 trajectory.old_log_prob[steps, part].flatten(),
                 advantage[part].repeat(repeats),
-                clip_range,
+                **clips,
+                backend=policy.kernels,
             )
 
 
@@ -98,6 +106,6 @@ def replay_ratio_error(
     """Largest |ratio − 1| when a fresh trajectory is scored again under unchanged weights: 0 if replay is exact."""
     worst = torch.zeros((), device=policy.device)
     advantage = torch.zeros(trajectory.group_size, device=policy.device)
-    for surrogate in _replay(policy, trajectory, advantage, 1.0, micro_batch_size, steps_per_forward):
+    for surrogate in _replay(policy, trajectory, advantage, {"clip_range": 1.0}, micro_batch_size, steps_per_forward):
         worst = torch.maximum(worst, (surrogate.ratio - 1).abs().max())
     return float(worst)

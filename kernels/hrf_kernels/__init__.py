@@ -1,19 +1,183 @@
-"""hrf_kernels: the Gaussian log-prob, the ratio and its clip of a denoising policy.
+"""hrf_kernels: the Gaussian log-prob, the ratio and its clip of a denoising policy, fused.
 
-The trainer calls these names only. They are the plain torch of reference.py; a faster implementation comes in here,
-behind the same signatures, and is held to it.
+    gaussian_step       draw the next latents and score them
+    gaussian_log_prob   score given next latents, differentiably
+    clipped_surrogate   the clipped loss of a step, its statistics and the gradient of the model output
+
+Each has the signature and meaning of its namesake in reference.py, plus `backend`: "triton" for the fused kernels,
+"eager" for plain torch with its gradient written out, "auto" for the first where tensors are on a GPU and Triton is
+installed, else the second. This is the only place that chooses.
 """
 
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrf_kernels import ops
+from hrf_kernels.checks import check_kernel_inputs, check_per_sample, check_samples
 from hrf_kernels.coefficients import StepCoefficients
 from hrf_kernels.philox import philox_normal
-from hrf_kernels.reference import Surrogate, clipped_surrogate, gaussian_log_prob, gaussian_mean, gaussian_step
+from hrf_kernels.reference import Surrogate, clips, gaussian_mean
 
 __all__ = [
+    "BACKENDS",
     "StepCoefficients",
     "Surrogate",
+    "choose_backend",
     "clipped_surrogate",
     "gaussian_log_prob",
     "gaussian_mean",
     "gaussian_step",
     "philox_normal",
 ]
+
+BACKENDS = ("auto", "eager", "triton")
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: str, device: torch.device | str) -> tuple[str, str]:
+    """(eager or triton, why) for tensors on `device`.
+
+    Raises:
+        ValueError: an unknown name, or Triton where it can't run.
+    """
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    if backend == "eager":
+        return "eager", "asked for"
+    if backend == "triton":
+        if not _TRITON_INSTALLED:
+            raise ValueError('backend="triton" needs the triton package: pip install triton, or use backend="auto"')
+        return "triton", "asked for"
+    if kind != "cuda":
+        return "eager", f"tensors are on {kind}"
+    return ("triton", "a GPU and Triton") if _TRITON_INSTALLED else ("eager", "triton is not installed")
+
+
+def gaussian_step(
+    model_output: Tensor,
+    latents: Tensor,
+    coef: StepCoefficients,
+    *,
+    seed: int,
+    sample_id: Tensor,
+    step: int,
+    unconditional_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Next latents in the dtype of `latents` and their log-prob [B] fp32; see reference.gaussian_step.
+
+    Not differentiable: sampling is the old policy.
+
+    Raises:
+        ValueError, TypeError: names the argument, what was given and what is accepted.
+    """
+    check_per_sample(latents, sample_id=sample_id)
+    _check(latents, coef, model_output=model_output, unconditional_output=unconditional_output)
+    for name, value, limit in (("seed", seed, 2**64), ("step", step, 2**32)):
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} is {value}; use a whole number in [0, {limit})")
+    if sample_id.dtype != torch.int64:
+        raise TypeError(f"sample_id is {sample_id.dtype}; pass int64")
+    with torch.no_grad():
+        return ops.gaussian_step(
+            model_output, unconditional_output, latents, list(coef.tensors().values()), coef.x0_clip, guidance_scale,
+            seed >> 32, seed & 0xFFFFFFFF, sample_id.contiguous(), step, choose_backend(backend, latents.device)[0],
+        )  # fmt: skip
+
+
+def gaussian_log_prob(
+    model_output: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    coef: StepCoefficients,
+    *,
+    unconditional_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """[B] fp32, differentiable in the outputs; see reference.gaussian_log_prob.
+
+    Raises:
+        ValueError, TypeError: names the argument, what was given and what is accepted.
+    """
+    fixed = {"latents": latents, "next_latents": next_latents}
+    _check(latents, coef, fixed, model_output=model_output, unconditional_output=unconditional_output)
+    return ops.gaussian_log_prob(
+        model_output, unconditional_output, latents, next_latents, list(coef.tensors().values()), coef.x0_clip,
+        guidance_scale, choose_backend(backend, latents.device)[0],
+    )  # fmt: skip
+
+
+def clipped_surrogate(
+    model_output: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    coef: StepCoefficients,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    clip_range: float | Tensor,
+    *,
+    advantage_clip: float | Tensor = math.inf,
+    window_scale: float | Tensor = 1.0,
+    loss_weight: float = 1.0,
+    unconditional_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    reference_output: Tensor | None = None,
+    kl_weight: float = 0.0,
+    backend: str = "auto",
+) -> Surrogate:
+    """The clipped loss of one denoising step per sample and its statistics; see reference.clipped_surrogate.
+
+    Sum the losses (divide by `loss_weight`, not afterwards): then the backward pass of a small sample costs nothing.
+
+    Raises:
+        ValueError, TypeError: names the argument, what was given and what is accepted.
+    """
+    check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
+    fixed = {
+        "latents": latents,
+        "next_latents": next_latents,
+        "reference_output": reference_output,
+        "old_log_prob": old_log_prob,
+        "advantages": advantages,
+    }
+    outputs = {"model_output": model_output, "unconditional_output": unconditional_output}
+    _check(latents, coef, fixed, reference_output=reference_output, **outputs)
+    numbers, tensors = _clips(latents, clip_range, advantage_clip, window_scale)
+    wants_gradient = torch.is_grad_enabled() and any(
+        output is not None and output.requires_grad for output in outputs.values()
+    )
+    results = ops.clipped_surrogate(
+        model_output, unconditional_output, reference_output, latents, next_latents, list(coef.tensors().values()),
+        coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
+        tensors, loss_weight, kl_weight, wants_gradient, choose_backend(backend, latents.device)[0],
+    )  # fmt: skip
+    loss, *statistics = results[: len(Surrogate._fields)]
+    return Surrogate(loss, *(value.detach() for value in statistics))
+
+
+def _clips(
+    latents: Tensor, clip_range: float | Tensor, advantage_clip: float | Tensor, window_scale: float | Tensor
+) -> tuple[tuple[float, float], list[Tensor]]:
+    """Both clips, scaled, as numbers or as [B] tensors."""
+    if not any(isinstance(value, Tensor) for value in (clip_range, advantage_clip, window_scale)):
+        return (clip_range * window_scale, advantage_clip * window_scale), []  # type: ignore[return-value]
+    scaled = clips(latents, clip_range, advantage_clip, window_scale)
+    return (0.0, 0.0), [value.expand(len(latents)).contiguous() for value in scaled]
+
+
+def _check(
+    latents: Tensor, coef: StepCoefficients, fixed: dict[str, Any] | None = None, **tensors: Tensor | None
+) -> None:
+    fixed = fixed or {}
+    samples = {name: fixed[name] for name in ("next_latents",) if name in fixed} | tensors
+    check_samples(latents, coef, **samples)
+    check_kernel_inputs({"latents": latents, **samples}, fixed)

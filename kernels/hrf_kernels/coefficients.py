@@ -25,8 +25,12 @@ class StepCoefficients:
     std: Tensor
     x0_clip: float | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The six tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "x0_clip"}
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> StepCoefficients:
-        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "x0_clip"}
+        tensors = {name: function(tensor) for name, tensor in self.tensors().items()}
         return StepCoefficients(**tensors, x0_clip=self.x0_clip)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """The mathematics of the denoising policy in plain torch: the ground truth that every kernel is held to.
 
 All "log-probs" are the mean over C·H·W of the Gaussian log-density. Left out: schedulers (they arrive as
-StepCoefficients), windows and advantages (they belong to the trainer).
+StepCoefficients), windows and advantages (they belong to the trainer), speed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hrf_kernels.checks import check_per_sample, check_samples
 from hrf_kernels.coefficients import StepCoefficients
 from hrf_kernels.philox import philox_normal
 
+# a ratio beyond e^20 has no use, and exp overflows at 88: past it the ratio and its gradient stay at this value
+LOG_RATIO_LIMIT = 20.0
+
 
 class Surrogate(NamedTuple):
-    """What `clipped_surrogate` returns; every field is [B] fp32 or bool."""
+    """Every field is [B], fp32 or bool."""
 
     loss: Tensor
-    """max(-A·ratio, -A·clip(ratio, 1±clip_range)); the only field with a gradient."""
+    """loss_weight·(max(-A·ratio, -A·clip(ratio, 1±clip_range)) + kl_weight·kl); the only field with a gradient."""
     log_prob: Tensor
     ratio: Tensor
     outside: Tensor
-    """|ratio − 1| > clip_range: what is usually reported as the clip fraction."""
+    """The ratio is outside 1±clip_range: what is usually reported as the clip fraction."""
     clipped: Tensor
-    """The clip decided the loss, so that this sample has no gradient."""
+    """The clip decided the loss, so that this sample has no gradient: the signed clip fraction."""
     approx_kl: Tensor
     """k3 estimate (ratio − 1) − log ratio of KL(old ‖ new), never negative (Schulman 2020)."""
+    kl: Tensor
+    """KL(policy ‖ reference) of the step, mean over C·H·W of (mean − reference mean)²/(2·std²); 0 without one."""
 
 
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -36,17 +42,16 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value if value.dim() == 0 else value.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _check_per_sample(latents: Tensor, **values: Tensor) -> None:
-    """Refuse what would broadcast silently: one number per sample is wanted."""
-    for name, value in values.items():
-        if value.shape != latents.shape[:1]:
-            raise ValueError(f"{name} is {tuple(value.shape)} but the batch is {len(latents)}; pass [{len(latents)}]")
+def guided_output(model_output: Tensor, unconditional_output: Tensor | None, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): unconditional + scale·(conditional − unconditional)."""
+    if unconditional_output is None:
+        return model_output
+    return unconditional_output + guidance_scale * (model_output - unconditional_output)
 
 
 def gaussian_mean(model_output: Tensor, latents: Tensor, coef: StepCoefficients) -> Tensor:
     """Mean of the next latents, [B, C, H, W] fp32 (or wider); the x0 clamp has no gradient outside its range."""
-    if model_output.shape != latents.shape:
-        raise ValueError(f"model_output is {tuple(model_output.shape)} but latents are {tuple(latents.shape)}")
+    check_samples(latents, coef, model_output=model_output)
     # float32 accumulation whatever the inputs; float64 inputs stay float64, so that a test can differentiate in it
     dtype = torch.promote_types(torch.promote_types(model_output.dtype, latents.dtype), torch.float32)
     model_output, latents = model_output.to(dtype), latents.to(dtype)
@@ -61,28 +66,57 @@ def gaussian_mean(model_output: Tensor, latents: Tensor, coef: StepCoefficients)
     return mean + factor(coef.mean_output) * model_output
 
 
+def _policy_mean(
+    model_output: Tensor,
+    latents: Tensor,
+    coef: StepCoefficients,
+    unconditional_output: Tensor | None,
+    guidance_scale: float,
+) -> Tensor:
+    dtype = torch.promote_types(model_output.dtype, torch.float32)
+    unconditional = None if unconditional_output is None else unconditional_output.to(dtype)
+    return gaussian_mean(guided_output(model_output.to(dtype), unconditional, guidance_scale), latents, coef)
+
+
 def _log_density(next_latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     z = (next_latents - mean) / _per_sample(std, mean)
     return -0.5 * z.square().flatten(1).mean(1) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def gaussian_log_prob(model_output: Tensor, latents: Tensor, next_latents: Tensor, coef: StepCoefficients) -> Tensor:
-    """log N(next_latents; mean, std²), averaged over C·H·W; differentiable in `model_output`.
+def gaussian_log_prob(
+    model_output: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    coef: StepCoefficients,
+    *,
+    unconditional_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """log N(next_latents; mean, std²), averaged over C·H·W; differentiable in both outputs.
 
     Args:
         model_output, latents, next_latents: [B, C, H, W], any float dtype.
         coef: scalars or [B]; std above 0.
+        unconditional_output: [B, C, H, W] for classifier-free guidance with `guidance_scale`.
 
     Returns:
         [B] fp32: −½·mean z² − log std − ½·log 2π with z = (next_latents − mean)/std.
     """
-    if next_latents.shape != latents.shape:
-        raise ValueError(f"next_latents are {tuple(next_latents.shape)} but latents are {tuple(latents.shape)}")
-    return _log_density(next_latents, gaussian_mean(model_output, latents, coef), coef.std)
+    check_samples(latents, coef, next_latents=next_latents, unconditional_output=unconditional_output)
+    mean = _policy_mean(model_output, latents, coef, unconditional_output, guidance_scale)
+    return _log_density(next_latents, mean, coef.std)
 
 
 def gaussian_step(
-    model_output: Tensor, latents: Tensor, coef: StepCoefficients, *, seed: int, sample_id: Tensor, step: int
+    model_output: Tensor,
+    latents: Tensor,
+    coef: StepCoefficients,
+    *,
+    seed: int,
+    sample_id: Tensor,
+    step: int,
+    unconditional_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Draw the next latents and score them.
 
@@ -93,12 +127,13 @@ def gaussian_step(
             is split; step: the denoising step.
 
     Returns:
-        next_latents [B, C, H, W] fp32 and log_prob [B] fp32.
+        next_latents [B, C, H, W] in the dtype of `latents`, and log_prob [B] fp32.
     """
-    _check_per_sample(latents, sample_id=sample_id)
-    mean = gaussian_mean(model_output, latents, coef)
+    check_per_sample(latents, sample_id=sample_id)
+    check_samples(latents, coef, unconditional_output=unconditional_output)
+    mean = _policy_mean(model_output, latents, coef, unconditional_output, guidance_scale)
     noise = philox_normal(tuple(mean.shape[1:]), seed=seed, sample_id=sample_id, step=step)
-    next_latents = mean + _per_sample(coef.std, mean) * noise
+    next_latents = (mean + _per_sample(coef.std, mean) * noise).to(latents.dtype)
     # scored as stored: the same rounding as a replay sees, so that the ratio of an on-policy replay is exactly 1
     return next_latents, _log_density(next_latents, mean, coef.std)
 
@@ -111,24 +146,59 @@ def clipped_surrogate(
     old_log_prob: Tensor,
     advantages: Tensor,
     clip_range: float | Tensor,
+    *,
+    advantage_clip: float | Tensor = math.inf,
+    window_scale: float | Tensor = 1.0,
+    loss_weight: float = 1.0,
+    unconditional_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    reference_output: Tensor | None = None,
+    kl_weight: float = 0.0,
 ) -> Surrogate:
     """PPO's clipped loss of one denoising step per sample (DDPO, arXiv 2305.13301, eq. 5; HRF, arXiv 2410.08315).
 
     Args:
-        model_output, latents, next_latents: [B, C, H, W]; the gradient flows into `model_output`.
+        model_output, latents, next_latents: [B, C, H, W]; the gradient flows into `model_output` (and
+            `unconditional_output`, [B, C, H, W], with classifier-free guidance).
         coef: scalars or [B].
         old_log_prob, advantages: [B] fp32.
         clip_range: half-width ε of the ratio's range 1±ε; a number or [B].
+        advantage_clip: bound on |advantage|; a number or [B].
+        window_scale: factor of both clips, HRF's (T − start)/T; a number or [B].
+        loss_weight: factor of the loss, for what the caller would divide by.
+        reference_output: [B, C, H, W] of a frozen model at the same latents; adds kl_weight·KL(policy ‖ reference).
     """
-    _check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
-    log_prob = gaussian_log_prob(model_output, latents, next_latents, coef)
+    check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
+    check_samples(latents, coef, unconditional_output=unconditional_output, reference_output=reference_output)
+    check_samples(latents, coef, next_latents=next_latents)
+    mean = _policy_mean(model_output, latents, coef, unconditional_output, guidance_scale)
+    log_prob = _log_density(next_latents, mean, coef.std)
+    clip_range, bound = clips(latents, clip_range, advantage_clip, window_scale)
+    advantages = advantages.clamp(-bound, bound)
     log_ratio = log_prob - old_log_prob
+    # beyond the limit the value stays and the gradient flows on
+    log_ratio = log_ratio - (log_ratio - LOG_RATIO_LIMIT).relu().detach()
     ratio = log_ratio.exp()
-    low, high = (torch.as_tensor(bound).to(ratio) for bound in (1 - clip_range, 1 + clip_range))
-    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(low, high)
+    low, high = (1 - clip_range).to(ratio), (1 + clip_range).to(ratio)
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+    kl = torch.zeros_like(log_prob)
+    if reference_output is not None:
+        shift = (mean - gaussian_mean(reference_output.detach(), latents, coef)) / _per_sample(coef.std, mean)
+        kl = 0.5 * shift.square().flatten(1).mean(1)
     with torch.no_grad():
-        outside = (ratio - 1).abs() > clip_range
-        clipped = outside & (clipped_loss > unclipped_loss)
+        above, below = ratio > high, ratio < low
+        clipped = ((advantages > 0) & above) | ((advantages < 0) & below)
         approx_kl = log_ratio.expm1() - log_ratio
-    loss = torch.maximum(unclipped_loss, clipped_loss)
-    return Surrogate(loss, log_prob.detach(), ratio.detach(), outside, clipped, approx_kl)
+    total = loss_weight * (loss + kl_weight * kl)
+    return Surrogate(total, log_prob.detach(), ratio.detach(), above | below, clipped, approx_kl, kl.detach())
+
+
+def clips(
+    latents: Tensor, clip_range: float | Tensor, advantage_clip: float | Tensor, window_scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both clips times the window's scale, fp32 scalars or [B]."""
+    named = {"clip_range": clip_range, "advantage_clip": advantage_clip, "window_scale": window_scale}
+    check_per_sample(latents, **{name: value for name, value in named.items() if isinstance(value, Tensor)})
+    scaled = (torch.as_tensor(value * window_scale, dtype=torch.float32) for value in (clip_range, advantage_clip))
+    low, high = (value.to(latents.device) for value in scaled)
+    return low, high

@@ -143,7 +143,7 @@ def test_an_unknown_learning_rate_schedule_is_refused():
 def surrogate(ratios, outside, clipped, kl):
     count = len(ratios)
     values = torch.tensor(ratios), torch.tensor(outside), torch.tensor(clipped), torch.tensor(kl)
-    return Surrogate(torch.zeros(count), torch.zeros(count), *values)
+    return Surrogate(torch.zeros(count), torch.zeros(count), *values, kl=torch.zeros(count))
 
 
 def test_step_stats_are_averages_over_all_pairs():

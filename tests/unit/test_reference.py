@@ -7,15 +7,9 @@ import pytest
 import torch
 
 import hrf_kernels.philox as philox_module
-from hrf_kernels import (
-    StepCoefficients,
-    clipped_surrogate,
-    gaussian_log_prob,
-    gaussian_mean,
-    gaussian_step,
-    philox_normal,
-)
-from hrf_kernels.philox import philox
+from hrf_kernels import StepCoefficients
+from hrf_kernels.philox import philox, philox_normal
+from hrf_kernels.reference import clipped_surrogate, gaussian_log_prob, gaussian_mean, gaussian_step
 
 HALF_LOG_2PI = 0.9189385332046727
 
@@ -203,7 +197,7 @@ def test_a_model_output_of_another_shape_is_refused(function):
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 1, 4, 4), (2, 3, 4, 1)])
 def test_next_latents_that_would_broadcast_are_refused(shape):
     latents = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match=re.escape(f"next_latents are {shape} but latents are (2, 3, 4, 4)")):
+    with pytest.raises(ValueError, match=re.escape(f"next_latents is {shape} but latents are (2, 3, 4, 4)")):
         gaussian_log_prob(latents, latents, torch.zeros(shape), coefficients())
 
 

@@ -1,0 +1,83 @@
+"""How the Triton kernels are launched: the block plan, one place for launch options, and what Triton can't take.
+
+The plan depends on the size of a sample only, and sampling and training share it: sums are taken in the same order, so
+that the log-prob of a replayed step is equal to the bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+# up to here a sample fits the registers of one program, which then needs no second pass over it; 16384 elements spill
+ONE_PROGRAM_LIMIT = 8192
+_LARGEST_SAMPLE = 2**31 - 2**14
+# samples of one finalize program
+ROWS = 16
+# one step's coefficients are elements of a table: their addresses are no multiple of 16, and need not be
+UNALIGNED = ["x0_latents", "x0_output", "mean_x0", "mean_latents", "mean_output", "std", "sample_id"]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A sample of `size` elements in `chunks` programs, each of `iterations` blocks of `block` elements."""
+
+    block: int
+    iterations: int
+    threads: int
+    chunks: int
+
+    @property
+    def one_program(self) -> bool:
+        return self.iterations == 1
+
+
+def block_plan(size: int, *, one_program: bool | None = None) -> BlockPlan:
+    """One program per sample up to ONE_PROGRAM_LIMIT elements, else partial sums of chunks of 8192.
+
+    Args:
+        one_program: overrides the choice, for comparing the two.
+    """
+    if size > _LARGEST_SAMPLE:
+        raise ValueError(f"a sample has {size} elements; the Triton kernels take at most {_LARGEST_SAMPLE}")
+    if one_program is None:
+        one_program = size <= ONE_PROGRAM_LIMIT
+    if one_program:
+        if size > ONE_PROGRAM_LIMIT:
+            raise ValueError(f"a sample has {size} elements; one program takes at most {ONE_PROGRAM_LIMIT}")
+        block = max(128, triton.next_power_of_2(size))
+        return BlockPlan(block, 1, threads=min(1024, max(64, block // 16)), chunks=1)
+    return BlockPlan(2048, 4, threads=256, chunks=triton.cdiv(size, 2048 * 4))
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, threads: int = 128, **meta: Any
+) -> None:
+    """Launch on the tensors' own device. Multiply and add stay separate: fused, the same step has two log-probs."""
+    warp = 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **meta, num_warps=threads // warp, enable_fp_fusion=False)
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse tensors that no active Triton driver can reach.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if triton.knobs.runtime.interpret:
+        return
+    try:
+        active = triton.runtime.driver.active.get_active_torch_device().type
+    except RuntimeError:
+        active = None
+    if active != device.type:
+        raise ValueError(
+            f'backend="triton" was asked for tensors on {device}, but Triton '
+            f'{f"runs on {active}" if active else "finds no GPU"} here; use backend="auto" or "eager", '
+            "move the tensors to a GPU, or set TRITON_INTERPRET=1 before starting to debug on the CPU"
+        )
