@@ -158,7 +158,7 @@ def clipped_surrogate(
     results = ops.clipped_surrogate(
         model_output, unconditional_output, reference_output, latents, next_latents, list(coef.tensors().values()),
         coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
-        tensors, loss_weight, kl_weight, wants_gradient, choose_backend(backend, latents.device)[0],
+        tensors, loss_weight, kl_weight, wants_gradient, True, choose_backend(backend, latents.device)[0],
     )  # fmt: skip
     loss, *statistics = results[: len(Surrogate._fields)]
     return Surrogate(loss, *(value.detach() for value in statistics))

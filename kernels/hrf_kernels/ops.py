@@ -89,11 +89,13 @@ def clipped_surrogate(
     loss_weight: float,
     kl_weight: float,
     with_gradient: bool,
+    consume: bool,
     backend: str,
 ) -> list[Tensor]:
     """The RESULTS, [B] each, then the gradients of the outputs where the backend makes them in this pass.
 
-    `clips`, if not empty, holds clip_range and advantage_clip as [B] and replaces the numbers.
+    `clips`, if not empty, holds clip_range and advantage_clip as [B] and replaces the numbers. `consume`: the caller
+    keeps no gradient of those returned here, so that the backward pass may scale them in place.
     """
     check_noise(coef[5])
     results, gradients = _module(backend).clipped_surrogate(
@@ -105,7 +107,7 @@ def clipped_surrogate(
 
 @clipped_surrogate.register_fake
 def _(model_output: Tensor, unconditional: Any, reference: Any, latents: Tensor, *rest: Any) -> list[Tensor]:
-    with_gradient, backend = rest[-2:]
+    with_gradient, _, backend = rest[-3:]
     results = [_row(latents, torch.bool if name in ("outside", "clipped") else torch.float32) for name in RESULTS]
     if with_gradient and _module(backend).saves_gradient(latents[0].numel()):
         results += [torch.empty_like(output) for output in (model_output, unconditional) if output is not None]
@@ -139,17 +141,6 @@ def _(upstream: Any, slope: Any, kl_slope: Any, model_output: Tensor, unconditio
     return [torch.empty_like(output) for output in (model_output, unconditional) if output is not None]
 
 
-@torch.library.custom_op("hrf_kernels::scale_gradients", mutates_args=("gradients",))
-def scale_gradients(gradients: list[Tensor], upstream: Tensor, backend: str) -> None:
-    """In place, and without touching the gradient where upstream is 1."""
-    _module(backend).scale_gradients(gradients, upstream.contiguous())
-
-
-@scale_gradients.register_fake
-def _(gradients: list[Tensor], upstream: Tensor, backend: str) -> None:
-    return None
-
-
 def _row(latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return latents.new_empty(len(latents), dtype=dtype)
 
@@ -170,7 +161,7 @@ def _log_prob_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 def _surrogate_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *samples, coef, ctx.x0_clip, ctx.guidance_scale = inputs[:8]
-    loss_weight, kl_weight, _, ctx.backend = inputs[-4:]
+    loss_weight, kl_weight, _, ctx.consume, ctx.backend = inputs[-5:]
     ctx.kl_slope = loss_weight * kl_weight
     ctx.coefficients = len(coef)
     ctx.inputs = len(inputs)
@@ -189,7 +180,11 @@ def _surrogate_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, .
         gradients = []
     elif ctx.gradients:
         gradients = list(ctx.saved_tensors)
-        scale_gradients(gradients, incoming, ctx.backend)
+        # a traced graph has values, not places
+        if ctx.consume and not torch.compiler.is_compiling() and type(incoming) is Tensor:
+            _module(ctx.backend).scale_gradients(gradients, incoming.contiguous())
+        else:
+            gradients = [(g * incoming.view(-1, *[1] * (g.dim() - 1))).to(g.dtype) for g in gradients]
     else:
         slope, *tensors = ctx.saved_tensors
         gradients = output_gradients(

@@ -150,6 +150,8 @@ def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
             scale_kernel, (batch, plan.chunks), gradient.device,
             gradient, upstream, size, BLOCK=plan.block, ITERATIONS=plan.iterations, threads=plan.threads,
         )  # fmt: skip
+        # autograd does not see a kernel write: without this a second backward pass would scale twice in silence
+        torch.autograd.graph.increment_version(gradient)
 
 
 def _sum_squares(
