@@ -24,17 +24,12 @@ def _kl_of(shift_sum, size, std):
 
 @triton.jit
 def _write_surrogate(
-    log_prob, kl, index, mask, old_log_prob, advantages, clip_range, advantage_clip, loss_weight, kl_weight,
+    log_prob, kl, index, mask, old_log_prob, advantage, clip_range, advantage_clip, loss_weight, kl_weight,
     loss_out, log_prob_out, ratio_out, outside_out, clipped_out, approx_kl_out, kl_out, slope_out,
-    CLIPS_PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics of samples `index`, a block or one; returns ∂loss/∂log_prob."""
     loss, slope, ratio, outside, clipped, approx_kl = surrogate_terms(
-        log_prob,
-        tl.load(old_log_prob + index, mask=mask, other=0.0),
-        tl.load(advantages + index, mask=mask, other=0.0),
-        tl.load(clip_range + index, mask=mask, other=0.0) if CLIPS_PER_SAMPLE else clip_range,
-        tl.load(advantage_clip + index, mask=mask, other=0.0) if CLIPS_PER_SAMPLE else advantage_clip,
+        log_prob, old_log_prob, advantage, clip_range, advantage_clip
     )
     slope = loss_weight * slope
     tl.store(loss_out + index, loss_weight * (loss + kl_weight * kl), mask=mask)
@@ -127,9 +122,14 @@ def finalize_kernel(
         distance = tl.zeros([_ROWS], tl.float32)
         if shift_sums is not None:
             distance = _kl_of(_row_sums(shift_sums, rows, mask, chunks), size, sigma)
+        if CLIPS_PER_SAMPLE:
+            clip_range = tl.load(clip_range + rows, mask=mask, other=0.0)
+            advantage_clip = tl.load(advantage_clip + rows, mask=mask, other=0.0)
+        old = tl.load(old_log_prob + rows, mask=mask, other=0.0)
+        advantage = tl.load(advantages + rows, mask=mask, other=0.0)
         _write_surrogate(
-            score, distance, rows, mask, old_log_prob, advantages, clip_range, advantage_clip, loss_weight, kl_weight,
-            loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope, CLIPS_PER_SAMPLE,
+            score, distance, rows, mask, old, advantage, clip_range, advantage_clip, loss_weight, kl_weight,
+            loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope,
         )  # fmt: skip
 
 
@@ -161,9 +161,12 @@ def one_program_kernel(
         target, _ = gaussian_mean(anchor, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
         shift = mean - target
         distance = _kl_of(tl.sum(shift * shift, axis=0), size, sigma)
+    if CLIPS_PER_SAMPLE:
+        clip_range = tl.load(clip_range + b)
+        advantage_clip = tl.load(advantage_clip + b)
     ratio_slope = _write_surrogate(
-        score, distance, b, b >= 0, old_log_prob, advantages, clip_range, advantage_clip, loss_weight, kl_weight,
-        loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope, CLIPS_PER_SAMPLE,
+        score, distance, b, None, tl.load(old_log_prob + b), tl.load(advantages + b), clip_range, advantage_clip,
+        loss_weight, kl_weight, loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope,
     )  # fmt: skip
     if gradient is not None:
         value = ratio_slope * difference
