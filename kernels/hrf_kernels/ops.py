@@ -164,7 +164,7 @@ def _surrogate_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
     loss_weight, kl_weight, _, ctx.consume, ctx.backend = inputs[-5:]
     ctx.kl_slope = loss_weight * kl_weight
     ctx.coefficients = len(coef)
-    ctx.inputs = len(inputs)
+    ctx.inputs, ctx.clips = len(inputs), len(inputs[12])
     ctx.gradients = len(output) - len(RESULTS)
     ctx.guided = samples[1] is not None
     if ctx.gradients:
@@ -192,7 +192,7 @@ def _surrogate_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, .
         )
     before, after = [*gradients, None, None][:2], [None] * (ctx.inputs - 6)
     # inputs 5 and 12 are lists
-    after[6] = []  # type: ignore[call-overload]
+    after[6] = [None] * ctx.clips  # type: ignore[call-overload]
     return (*before, None, None, None, [None] * ctx.coefficients, *after)
 
 
