@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -153,6 +154,19 @@ def rewards(arguments: argparse.Namespace) -> None:
     print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """Compare the kernels' correctness, memory traffic and speed with other ways to compute the same."""
+    root = Path(__file__).parents[1]
+    # the benchmarks are part of the repository and not of the package
+    if not (root / "benchmarks" / "bench_kernels.py").is_file():
+        raise ValueError(
+            f"there is no benchmarks folder beside {root / 'hrf_fast'}; clone the repository and install it with "
+            "pip install -e ., or run python benchmarks/bench_kernels.py in the clone"
+        )
+    sys.path.insert(0, str(root))
+    importlib.import_module("benchmarks.bench_kernels").main(arguments.words)
+
+
 def doctor(arguments: argparse.Namespace) -> None:
     """Say what works on this machine and what does not, and why."""
     from hrf_fast.doctor import examine
@@ -188,6 +202,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", help="run folders; several are compared")
     command.add_argument("--out", help="HTML file; by default report.html in the first run")
     add(rewards)
+    command = add(bench)
+    command.add_argument("what", choices=("kernels",))
+    command.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="hrf bench kernels --help lists them")
     add(doctor)
     return parser
 

@@ -155,7 +155,7 @@ def clipped_surrogate(
     wants_gradient = torch.is_grad_enabled() and any(
         output is not None and output.requires_grad for output in outputs.values()
     )
-    results = ops.clipped_surrogate(
+    results = ops.surrogate(
         model_output, unconditional_output, reference_output, latents, next_latents, list(coef.tensors().values()),
         coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
         tensors, loss_weight, kl_weight, wants_gradient, True, choose_backend(backend, latents.device)[0],

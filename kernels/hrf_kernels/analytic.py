@@ -7,9 +7,10 @@ are what reference.py says, positional and checked.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,15 +55,16 @@ def gaussian_step(
 ) -> tuple[Tensor, Tensor]:
     """Next latents like `latents`, and their log-prob [B] fp32."""
     next_latents, log_prob = torch.empty_like(latents), _row(latents)
+    stds, factors = coef[5], _expanded(coef, latents)
     for part in _blocks(latents):
         output = _guided(model_output, unconditional, guidance_scale, part)
-        now, step_coef = latents[part].float(), _of(coef, part)
+        now, step_coef = latents[part].float(), _of(factors, part)
         noise = philox_normal(tuple(latents.shape[1:]), seed=seed, sample_id=sample_id[part], step=step)
         mean, _ = _mean(output, now, step_coef, x0_clip)
-        next_latents[part] = noise.mul_(_wide(step_coef[5], noise)).add_(mean)
+        next_latents[part] = noise.mul_(step_coef[5]).add_(mean)
         # scored as stored, by the arithmetic of a replay
         mean_square = _mean_square(torch.sub(next_latents[part].float(), mean, out=mean))
-        log_prob[part] = _log_prob(mean_square, step_coef[5])
+        log_prob[part] = _log_prob(mean_square, stds if stds.dim() == 0 else stds[part])
     return next_latents, log_prob
 
 
@@ -103,19 +105,27 @@ def clipped_surrogate(
         model_output, unconditional, reference, latents, next_latents, coef, x0_clip, guidance_scale, with_gradient
     )
     log_prob = _log_prob(scores.mean_square, std)
-    kl = 0.5 * scores.mean_square_shift / std.square()
-    clip, bound = (torch.as_tensor(v, dtype=torch.float32, device=std.device) for v in (clip_range, advantage_clip))
+    kl = scores.mean_square_shift
+    if reference is not None:
+        kl = 0.5 * kl / std.square()
+    clip = clip_range if isinstance(clip_range, Tensor) else _single(clip_range, std.device)
+    bound = advantage_clip if isinstance(advantage_clip, Tensor) else _single(advantage_clip, std.device)
     advantages = advantages.clamp(-bound, bound)
     log_ratio = (log_prob - old_log_prob).clamp(max=LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     low, high = 1 - clip, 1 + clip
     above, below = ratio > high, ratio < low
     clipped = ((advantages > 0) & above) | ((advantages < 0) & below)
-    loss = -advantages * torch.where(clipped, torch.where(above, high, low), ratio)
-    slope = loss_weight * torch.where(clipped, 0.0, -advantages * ratio)
+    weight = -advantages
+    loss = weight * torch.where(clipped, torch.where(above, high, low), ratio)
+    slope = torch.where(clipped, 0.0, weight * ratio)
+    if reference is not None:
+        loss = loss + kl_weight * kl
+    if loss_weight != 1:
+        loss, slope = loss_weight * loss, loss_weight * slope
     approx_kl = log_ratio.expm1() - log_ratio
-    results = [loss_weight * (loss + kl_weight * kl), log_prob, ratio, above | below, clipped, approx_kl, kl, slope]
-    kl_slope = torch.full_like(slope, loss_weight * kl_weight)
+    results = [loss, log_prob, ratio, above | below, clipped, approx_kl, kl, slope]
+    kl_slope = slope if reference is None else torch.full_like(slope, loss_weight * kl_weight)
     return results, _gradients(scores, slope, kl_slope, std, model_output, unconditional, guidance_scale)
 
 
@@ -160,10 +170,11 @@ def _score(
     def room(wanted: bool) -> Tensor | None:
         return torch.empty_like(latents, dtype=torch.float32) if wanted else None
 
-    mean_square, shift_square = _row(latents), torch.zeros_like(_row(latents))
+    mean_square, shift_square = _row(latents), latents.new_zeros(len(latents), dtype=torch.float32)
     sloped, sloped_shift = room(with_gradient), room(with_gradient and reference is not None)
+    factors = _expanded(coef, latents)
     for part in _blocks(latents):
-        now, step_coef = latents[part].float(), _of(coef, part)
+        now, step_coef = latents[part].float(), _of(factors, part)
         mean, x0 = _mean(_guided(model_output, unconditional, guidance_scale, part), now, step_coef, x0_clip)
         if reference is not None:
             target, _ = _mean(reference[part].float(), now, step_coef, x0_clip)
@@ -212,9 +223,34 @@ def _row(latents: Tensor) -> Tensor:
     return torch.empty(len(latents), device=latents.device)
 
 
-def _of(coef: list[Tensor], part: slice) -> list[Tensor]:
+def _expanded(coef: list[Tensor], latents: Tensor) -> list[Tensor | None]:
+    """Coefficients shaped to broadcast over samples, then ∂mean/∂x0·∂x0/∂output and ∂mean/∂output; once for all blocks.
+
+    mean_latents is None where it is zero, as epsilon prediction has it; to look costs a GPU more than to add zeros.
+    """
+    x0_latents, x0_output, mean_x0, mean_latents, mean_output, std = (_wide(value, latents) for value in coef)
+    through = mean_x0 * x0_output
+    absent = latents.device.type == "cpu" and not bool(coef[3].count_nonzero())
+    return [
+        x0_latents, x0_output, mean_x0, None if absent else mean_latents, mean_output, std, through,
+        through + mean_output,
+    ]  # fmt: skip
+
+
+def _of(coef: list[Tensor | None], part: slice) -> list[Any]:
     """The coefficients of a block of samples."""
-    return [value if value.dim() == 0 else value[part] for value in coef]
+    return [value if value is None or value.dim() == 0 else value[part] for value in coef]
+
+
+@functools.lru_cache(maxsize=64)
+def _single(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _beyond(x0_clip: float) -> float:
+    """The next float32 above."""
+    return float(torch.nextafter(torch.tensor(x0_clip), torch.tensor(math.inf)))
 
 
 def _wide(value: Tensor, like: Tensor) -> Tensor:
@@ -232,25 +268,24 @@ def _guided(model_output: Tensor, unconditional: Tensor | None, guidance_scale: 
 
 def _mean(output: Tensor, latents: Tensor, coef: list[Tensor], x0_clip: float | None) -> tuple[Tensor, Tensor | None]:
     """Mean of the next latents, a new tensor, and x0 before its clamp if it has one."""
-    x0_latents, x0_output, mean_x0, mean_latents, mean_output, _ = (_wide(value, latents) for value in coef)
+    x0_latents, x0_output, mean_x0, mean_latents, mean_output = coef[:5]
     x0 = (latents * x0_latents).addcmul_(output, x0_output)
     clamped = x0 if x0_clip is None else torch.nn.functional.hardtanh(x0, -x0_clip, x0_clip)
     mean = clamped.mul_(mean_x0)
-    # epsilon prediction has no such term; to look costs a GPU more than to add zeros
-    if latents.device.type != "cpu" or bool((mean_latents != 0).any()):
+    if mean_latents is not None:
         mean.addcmul_(latents, mean_latents)
     return mean.addcmul_(output, mean_output), None if x0_clip is None else x0
 
 
 def _times_slope(values: Tensor, x0: Tensor | None, coef: list[Tensor], x0_clip: float | None, *, out: Tensor) -> None:
     """out = values·∂mean/∂output."""
-    x0_output, mean_x0, mean_output = (_wide(coef[i], values) for i in (1, 2, 4))
+    mean_output, through, slope = coef[4], coef[6], coef[7]
     if x0 is None or x0_clip is None:
-        torch.mul(values, mean_x0 * x0_output + mean_output, out=out)
+        torch.mul(values, slope, out=out)
         return
     # its range is open, and the clamp's is closed: at ±x0_clip there is a gradient
-    edge = float(torch.nextafter(torch.tensor(x0_clip), torch.tensor(math.inf)))
-    through_x0 = torch.ops.aten.hardtanh_backward(values, x0, -edge, edge).mul_(mean_x0 * x0_output)
+    edge = _beyond(x0_clip)
+    through_x0 = torch.ops.aten.hardtanh_backward(values, x0, -edge, edge).mul_(through)
     torch.addcmul(through_x0, values, mean_output, out=out)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import triton
 
-# up to here a sample fits the registers of one program, which then needs no second pass over it; 16384 elements spill
+# up to here a sample fits the registers of one program, which then needs no second pass over it; 16384 elements spill,
+# and half as many where the size is no multiple of 16, so that each element is masked and addressed by itself
 ONE_PROGRAM_LIMIT = 8192
+_RAGGED_LIMIT = 4096
 _LARGEST_SAMPLE = 2**31 - 2**14
 # samples of one finalize program
 ROWS = 16
@@ -37,7 +39,7 @@ class BlockPlan:
 
 
 def block_plan(size: int, *, one_program: bool | None = None) -> BlockPlan:
-    """One program per sample up to ONE_PROGRAM_LIMIT elements, else partial sums of chunks of 8192.
+    """One program per sample up to 8192 elements (4096 if no multiple of 16), else partial sums of chunks of 8192.
 
     Args:
         one_program: overrides the choice, for comparing the two.
@@ -45,7 +47,7 @@ def block_plan(size: int, *, one_program: bool | None = None) -> BlockPlan:
     if size > _LARGEST_SAMPLE:
         raise ValueError(f"a sample has {size} elements; the Triton kernels take at most {_LARGEST_SAMPLE}")
     if one_program is None:
-        one_program = size <= ONE_PROGRAM_LIMIT
+        one_program = size <= (_RAGGED_LIMIT if size % 16 else ONE_PROGRAM_LIMIT)
     if one_program:
         if size > ONE_PROGRAM_LIMIT:
             raise ValueError(f"a sample has {size} elements; one program takes at most {ONE_PROGRAM_LIMIT}")
@@ -55,10 +57,25 @@ def block_plan(size: int, *, one_program: bool | None = None) -> BlockPlan:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, threads: int = 128, **meta: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *arguments: Any,
+    threads: int = 128,
+    max_registers: int = 0,
+    **meta: Any,
 ) -> None:
-    """Launch on the tensors' own device. Multiply and add stay separate: fused, the same step has two log-probs."""
-    warp = 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
+    """Launch on the tensors' own device. Multiply and add stay separate: fused, the same step has two log-probs.
+
+    Args:
+        max_registers: of a thread on NVIDIA, where the compiler aims too low by itself and spills; 0 leaves it to it.
+    """
+    warp = 32
+    if not triton.knobs.runtime.interpret:
+        target = triton.runtime.driver.active.get_current_target()
+        warp = target.warp_size
+        if target.backend == "cuda" and max_registers:
+            meta["maxnreg"] = max_registers
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **meta, num_warps=threads // warp, enable_fp_fusion=False)
 

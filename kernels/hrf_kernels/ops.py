@@ -97,11 +97,17 @@ def clipped_surrogate(
     `clips`, if not empty, holds clip_range and advantage_clip as [B] and replaces the numbers. `consume`: the caller
     keeps no gradient of those returned here, so that the backward pass may scale them in place.
     """
-    check_noise(coef[5])
-    results, gradients = _module(backend).clipped_surrogate(
-        model_output, unconditional, reference, latents, next_latents, coef, x0_clip, guidance_scale,
-        old_log_prob, advantages, *(clips or (clip_range, advantage_clip)), loss_weight, kl_weight, with_gradient,
+    return _surrogate(
+        model_output, unconditional, reference, latents, next_latents, coef, x0_clip, guidance_scale, old_log_prob,
+        advantages, clip_range, advantage_clip, clips, loss_weight, kl_weight, with_gradient, consume, backend,
     )  # fmt: skip
+
+
+def _surrogate(*inputs: Any) -> list[Tensor]:
+    *arguments, clip_range, advantage_clip, clips, loss_weight, kl_weight, with_gradient, _, backend = inputs
+    check_noise(arguments[5][5])
+    numbers = *(clips or (clip_range, advantage_clip)), loss_weight, kl_weight, with_gradient
+    results, gradients = _module(backend).clipped_surrogate(*arguments, *numbers)
     return [*results, *gradients]
 
 
@@ -161,6 +167,8 @@ def _log_prob_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 def _surrogate_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *samples, coef, ctx.x0_clip, ctx.guidance_scale = inputs[:8]
+    # a gradient output is given no gradient: autograd would fill one of the samples' size with zeros
+    ctx.set_materialize_grads(False)
     loss_weight, kl_weight, _, ctx.consume, ctx.backend = inputs[-5:]
     ctx.kl_slope = loss_weight * kl_weight
     ctx.coefficients = len(coef)
@@ -197,4 +205,33 @@ def _surrogate_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, .
 
 
 torch.library.register_autograd("hrf_kernels::gaussian_log_prob", _log_prob_backward, setup_context=_log_prob_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The same node without the dispatcher, whose flattening of argument lists costs more than a small step does."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(_surrogate(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _surrogate_context(ctx, inputs, list(output))
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        gradients = list(_surrogate_backward(ctx, list(upstream)))
+        # here a list is one argument like any other
+        return tuple(None if isinstance(value, list) else value for value in gradients)
+
+
+def surrogate(*inputs: Any) -> list[Tensor]:
+    """`clipped_surrogate`: the operation where a graph is traced, its autograd node by itself where none is."""
+    if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, torch.nn.Parameter):
+        return clipped_surrogate(*inputs)
+    return list(_Direct.apply(*inputs))
+
+
 torch.library.register_autograd("hrf_kernels::clipped_surrogate", _surrogate_backward, setup_context=_surrogate_context)

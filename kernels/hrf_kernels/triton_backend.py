@@ -43,6 +43,7 @@ def gaussian_step(
         model_output, unconditional, latents, next_latents, sample_id, sums, log_prob,
         *_step(coef, x0_clip), guidance_scale, _word(seed), _word(seed >> 32), _word(step), size,
         **_meta(coef, x0_clip), BLOCK=plan.block, ITERATIONS=plan.iterations, threads=plan.threads,
+        max_registers=128 if size % 16 and not plan.one_program else 0,
     )  # fmt: skip
     if sums is not None:
         _finalize(sums, None, coef, size, log_prob)
