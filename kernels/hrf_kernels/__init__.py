@@ -88,7 +88,7 @@ def gaussian_step(
         raise TypeError(f"sample_id is {sample_id.dtype}; pass int64")
     with torch.no_grad():
         return ops.gaussian_step(
-            model_output, unconditional_output, latents, list(coef.tensors().values()), coef.x0_clip, guidance_scale,
+            model_output, unconditional_output, latents, _tensors(coef), coef.x0_clip, guidance_scale,
             seed >> 32, seed & 0xFFFFFFFF, sample_id.contiguous(), step, choose_backend(backend, latents.device)[0],
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ def gaussian_log_prob(
     fixed = {"latents": latents, "next_latents": next_latents}
     _check(latents, coef, fixed, model_output=model_output, unconditional_output=unconditional_output)
     return ops.gaussian_log_prob(
-        model_output, unconditional_output, latents, next_latents, list(coef.tensors().values()), coef.x0_clip,
+        model_output, unconditional_output, latents, next_latents, _tensors(coef), coef.x0_clip,
         guidance_scale, choose_backend(backend, latents.device)[0],
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def clipped_surrogate(
         output is not None and output.requires_grad for output in outputs.values()
     )
     results = ops.surrogate(
-        model_output, unconditional_output, reference_output, latents, next_latents, list(coef.tensors().values()),
+        model_output, unconditional_output, reference_output, latents, next_latents, _tensors(coef),
         coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
         tensors, loss_weight, kl_weight, wants_gradient, True, choose_backend(backend, latents.device)[0],
     )  # fmt: skip
@@ -174,10 +174,15 @@ def _clips(
     return (0.0, 0.0), [value.expand(len(latents)).contiguous() for value in scaled]
 
 
+def _tensors(coef: StepCoefficients) -> list[Tensor]:
+    """The six tensors as the operations take them: [B] ones dense."""
+    return [value.contiguous() for value in coef.tensors().values()]
+
+
 def _check(
     latents: Tensor, coef: StepCoefficients, fixed: dict[str, Any] | None = None, **tensors: Tensor | None
 ) -> None:
     fixed = fixed or {}
     samples = {name: fixed[name] for name in ("next_latents",) if name in fixed} | tensors
     check_samples(latents, coef, **samples)
-    check_kernel_inputs({"latents": latents, **samples}, fixed)
+    check_kernel_inputs({"latents": latents, **samples}, fixed, coef)

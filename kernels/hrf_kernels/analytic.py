@@ -55,7 +55,7 @@ def gaussian_step(
 ) -> tuple[Tensor, Tensor]:
     """Next latents like `latents`, and their log-prob [B] fp32."""
     next_latents, log_prob = torch.empty_like(latents), _row(latents)
-    stds, factors = coef[5], _expanded(coef, latents)
+    stds, factors = coef[5], _expanded(coef, latents, x0_clip is not None)
     for part in _blocks(latents):
         output = _guided(model_output, unconditional, guidance_scale, part)
         now, step_coef = latents[part].float(), _of(factors, part)
@@ -111,7 +111,9 @@ def clipped_surrogate(
     clip = clip_range if isinstance(clip_range, Tensor) else _single(clip_range, std.device)
     bound = advantage_clip if isinstance(advantage_clip, Tensor) else _single(advantage_clip, std.device)
     advantages = advantages.clamp(-bound, bound)
-    log_ratio = (log_prob - old_log_prob).clamp(max=LOG_RATIO_LIMIT)
+    log_ratio = log_prob - old_log_prob
+    # an infinity becomes NaN here, and no clip hides it
+    log_ratio = (log_ratio + (log_ratio - log_ratio)).clamp(max=LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     low, high = 1 - clip, 1 + clip
     above, below = ratio > high, ratio < low
@@ -172,7 +174,7 @@ def _score(
 
     mean_square, shift_square = _row(latents), latents.new_zeros(len(latents), dtype=torch.float32)
     sloped, sloped_shift = room(with_gradient), room(with_gradient and reference is not None)
-    factors = _expanded(coef, latents)
+    factors = _expanded(coef, latents, x0_clip is not None)
     for part in _blocks(latents):
         now, step_coef = latents[part].float(), _of(factors, part)
         mean, x0 = _mean(_guided(model_output, unconditional, guidance_scale, part), now, step_coef, x0_clip)
@@ -223,14 +225,15 @@ def _row(latents: Tensor) -> Tensor:
     return torch.empty(len(latents), device=latents.device)
 
 
-def _expanded(coef: list[Tensor], latents: Tensor) -> list[Tensor | None]:
+def _expanded(coef: list[Tensor], latents: Tensor, clamped: bool) -> list[Tensor | None]:
     """Coefficients shaped to broadcast over samples, then ∂mean/∂x0·∂x0/∂output and ∂mean/∂output; once for all blocks.
 
     mean_latents is None where it is zero, as epsilon prediction has it; to look costs a GPU more than to add zeros.
     """
     x0_latents, x0_output, mean_x0, mean_latents, mean_output, std = (_wide(value, latents) for value in coef)
     through = mean_x0 * x0_output
-    absent = latents.device.type == "cpu" and not bool(coef[3].count_nonzero())
+    # under a clamp it is also what shows a latent that is infinite
+    absent = not clamped and latents.device.type == "cpu" and not bool(coef[3].count_nonzero())
     return [
         x0_latents, x0_output, mean_x0, None if absent else mean_latents, mean_output, std, through,
         through + mean_output,

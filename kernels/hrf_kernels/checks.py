@@ -52,7 +52,9 @@ def check_per_sample(latents: Tensor, **values: Tensor) -> None:
             raise ValueError(f"{name} is on {value.device} but latents are on {latents.device}; move one of them")
 
 
-def check_kernel_inputs(tensors: dict[str, Tensor | None], fixed: dict[str, Tensor | None]) -> None:
+def check_kernel_inputs(
+    tensors: dict[str, Tensor | None], fixed: dict[str, Tensor | None], coef: StepCoefficients
+) -> None:
     """What the fused implementations want besides: dense float32, bfloat16 or float16; gradients for outputs only.
 
     Args:
@@ -65,6 +67,9 @@ def check_kernel_inputs(tensors: dict[str, Tensor | None], fixed: dict[str, Tens
             raise TypeError(f"{name} is {tensor.dtype}; the fused kernels take float32, bfloat16 or float16")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()")
+    for name, value in coef.tensors().items():
+        if value.dtype != torch.float32:
+            raise TypeError(f"coefficient {name} is {value.dtype}; the fused kernels take float32")
     if torch.is_grad_enabled():
         for name, tensor in fixed.items():
             if tensor is not None and tensor.requires_grad:

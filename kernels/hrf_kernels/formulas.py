@@ -64,9 +64,10 @@ def gaussian_mean(
 
 @triton.jit
 def log_prob_of(square_sum, size, std):
-    """−½·mean z² − log std − ½·log 2π from the sum of (next − mean)²; not finite where std is 0."""
-    mean_square = tl.div_rn(square_sum, size.to(tl.float32))
-    return -0.5 * tl.div_rn(mean_square, std * std) - natural_log(std) - _HALF_LOG_TWO_PI
+    """−½·mean z² − log std − ½·log 2π from the sum of (next − mean)²; NaN where there is no such density."""
+    mean_square = tl.div_rn(square_sum, tl.full([], size, tl.float32))
+    log_prob = -0.5 * tl.div_rn(mean_square, std * std) - natural_log(std) - _HALF_LOG_TWO_PI
+    return tl.where((std > 0.0) & (std < float("inf")), log_prob, float("nan"))
 
 
 @triton.jit
@@ -74,6 +75,8 @@ def surrogate_terms(log_prob, old_log_prob, advantage, clip_range, advantage_cli
     """(loss, ∂loss/∂log_prob, ratio, outside, clipped, approx_kl) of one sample; see reference.clipped_surrogate."""
     advantage = clamp(advantage, -advantage_clip, advantage_clip)
     x = log_prob - old_log_prob
+    # an infinity becomes NaN here, and no clip hides it
+    x = x + (x - x)
     x = tl.where(x > _LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT, x)
     # e^x - 1 - x by its series near 0, where exp would leave nothing of it
     series = 1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880 + x * (1.0 / 3628800)))

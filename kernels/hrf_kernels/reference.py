@@ -176,6 +176,8 @@ def clipped_surrogate(
     clip_range, bound = clips(latents, clip_range, advantage_clip, window_scale)
     advantages = advantages.clamp(-bound, bound)
     log_ratio = log_prob - old_log_prob
+    # an infinity becomes NaN here, and no clip hides it
+    log_ratio = log_ratio + (log_ratio - log_ratio).detach()
     # beyond the limit the value stays and the gradient flows on
     log_ratio = log_ratio - (log_ratio - LOG_RATIO_LIMIT).relu().detach()
     ratio = log_ratio.exp()

@@ -19,7 +19,7 @@ _COLUMNS = tl.constexpr(32)
 @triton.jit
 def _kl_of(shift_sum, size, std):
     """KL of two Gaussians of equal std, mean over the sample: (mean − reference mean)²/(2·std²)."""
-    return 0.5 * tl.div_rn(tl.div_rn(shift_sum, size.to(tl.float32)), std * std)
+    return 0.5 * tl.div_rn(tl.div_rn(shift_sum, tl.full([], size, tl.float32)), std * std)
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def one_program_kernel(
         value = ratio_slope * difference
         if reference is not None:
             value += loss_weight * kl_weight * shift
-        value = value * tl.div_rn(1.0, size.to(tl.float32) * (sigma * sigma)) * mean_slope
+        value = value * tl.div_rn(1.0, tl.full([], size, tl.float32) * (sigma * sigma)) * mean_slope
         _write_gradient(gradient, unconditional_gradient, guidance_scale, offsets, mask, value)
 
 
@@ -193,7 +193,7 @@ def gradient_kernel(
         x0_latents, x0_output, mean_x0, mean_latents, mean_output, std, b, PER_SAMPLE
     )
     incoming = tl.load(upstream + b)
-    factor = tl.div_rn(incoming, size.to(tl.float32) * (sigma * sigma))
+    factor = tl.div_rn(incoming, tl.full([], size, tl.float32) * (sigma * sigma))
     score_slope = factor
     if slope is not None:
         score_slope = factor * tl.load(slope + b)
