@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hrf_fast.learn as learn_module
 import hrf_fast.train as train_module
 from hrf_fast.run import read_log
 from hrf_fast.train import main
@@ -124,8 +125,8 @@ def test_lines_that_outlived_their_checkpoint_are_done_again_once(tiny_run, tmp_
 
 def test_inner_epochs_and_groups_per_step_make_the_optimizer_steps_they_say(tiny_run, tmp_path, monkeypatch):
     calls = []
-    original = train_module.update
-    monkeypatch.setattr(train_module, "update", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
+    original = learn_module.update
+    monkeypatch.setattr(learn_module, "update", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
     assert main([*tiny_run, "train.iterations=1", "train.inner_epochs=3", "train.groups_per_step=2"]) == 0
     assert calls == [2, 2, 2]
 
@@ -200,10 +201,10 @@ def test_a_reward_that_fails_stops_before_the_optimizer_step_with_the_checkpoint
 def test_nan_weights_are_caught_before_the_optimizer_step(tiny_run, tmp_path, monkeypatch, capsys):
     original = train_module.learn
 
-    def poison(parts, *rest):
+    def poison(parts, *rest, **options):
         with torch.no_grad():
             next(parts.policy.unet.parameters()).fill_(float("nan"))
-        return original(parts, *rest)
+        return original(parts, *rest, **options)
 
     monkeypatch.setattr(train_module, "learn", poison)
     assert main([*tiny_run, "run.save_every=0"]) == 1

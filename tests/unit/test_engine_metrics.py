@@ -8,7 +8,7 @@ from torch import nn
 
 from hrf_fast import seeds
 from hrf_fast.engine import PlainEngine, learning_rate_at
-from hrf_fast.metrics import StepStats, iteration_record, summarise
+from hrf_fast.metrics import Scores, StepStats, iteration_record, summarise
 from hrf_fast.trajectory import Trajectory, Window
 from hrf_kernels import StepCoefficients, Surrogate
 
@@ -223,11 +223,13 @@ def test_the_record_of_an_iteration_by_hand():
     # std within groups sqrt(2) and sqrt(18), mean 2.828427; advantages (−1, 1, −2, 1): mean −0.25, 6.75 over 3
     record = iteration_record(
         [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0)],
-        torch.tensor([1.0, 3.0, 2.0, 8.0]),
-        [torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 1.0])],
-        [make_trajectory(0, 5, 2), make_trajectory(3, 5, 2)],
-        terms={"jpeg": torch.tensor(0.25), "size": torch.tensor(2.0)},
-        counters={"images": 4},
+        Scores(
+            torch.tensor([1.0, 3.0, 2.0, 8.0]),
+            [torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 1.0])],
+            {"jpeg": 0.25, "size": 2.0},
+        ),
+        [Window(0, 5), Window(3, 5)],
+        {"images": 4},
     )
     assert record.pop("window_starts") == [0, 3]
     assert record == pytest.approx(
@@ -257,11 +259,9 @@ def test_the_record_of_an_iteration_by_hand():
 def test_a_single_reward_term_is_not_repeated_in_the_record():
     record = iteration_record(
         [make_stats(*[0.0] * 7)],
-        torch.tensor([1.0, 3.0]),
-        [torch.tensor([-1.0, 1.0])],
-        [make_trajectory(0, 1, 2)],
-        terms={"jpeg": torch.tensor(2.0)},
-        counters={},
+        Scores(torch.tensor([1.0, 3.0]), [torch.tensor([-1.0, 1.0])], {"jpeg": 2.0}),
+        [Window(0, 1)],
+        {},
     )
     assert not [name for name in record if name.startswith("reward/")]
 
