@@ -163,8 +163,8 @@ class DeepSpeedEngine:
         numbers: dict[str, Any],
         ema: Mapping[str, Tensor],
     ) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.loss_scale.load(numbers)
         named = dict(self.model.named_parameters())

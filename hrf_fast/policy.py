@@ -41,7 +41,9 @@ class UNetCalls:
     def of_all_ranks(self, before: UNetCalls) -> UNetCalls:
         """The calls `before`, and those that the ranks have made since."""
         counts = [astuple(calls) for calls in comm.gather(self)]
-        return UNetCalls(*(b + sum(count - b for count in each) for b, *each in zip(astuple(before), *counts, strict=True)))
+        return UNetCalls(
+            *(b + sum(count - b for count in each) for b, *each in zip(astuple(before), *counts, strict=True))
+        )
 
 
 class Network(nn.Module):

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_cases(module: str, cases: dict[str, tuple], ranks: int = 2, timeout: float = 240) -> dict[str, object]:
+def run_cases(module: str, cases: dict[str, tuple], ranks: int = 2, timeout: float = 900) -> dict[str, object]:
     """Results by name of `module.function(*arguments)` on `ranks` ranks; cases: {name: (function, *arguments)}."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []
