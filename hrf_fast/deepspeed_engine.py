@@ -164,7 +164,6 @@ class DeepSpeedEngine:
         ema: Mapping[str, Tensor],
     ) -> None:
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.loss_scale.load(numbers)
         named = dict(self.model.named_parameters())
@@ -172,7 +171,7 @@ class DeepSpeedEngine:
             with GatheredParameters([named[name]], modifier_rank=0), torch.no_grad():
                 named[name].copy_(value)
             if self.zero and named[name].requires_grad:
-                safe_set_full_fp32_param(named[name], value)
+                self._set(named[name], value, None)
         self.ema.parts = [part.detach().clone() for part in self._held()] if self.ema.decay else []
         if not self.zero:
             restore_optimizer(self.optimizer, dict(comm.broadcast_tensors(optimizer)), numbers["optimizer_scalars"])
@@ -181,18 +180,27 @@ class DeepSpeedEngine:
             for name, value in comm.broadcast_tensors(optimizer):
                 index, key = name.split(".", 1)
                 if key in _STATES:
-                    safe_set_full_optimizer_state(self.parameters[int(index)], value, key)
+                    self._set(self.parameters[int(index)], value, key)
         parts = dict(zip(named, self.ema.parts, strict=bool(self.ema.parts)))
         for name, value in comm.broadcast_tensors(ema):
             if name in parts:
                 parts[name].copy_(self._part(named[name], value))
 
+    def _set(self, parameter: Any, whole: Tensor, key: str | None) -> None:
+        """Write a weight's fp32 original, or with `key` its optimizer state, into what this rank holds of it."""
+        if self.stage == 3:
+            # DeepSpeed's own setter fails where the ranks do not divide a weight's size
+            held, _ = self.zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
+            held.data.copy_(self._part(parameter, whole).flatten())
+        else:
+            parameter.set_full_hp_param(whole, key)
+
     def _part(self, parameter: Any, whole: Tensor) -> Tensor:
-        """What this rank holds of a whole tensor."""
+        """What this rank holds of a whole tensor; the last ranks' shards are padded."""
         if self.stage < 3:
             return whole
         size = parameter.ds_tensor.numel()
-        padded = torch.zeros(size * comm.world_size()).index_copy_(0, torch.arange(whole.numel()), whole.flatten())
+        padded = nn.functional.pad(whole.flatten(), (0, size * comm.world_size() - whole.numel()))
         return padded[comm.rank() * size :][:size].view_as(parameter.ds_tensor)
 
     def _make_states(self, step: float) -> None:
