@@ -40,7 +40,10 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
         if os.environ.get("HRF_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # what all ranks fail with is said by one
+        if rank == "0" or not getattr(error, "on_all_ranks", False):
+            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
         return 1
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from hrf_fast import comm
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.diffusion import Diffusion, build_diffusion
 from hrf_fast.options import PRECISIONS
@@ -36,12 +39,33 @@ class UNetCalls:
         """Cost in UNet forwards of one image."""
         return self.forwards + 2 * self.backwards
 
+    def of_all_ranks(self, before: UNetCalls) -> UNetCalls:
+        """The calls `before`, and those that the ranks have made since."""
+        counts = [astuple(calls) for calls in comm.gather(self)]
+        return UNetCalls(
+            *(b + sum(count - b for count in each) for b, *each in zip(astuple(before), *counts, strict=True))
+        )
+
+
+class Network(nn.Module):
+    """The UNet under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights."""
+
+    def __init__(self, unet: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def forward(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.unet(latents, timesteps).sample.contiguous()
+
 
 class Policy:
     """The denoising policy π(x_{t-1} | x_t, t): the UNet's Gaussian step."""
 
     # a UNet2DModel: its config and output have types that only diffusers knows
     unet: Any
+    trained: Callable[[Tensor, int | Tensor], Tensor]
+    """What runs where gradients are wanted: the network, or the engine that shards it."""
 
     def __init__(
         self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32", kernels: str = "auto"
@@ -49,6 +73,7 @@ class Policy:
         if precision not in PRECISIONS:
             raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.unet, self.scheduler, self.precision = unet, scheduler, precision
+        self.network = self.trained = Network(unet, precision)
         self.device = next(unet.parameters()).device
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
@@ -66,10 +91,15 @@ class Policy:
         """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B]."""
         self.calls.batches += 1
         self.calls.forwards += len(latents)
-        if torch.is_grad_enabled():
-            self.calls.backwards += len(latents)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.unet(latents, timesteps).sample.contiguous()
+        if not torch.is_grad_enabled():
+            return self.network(latents, timesteps)
+        self.calls.backwards += len(latents)
+        return self.trained(latents, timesteps)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the UNet's blocks and run each block again in the backward."""
+        # the reentrant form loses gradients under ZeRO-3
+        self.unet.enable_gradient_checkpointing(partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -123,7 +153,7 @@ def load_policy(
         name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
         sampler, num_inference_steps, eta: see `build_diffusion`.
-        precision: fp32, or bf16 for autocast with fp32 weights.
+        precision: fp32, or bf16 or fp16 for autocast with fp32 weights.
 
     Raises:
         ValueError: no such model, no UNet in it, or one that this trainer cannot drive.

@@ -113,6 +113,12 @@ class Progress:
     def close(self) -> None: ...
 
 
+class Silence(Progress):
+    """Of the ranks for which the main one speaks."""
+
+    def note(self, text: str) -> None: ...
+
+
 class JsonProgress(Progress):
     """One JSON line per event on standard output, for logs."""
 
