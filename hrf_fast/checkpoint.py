@@ -172,17 +172,25 @@ def _restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> di
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Optimizer state as flat tensors named "index.key", and its groups' numbers."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v.contiguous() for i, entry in state["state"].items() for k, v in entry.items()}
+    # not the 8-bit optimizers' own state_dict, which nests the state for FSDP
+    state = torch.optim.Optimizer.state_dict(optimizer)
+    tensors: dict[str, torch.Tensor] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
+            shared = key.startswith("qmap")
+            tensor = torch.as_tensor(value)
+            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
     return tensors, state["param_groups"]
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, path: Path, groups: list[dict[str, Any]]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = file.get_tensor(name)
+            value = file.get_tensor(name)
+            state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
     # JSON has no tuples
     groups = [group | {"betas": tuple(group["betas"])} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

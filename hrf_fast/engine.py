@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hrf_fast.optimizers import build_optimizer
 from hrf_fast.options import LEARNING_RATE_SCHEDULES
 
 
@@ -43,10 +44,14 @@ class PlainEngine:
         betas: tuple[float, float],
         eps: float,
         max_grad_norm: float,
+        optimizer: str = "adamw",
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+        device = next(model.parameters()).device
+        self.optimizer = build_optimizer(
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+        )
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

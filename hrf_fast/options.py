@@ -13,6 +13,7 @@ from hrf_fast.rewards.registry import RewardTerm
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
 
 @dataclass
@@ -85,6 +86,8 @@ class TrainConfig:
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = True
     """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    optimizer: str = "adamw"
+    """adamw, fused_adamw, cpu_adam (ZeRO offload), adamw_8bit, or paged_adamw_8bit (CUDA; paged until a resume)."""
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW."""
     learning_rate_schedule: str = "constant"
@@ -148,6 +151,14 @@ class RunConfig:
 
 
 @dataclass
+class EngineConfig:
+    """What owns the weights: one process, data-parallel ranks, or DeepSpeed."""
+
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file such as configs/deepspeed/zero3.json; null for the plain engine."""
+
+
+@dataclass
 class Config:
     """All sections of a run."""
 
@@ -158,3 +169,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)

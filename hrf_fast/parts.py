@@ -64,6 +64,7 @@ def build_parts(config: Config) -> Parts:
         betas=(train.adam_betas[0], train.adam_betas[1]),
         eps=train.adam_eps,
         max_grad_norm=train.max_grad_norm,
+        optimizer=train.optimizer,
     )
     scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
     return Parts(policy, reward, schedule, engine, scorer, config)
