@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.optimizers import check_optimizer
-from hrf_fast.options import LEARNING_RATE_SCHEDULES, OPTIMIZERS, PRECISIONS, SAMPLERS, Config
+from hrf_fast.options import ATTENTIONS, LEARNING_RATE_SCHEDULES, OPTIMIZERS, PRECISIONS, SAMPLERS, Config
 from hrf_fast.registry import nearest
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
@@ -53,6 +53,7 @@ _ABOVE_ZERO = (
     "train.adam_eps",
 )
 _CHOICES = {
+    "model.attention": ATTENTIONS,
     "sample.scheduler": SAMPLERS,
     "train.advantages": ("group", "batch"),
     "train.learning_rate_schedule": LEARNING_RATE_SCHEDULES,

@@ -13,6 +13,7 @@ from hrf_fast.rewards.registry import RewardTerm
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
+ATTENTIONS = ("sdpa", "xformers")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
 
@@ -24,6 +25,8 @@ class ModelConfig:
     """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    attention: str = "sdpa"
+    """sdpa (torch's own), or xformers (CUDA)."""
 
 
 @dataclass

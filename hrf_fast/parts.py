@@ -79,6 +79,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         num_inference_steps=config.sample.num_inference_steps,
         eta=config.sample.eta,
         precision=config.train.precision,
+        attention=config.model.attention,
         device=choose_device(config.run.device),
     )
 

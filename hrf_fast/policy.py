@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.attention import set_attention
 from hrf_fast.diffusion import Diffusion, build_diffusion
 from hrf_fast.options import PRECISIONS
 from hrf_fast.registry import nearest
@@ -107,6 +108,7 @@ def load_policy(
     num_inference_steps: int = 40,
     eta: float = 1.0,
     precision: str = "fp32",
+    attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> Policy:
     """Load an unconditional diffusers DDPM or DDIM model as a policy.
@@ -116,6 +118,7 @@ def load_policy(
             google/ddpm-celebahq-256; revision: of a hub id.
         sampler, num_inference_steps, eta: see `build_diffusion`.
         precision: fp32, or bf16 for autocast with fp32 weights.
+        attention: see `set_attention`.
 
     Raises:
         ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
@@ -179,6 +182,7 @@ def load_policy(
             f"model.name is {name!r}, whose sample_size is {size}: its UNet halves the image "
             f"{len(unet.config.block_out_channels) - 1} times, so use a size divisible by {halvings}"
         )
+    set_attention(unet, attention)
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored
     return Policy(unet.eval(), scheduler, diffusion, precision=precision)
