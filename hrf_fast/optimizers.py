@@ -25,27 +25,34 @@ _LEAST_8BIT = 4096
 
 
 def check_optimizer(name: str, deepspeed: str | None) -> None:
-    """Refuse an optimizer that the engine of the configuration has no use for.
+    """Refuse an optimizer that does not go with the engine of the configuration.
 
     Args:
         name: train.optimizer; deepspeed: engine.deepspeed, a JSON file or None.
 
     Raises:
-        ValueError: cpu_adam where nothing is offloaded.
+        ValueError: cpu_adam where nothing is offloaded; 8-bit state where ZeRO would shard it.
     """
-    if name != "cpu_adam":
+    if name not in ("cpu_adam", *_BITSANDBYTES) or (deepspeed is None and name in _BITSANDBYTES):
         return
-    rule = "train.optimizer is 'cpu_adam', which updates weights that ZeRO has offloaded to the CPU"
+    rule = f"train.optimizer is {name!r}, "
     if deepspeed is None:
-        raise ValueError(f"{rule}, but engine.deepspeed is null; set it to a file that offloads, or use adamw")
+        raise ValueError(
+            f"{rule}which updates weights that ZeRO has offloaded to the CPU, but engine.deepspeed is null; set it to "
+            "a file that offloads, or use adamw"
+        )
     try:
-        settings = json.loads(Path(deepspeed).read_text())
+        zero = json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})
     except (OSError, ValueError) as error:
         raise ValueError(f"engine.deepspeed is {deepspeed!r}, which is no JSON file ({error})") from error
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device", "none") == "none":
+    if name == "cpu_adam" and zero.get("offload_optimizer", {}).get("device", "none") == "none":
         raise ValueError(
-            f"{rule}, but {deepspeed} has no zero_optimization.offload_optimizer with device cpu; add it, or use adamw"
+            f"{rule}but {deepspeed} has no zero_optimization.offload_optimizer with device cpu; add it, or use adamw"
+        )
+    if name in _BITSANDBYTES and zero.get("stage", 0):
+        raise ValueError(
+            f"{rule}but {deepspeed} shards the optimizer, and quantised shards can't be gathered into a checkpoint; "
+            "use adamw, whose state ZeRO divides by the number of GPUs, or stage 0"
         )
 
 

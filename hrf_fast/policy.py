@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.attention import set_attention
-from hrf_fast.diffusion import Diffusion, build_diffusion
+from hrf_fast.diffusion import COMPATIBLE, Diffusion, build_diffusion
 from hrf_fast.options import PRECISIONS
 from hrf_fast.registry import nearest
 
@@ -123,29 +123,10 @@ def load_policy(
     Raises:
         ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, UNet2DModel
+    import diffusers
     from diffusers.utils import logging
 
-    folder = _find_folder(name, revision)
-    unet_folder, unet_config = _component(folder, "unet", "config.json")
-    scheduler_folder, scheduler_config = _component(folder, "scheduler", "scheduler_config.json")
-    if unet_config.get("_class_name") != "UNet2DModel":
-        raise ValueError(
-            f"model.name is {name!r}, whose UNet is a {unet_config.get('_class_name')}; this trainer drives "
-            "unconditional UNet2DModel pipelines (DDPM, DDIM), e.g. google/ddpm-celebahq-256"
-        )
-    for key in ("num_class_embeds", "class_embed_type"):
-        if unet_config.get(key) is not None:
-            raise ValueError(
-                f"model.name is {name!r}, whose UNet is conditioned on a class ({key}: {unet_config[key]!r}), which is "
-                "not supported; use an unconditional model"
-            )
-    classes = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, PNDMScheduler)}
-    scheduler_name = scheduler_config.get("_class_name")
-    if scheduler_name not in classes:
-        raise ValueError(
-            f"model.name is {name!r}, whose scheduler is {scheduler_name}; use one of {', '.join(classes)}"
-        )
+    unet_folder, _, scheduler_folder, scheduler_config = read_configs(name, revision)
     if (unet_folder / "diffusion_pytorch_model.safetensors").exists():
         kwargs: dict[str, Any] = {"use_safetensors": True}
     else:
@@ -155,8 +136,8 @@ def load_policy(
     # diffusers suggests installing accelerate and safetensors variants; neither concerns the user of this call
     logging.set_verbosity_error()
     try:
-        unet = UNet2DModel.from_pretrained(unet_folder, low_cpu_mem_usage=False, **kwargs).to(device).float()
-        scheduler = classes[scheduler_name].from_pretrained(scheduler_folder)
+        unet = diffusers.UNet2DModel.from_pretrained(unet_folder, low_cpu_mem_usage=False, **kwargs).to(device).float()
+        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_pretrained(scheduler_folder)
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
@@ -188,7 +169,37 @@ def load_policy(
     return Policy(unet.eval(), scheduler, diffusion, precision=precision)
 
 
-def _find_folder(name: str, revision: str | None) -> Path:
+def read_configs(
+    name: str, revision: str | None = None, *, weights: bool = True
+) -> tuple[Path, dict[str, Any], Path, dict[str, Any]]:
+    """Where a model's UNet is and its config, then the same of its scheduler; without `weights` no more is downloaded.
+
+    Raises:
+        ValueError: no such model, no UNet in it, or one of a kind that this trainer cannot drive.
+    """
+    folder = _find_folder(name, revision, weights)
+    unet_folder, unet_config = _component(folder, "unet", "config.json")
+    scheduler_folder, scheduler_config = _component(folder, "scheduler", "scheduler_config.json")
+    if unet_config.get("_class_name") != "UNet2DModel":
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet is a {unet_config.get('_class_name')}; this trainer drives "
+            "unconditional UNet2DModel pipelines (DDPM, DDIM), e.g. google/ddpm-celebahq-256"
+        )
+    for key in ("num_class_embeds", "class_embed_type"):
+        if unet_config.get(key) is not None:
+            raise ValueError(
+                f"model.name is {name!r}, whose UNet is conditioned on a class ({key}: {unet_config[key]!r}), which is "
+                "not supported; use an unconditional model"
+            )
+    if scheduler_config.get("_class_name") not in COMPATIBLE:
+        raise ValueError(
+            f"model.name is {name!r}, whose scheduler is {scheduler_config.get('_class_name')}; "
+            f"use one of {', '.join(COMPATIBLE)}"
+        )
+    return unet_folder, unet_config, scheduler_folder, scheduler_config
+
+
+def _find_folder(name: str, revision: str | None, weights: bool) -> Path:
     """The local folder of a model: shipped, the user's own, or downloaded from the hub."""
     if name in SHIPPED:
         return ASSETS / name / "model"
@@ -202,11 +213,11 @@ def _find_folder(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        for weights in ("*.safetensors", "*.bin"):
+        for pattern in ("*.safetensors", "*.bin") if weights else ("*.json",):
             folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", weights])
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", pattern])
             )
-            if list(folder.rglob(weights)):
+            if list(folder.rglob(pattern)):
                 break
         return folder
     # without a network the hub client raises an OSError where it has looked up its cache

@@ -161,6 +161,17 @@ def test_cpu_adam_is_for_weights_that_zero_offloads(tmp_path):
     assert load_config(words).train.optimizer == "cpu_adam"
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_state_is_not_sharded(tmp_path, name):
+    path = tmp_path / "zero.json"
+    words = [f"train.optimizer={name}", f"engine.deepspeed={path}"]
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    with pytest.raises(ValueError, match="quantised shards can't be gathered into a checkpoint; use adamw"):
+        load_config(words)
+    path.write_text('{"zero_optimization": {"stage": 0}}')
+    assert load_config(words).train.optimizer == name
+
+
 def test_a_cpu_adam_that_does_not_compile_says_what_it_needs(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("failed to build/load") from RuntimeError("Ninja is required")
