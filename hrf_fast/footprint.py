@@ -63,23 +63,25 @@ def measure_unet(config: dict[str, Any], *, device: str) -> dict[tuple[str, bool
     from diffusers import UNet2DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    found = {}
+    found: dict[tuple[str, bool], Footprint] = {}
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
-    with FakeTensorMode():
-        unet: Any = UNet2DModel.from_config(config)
-        if device == "cuda":
-            for module in unet.modules():
-                if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                    module.register_forward_pre_hook(_normalise_in_fp32)
-        for checkpointing in (False, True):
-            if checkpointing:
-                unet.enable_gradient_checkpointing()
-            for precision in PRECISIONS:
-                # fp16 takes as much as bf16
-                known = found.get(("bf16", checkpointing)) if precision != "fp32" else None
-                found[precision, checkpointing] = known or _footprint(unet, precision)
-    gc.unfreeze()
+    try:
+        with FakeTensorMode():
+            unet: Any = UNet2DModel.from_config(config)
+            if device == "cuda":
+                for module in unet.modules():
+                    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                        module.register_forward_pre_hook(_normalise_in_fp32)
+            for checkpointing in (False, True):
+                if checkpointing:
+                    unet.enable_gradient_checkpointing()
+                for precision in PRECISIONS:
+                    # fp16 takes as much as bf16
+                    known = found.get(("bf16", checkpointing)) if precision != "fp32" else None
+                    found[precision, checkpointing] = known or _footprint(unet, precision)
+    finally:
+        gc.unfreeze()
     return found
 
 
