@@ -25,6 +25,8 @@ from hrf_fast.windows import WindowSchedule, build_schedule
 
 MODES = ("keep", "replay", "checkpoint")
 """Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
+# the trainer does not keep yet: `keep` is planned for and not recommended
+_TRAINED = MODES[1:]
 ENGINES = ("plain", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
 # of the memory, left to the CUDA context, workspaces and fragmentation
 RESERVE = 0.1
@@ -217,8 +219,8 @@ class Plan:
         return Choice(engine, precision, mode, micro, sample, self.need(engine, precision, mode, micro, sample))
 
     def best(self, engine: str, precision: str) -> Choice | None:
-        """The fastest mode that fits, or None."""
-        return next((choice for mode in MODES if (choice := self.choose(engine, precision, mode))), None)
+        """The fastest mode that the trainer has and that fits, or None."""
+        return next((choice for mode in _TRAINED if (choice := self.choose(engine, precision, mode))), None)
 
 
 def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Plan:

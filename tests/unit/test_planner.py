@@ -126,7 +126,7 @@ def test_the_fastest_mode_that_fits_and_its_largest_batches_are_chosen():
         choice = make_plan(memory / 0.9).best("plain", "fp32")
         return choice and (choice.mode, choice.micro_batch_size, choice.sample_batch_size)
 
-    assert chosen(20400) == ("keep", 8, 64)
+    assert chosen(20400) == ("replay", 8, 64)
     # the step of AdamW is the floor
     assert chosen(20300) is None
 
@@ -176,7 +176,7 @@ def test_the_command_prints_the_tables(tiny_run, capsys, tmp_path):
     assert main(["plan", "--gpus", "8", "--memory", "80GB", *tiny_run, f"engine.deepspeed={zero}"]) == 0
     out = capsys.readouterr().out
     assert "8 x 80 GB, 10% of it left" in out and "this configuration (ZeRO-2, fp32, micro-batch 3" in out
-    assert "it fits\nfastest that fits: ZeRO-2, train.precision=fp32, activations keep" in out
+    assert "it fits\nfastest that fits: ZeRO-2, train.precision=fp32, activations replay" in out
     assert out.count("ZeRO-3, offload") == 2 and "cost in forwards" in out
 
 
