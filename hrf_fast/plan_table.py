@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from hrf_fast.options import PRECISIONS
-from hrf_fast.planner import ENGINES, MODES, RESERVE, Plan
+from hrf_fast.planner import MODES, RESERVE, Plan
+from hrf_fast.states import ENGINES
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _TITLES = {

@@ -1,8 +1,8 @@
 """Planner: what a configuration needs per GPU, in bytes and in UNet calls, before a GPU is rented.
 
-Weights, gradients and optimizer state follow from the parameters and how ZeRO shards them; activations are counted by
-footprint.py on the UNet itself; UNet calls come from running the configuration's window schedule. Left out: networks
-of rewards and panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named here.
+Weights, gradients and optimizer state are arithmetic (states.py); activations are counted on the UNet itself
+(footprint.py); UNet calls come from running the configuration's own window schedule. Left out: networks of rewards and
+panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named there.
 """
 
 from __future__ import annotations
@@ -21,68 +21,15 @@ from hrf_fast.diffusion import build_diffusion
 from hrf_fast.footprint import Footprint, measure_unet
 from hrf_fast.options import PRECISIONS, Config
 from hrf_fast.policy import read_configs
+from hrf_fast.states import BUCKET, ENGINES, States, model_states
 from hrf_fast.windows import WindowSchedule, build_schedule
 
 MODES = ("keep", "replay", "checkpoint")
 """Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
 # the trainer does not keep yet: `keep` is planned for and not recommended
 _TRAINED = MODES[1:]
-ENGINES = ("plain", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
 # of the memory, left to the CUDA context, workspaces and fragmentation
 RESERVE = 0.1
-# DeepSpeed's default reduce_bucket_size, in elements
-_BUCKET = 500_000_000
-_FP32 = 4
-
-
-@dataclass(frozen=True)
-class States:
-    """Bytes per GPU that stay all the time; `step` come and go within an optimizer step, `host` are offloaded."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    step: float
-    host: float = 0.0
-
-    @property
-    def together(self) -> float:
-        return self.parameters + self.gradients + self.optimizer
-
-
-def model_states(
-    tensors: Sequence[int], *, engine: str, gpus: int, optimizer: str = "adamw", bucket: int = _BUCKET
-) -> States:
-    """Bytes per GPU of fp32 weights, their gradients and AdamW's state.
-
-    ZeRO keeps an fp32 copy of its part of the weights beside the optimizer and a bucket to reduce gradients in; stage 1
-    also keeps whole gradients until the step. ZeRO-3 gathers the whole UNet for a rollout and keeps it through a
-    backward, as long as it is under DeepSpeed's 10^9 live parameters.
-
-    Args:
-        tensors: elements of each parameter; engine: one of ENGINES, where plain is also ZeRO-0 and data parallel.
-        bucket: DeepSpeed's reduce_bucket_size, in elements.
-    """
-    whole = float(_FP32 * sum(tensors))
-    moments = _moments(tensors, optimizer)
-    if engine == "plain":
-        # torch's AdamW on CUDA works on all tensors at once; several ranks send their gradients as one flat copy
-        return States(whole, whole, moments, 0.0 if optimizer != "adamw" and gpus == 1 else whole)
-    part, buffers = whole / gpus, float(_FP32 * bucket)
-    gradients = buffers + (whole if engine.startswith("zero1") else 0.0)
-    if engine.endswith("offload"):
-        # the shards of gradients and optimizer live on the host, those of ZeRO-3's weights too
-        shards = 3 * part if engine.startswith("zero3") else 2 * part
-        return States(whole, gradients, 0.0, 0.0, host=shards + moments / gpus)
-    parameters = whole + part if engine == "zero3" else whole
-    return States(parameters, gradients + part, part + moments / gpus, part)
-
-
-def _moments(tensors: Sequence[int], optimizer: str) -> float:
-    if not optimizer.endswith("8bit"):
-        return 2.0 * _FP32 * sum(tensors)
-    # bitsandbytes: two bytes and two fp32 scales per block of 256; tensors under 4096 elements stay in fp32
-    return sum(n * (2 + 2 * _FP32 / 256) if n >= 4096 else 2.0 * _FP32 * n for n in tensors)
 
 
 @dataclass(frozen=True)
@@ -268,7 +215,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
 def _engine(path: str | None) -> tuple[str, int]:
     """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
     if path is None:
-        return "plain", _BUCKET
+        return "plain", BUCKET
     try:
         zero = json.loads(Path(path).read_text()).get("zero_optimization", {})
     except (OSError, ValueError) as error:
@@ -278,4 +225,4 @@ def _engine(path: str | None) -> tuple[str, int]:
     engine = f"zero{stage}{offload}" if stage else "plain"
     if engine not in ENGINES:
         raise ValueError(f"engine.deepspeed is {path!r} with {engine}; the planner knows {', '.join(ENGINES)}")
-    return engine, int(zero.get("reduce_bucket_size", _BUCKET))
+    return engine, int(zero.get("reduce_bucket_size", BUCKET))

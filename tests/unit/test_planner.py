@@ -15,8 +15,9 @@ from hrf_fast.cli import main
 from hrf_fast.config import load_config
 from hrf_fast.footprint import Footprint, Line, measure_unet
 from hrf_fast.plan_table import parse_memory
-from hrf_fast.planner import ENGINES, Plan, count_calls, model_states, plan
+from hrf_fast.planner import Plan, count_calls, plan
 from hrf_fast.run import read_log
+from hrf_fast.states import ENGINES, model_states
 from hrf_fast.train import main as train_main
 from hrf_fast.windows import build_schedule
 from tests.conftest import make_scheduler
