@@ -207,8 +207,15 @@ def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> list[Mapping[str, T
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Optimizer state as flat tensors named "index.key", and its groups' numbers."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v.contiguous() for i, entry in state["state"].items() for k, v in entry.items()}
+    # not the 8-bit optimizers' own state_dict, which nests the state for FSDP
+    state = torch.optim.Optimizer.state_dict(optimizer)
+    tensors: dict[str, torch.Tensor] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
+            shared = key.startswith("qmap")
+            tensor = torch.as_tensor(value)
+            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
     return tensors, state["param_groups"]
 
 
@@ -216,10 +223,10 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
     """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
     # JSON has no tuples
     groups = [group | {"betas": tuple(group["betas"])} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

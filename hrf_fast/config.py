@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.deepspeed_settings import read_settings
-from hrf_fast.options import ACTIVATIONS, KERNELS, LEARNING_RATE_SCHEDULES, PRECISIONS, SAMPLERS, Config
+from hrf_fast.optimizers import check_optimizer
+from hrf_fast.options import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    KERNELS,
+    LEARNING_RATE_SCHEDULES,
+    OPTIMIZERS,
+    PRECISIONS,
+    SAMPLERS,
+    Config,
+)
 from hrf_fast.registry import nearest
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
@@ -52,6 +62,7 @@ _ABOVE_ZERO = (
     "train.adam_eps",
 )
 _CHOICES = {
+    "model.attention": ATTENTIONS,
     "sample.scheduler": SAMPLERS,
     "train.advantages": ("group", "batch"),
     "train.learning_rate_schedule": LEARNING_RATE_SCHEDULES,
@@ -59,6 +70,7 @@ _CHOICES = {
     "train.kernels": KERNELS,
     "train.activations": ACTIVATIONS,
     "train.on_nan": ("stop", "skip"),
+    "train.optimizer": OPTIMIZERS,
     "run.progress": ("auto", "bar", "json", "quiet"),
 }
 # seeds.py makes keys of 32 bits
@@ -241,6 +253,7 @@ def check_config(config: Config) -> None:
         )
     if len(train.adam_betas) != 2 or not all(0 <= beta < 1 for beta in train.adam_betas):
         raise ValueError(f"train.adam_betas is {list(train.adam_betas)}; use two numbers in [0, 1)")
+    check_optimizer(train.optimizer, config.engine.deepspeed)
     for writer in config.run.writers:
         if writer not in WRITERS:
             raise ValueError(f"run.writers has {writer!r}{nearest(writer, WRITERS)}; use {', '.join(WRITERS)}")

@@ -24,6 +24,7 @@ from hrf_fast import comm
 from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
 from hrf_fast.deepspeed_settings import complete
 from hrf_fast.engine import Ema, LossScale, averaged
+from hrf_fast.optimizers import build_optimizer
 
 # AdamW's elementwise states
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -44,6 +45,7 @@ class DeepSpeedEngine:
         max_grad_norm: float,
         ema_decay: float = 0.0,
         precision: str = "fp32",
+        optimizer: str = "adamw",
     ) -> None:
         """Shard `model`, which `network` wraps; `settings` are those that `read_settings` has checked."""
         deepspeed = _import_deepspeed(next(model.parameters()).device)
@@ -51,7 +53,10 @@ class DeepSpeedEngine:
         self.stage = int(settings["zero_optimization"].get("stage", 0))
         self.lockstep = self.stage >= 2
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+        device = self.parameters[0].device
+        self.optimizer = build_optimizer(
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+        )
         settings = complete(settings, max_grad_norm=max_grad_norm)
         self.forward, *_ = deepspeed.initialize(model=network, optimizer=self.optimizer, config=settings)
         self.zero: Any = self.forward.optimizer if self.stage else None

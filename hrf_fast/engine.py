@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hrf_fast import comm
 from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
+from hrf_fast.optimizers import build_optimizer
 from hrf_fast.options import LEARNING_RATE_SCHEDULES
 
 
@@ -144,11 +145,15 @@ class PlainEngine:
         max_grad_norm: float,
         ema_decay: float = 0.0,
         precision: str = "fp32",
+        optimizer: str = "adamw",
     ) -> None:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+        device = next(model.parameters()).device
+        self.optimizer = build_optimizer(
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+        )
         self.loss_scale = LossScale(precision)
         self.ema = Ema(list(model.parameters()), ema_decay)
 

@@ -15,6 +15,8 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ACTIVATIONS = ("replay", "checkpoint")
 KERNELS = ("auto", "eager", "triton")
+ATTENTIONS = ("sdpa", "xformers")
+OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
 
 @dataclass
@@ -25,6 +27,8 @@ class ModelConfig:
     """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    attention: str = "sdpa"
+    """sdpa (torch's own), or xformers (CUDA)."""
 
 
 @dataclass
@@ -87,6 +91,8 @@ class TrainConfig:
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = True
     """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    optimizer: str = "adamw"
+    """adamw, fused_adamw, cpu_adam (ZeRO offload), adamw_8bit, or paged_adamw_8bit (CUDA; paged until a resume)."""
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW."""
     learning_rate_schedule: str = "constant"
@@ -106,9 +112,9 @@ class TrainConfig:
     steps_per_forward: int = 1
     """Consecutive window steps that the update puts into one UNet call; 1 keeps the on-policy ratio exactly 1."""
     precision: str = "fp32"
+    """fp32, or bf16 or fp16 for autocast with fp32 weights; fp16 scales the loss and is for CUDA."""
     kernels: str = "auto"
     """What computes log-probs and their gradients: triton (fused), eager, or auto: triton on a GPU that has it."""
-    """fp32, or bf16 or fp16 for autocast with fp32 weights; fp16 scales the loss and is for CUDA."""
     activations: str = "replay"
     """replay keeps a forward's activations for its backward; checkpoint runs each UNet block again, for less memory."""
     ema_decay: float = 0.0

@@ -81,6 +81,7 @@ def build_engine(policy: Policy, config: Config) -> Engine:
         "max_grad_norm": train.max_grad_norm,
         "ema_decay": train.ema_decay,
         "precision": train.precision,
+        "optimizer": train.optimizer,
     }
     if file is None:
         return PlainEngine(policy.unet, **options)
@@ -101,6 +102,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         eta=config.sample.eta,
         precision=config.train.precision,
         kernels=config.train.kernels,
+        attention=config.model.attention,
         device=choose_device(config.run.device),
     )
 

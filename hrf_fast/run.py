@@ -7,6 +7,7 @@ run_dir/
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
+    .lock                held while a process trains here
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from hrf_fast import comm
+from hrf_fast import comm, lock
 from hrf_fast.checkpoint import list_checkpoints, replace_folder, sweep, write_atomically
 from hrf_fast.config import differences, load_config, to_yaml
 from hrf_fast.evaluation import PanelScores, save_grid
@@ -54,6 +55,8 @@ class Run:
         self.config = config
         self.folder = Path(config.run.folder)
         self.checkpoints = self.folder / "checkpoints"
+        # the main rank's, for all
+        self._lock: IO[str] | None = None
         comm.main_says(self._claim)
         self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
         self.writers: list[Writer] = []
@@ -69,6 +72,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_claim()
+            self._lock = lock.lock_folder(self.folder)
         except OSError as error:
             raise OSError(
                 f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another"
@@ -93,7 +97,7 @@ class Run:
                     f"run.folder {self.folder} holds a run of another configuration ({listed}); choose another "
                     "run.folder, restore those options to resume, or delete the folder"
                 )
-        elif any(self.folder.iterdir()):
+        elif any(path.name != lock.NAME for path in self.folder.iterdir()):
             raise ValueError(f"run.folder {self.folder} is not empty and holds no run; choose another run.folder")
 
     def begin(self, done: int) -> None:
@@ -146,6 +150,8 @@ class Run:
         self.progress.close()
         for writer in self.writers:
             writer.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -60,6 +60,7 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
         "samples",
         "checkpoints",
         "model",
+        ".lock",
     }
     assert load_config(["--config", str(run / "config.yaml")]) == load_config(tiny_run)
     records = read_log(run / "metrics.jsonl")
@@ -295,6 +296,19 @@ def test_a_folder_that_holds_something_else_is_not_written_into(tiny_run, tmp_pa
     assert main(tiny_run) == 1
     assert "is not empty and holds no run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_run, tmp_path, capsys):
+    process = start([*tiny_run, "train.iterations=1000"])
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1)
+    assert main([*tiny_run, "train.iterations=1000"]) == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} is in use by process {process.pid} on " in message and "choose another" in message
+    # killed, it holds nothing any more
+    process.kill()
+    process.communicate(timeout=60)
+    done = len(metrics(tmp_path / "run"))
+    assert main([*tiny_run, f"train.iterations={done + 1}"]) == 0
 
 
 def test_an_unwritable_folder_is_named(tiny_run, tmp_path, capsys):
