@@ -74,6 +74,9 @@ def complete(settings: dict[str, Any], *, max_grad_norm: float) -> dict[str, Any
     stage = settings["zero_optimization"].get("stage", 0)
     return {
         **settings,
+        # stage 3 would put its own linear layer into torch for the whole process, which under autocast computes in
+        # another precision, in the sampling too; it saves memory for frozen weights only
+        "zero_optimization": {"memory_efficient_linear": False, **settings["zero_optimization"]},
         # samples are not DeepSpeed's to count: 1 says nothing and is consistent on any number of ranks
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -95,7 +95,7 @@ def results(tiny_model, tmp_path_factory):
     }
     two = {f"gradient {name}": step(*engine) for name, engine in ENGINES.items()}
     two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in ("plain", "zero2", "zero3")}
-    two |= {"gradient zero3 micro": step(*ENGINES["zero3"], split)}
+    two |= {f"gradient {name} micro": step(*ENGINES[name], split) for name in ("plain", "zero0", "zero3")}
     for precision, name in ((precision, name) for precision in LOW for name in ("zero0", "zero2")):
         two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"train.precision={precision}")
     two |= {f"weights {name}": run(name, *engine, ema) for name, engine in ENGINES.items()}
@@ -130,10 +130,10 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", [*ENGINES, "plain checkpoint", "zero2 checkpoint", "zero3 checkpoint", "zero3 micro"])
+@pytest.mark.parametrize("name", [*ENGINES, "plain checkpoint", "zero2 checkpoint", "zero3 checkpoint"])
 def test_two_ranks_have_the_gradient_of_one_process_over_windows_of_different_lengths(results, name):
     found, _ = results
-    whole, norm = found["one gradient micro" if "micro" in name else "one gradient"]
+    whole, norm = found["one gradient"]
     gradient, found_norm = found[f"gradient {name}"]
     assert relative(gradient, whole) < GRADIENT_TOLERANCE
     assert found_norm == pytest.approx(norm, rel=1e-6)
@@ -145,15 +145,20 @@ def test_two_ranks_have_the_gradient_of_one_process_in_low_precision(results, na
     found, _ = results
     whole, norm = found[f"one gradient {precision}"]
     gradient, found_norm = found[f"gradient {name} {precision}"]
-    # the weights' addresses choose the convolution, which rounds to 8 or 11 bits
-    assert relative(gradient, whole) < {"bf16": 2e-2, "fp16": 2e-3}[precision]
-    assert found_norm == pytest.approx(norm, rel=1e-2)
+    # a rank's loss, the mean over fewer groups, is larger than one process's: other gradients underflow in fp16
+    tolerance = {"bf16": GRADIENT_TOLERANCE, "fp16": 1e-3}[precision]
+    assert relative(gradient, whole) < tolerance
+    assert found_norm == pytest.approx(norm, rel=tolerance)
 
 
 def test_micro_batches_of_one_have_the_gradient_of_a_whole_group(results):
     found, _ = results
     # the rollouts are split alike, so the data differ by the rounding of batched convolutions
     assert relative(found["one gradient micro"][0], found["one gradient"][0]) < 1e-4
+    for name in ("plain", "zero0"):
+        assert relative(found[f"gradient {name} micro"][0], found["one gradient micro"][0]) < GRADIENT_TOLERANCE
+    # stage 3 gathers weights to other addresses, where a batch of one takes another convolution than in the rollout
+    assert relative(found["gradient zero3 micro"][0], found["one gradient micro"][0]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ENGINES)
