@@ -150,7 +150,8 @@ class DeepSpeedEngine:
                 whole = safe_get_full_optimizer_state(parameter, key)
                 if comm.is_main():
                     tensors[f"{index}.{key}"] = whole.cpu()
-            tensors[f"{index}.step"] = states[0]["step"].clone()
+            # torch counts steps in a tensor, DeepSpeed's own Adam in an int
+            tensors[f"{index}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).clone()
         return tensors, {"optimizer_scalars": [group], **self.loss_scale.state()}
 
     def ema_state(self) -> dict[str, Tensor]:
@@ -213,9 +214,10 @@ class DeepSpeedEngine:
         partitions = (
             self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         )
+        counts_in_int = type(self.optimizer).__name__ == "DeepSpeedCPUAdam"
         for flat in partitions if step else []:
             self.optimizer.state[flat] = {
-                "step": torch.tensor(step),
+                "step": int(step) if counts_in_int else torch.tensor(step),
                 **{key: torch.zeros_like(flat, requires_grad=False) for key in _STATES},
             }
         if step and self.stage < 3:

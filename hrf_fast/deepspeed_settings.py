@@ -57,8 +57,7 @@ def read_settings(file: str) -> dict[str, Any]:
         if key in settings:
             raise ValueError(f"{where} {key} is {settings[key]!r}, but that is said by {option}; remove it")
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-        target = zero.get(key) or {}
-        device = target.get("device", "none") if isinstance(target, dict) else target
+        device = offload_device(zero, key)
         if device not in ("none", "cpu"):
             raise ValueError(f"{where} zero_optimization.{key}.device is {device!r}; use cpu, or none")
         if device == "cpu" and stage not in stages:
@@ -67,6 +66,12 @@ def read_settings(file: str) -> dict[str, Any]:
                 f"raise the stage, or remove {key}"
             )
     return settings
+
+
+def offload_device(zero: dict[str, Any], key: str) -> str:
+    """Where `offload_optimizer` or `offload_param` of a zero_optimization section puts things: none, cpu, …"""
+    target = zero.get(key) or {}
+    return str(target.get("device", "none") if isinstance(target, dict) else target)
 
 
 def complete(settings: dict[str, Any], *, max_grad_norm: float) -> dict[str, Any]:

@@ -178,9 +178,10 @@ def _deepspeed_ops() -> str:
 
 def _kernels() -> str:
     """Which backend the kernels take by themselves."""
-    if _has_gpu() and _usable("triton"):
-        return "ok triton on cuda, eager on CPU"
-    return "ok eager, the plain torch formulas; triton's need a GPU" + ("" if _usable("triton") else " and triton")
+    from hrf_kernels import choose_backend
+
+    backend, why = choose_backend("auto", "cuda" if _has_gpu() else "cpu")
+    return f"ok {backend} by itself: {why}"
 
 
 def _optimizers() -> str:

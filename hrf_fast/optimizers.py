@@ -6,12 +6,11 @@ Packages are imported inside, since config.py takes its rule from here and impor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hrf_fast.deepspeed_settings import offload_device, read_settings
 from hrf_fast.options import OPTIMIZERS
 from hrf_fast.registry import nearest
 
@@ -41,11 +40,8 @@ def check_optimizer(name: str, deepspeed: str | None) -> None:
             f"{rule}which updates weights that ZeRO has offloaded to the CPU, but engine.deepspeed is null; set it to "
             "a file that offloads, or use adamw"
         )
-    try:
-        zero = json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"engine.deepspeed is {deepspeed!r}, which is no JSON file ({error})") from error
-    if name == "cpu_adam" and zero.get("offload_optimizer", {}).get("device", "none") == "none":
+    zero = read_settings(deepspeed)["zero_optimization"]
+    if name == "cpu_adam" and offload_device(zero, "offload_optimizer") == "none":
         raise ValueError(
             f"{rule}but {deepspeed} has no zero_optimization.offload_optimizer with device cpu; add it, or use adamw"
         )

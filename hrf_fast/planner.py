@@ -7,16 +7,15 @@ panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hrf_fast import seeds
+from hrf_fast.deepspeed_settings import offload_device, read_settings
 from hrf_fast.diffusion import build_diffusion
 from hrf_fast.footprint import Footprint, measure_unet
 from hrf_fast.options import PRECISIONS, Config
@@ -111,8 +110,15 @@ class Plan:
         return self.footprints["fp32", False].parameters
 
     def states(self, engine: str) -> States:
-        tensors, optimizer = self.footprints["fp32", False].tensors, self.config.train.optimizer
-        return model_states(tensors, engine=engine, gpus=self.gpus, optimizer=optimizer, bucket=self.bucket)
+        tensors, train = self.footprints["fp32", False].tensors, self.config.train
+        return model_states(
+            tensors,
+            engine=engine,
+            gpus=self.gpus,
+            optimizer=train.optimizer,
+            bucket=self.bucket,
+            ema=train.ema_decay > 0,
+        )
 
     @property
     def trajectories(self) -> int:
@@ -216,12 +222,9 @@ def _engine(path: str | None) -> tuple[str, int]:
     """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
     if path is None:
         return "plain", BUCKET
-    try:
-        zero = json.loads(Path(path).read_text()).get("zero_optimization", {})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"engine.deepspeed is {path!r}, which is no JSON file ({error})") from error
+    zero = read_settings(path)["zero_optimization"]
     stage = zero.get("stage", 0)
-    offload = "_offload" if zero.get("offload_optimizer", {}).get("device", "none") != "none" else ""
+    offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
     engine = f"zero{stage}{offload}" if stage else "plain"
     if engine not in ENGINES:
         raise ValueError(f"engine.deepspeed is {path!r} with {engine}; the planner knows {', '.join(ENGINES)}")

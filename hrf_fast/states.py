@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ENGINES = ("plain", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
 # DeepSpeed's default reduce_bucket_size, in elements
@@ -27,9 +27,9 @@ class States:
 
 
 def model_states(
-    tensors: Sequence[int], *, engine: str, gpus: int, optimizer: str = "adamw", bucket: int = BUCKET
+    tensors: Sequence[int], *, engine: str, gpus: int, optimizer: str = "adamw", bucket: int = BUCKET, ema: bool = False
 ) -> States:
-    """Bytes per GPU of fp32 weights, their gradients and AdamW's state.
+    """Bytes per GPU of fp32 weights with their average if there is one, their gradients and AdamW's state.
 
     ZeRO keeps an fp32 copy of its part of the weights beside the optimizer and a bucket to reduce gradients in; stage 1
     also keeps whole gradients until the step. ZeRO-3 gathers the whole UNet for a rollout and keeps it through a
@@ -40,6 +40,12 @@ def model_states(
         bucket: DeepSpeed's reduce_bucket_size, in elements.
     """
     whole = float(FP32 * sum(tensors))
+    if ema:
+        plain = model_states(tensors, engine=engine, gpus=gpus, optimizer=optimizer, bucket=bucket)
+        # each rank averages the part of the weights that it holds; offloaded ones on the host
+        if engine == "zero3_offload":
+            return replace(plain, host=plain.host + whole / gpus)
+        return replace(plain, parameters=plain.parameters + (whole / gpus if engine == "zero3" else whole))
     moments = _moments(tensors, optimizer)
     if engine == "plain":
         # torch's AdamW on CUDA works on all tensors at once; several ranks send their gradients as one flat copy

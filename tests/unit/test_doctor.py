@@ -195,19 +195,18 @@ def test_what_optimizer_attention_and_kernels_can_be(monkeypatch):
     monkeypatch.setattr(doctor, "_import_torch", lambda: gpus(("H100", 9)))
     found = table()
     assert found["optimizers"] == "ok adamw, fused_adamw, cpu_adam (with ZeRO offload), adamw_8bit, paged_adamw_8bit"
-    assert found["attention"] == "ok sdpa, xformers" and found["kernels"] == "ok triton on cuda, eager on CPU"
+    assert found["attention"] == "ok sdpa, xformers" and found["kernels"] == "ok triton by itself: a GPU and Triton"
     monkeypatch.setattr(doctor, "_import_torch", gpus)
     found = table()
     assert found["optimizers"].endswith("adamw_8bit (slow on CPU); paged_adamw_8bit needs bitsandbytes, GPU")
     assert found["attention"] == "ok sdpa; xformers needs a GPU"
-    assert found["kernels"] == "ok eager, the plain torch formulas; triton's need a GPU"
+    assert found["kernels"] == "ok eager by itself: tensors are on cpu"
     monkeypatch.setattr(doctor, "version", no_package)
     found = table()
     assert found["optimizers"].startswith(
         "ok adamw, fused_adamw; cpu_adam needs deepspeed, g++, ninja; adamw_8bit needs"
     )
     assert found["attention"] == "ok sdpa; xformers needs its package and a GPU"
-    assert found["kernels"].endswith("triton's need a GPU and triton")
     assert found["deepspeed ops"] == found["deepspeed"] == 'missing: pip install "hrf_fast[gpu]"'
 
 
