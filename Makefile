@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
-.PHONY: demo demo-fashion test test-all lint install install-gpu clean
+.PHONY: demo demo-fashion test test-all soak lint install install-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_portraits.yaml
@@ -23,6 +23,10 @@ test: $(VENV)/.test lint
 
 test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q --cov
+
+# kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.faults.soak --kills 24 --seed $$(date +%s) $(ENGINE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(CHECKED)

@@ -9,8 +9,11 @@ EXTRAS = {
     "rewards": ["transformers>=5.0"],
     "writers": ["tensorboard", "wandb"],
     # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
-    "gpu": ["triton>=3.0", "deepspeed>=0.15", "bitsandbytes>=0.44", "xformers"],
+    "gpu": ["triton>=3.0", "deepspeed>=0.19.8", "bitsandbytes>=0.44", "xformers"],
     "test": [
+        # sharding is tested on CPU ranks; its sdist needs no torch to build
+        "deepspeed>=0.19.8",
+        "accelerate>=1.0",
         "transformers>=5.0",
         # its compiler and interpreter test the kernels without a GPU
         "triton>=3.0; platform_system == 'Linux'",

@@ -1,7 +1,9 @@
 """Checkpoints: written aside, hashed, renamed into place; resumed exactly, never unpickled.
 
-A checkpoint folder holds `model/` (a diffusers pipeline), `optimizer.safetensors`, `state.json` and `manifest.json`
-with the SHA-256 of every file. Random numbers need no state (seeds.py): weights, optimizer and counters are all.
+A checkpoint folder holds `model/` (a diffusers pipeline), `optimizer.safetensors`, with averaged weights on
+`ema.safetensors`, `state.json` and `manifest.json` with the SHA-256 of every file. Random numbers need no state
+(seeds.py): weights, optimizer and counters are all. Every engine on any number of ranks writes and reads the same
+files; only the main rank touches them.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from hrf_fast import comm
 from hrf_fast.policy import Policy
+
+if TYPE_CHECKING:
+    from hrf_fast.engine import Engine
 
 _PREFIX = "iteration-"
 
@@ -72,31 +79,47 @@ def _fsync(path: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, iteration: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path,
+    iteration: int,
+    policy: Policy,
+    engine: Engine,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Save after `iteration` complete iterations and drop all but the newest `keep` checkpoints.
+    """Save after `iteration` complete iterations and drop all but the newest `keep` checkpoints and the `best`.
 
     Args:
-        state: JSON-able counters to hand back on resume.
+        state: JSON-able counters to hand back on resume; best: iteration of a checkpoint to keep whatever its age.
 
     Raises:
         OSError: the disk is full or unwritable; earlier checkpoints are intact.
     """
+    optimizer, numbers = engine.optimizer_state()
+    ema = engine.ema_state()
 
     def fill(path: Path) -> None:
         policy.save(path / "model")
-        tensors, scalars = _flatten_optimizer(optimizer)
-        save_file(tensors, path / "optimizer.safetensors")
-        record = {"iteration": iteration, "optimizer_scalars": scalars, **state}
+        save_file(optimizer, path / "optimizer.safetensors")
+        if ema:
+            save_file(ema, path / "ema.safetensors")
+        record = {"iteration": iteration, **numbers, **state}
         (path / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
+    def write() -> None:
+        replace_folder(target, fill)
+        # only what is older: a newer one was skipped as broken, and must not count as one of the kept
+        older = [path for path in list_checkpoints(folder) if _iteration(path) < iteration]
+        for old in older[keep - 1 :]:
+            if _iteration(old) != best:
+                shutil.rmtree(old)
+
     target = folder / f"{_PREFIX}{iteration:06d}"
-    replace_folder(target, fill)
-    # only what is older: a newer one was skipped as broken, and must not count as one of the kept
-    for old in [path for path in list_checkpoints(folder) if _iteration(path) < iteration][keep - 1 :]:
-        shutil.rmtree(old)
+    with engine.gathered():
+        comm.main_says(write)
     return target
 
 
@@ -118,26 +141,40 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def load_newest(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, warn: Callable[[str], None]
-) -> dict[str, Any] | None:
+def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """Restore the newest checkpoint whose hashes are right; a broken one is named through `warn` and skipped.
 
     Returns:
         The saved state with `iteration`, or None where there is no checkpoint.
 
     Raises:
-        ValueError: there are checkpoints, but every one is broken.
+        ValueError: there are checkpoints, but every one is broken, or it is of another architecture.
     """
-    checkpoints = list_checkpoints(folder)
-    for path in checkpoints:
-        reason = _broken(path)
-        if reason is None:
-            return _restore(path, policy, optimizer)
-        warn(f"checkpoint {path} is skipped: {reason}")
-    if checkpoints:
-        raise ValueError(f"no checkpoint in {folder} is intact; delete the folder to start again, or restore a copy")
-    return None
+    shapes = engine.shapes()
+    tensors: list[Mapping[str, Tensor]] = [{}, {}, {}]
+
+    def read() -> dict[str, Any] | None:
+        checkpoints = list_checkpoints(folder)
+        for path in checkpoints:
+            reason = _broken(path)
+            if reason is None:
+                tensors[:] = _read(path, shapes)
+                return json.loads((path / "state.json").read_text())
+            warn(f"checkpoint {path} is skipped: {reason}")
+        if checkpoints:
+            raise ValueError(
+                f"no checkpoint in {folder} is intact; delete the folder to start again, or restore a copy"
+            )
+        return None
+
+    state = comm.main_says(read)
+    if state is not None:
+        weights, optimizer, ema = tensors
+        numbers: dict[str, Any] = {
+            name: state.pop(name) for name in ("optimizer_scalars", "loss_scale", "good_steps") if name in state
+        }
+        engine.load(weights, optimizer, numbers, ema)
+    return state
 
 
 def _broken(path: Path) -> str | None:
@@ -154,35 +191,42 @@ def _broken(path: Path) -> str | None:
     return None
 
 
-def _restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from diffusers import UNet2DModel
-
-    saved = UNet2DModel.from_pretrained(path / "model" / "unet", low_cpu_mem_usage=False, use_safetensors=True)
-    try:
-        policy.unet.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
+def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> list[Mapping[str, Tensor]]:
+    """Weights, optimizer tensors and averaged weights of a checkpoint."""
+    weights = load_file(path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    saved = {name: tuple(value.shape) for name, value in weights.items()}
+    if saved != shapes:
+        name = next(name for name in {**shapes, **saved} if saved.get(name) != shapes.get(name))
         raise ValueError(
-            f"checkpoint {path} is of another architecture than model.name's: {str(error).splitlines()[0]}; "
-            "choose another run.folder, or restore the model"
-        ) from error
-    state = json.loads((path / "state.json").read_text())
-    _restore_optimizer(optimizer, path / "optimizer.safetensors", state.pop("optimizer_scalars"))
-    return state
+            f"checkpoint {path} is of another architecture than model.name's: {name} is {saved.get(name)} there and "
+            f"{shapes.get(name)} here; choose another run.folder, or restore the model"
+        )
+    ema = path / "ema.safetensors"
+    return [weights, load_file(path / "optimizer.safetensors"), load_file(ema) if ema.exists() else {}]
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Optimizer state as flat tensors named "index.key", and its groups' numbers."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v.contiguous() for i, entry in state["state"].items() for k, v in entry.items()}
+    # not the 8-bit optimizers' own state_dict, which nests the state for FSDP
+    state = torch.optim.Optimizer.state_dict(optimizer)
+    tensors: dict[str, torch.Tensor] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
+            shared = key.startswith("qmap")
+            tensor = torch.as_tensor(value)
+            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
     return tensors, state["param_groups"]
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, path: Path, groups: list[dict[str, Any]]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = file.get_tensor(name)
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
     # JSON has no tuples
     groups = [group | {"betas": tuple(group["betas"])} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -41,7 +41,10 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
         if os.environ.get("HRF_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # what all ranks fail with is said by one
+        if rank == "0" or not getattr(error, "on_all_ranks", False):
+            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
         return 1
 
 
@@ -174,6 +177,17 @@ def doctor(arguments: argparse.Namespace) -> None:
     print(examine())
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """Say what a configuration needs per GPU, what fits, and how many UNet calls it makes."""
+    from hrf_fast.config import load_config
+    from hrf_fast.plan_table import describe, parse_memory
+    from hrf_fast.planner import plan as make_plan
+
+    memory = parse_memory(arguments.memory)
+    config = load_config([*(word for file in arguments.config for word in ("--config", file)), *arguments.overrides])
+    print(describe(make_plan(config, gpus=arguments.gpus, memory=memory)))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hrf", description="Hierarchical Reward Fine-tuning of diffusion models")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
@@ -201,6 +215,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(report)
     command.add_argument("runs", nargs="+", help="run folders; several are compared")
     command.add_argument("--out", help="HTML file; by default report.html in the first run")
+    command = add(plan)
+    command.add_argument("--config", action="append", default=[], help="as in hrf train")
+    command.add_argument("--gpus", type=int, default=1)
+    command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
+    command.add_argument("overrides", nargs="*", help="section.field=value")
     add(rewards)
     command = add(bench)
     command.add_argument("what", choices=("kernels",))

@@ -9,13 +9,23 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.options import KERNELS, LEARNING_RATE_SCHEDULES, PRECISIONS, SAMPLERS, Config
+from hrf_fast.deepspeed_settings import read_settings
+from hrf_fast.optimizers import check_optimizer
+from hrf_fast.options import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    KERNELS,
+    LEARNING_RATE_SCHEDULES,
+    OPTIMIZERS,
+    PRECISIONS,
+    SAMPLERS,
+    Config,
+)
 from hrf_fast.registry import nearest
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
@@ -52,11 +62,15 @@ _ABOVE_ZERO = (
     "train.adam_eps",
 )
 _CHOICES = {
+    "model.attention": ATTENTIONS,
     "sample.scheduler": SAMPLERS,
     "train.advantages": ("group", "batch"),
     "train.learning_rate_schedule": LEARNING_RATE_SCHEDULES,
     "train.precision": PRECISIONS,
     "train.kernels": KERNELS,
+    "train.activations": ACTIVATIONS,
+    "train.on_nan": ("stop", "skip"),
+    "train.optimizer": OPTIMIZERS,
     "run.progress": ("auto", "bar", "json", "quiet"),
 }
 # seeds.py makes keys of 32 bits
@@ -239,14 +253,37 @@ def check_config(config: Config) -> None:
         )
     if len(train.adam_betas) != 2 or not all(0 <= beta < 1 for beta in train.adam_betas):
         raise ValueError(f"train.adam_betas is {list(train.adam_betas)}; use two numbers in [0, 1)")
+    check_optimizer(train.optimizer, config.engine.deepspeed)
     for writer in config.run.writers:
         if writer not in WRITERS:
             raise ValueError(f"run.writers has {writer!r}{nearest(writer, WRITERS)}; use {', '.join(WRITERS)}")
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(f"WORLD_SIZE is {world_size}, but training on several processes is not supported; launch one")
+    if not 0 <= train.ema_decay < 1:
+        raise ValueError(f"train.ema_decay is {train.ema_decay}; use a number in [0, 1), such as 0.999, or 0 for none")
+
+
+def check_job(config: Config, world_size: int) -> None:
+    """Refuse a configuration that the ranks of a job can't share evenly, or a DeepSpeed file that can't work.
+
+    Raises:
+        ValueError: names the option, its value and the way out.
+    """
+    if config.engine.deepspeed is not None:
+        read_settings(config.engine.deepspeed)
+    # groups_per_step divides groups_per_iteration
+    if config.train.groups_per_step % world_size:
+        raise ValueError(
+            f"train.groups_per_step is {config.train.groups_per_step}, which {world_size} ranks can't share evenly (an "
+            "optimizer step averages over its groups, and every rank takes as many of them); set it to a multiple of "
+            f"{world_size} that divides train.groups_per_iteration {config.train.groups_per_iteration}, or launch "
+            "another number of ranks"
+        )
+    if world_size > 1 and config.run.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"run.device is {config.run.device!r} but there are {world_size} ranks; use auto, cuda or cpu: each rank "
+            "takes the GPU of its LOCAL_RANK"
+        )
 
 
 def to_yaml(config: Config) -> str:

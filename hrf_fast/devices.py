@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from hrf_fast import comm
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: of the device's allocator on CUDA, else the process's resident set."""
@@ -18,13 +20,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of run.device.
+    """The device of run.device; without a number, the GPU of this rank.
 
     Raises:
         ValueError: not a device, or not on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and comm.world_size() > 1:
+        name = f"cuda:{comm.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

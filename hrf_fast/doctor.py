@@ -1,14 +1,18 @@
 """Doctor: what works on this machine, what does not, and the way out, as one table.
 
 Optional packages are looked up and not imported, so that a broken one can't stop the examination and it takes a second
-besides torch. Left out: values of environment variables and anything about accounts, so the table can be posted.
+besides torch; DeepSpeed says in a process of its own which of its ops would compile. Left out: values
+of environment variables and anything about accounts, so the table can be posted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +22,7 @@ from typing import Any
 
 from hrf_fast import __version__
 from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.options import OPTIMIZERS
 
 INSTALL = {
     "diffusers": "hrf_fast",
@@ -28,6 +33,14 @@ INSTALL = {
 HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 CPU_FLAGS, MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 GIB = 2**30
+# the last line of output: each op, whether it is built already, whether it would compile here
+_PROBE = """
+import json
+import deepspeed.ops
+from deepspeed.git_version_info import installed_ops
+ops = deepspeed.ops.__compatible_ops__
+print(json.dumps({op: [installed_ops.get(op, False), ops[op]] for op in ops if op != "deepspeed_not_implemented"}))
+"""
 
 
 def examine() -> str:
@@ -43,6 +56,10 @@ def examine() -> str:
         "torch": _torch,
         "GPU": _gpu,
         **{name: partial(_package, name) for name in INSTALL},
+        "deepspeed ops": _deepspeed_ops,
+        "kernels": _kernels,
+        "optimizers": _optimizers,
+        "attention": _attention,
         "launcher": _launcher,
         **{f"model {name}": partial(_shipped, name) for name in SHIPPED},
         "hub cache": _hub_cache,
@@ -135,6 +152,55 @@ def _package(name: str) -> str:
     if name == "xformers" and not _has_gpu():
         return f"ok {found}, but no GPU: it has no CPU operators"
     return f"ok {found}"
+
+
+def _usable(name: str) -> bool:
+    return _package(name).startswith("ok")
+
+
+def _deepspeed_ops() -> str:
+    if not _usable("deepspeed"):
+        return _package("deepspeed")
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60)
+    if probe.returncode:
+        # the type alone: the message may quote the environment
+        return f"broken: importing deepspeed fails with {probe.stderr.strip().splitlines()[-1].split(':')[0]}"
+    ops: dict[str, list[bool]] = json.loads(probe.stdout.strip().splitlines()[-1])
+    groups = {
+        "built": [op for op, (built, _) in ops.items() if built],
+        "compiled on first use": [op for op, (built, able) in ops.items() if able and not built],
+        "not on this machine": [op for op, (built, able) in ops.items() if not able and not built],
+    }
+    tools = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
+    state = f"no compiler: {' and '.join(tools)} not on PATH; " if tools else "ok; "
+    return state + "; ".join(f"{title}: {', '.join(names)}" for title, names in groups.items() if names)
+
+
+def _kernels() -> str:
+    """Which backend the kernels take by themselves."""
+    from hrf_kernels import choose_backend
+
+    backend, why = choose_backend("auto", "cuda" if _has_gpu() else "cpu")
+    return f"ok {backend} by itself: {why}"
+
+
+def _optimizers() -> str:
+    """What train.optimizer can be here."""
+    usable = ["adamw", "fused_adamw"]
+    if _usable("deepspeed") and shutil.which("g++") and shutil.which("ninja"):
+        usable.append("cpu_adam (with ZeRO offload)")
+    if _usable("bitsandbytes"):
+        usable += ["adamw_8bit", "paged_adamw_8bit"] if _has_gpu() else ["adamw_8bit (slow on CPU)"]
+    lacking = [name for name in OPTIMIZERS if not any(name == word.split(" ")[0] for word in usable)]
+    needs = {"cpu_adam": "deepspeed, g++, ninja", "adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes, GPU"}
+    return f"ok {', '.join(usable)}" + "".join(f"; {name} needs {needs[name]}" for name in lacking)
+
+
+def _attention() -> str:
+    """What model.attention can be here."""
+    if _usable("xformers") and _has_gpu():
+        return "ok sdpa, xformers"
+    return "ok sdpa; xformers needs " + ("a GPU" if _usable("xformers") else "its package and a GPU")
 
 
 def _has_gpu() -> bool:

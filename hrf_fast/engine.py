@@ -1,39 +1,139 @@
-"""Engine: gradients, their clipping and the optimizer. One process; sharding is another engine behind the protocol."""
+"""Engine: gradients, their clipping, the optimizer and the averaged weights, on one process or many.
+
+The plain engine is data-parallel by one flat all_reduce of the gradients. A wrapper such as torch's DDP reduces in each
+backward, and is wrong when several forwards come before the first backward. Sharding is deepspeed_engine.py.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hrf_fast import comm
+from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
+from hrf_fast.optimizers import build_optimizer
 from hrf_fast.options import LEARNING_RATE_SCHEDULES
 
 
 class Engine(Protocol):
-    """What the update needs of whatever owns the weights."""
+    """What the update and the checkpoint need of whatever owns the weights.
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
+    Every rank's loss is the mean over its own groups, and the engine averages over ranks. All ranks call every method,
+    in the same order.
+    """
+
+    lockstep: bool
+    """Whether a forward or backward waits for the other ranks, so that all must make equally many."""
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """Around all forwards and backwards of one optimizer step."""
+        """Around all forwards and backwards of one optimizer step; each forward is followed by its backward."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> Tensor:
-        """Clip, check and apply the gradients; returns their norm before clipping, a scalar on the device."""
+        """Clip, check and apply the gradients; returns their norm before clipping, a scalar.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the weights are as they were, on every rank.
+        """
         ...
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
 
+    def gathered(self, *, ema: bool = False) -> AbstractContextManager[None]:
+        """Whole weights in the model, for sampling and saving; with `ema` the averaged ones, if there are any."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight of the model by name."""
+        ...
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors named "index.key" by index of the weight, only on the main rank, and JSON-able numbers."""
+        ...
+
+    def ema_state(self) -> dict[str, Tensor]:
+        """The averaged weights by name, only on the main rank; empty when they are off."""
+        ...
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        numbers: dict[str, Any],
+        ema: Mapping[str, Tensor],
+    ) -> None:
+        """Restore what the three above have given; the tensors are asked of the main rank only."""
+        ...
+
+
+class LossScaleOverflow(FloatingPointError):
+    """The gradients of fp16 overflowed: the step is dropped and the next one has a smaller scale. Part of fp16."""
+
+
+class LossScale:
+    """fp16's factor on the loss, that keeps small gradients from vanishing: halved on overflow, then doubled again."""
+
+    start, growth_interval = 2.0**16, 200
+
+    def __init__(self, precision: str) -> None:
+        self.dynamic = precision == "fp16"
+        self.value = self.start if self.dynamic else 1.0
+        self.good_steps = 0
+
+    def check(self, norm: Tensor) -> None:
+        """Refuse a gradient norm that is not finite, and adapt.
+
+        Raises:
+            LossScaleOverflow: another, smaller scale may do; FloatingPointError: none will.
+        """
+        if not math.isfinite(float(norm)):
+            self.good_steps = 0
+            if self.value > 1:
+                self.value /= 2
+                message = f"fp16 gradients overflowed; the loss scale is now {self.value:g}"
+                raise comm.on_all_ranks(LossScaleOverflow(message))
+            raise comm.on_all_ranks(
+                FloatingPointError(
+                    f"the gradient norm is {float(norm)}: this optimizer step was not made; lower train.learning_rate "
+                    "or use train.precision=fp32, and go on from the last checkpoint"
+                )
+            )
+        self.good_steps += 1
+        if self.dynamic and self.good_steps % self.growth_interval == 0:
+            self.value *= 2
+
+    def state(self) -> dict[str, float]:
+        return {"loss_scale": self.value, "good_steps": self.good_steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if self.dynamic:
+            self.value, self.good_steps = state.get("loss_scale", self.start), int(state.get("good_steps", 0))
+
+
+class Ema:
+    """Exponential moving average of the part of each weight that this rank holds; decay 0 is off."""
+
+    def __init__(self, parts: list[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.parts = [part.detach().clone() for part in parts] if decay else []
+
+    @torch.no_grad()
+    def update(self, parts: list[Tensor]) -> None:
+        for average, part in zip(self.parts, parts if self.decay else [], strict=True):
+            average.lerp_(part, 1 - self.decay)
+
 
 class PlainEngine:
-    """AdamW on one device."""
+    """AdamW on whole weights, one copy of them on each rank."""
+
+    lockstep = False
 
     def __init__(
         self,
@@ -43,10 +143,19 @@ class PlainEngine:
         betas: tuple[float, float],
         eps: float,
         max_grad_norm: float,
+        ema_decay: float = 0.0,
+        precision: str = "fp32",
+        optimizer: str = "adamw",
     ) -> None:
+        self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+        device = next(model.parameters()).device
+        self.optimizer = build_optimizer(
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+        )
+        self.loss_scale = LossScale(precision)
+        self.ema = Ema(list(model.parameters()), ema_decay)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -54,7 +163,7 @@ class PlainEngine:
         yield
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss * self.loss_scale.value).backward()
 
     def step(self) -> Tensor:
         """One AdamW step.
@@ -62,18 +171,66 @@ class PlainEngine:
         Raises:
             FloatingPointError: a gradient is not finite; the weights are as they were.
         """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        comm.average(gradients)
+        if self.loss_scale.value != 1:
+            torch._foreach_div_(gradients, self.loss_scale.value)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(
-                f"the gradient norm is {float(norm)}: this optimizer step was not made; lower train.learning_rate or "
-                "use train.precision=fp32, and go on from the last checkpoint"
-            )
+        self.loss_scale.check(norm)
         self.optimizer.step()
+        self.ema.update(list(self.model.parameters()))
         return norm
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    @contextmanager
+    def gathered(self, *, ema: bool = False) -> Iterator[None]:
+        with averaged(list(self.model.parameters()), self.ema.parts if ema else []):
+            yield
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, groups = flatten_optimizer(self.optimizer)
+        return tensors, {"optimizer_scalars": groups, **self.loss_scale.state()}
+
+    def ema_state(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.model.named_parameters()]
+        return dict(zip(names, self.ema.parts, strict=True)) if self.ema.parts else {}
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        numbers: dict[str, Any],
+        ema: Mapping[str, Tensor],
+    ) -> None:
+        self.model.load_state_dict(dict(comm.broadcast_tensors(weights)))
+        restore_optimizer(self.optimizer, dict(comm.broadcast_tensors(optimizer)), numbers["optimizer_scalars"])
+        self.loss_scale.load(numbers)
+        saved = dict(comm.broadcast_tensors(ema))
+        for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
+            part.copy_(saved.get(name, parameter.detach()))
+
+
+@contextmanager
+def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator[None]:
+    """The averages in place of the weights; nothing when there are none."""
+    kept = [parameter.detach().clone() for parameter in parameters] if averages else []
+    _copy(parameters, averages)
+    try:
+        yield
+    finally:
+        _copy(parameters, kept)
+
+
+@torch.no_grad()
+def _copy(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters if values else [], values, strict=True):
+        parameter.copy_(value)
 
 
 def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iterations: int) -> Callable[[int], float]:

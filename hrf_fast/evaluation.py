@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hrf_fast import seeds
+from hrf_fast import comm, seeds
 from hrf_fast.assets import SHIPPED
 from hrf_fast.diversity import Interval, inception_interval, mean_interval, vendi_interval
 from hrf_fast.policy import Policy
@@ -76,7 +76,13 @@ def evaluate(
     """
     # a reward that draws random numbers draws the same for every panel
     seeds.seed_everything(seed, 0)
-    images = policy.images(sample(policy, panel_noise(policy, seed, panel_size), batch_size=batch_size))
+    images = policy.images(_sample_panel(policy, panel_noise(policy, seed, panel_size), batch_size))
+    return comm.main_says(lambda: _score_panel(images, reward, scorer, seed=seed, resamples=resamples))
+
+
+def _score_panel(
+    images: Tensor, reward: Reward, scorer: FeatureNetwork | None, *, seed: int, resamples: int
+) -> PanelScores:
     rewards = reward(images).cpu()
     vendi = inception = None
     if scorer is not None:
@@ -90,6 +96,14 @@ def evaluate(
         vendi=vendi,
         inception=inception,
     )
+
+
+def _sample_panel(policy: Policy, noise: NoiseKey, batch_size: int) -> Tensor:
+    """The panel's latents on every rank; each rank denoises its share."""
+    share = -(-len(noise) // comm.world_size())
+    # ranks denoise equally many, the last ones again what others do
+    ids = noise.sample_id[(torch.arange(share) + comm.rank() * share).clamp(max=len(noise) - 1)]
+    return comm.gather_rows(sample(policy, NoiseKey(noise.seed, ids), batch_size=batch_size))[: len(noise)]
 
 
 def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 0) -> Image:

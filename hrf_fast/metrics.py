@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.trajectory import Trajectory
+from hrf_fast import comm
+from hrf_fast.trajectory import Window
 from hrf_kernels import Surrogate
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Scalars on the device; averages are over samples × steps."""
+    """Scalars on the device; averages are over samples × steps. On several ranks each holds its share of the sums."""
 
     loss: Tensor
     """Sum over window steps of the mean clipped loss, averaged over groups: what was differentiated."""
@@ -47,46 +48,65 @@ class StepStats:
         )
 
     def finish(self, pairs: int, grad_norm: Tensor) -> StepStats:
-        """The stats of a whole optimizer step of `pairs` samples × steps."""
+        """The stats of a whole optimizer step of `pairs` samples × steps on all ranks."""
         sums = ("approx_kl", "clip_fraction", "clipped_fraction", "ratio_mean")
         means = {name: getattr(self, name) / pairs for name in sums}
         return replace(self, **means, grad_norm=grad_norm)
 
 
-def summarise(steps: Sequence[StepStats]) -> dict[str, float]:
-    """Average an iteration's optimizer steps (the largest for ratio_max), in one copy from the device."""
-    table = torch.stack([torch.stack([getattr(step, f.name).float() for f in fields(StepStats)]) for step in steps])
-    mean, largest = table.mean(0), table.max(0).values
-    values = torch.stack([mean, largest]).tolist()
-    return {f.name: values[f.name == "ratio_max"][i] for i, f in enumerate(fields(StepStats))}
+@dataclass(frozen=True)
+class Scores:
+    """An iteration's rewards, on every rank."""
+
+    rewards: Tensor
+    """[N] of the samples of all ranks; NaN in a group to skip."""
+    advantages: list[Tensor | None]
+    """[group_size] of each group; None for one to skip: a reward of its is not finite and train.on_nan is skip."""
+    terms: dict[str, float]
+    """Mean of each reward term."""
+
+
+def summarise(steps: Sequence[StepStats]) -> dict[str, float | None]:
+    """Average an iteration's optimizer steps (the largest for ratio_max), in one copy from the device.
+
+    Ranks are added up, but for the norm, which is the same on all, and ratio_max. No step made: no numbers.
+    """
+    names = [f.name for f in fields(StepStats)]
+    if not steps:
+        return dict.fromkeys(names)
+    own = torch.stack([torch.stack([getattr(step, name).float() for name in names]) for step in steps])
+    ranks = comm.gather_rows(own[None])
+    largest, mean = ranks.amax((0, 1)), ranks.sum(0).mean(0)
+    values = torch.stack([mean, largest, own.mean(0)]).tolist()
+    row = {"ratio_max": 1, "grad_norm": 2}
+    return {name: values[row.get(name, 0)][i] for i, name in enumerate(names)}
 
 
 def iteration_record(
-    steps: Sequence[StepStats],
-    rewards: Tensor,
-    advantages: Sequence[Tensor],
-    trajectories: Sequence[Trajectory],
-    *,
-    terms: dict[str, Tensor],
-    counters: dict[str, float],
+    steps: Sequence[StepStats], scores: Scores, windows: Sequence[Window], counters: dict[str, float]
 ) -> dict[str, Any]:
     """The line of metrics.jsonl for one iteration, less the seconds.
 
     Args:
-        steps: one per optimizer step; rewards: [N]; advantages: [B] per group.
-        terms: mean of each reward term; counters: numbers known outside (images, evaluations, learning rate, …).
+        steps: one per optimizer step that was made; scores: of all groups, as the windows.
+        counters: numbers known outside (images, evaluations, learning rate, …).
     """
+    rewards, advantages, terms = scores.rewards, scores.advantages, scores.terms
+    known = torch.cat([group for group in advantages if group is not None])
+    size = len(rewards) // len(advantages)
+    spread = torch.stack([group.std() for group in rewards.split(size)])
+    rewards = rewards[rewards.isfinite()]
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "reward_min": float(rewards.min()),
         "reward_max": float(rewards.max()),
-        **({f"reward/{name}": float(value) for name, value in terms.items()} if len(terms) > 1 else {}),
-        "advantage_std": float(torch.cat(list(advantages)).std()),
-        "advantage_max": float(torch.cat(list(advantages)).abs().max()),
-        "group_reward_std": float(torch.stack([g.std() for g in rewards.split([len(a) for a in advantages])]).mean()),
+        **({f"reward/{name}": value for name, value in terms.items()} if len(terms) > 1 else {}),
+        "advantage_std": float(known.std()),
+        "advantage_max": float(known.abs().max()),
+        "group_reward_std": float(spread[spread.isfinite()].mean()),
         **summarise(steps),
-        "window_starts": [trajectory.window.start for trajectory in trajectories],
-        "window_steps": sum(len(trajectory.window) for trajectory in trajectories),
+        "window_starts": [window.start for window in windows],
+        "window_steps": sum(len(window) for window in windows),
         **counters,
     }

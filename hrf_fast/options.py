@@ -12,8 +12,11 @@ from hrf_fast.rewards.registry import RewardTerm
 
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
+ACTIVATIONS = ("replay", "checkpoint")
 KERNELS = ("auto", "eager", "triton")
+ATTENTIONS = ("sdpa", "xformers")
+OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
 
 @dataclass
@@ -24,6 +27,8 @@ class ModelConfig:
     """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    attention: str = "sdpa"
+    """sdpa (torch's own), or xformers (CUDA)."""
 
 
 @dataclass
@@ -86,6 +91,8 @@ class TrainConfig:
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = True
     """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    optimizer: str = "adamw"
+    """adamw, fused_adamw, cpu_adam (ZeRO offload), adamw_8bit, or paged_adamw_8bit (CUDA; paged until a resume)."""
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW."""
     learning_rate_schedule: str = "constant"
@@ -105,9 +112,15 @@ class TrainConfig:
     steps_per_forward: int = 1
     """Consecutive window steps that the update puts into one UNet call; 1 keeps the on-policy ratio exactly 1."""
     precision: str = "fp32"
-    """fp32, or bf16 for autocast with fp32 weights."""
+    """fp32, or bf16 or fp16 for autocast with fp32 weights; fp16 scales the loss and is for CUDA."""
     kernels: str = "auto"
     """What computes log-probs and their gradients: triton (fused), eager, or auto: triton on a GPU that has it."""
+    activations: str = "replay"
+    """replay keeps a forward's activations for its backward; checkpoint runs each UNet block again, for less memory."""
+    ema_decay: float = 0.0
+    """Per optimizer step, of averaged weights that panels and the final model use; 0 turns them off."""
+    on_nan: str = "stop"
+    """A reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
     max_evaluations: int = 0
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
 
@@ -144,10 +157,20 @@ class RunConfig:
     """Iterations between checkpoints; 0 for only the last."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_best: bool = False
+    """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
     writers: list[str] = field(default_factory=list)
     """Besides metrics.jsonl: tensorboard, wandb (logged in by `wandb login`)."""
     progress: str = "auto"
     """auto (bar on a terminal, else json), bar, json or quiet."""
+
+
+@dataclass
+class EngineConfig:
+    """What owns the weights: one process, data-parallel ranks, or DeepSpeed."""
+
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file such as configs/deepspeed/zero3.json; null for the plain engine."""
 
 
 @dataclass
@@ -161,3 +184,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from hrf_fast import comm
+from hrf_fast.deepspeed_settings import read_settings
 from hrf_fast.devices import choose_device
-from hrf_fast.engine import PlainEngine
+from hrf_fast.engine import Engine, PlainEngine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
 from hrf_fast.options import Config
 from hrf_fast.policy import Policy, load_policy
@@ -23,14 +26,14 @@ class Parts:
     policy: Policy
     reward: CombinedReward
     schedule: WindowSchedule
-    engine: PlainEngine
+    engine: Engine
     scorer: FeatureNetwork | None
     config: Config
 
     def evaluate_panel(self) -> PanelScores:
-        """Score the fixed panel with the current weights; its UNet calls are not counted as training's."""
+        """Score the fixed panel with the current weights, or the averaged ones; its UNet calls are not training's."""
         evaluation = self.config.evaluation
-        with self.policy.uncounted():
+        with self.policy.uncounted(), self.engine.gathered(ema=True):
             return evaluate(
                 self.policy,
                 self.reward,
@@ -48,25 +51,45 @@ def build_parts(config: Config) -> Parts:
     Raises:
         ValueError, ImportError, OSError: names the option, its value and the way out.
     """
-    device = choose_device(config.run.device)
-    policy = build_policy(config)
-    reward = build_config_reward(config, device)
-    schedule = build_schedule(
-        config.window.schedule,
-        config.window.kwargs,
-        num_inference_steps=config.sample.num_inference_steps,
-        stop=policy.diffusion.stochastic_steps,
-    )
-    train = config.train
-    engine = PlainEngine(
-        policy.unet,
-        weight_decay=train.weight_decay,
-        betas=(train.adam_betas[0], train.adam_betas[1]),
-        eps=train.adam_eps,
-        max_grad_norm=train.max_grad_norm,
-    )
-    scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
-    return Parts(policy, reward, schedule, engine, scorer, config)
+    with comm.agreed():
+        device = choose_device(config.run.device)
+        policy = build_policy(config)
+        reward = build_config_reward(config, device)
+        schedule = build_schedule(
+            config.window.schedule,
+            config.window.kwargs,
+            num_inference_steps=config.sample.num_inference_steps,
+            stop=policy.diffusion.stochastic_steps,
+        )
+        scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
+    if config.train.activations == "checkpoint":
+        policy.checkpoint_activations()
+    return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config)
+
+
+def build_engine(policy: Policy, config: Config) -> Engine:
+    """The plain engine, or DeepSpeed's where engine.deepspeed names its settings.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+    train, file = config.train, config.engine.deepspeed
+    options: dict[str, Any] = {
+        "weight_decay": train.weight_decay,
+        "betas": (train.adam_betas[0], train.adam_betas[1]),
+        "eps": train.adam_eps,
+        "max_grad_norm": train.max_grad_norm,
+        "ema_decay": train.ema_decay,
+        "precision": train.precision,
+        "optimizer": train.optimizer,
+    }
+    if file is None:
+        return PlainEngine(policy.unet, **options)
+    from hrf_fast.deepspeed_engine import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(policy.unet, policy.network, read_settings(file), **options)
+    policy.trained = engine.forward
+    return engine
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
@@ -79,6 +102,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         eta=config.sample.eta,
         precision=config.train.precision,
         kernels=config.train.kernels,
+        attention=config.model.attention,
         device=choose_device(config.run.device),
     )
 

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from hrf_fast import comm
 from hrf_fast.assets import ASSETS, SHIPPED
-from hrf_fast.diffusion import Diffusion, build_diffusion
+from hrf_fast.attention import set_attention
+from hrf_fast.diffusion import COMPATIBLE, Diffusion, build_diffusion
 from hrf_fast.options import PRECISIONS
 from hrf_fast.registry import nearest
 from hrf_kernels import choose_backend
@@ -36,12 +40,33 @@ class UNetCalls:
         """Cost in UNet forwards of one image."""
         return self.forwards + 2 * self.backwards
 
+    def of_all_ranks(self, before: UNetCalls) -> UNetCalls:
+        """The calls `before`, and those that the ranks have made since."""
+        counts = [astuple(calls) for calls in comm.gather(self)]
+        return UNetCalls(
+            *(b + sum(count - b for count in each) for b, *each in zip(astuple(before), *counts, strict=True))
+        )
+
+
+class Network(nn.Module):
+    """The UNet under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights."""
+
+    def __init__(self, unet: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def forward(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.unet(latents, timesteps).sample.contiguous()
+
 
 class Policy:
     """The denoising policy π(x_{t-1} | x_t, t): the UNet's Gaussian step."""
 
     # a UNet2DModel: its config and output have types that only diffusers knows
     unet: Any
+    trained: Callable[[Tensor, int | Tensor], Tensor]
+    """What runs where gradients are wanted: the network, or the engine that shards it."""
 
     def __init__(
         self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32", kernels: str = "auto"
@@ -49,6 +74,7 @@ class Policy:
         if precision not in PRECISIONS:
             raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.unet, self.scheduler, self.precision = unet, scheduler, precision
+        self.network = self.trained = Network(unet, precision)
         self.device = next(unet.parameters()).device
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
@@ -66,10 +92,15 @@ class Policy:
         """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B]."""
         self.calls.batches += 1
         self.calls.forwards += len(latents)
-        if torch.is_grad_enabled():
-            self.calls.backwards += len(latents)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.unet(latents, timesteps).sample.contiguous()
+        if not torch.is_grad_enabled():
+            return self.network(latents, timesteps)
+        self.calls.backwards += len(latents)
+        return self.trained(latents, timesteps)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the UNet's blocks and run each block again in the backward."""
+        # the reentrant form loses gradients under ZeRO-3
+        self.unet.enable_gradient_checkpointing(partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -115,6 +146,7 @@ def load_policy(
     eta: float = 1.0,
     precision: str = "fp32",
     kernels: str = "auto",
+    attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> Policy:
     """Load an unconditional diffusers DDPM or DDIM model as a policy.
@@ -123,34 +155,16 @@ def load_policy(
         name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
         sampler, num_inference_steps, eta: see `build_diffusion`.
-        precision: fp32, or bf16 for autocast with fp32 weights.
+        precision: fp32, or bf16 or fp16 for autocast with fp32 weights.
+        kernels: see `choose_backend`; attention: see `set_attention`.
 
     Raises:
         ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, UNet2DModel
+    import diffusers
     from diffusers.utils import logging
 
-    folder = _find_folder(name, revision)
-    unet_folder, unet_config = _component(folder, "unet", "config.json")
-    scheduler_folder, scheduler_config = _component(folder, "scheduler", "scheduler_config.json")
-    if unet_config.get("_class_name") != "UNet2DModel":
-        raise ValueError(
-            f"model.name is {name!r}, whose UNet is a {unet_config.get('_class_name')}; this trainer drives "
-            "unconditional UNet2DModel pipelines (DDPM, DDIM), e.g. google/ddpm-celebahq-256"
-        )
-    for key in ("num_class_embeds", "class_embed_type"):
-        if unet_config.get(key) is not None:
-            raise ValueError(
-                f"model.name is {name!r}, whose UNet is conditioned on a class ({key}: {unet_config[key]!r}), which is "
-                "not supported; use an unconditional model"
-            )
-    classes = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, PNDMScheduler)}
-    scheduler_name = scheduler_config.get("_class_name")
-    if scheduler_name not in classes:
-        raise ValueError(
-            f"model.name is {name!r}, whose scheduler is {scheduler_name}; use one of {', '.join(classes)}"
-        )
+    unet_folder, _, scheduler_folder, scheduler_config = read_configs(name, revision)
     if (unet_folder / "diffusion_pytorch_model.safetensors").exists():
         kwargs: dict[str, Any] = {"use_safetensors": True}
     else:
@@ -160,8 +174,8 @@ def load_policy(
     # diffusers suggests installing accelerate and safetensors variants; neither concerns the user of this call
     logging.set_verbosity_error()
     try:
-        unet = UNet2DModel.from_pretrained(unet_folder, low_cpu_mem_usage=False, **kwargs).to(device).float()
-        scheduler = classes[scheduler_name].from_pretrained(scheduler_folder)
+        unet = diffusers.UNet2DModel.from_pretrained(unet_folder, low_cpu_mem_usage=False, **kwargs).to(device).float()
+        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_pretrained(scheduler_folder)
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
@@ -187,12 +201,43 @@ def load_policy(
             f"model.name is {name!r}, whose sample_size is {size}: its UNet halves the image "
             f"{len(unet.config.block_out_channels) - 1} times, so use a size divisible by {halvings}"
         )
+    set_attention(unet, attention)
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored
     return Policy(unet.eval(), scheduler, diffusion, precision=precision, kernels=kernels)
 
 
-def _find_folder(name: str, revision: str | None) -> Path:
+def read_configs(
+    name: str, revision: str | None = None, *, weights: bool = True
+) -> tuple[Path, dict[str, Any], Path, dict[str, Any]]:
+    """Where a model's UNet is and its config, then the same of its scheduler; without `weights` no more is downloaded.
+
+    Raises:
+        ValueError: no such model, no UNet in it, or one of a kind that this trainer cannot drive.
+    """
+    folder = _find_folder(name, revision, weights)
+    unet_folder, unet_config = _component(folder, "unet", "config.json")
+    scheduler_folder, scheduler_config = _component(folder, "scheduler", "scheduler_config.json")
+    if unet_config.get("_class_name") != "UNet2DModel":
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet is a {unet_config.get('_class_name')}; this trainer drives "
+            "unconditional UNet2DModel pipelines (DDPM, DDIM), e.g. google/ddpm-celebahq-256"
+        )
+    for key in ("num_class_embeds", "class_embed_type"):
+        if unet_config.get(key) is not None:
+            raise ValueError(
+                f"model.name is {name!r}, whose UNet is conditioned on a class ({key}: {unet_config[key]!r}), which is "
+                "not supported; use an unconditional model"
+            )
+    if scheduler_config.get("_class_name") not in COMPATIBLE:
+        raise ValueError(
+            f"model.name is {name!r}, whose scheduler is {scheduler_config.get('_class_name')}; "
+            f"use one of {', '.join(COMPATIBLE)}"
+        )
+    return unet_folder, unet_config, scheduler_folder, scheduler_config
+
+
+def _find_folder(name: str, revision: str | None, weights: bool) -> Path:
     """The local folder of a model: shipped, the user's own, or downloaded from the hub."""
     if name in SHIPPED:
         return ASSETS / name / "model"
@@ -206,11 +251,11 @@ def _find_folder(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        for weights in ("*.safetensors", "*.bin"):
+        for pattern in ("*.safetensors", "*.bin") if weights else ("*.json",):
             folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", weights])
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", pattern])
             )
-            if list(folder.rglob(weights)):
+            if list(folder.rglob(pattern)):
                 break
         return folder
     # without a network the hub client raises an OSError where it has looked up its cache

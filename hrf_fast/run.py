@@ -1,4 +1,4 @@
-"""Run: the folder, its logs and progress, and when to evaluate and save.
+"""Run: the folder, its logs and progress, and when to evaluate and save. Only the main rank touches the folder.
 
 run_dir/
     config.yaml          the whole configuration, a valid --config
@@ -7,6 +7,7 @@ run_dir/
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
+    .lock                held while a process trains here
 """
 
 from __future__ import annotations
@@ -14,47 +15,68 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from hrf_fast import comm, lock
 from hrf_fast.checkpoint import list_checkpoints, replace_folder, sweep, write_atomically
 from hrf_fast.config import differences, load_config, to_yaml
 from hrf_fast.evaluation import PanelScores, save_grid
 from hrf_fast.options import Config
 from hrf_fast.policy import Policy
-from hrf_fast.writers import Progress, Writer, build_progress, build_writers
+from hrf_fast.writers import Progress, Silence, Writer, build_progress, build_writers
 
 # options that may change between a run and its resume without changing what it computes
-_FREE = ("run.progress", "run.writers", "run.save_every", "run.keep_checkpoints", "run.folder", "train.max_evaluations")
+_FREE = (
+    "run.progress",
+    "run.writers",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.keep_best",
+    "run.folder",
+    "train.max_evaluations",
+    "train.activations",
+    "train.on_nan",
+    "engine.deepspeed",
+)
 
 
 class Run:
-    """One training run's folder; use as a context manager."""
+    """One training run's folder; use as a context manager, on all ranks alike."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = Path(config.run.folder)
         self.checkpoints = self.folder / "checkpoints"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._check_claim()
-        except OSError as error:
-            raise OSError(
-                f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another"
-            ) from error
-        self.progress: Progress = build_progress(config.run.progress)
+        # the main rank's, for all
+        self._lock: IO[str] | None = None
+        comm.main_says(self._claim)
+        self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
         self.writers: list[Writer] = []
         self.seconds: dict[str, float] = {}
         # iterations in the newest checkpoint
         self.saved = 0
         self._interrupted = False
+        self._held = 0
         self._spread_noted = False
+        self._handlers: dict[int, Any] = {}
+
+    def _claim(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_claim()
+            self._lock = lock.lock_folder(self.folder)
+        except OSError as error:
+            raise OSError(
+                f"run.folder is {str(self.folder)!r}, which can't be written: {error}; choose another"
+            ) from error
 
     def _check_claim(self) -> None:
         """Refuse a folder that holds another run, or something else.
@@ -75,7 +97,7 @@ class Run:
                     f"run.folder {self.folder} holds a run of another configuration ({listed}); choose another "
                     "run.folder, restore those options to resume, or delete the folder"
                 )
-        elif any(self.folder.iterdir()):
+        elif any(path.name != lock.NAME for path in self.folder.iterdir()):
             raise ValueError(f"run.folder {self.folder} is not empty and holds no run; choose another run.folder")
 
     def begin(self, done: int) -> None:
@@ -86,6 +108,10 @@ class Run:
         Raises:
             ValueError: more iterations are done than asked for, or a finished run has lost its checkpoints.
         """
+        self.saved = done
+        comm.main_says(lambda: self._begin(done))
+
+    def _begin(self, done: int) -> None:
         if done > self.config.train.iterations:
             raise ValueError(
                 f"train.iterations is {self.config.train.iterations} but {self.folder} has done {done}; "
@@ -103,7 +129,6 @@ class Run:
         sweep(self.checkpoints)
         self.rewind(done)
         write_atomically(path, to_yaml(self.config).encode())
-        self.saved = done
         self.writers = build_writers(self.config.run.writers, self.folder, done)
 
     def _may_change(self, option: str) -> bool:
@@ -113,16 +138,26 @@ class Run:
         return option in _FREE
 
     def __enter__(self) -> Run:
+        if comm.world_size() > 1 and threading.current_thread() is threading.main_thread():
+            # a launcher ends its ranks by SIGTERM, half a minute before SIGKILL
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note_interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self.progress.close()
         for writer in self.writers:
             writer.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the block's time to the iteration's `seconds` and show its name."""
+        if not self._held:
+            self._stop_if_asked()
         self.progress.phase(name)
         started = time.perf_counter()
         try:
@@ -134,7 +169,18 @@ class Run:
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update."""
+        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update.
+
+        On several ranks it is always held back, until they all know of it and are at the same place.
+        """
+        if comm.world_size() > 1:
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+            self._stop_if_asked()
+            return
         try:
             previous = signal.signal(signal.SIGINT, self._note_interrupt)
         except ValueError:
@@ -149,14 +195,24 @@ class Run:
             self._interrupted = False
             raise KeyboardInterrupt
 
+    def _stop_if_asked(self) -> None:
+        """KeyboardInterrupt on all ranks when one of them was asked to stop."""
+        if comm.world_size() > 1 and bool(comm.gather_rows(torch.tensor([self._interrupted])).any()):
+            self._interrupted = False
+            raise KeyboardInterrupt
+
     def _note_interrupt(self, *_: object) -> None:
-        self._interrupted = True
+        first, self._interrupted = not self._interrupted, True
+        if comm.world_size() > 1:
+            if first:
+                self.progress.note("Ctrl-C: stopping as soon as all ranks are done with this")
+            return
         self.progress.note("Ctrl-C: stopping as soon as this is done (press again to stop at once, and lose it)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check_spread(self, iteration: int, advantages: Sequence[Tensor]) -> None:
+    def check_spread(self, iteration: int, advantages: Sequence[Tensor | None]) -> None:
         """Say once that a reward gives every sample of its group the same value, so that nothing can be learnt."""
-        if not self._spread_noted and not any(bool(group.any()) for group in advantages):
+        if not self._spread_noted and not any(group is not None and bool(group.any()) for group in advantages):
             self._spread_noted = True
             name = self.config.reward.name or " + ".join(term.name for term in self.config.reward.terms)
             self.progress.note(
@@ -174,12 +230,23 @@ class Run:
 
     def has_panel(self, iteration: int) -> bool:
         """Whether the panel after `iteration` iterations has been scored and logged."""
-        return any(record["iteration"] == iteration for record in read_log(self.folder / "evaluations.jsonl"))
+        return any(record["iteration"] == iteration for record in self._panels())
+
+    def best(self) -> int | None:
+        """After how many iterations the panel's reward was highest; None before the first that is not the start's."""
+        tuned = [record for record in self._panels() if record["iteration"] > 0]
+        return max(tuned, key=lambda record: record["reward"][0])["iteration"] if tuned else None
+
+    def _panels(self) -> list[dict[str, Any]]:
+        return comm.main_says(lambda: read_log(self.folder / "evaluations.jsonl"))
 
     def log(self, iteration: int, record: dict[str, Any]) -> None:
         """One metrics line for a finished iteration, also to the writers and the progress display."""
         seconds, self.seconds = self.seconds, {}
         line = {"iteration": iteration, **record, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
+        comm.main_says(lambda: self._log(iteration, record, seconds, line))
+
+    def _log(self, iteration: int, record: dict[str, Any], seconds: dict[str, float], line: dict[str, Any]) -> None:
         self._append("metrics.jsonl", line)
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
         for writer in self.writers:
@@ -188,6 +255,9 @@ class Run:
 
     def log_panel(self, iteration: int, scores: PanelScores, record: dict[str, Any]) -> None:
         """One evaluation line and the panel's PNG grid."""
+        comm.main_says(lambda: self._log_panel(iteration, scores, record))
+
+    def _log_panel(self, iteration: int, scores: PanelScores, record: dict[str, Any]) -> None:
         grid = scores.images[: self.config.evaluation.grid_size]
         save_grid(grid, self.folder / "samples" / f"iteration-{iteration:06d}.png")
         line = {"iteration": iteration, **record, **scores.record()}
@@ -200,7 +270,7 @@ class Run:
 
     def save_model(self, policy: Policy) -> Path:
         """Write the tuned model as a diffusers folder."""
-        replace_folder(self.folder / "model", policy.save)
+        comm.main_says(lambda: replace_folder(self.folder / "model", policy.save))
         return self.folder / "model"
 
     def _append(self, name: str, record: dict[str, Any]) -> None:

@@ -14,32 +14,36 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from hrf_fast import seeds
+from hrf_fast import comm, seeds
 from hrf_fast.checkpoint import load_newest, save_checkpoint
 from hrf_fast.collect import collect, score
-from hrf_fast.config import load_config
+from hrf_fast.config import check_job, load_config
 from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.engine import learning_rate_at
-from hrf_fast.metrics import StepStats, iteration_record
+from hrf_fast.learn import learn
+from hrf_fast.metrics import iteration_record
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts, build_parts
 from hrf_fast.policy import UNetCalls
 from hrf_fast.run import Run
 from hrf_fast.self_check import self_check
-from hrf_fast.trajectory import Trajectory
-from hrf_fast.update import update
 
 
 def train(config: Config) -> Path:
-    """Fine-tune, resume or extend the run that `config` describes; returns its folder.
+    """Fine-tune, resume or extend the run that `config` describes, on all ranks of the job; returns its folder.
 
     Raises:
         ValueError: the configuration can't work; nothing has run.
         RewardError, FloatingPointError: a reward or a gradient is not finite; no step was made of it.
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
+    with comm.job():
+        with comm.agreed():
+            check_job(config, comm.world_size())
+        return _train(config)
+
+
+def _train(config: Config) -> Path:
     parts = build_parts(config)
     policy, engine = parts.policy, parts.engine
     iterations, budget = config.train.iterations, config.train.max_evaluations
@@ -50,13 +54,15 @@ def train(config: Config) -> Path:
         iterations=iterations,
     )
     with Run(config) as run:
-        state = load_newest(run.checkpoints, policy, engine.optimizer, warn=run.progress.note)
+        state = load_newest(run.checkpoints, engine, warn=run.progress.note)
         done = state["iteration"] if state else 0
         policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
         run.begin(done)
         # iterations and UNet calls that the weights stand for; None while an update is under way
-        whole: tuple[int, UNetCalls] | None = (done, replace(policy.calls))
-        run.progress.note(self_check(parts, config))
+        before = replace(policy.calls)
+        whole: tuple[int, UNetCalls] | None = (done, before)
+        with engine.gathered():
+            run.progress.note(self_check(parts, config))
         unit = ("evaluations", policy.calls.evaluations, budget) if budget else ("iterations", done, iterations)
         run.progress.start(*unit)
         try:
@@ -64,64 +70,49 @@ def train(config: Config) -> Path:
                 finished = done >= iterations or 0 < budget <= policy.calls.evaluations
                 if _due(config.evaluation.every, done, finished) and not run.has_panel(done):
                     run.log_panel(done, parts.evaluate_panel(), {"evaluations": policy.calls.evaluations})
-                if _due(config.run.save_every, done, finished):
+                if _due(config.run.save_every, done, finished) or (config.run.keep_best and run.best() == done):
                     _save(run, parts, config, whole)
                 if finished:
                     break
                 seeds.seed_everything(config.run.seed, done)
-                trajectories = collect(parts, config, run, done)
+                with engine.gathered():
+                    trajectories, windows = collect(parts, config, run, done)
+                where: Any = {"iteration": done, "note": run.progress.note}
                 with run.phase("reward"):
-                    rewards, advantages = score(parts, config, trajectories)
-                run.check_spread(done, advantages)
+                    scores = score(parts, config, trajectories, **where)
+                run.check_spread(done, scores.advantages)
                 engine.set_learning_rate(rate(done))
                 with run.uninterrupted():
                     whole = None
                     with run.phase("update"):
-                        steps = learn(parts, config, trajectories, advantages)
-                    known = {"terms": parts.reward.last_terms, "counters": _counters(parts, done + 1, rate(done))}
-                    run.log(done, iteration_record(steps, rewards, advantages, trajectories, **known))
+                        steps, skipped = learn(parts, config, trajectories, windows, scores.advantages, **where)
+                    policy.calls = policy.calls.of_all_ranks(before)
+                    counters = _counters(parts, done + 1, rate(done)) | {"skipped_steps": skipped}
+                    run.log(done, iteration_record(steps, scores, windows, counters))
                     done += 1
-                    whole = (done, replace(policy.calls))
+                    before = replace(policy.calls)
+                    whole = (done, before)
         except BaseException as error:
-            # keep what was learnt, unless an update was cut in half, the disk is full or the weights have diverged
-            if not isinstance(error, (OSError, FloatingPointError)):
+            # keep what was learnt, unless an update was cut in half, the disk is full, the weights have diverged, or
+            # other ranks are not here to save with
+            together = comm.world_size() == 1 or comm.said_by_main(error)
+            if together and not isinstance(error, (OSError, FloatingPointError)):
                 _save(run, parts, config, whole)
             raise
-        run.save_model(policy)
+        with engine.gathered(ema=True):
+            run.save_model(policy)
     return run.folder
 
 
-def learn(
-    parts: Parts, config: Config, trajectories: Sequence[Trajectory], advantages: Sequence[Tensor]
-) -> list[StepStats]:
-    """Inner epochs over the groups, `groups_per_step` of them to an optimizer step."""
-    train, steps = config.train, []
-    for _ in range(train.inner_epochs):
-        for first in range(0, len(trajectories), train.groups_per_step):
-            batch = slice(first, first + train.groups_per_step)
-            stats = update(
-                parts.engine,
-                parts.policy,
-                trajectories[batch],
-                advantages[batch],
-                clip_range=train.clip_range,
-                advantage_clip=train.advantage_clip,
-                scale_clips_by_window=train.scale_clips_by_window,
-                micro_batch_size=train.micro_batch_size or train.group_size,
-                steps_per_forward=train.steps_per_forward,
-            )
-            steps.append(stats)
-    return steps
-
-
 def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
+    """Totals of all ranks."""
     policy, train = parts.policy, parts.config.train
     return {
         "learning_rate": learning_rate,
         "images": done * train.groups_per_iteration * train.group_size,
         **asdict(policy.calls),
         "evaluations": policy.calls.evaluations,
-        "peak_memory_bytes": peak_memory_bytes(policy.device),
+        "peak_memory_bytes": max(comm.gather(peak_memory_bytes(policy.device))),
     }
 
 
@@ -129,8 +120,8 @@ def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, UNetCalls] |
     if whole is None or whole[0] in (0, run.saved):
         return
     with run.uninterrupted():
-        state, keep = {"calls": asdict(whole[1])}, config.run.keep_checkpoints
-        save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine.optimizer, state, keep=keep)
+        kept: Any = {"keep": config.run.keep_checkpoints, "best": run.best() if config.run.keep_best else None}
+        save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine, {"calls": asdict(whole[1])}, **kept)
         run.saved = whole[0]
 
 

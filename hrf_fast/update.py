@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrf_fast import comm
 from hrf_fast.engine import Engine
 from hrf_fast.metrics import StepStats
 from hrf_fast.policy import Policy
-from hrf_fast.trajectory import Trajectory
+from hrf_fast.trajectory import Trajectory, Window
 from hrf_kernels import Surrogate, clipped_surrogate
 
 
@@ -26,22 +27,27 @@ def update(
     scale_clips_by_window: bool,
     micro_batch_size: int,
     steps_per_forward: int = 1,
+    pairs: int | None = None,
+    forwards: int = 0,
 ) -> StepStats:
     """One optimizer step on a batch of groups (DDPO, arXiv 2305.13301; HRF, arXiv 2410.08315).
 
     The loss of a group is the sum over its window's steps of the mean over its samples; groups are averaged.
 
     Args:
-        trajectories: groups, whose windows may differ; advantages: [B] fp32 for each.
+        trajectories: this rank's groups, whose windows may differ; advantages: [B] fp32 for each.
         clip_range, advantage_clip: ε of the ratio's range and the bound on |advantage|; with `scale_clips_by_window`
             both are multiplied by (T − start)/T for each group.
         micro_batch_size, steps_per_forward: a forward holds their product, samples times consecutive steps.
+        pairs: samples × steps of the groups of all ranks, if there are others.
+        forwards: of the rank with the longest windows, where ranks must make equally many (`Engine.lockstep`): those
+            that this rank lacks are made with weight 0, and are not counted as calls.
 
     Returns:
         StepStats: the loss as differentiated, the rest over every sample and step of the batch.
     """
     totals = StepStats.zeros(policy.device)
-    pairs = sum(trajectory.old_log_prob.numel() for trajectory in trajectories)
+    pairs = pairs or sum(trajectory.old_log_prob.numel() for trajectory in trajectories)
     with engine.accumulating():
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
             num_steps = len(policy.diffusion)
@@ -55,8 +61,18 @@ def update(
             for surrogate in _replay(policy, trajectory, advantage, clips, micro_batch_size, steps_per_forward):
                 loss = surrogate.loss.sum()
                 engine.backward(loss)
-                totals = totals.add(loss.detach(), surrogate)
+                totals = totals.add(loss.detach() / comm.world_size(), surrogate)
+                forwards -= 1
+        with policy.uncounted():
+            for _ in range(forwards):
+                last = trajectories[-1].latents[-2, :micro_batch_size]
+                engine.backward(0 * policy.model_output(last, trajectories[-1].timesteps[-1]).sum())
     return totals.finish(pairs, engine.step())
+
+
+def forwards_of(window: Window, group_size: int, micro_batch_size: int, steps_per_forward: int) -> int:
+    """How many forwards a group's update makes."""
+    return -(-group_size // micro_batch_size) * -(-len(window) // steps_per_forward)
 
 
 def _replay(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +49,10 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A W&B run named after the folder; log in once with `wandb login`, or set WANDB_MODE=offline."""
+    """A W&B run named after the folder, gone on with after a resume.
+
+    Log in once with `wandb login`, or set WANDB_MODE=offline.
+    """
 
     def __init__(self, folder: Path, done: int) -> None:
         try:
@@ -56,8 +60,12 @@ class WandbWriter:
         except ImportError as error:
             raise ImportError('run.writers has wandb: `pip install "hrf_fast[writers]"`, then `wandb login`') from error
         self._wandb = wandb
+        known = folder / "wandb_id"
+        if not known.exists():
+            known.write_text(uuid.uuid4().hex)
+        identity = known.read_text()
         try:
-            self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder))
+            self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder), id=identity, resume="allow")
         except Exception as error:
             raise ValueError(
                 f"run.writers has wandb, which did not start ({error}); run `wandb login`, or set WANDB_MODE=offline"
@@ -111,6 +119,12 @@ class Progress:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None: ...
+
+
+class Silence(Progress):
+    """Of the ranks for which the main one speaks."""
+
+    def note(self, text: str) -> None: ...
 
 
 class JsonProgress(Progress):

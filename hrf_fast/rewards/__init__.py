@@ -7,6 +7,7 @@ this package imports neither torch nor transformers; a family loads when it is l
 
 from hrf_fast.rewards.build import CombinedReward, build_reward, check_images, check_rewards
 from hrf_fast.rewards.registry import (
+    NotFiniteError,
     Reward,
     RewardArgument,
     RewardError,
@@ -18,6 +19,7 @@ from hrf_fast.rewards.registry import (
 
 __all__ = [
     "CombinedReward",
+    "NotFiniteError",
     "Reward",
     "RewardArgument",
     "RewardError",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hrf_fast.rewards.registry import Reward, RewardError, RewardTerm, build_registered
+from hrf_fast.rewards.registry import NotFiniteError, Reward, RewardError, RewardTerm, build_registered
 from hrf_fast.rewards.user import build_user
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(f"{index} ({values[index].item()})" for index in bad[:5])
-        raise RewardError(
+        raise NotFiniteError(
             f"reward {name!r} returned {len(bad)} of {len(images)} values that are NaN or infinite, "
             f"first at index {shown}; {expected}, finite in fp32"
         )

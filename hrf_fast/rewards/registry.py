@@ -45,6 +45,10 @@ class RewardError(RuntimeError):
     """A reward raised, or returned something that is not B finite numbers. The message names the reward."""
 
 
+class NotFiniteError(RewardError):
+    """A reward returned B numbers, of which some are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class RewardArgument:
     """One argument of a registered reward, read from its signature and docstring."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hrf_fast.learn as learn_module
 import hrf_fast.train as train_module
 from hrf_fast.run import read_log
 from hrf_fast.train import main
@@ -59,6 +60,7 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
         "samples",
         "checkpoints",
         "model",
+        ".lock",
     }
     assert load_config(["--config", str(run / "config.yaml")]) == load_config(tiny_run)
     records = read_log(run / "metrics.jsonl")
@@ -124,8 +126,8 @@ def test_lines_that_outlived_their_checkpoint_are_done_again_once(tiny_run, tmp_
 
 def test_inner_epochs_and_groups_per_step_make_the_optimizer_steps_they_say(tiny_run, tmp_path, monkeypatch):
     calls = []
-    original = train_module.update
-    monkeypatch.setattr(train_module, "update", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
+    original = learn_module.update
+    monkeypatch.setattr(learn_module, "update", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
     assert main([*tiny_run, "train.iterations=1", "train.inner_epochs=3", "train.groups_per_step=2"]) == 0
     assert calls == [2, 2, 2]
 
@@ -147,6 +149,73 @@ def test_the_cosine_schedule_and_warm_up_reach_the_optimizer(tiny_run, tmp_path)
 def test_bf16_trains(tiny_run, tmp_path):
     assert main([*tiny_run, "train.precision=bf16", "train.iterations=1"]) == 0
     assert weights(tmp_path / "run")["conv_in.weight"].dtype == torch.float32
+
+
+def test_fp16_and_checkpointed_activations_train(tiny_run, tmp_path):
+    options = ["train.precision=fp16", "train.activations=checkpoint", "train.iterations=1", "evaluation.every=0"]
+    assert main([*tiny_run, *options]) == 0
+    record = metrics(tmp_path / "run")[0]
+    # the first loss scale may be too large for one of the two steps
+    assert record["skipped_steps"] < 2 and record["grad_norm"] > 0
+
+
+def test_a_run_with_averaged_weights_resumes_exactly(tiny_run, tmp_path):
+    options = ["train.ema_decay=0.9", "evaluation.every=0"]
+    assert main(with_folder([*tiny_run, *options], tmp_path / "whole")) == 0
+    assert main(with_folder([*tiny_run, *options], tmp_path / "halves", "train.iterations=1")) == 0
+    assert main(with_folder([*tiny_run, *options], tmp_path / "halves")) == 0
+    assert_equal_weights(tmp_path / "whole", tmp_path / "halves")
+    # the final model is the averaged one
+    newest = tmp_path / "whole" / "checkpoints" / "iteration-000002"
+    averaged = load_file(newest / "ema.safetensors")
+    assert all(torch.equal(averaged[name], value) for name, value in weights(tmp_path / "whole").items())
+    assert not torch.equal(averaged["conv_in.weight"], weights(newest)["conv_in.weight"])
+
+
+def test_the_checkpoint_of_the_best_panel_outlives_newer_ones(tiny_run, tmp_path, monkeypatch):
+    # panels after 0, 1, 2 and 3 iterations of 6 images score 0, 5, 1, 2; training's batches have 6 too, so count them
+    (tmp_path / "peaked.py").write_text(
+        "scores = iter([0, None, 5, None, 1, None, 2])\ndef score(images, prompts=None):\n    value = next(scores)\n"
+        "    return images.mean((1, 2, 3)) if value is None else images.new_full((len(images),), value)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "peaked", raising=False)
+    options = ["reward.name=peaked:score", "train.iterations=3", "run.keep_best=true", "run.keep_checkpoints=1"]
+    assert main([*tiny_run, *options, "run.save_every=0"]) == 0
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"iteration-000001", "iteration-000003"}
+
+
+def test_a_reward_that_is_not_finite_skips_its_groups_step_and_is_counted(tiny_run, tmp_path, monkeypatch, capsys):
+    # the second group of three in the first iteration; the panels are of 6 in another order of calls
+    (tmp_path / "holey.py").write_text(
+        "calls = 0\ndef score(images, prompts=None):\n    global calls\n    calls += 1\n"
+        "    values = images.mean((1, 2, 3))\n    if calls in (2, 4):\n        values[-1] = float('nan')\n"
+        "    return values\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "holey", raising=False)
+    # calls: panel, both groups, then each group again
+    assert main([*tiny_run, "reward.name=holey:score", "train.on_nan=skip", "evaluation.every=0"]) == 0
+    first, second = metrics(tmp_path / "run")
+    assert (first["skipped_steps"], second["skipped_steps"]) == (1, 0)
+    assert all(value == value for value in first.values() if isinstance(value, float))
+    assert "iteration 0, group 1: its optimizer step is skipped: reward 'holey:score'" in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_run, tmp_path, monkeypatch):
+    original, calls = learn_module.update, []
+
+    def poison(engine, policy, trajectories, advantages, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            advantages = [advantage * torch.nan for advantage in advantages]
+        return original(engine, policy, trajectories, advantages, **options)
+
+    monkeypatch.setattr(learn_module, "update", poison)
+    assert main([*tiny_run, "train.on_nan=skip", "evaluation.every=0"]) == 0
+    assert [record["skipped_steps"] for record in metrics(tmp_path / "run")] == [1, 0]
+    assert all(bool(value.isfinite().all()) for value in weights(tmp_path / "run").values())
 
 
 # what goes wrong
@@ -200,10 +269,10 @@ def test_a_reward_that_fails_stops_before_the_optimizer_step_with_the_checkpoint
 def test_nan_weights_are_caught_before_the_optimizer_step(tiny_run, tmp_path, monkeypatch, capsys):
     original = train_module.learn
 
-    def poison(parts, *rest):
+    def poison(parts, *rest, **options):
         with torch.no_grad():
             next(parts.policy.unet.parameters()).fill_(float("nan"))
-        return original(parts, *rest)
+        return original(parts, *rest, **options)
 
     monkeypatch.setattr(train_module, "learn", poison)
     assert main([*tiny_run, "run.save_every=0"]) == 1
@@ -227,6 +296,19 @@ def test_a_folder_that_holds_something_else_is_not_written_into(tiny_run, tmp_pa
     assert main(tiny_run) == 1
     assert "is not empty and holds no run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_run, tmp_path, capsys):
+    process = start([*tiny_run, "train.iterations=1000"])
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1)
+    assert main([*tiny_run, "train.iterations=1000"]) == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} is in use by process {process.pid} on " in message and "choose another" in message
+    # killed, it holds nothing any more
+    process.kill()
+    process.communicate(timeout=60)
+    done = len(metrics(tmp_path / "run"))
+    assert main([*tiny_run, f"train.iterations={done + 1}"]) == 0
 
 
 def test_an_unwritable_folder_is_named(tiny_run, tmp_path, capsys):

@@ -17,23 +17,25 @@ from hrf_fast.checkpoint import (
     sweep,
     write_atomically,
 )
-from tests.unit.test_update import make_policy
+from tests.unit.test_update import make_engine, make_policy
 
 
-def make_optimizer(policy):
-    optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=1e-3)
-    for parameter in policy.unet.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    return optimizer
+def make_stepped(policy):
+    """An engine that has made one optimizer step."""
+    engine = make_engine(policy)
+    engine.set_learning_rate(1e-3)
+    with engine.accumulating():
+        engine.backward(sum(parameter.sum() for parameter in policy.unet.parameters()))
+    engine.step()
+    return engine
 
 
 @pytest.fixture
 def saved(tmp_path):
     policy = make_policy()
-    optimizer = make_optimizer(policy)
-    save_checkpoint(tmp_path, 1, policy, optimizer, {"calls": {"batches": 3}}, keep=2)
-    return tmp_path, policy, optimizer
+    engine = make_stepped(policy)
+    save_checkpoint(tmp_path, 1, policy, engine, {"calls": {"batches": 3}}, keep=2)
+    return tmp_path, policy, engine
 
 
 def fail(text):
@@ -41,14 +43,14 @@ def fail(text):
 
 
 def test_weights_optimizer_and_state_come_back_bit_for_bit(saved):
-    folder, policy, optimizer = saved
+    folder, policy, engine = saved
     other = make_policy(seed=1)
-    fresh = torch.optim.AdamW(other.unet.parameters(), lr=0.5)
-    state = load_newest(folder, other, fresh, warn=fail)
+    fresh = make_engine(other)
+    state = load_newest(folder, fresh, warn=fail)
     assert state == {"iteration": 1, "calls": {"batches": 3}}
     for old, new in zip(policy.unet.parameters(), other.unet.parameters(), strict=True):
         assert torch.equal(old, new)
-    before, after = optimizer.state_dict(), fresh.state_dict()
+    before, after = engine.optimizer.state_dict(), fresh.optimizer.state_dict()
     assert before["param_groups"] == after["param_groups"]
     for index, entry in before["state"].items():
         for key, value in entry.items():
@@ -64,27 +66,27 @@ def test_the_checkpoint_holds_a_pipeline_that_diffusers_loads(saved):
 
 
 def test_only_the_newest_are_kept(saved):
-    folder, policy, optimizer = saved
+    folder, policy, engine = saved
     for iteration in (2, 3):
-        save_checkpoint(folder, iteration, policy, optimizer, {}, keep=2)
+        save_checkpoint(folder, iteration, policy, engine, {}, keep=2)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(saved):
-    folder, policy, optimizer = saved
-    path = save_checkpoint(folder, 2, policy, optimizer, {}, keep=2)
+    folder, policy, engine = saved
+    path = save_checkpoint(folder, 2, policy, engine, {}, keep=2)
     data = bytearray((path / "optimizer.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "optimizer.safetensors").write_bytes(data)
     warnings = []
-    state = load_newest(folder, policy, optimizer, warn=warnings.append)
+    state = load_newest(folder, engine, warn=warnings.append)
     assert state["iteration"] == 1
     assert "iteration-000002" in warnings[0] and "optimizer.safetensors is not what was written" in warnings[0]
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "file missing", "manifest is no mapping", "empty manifest"])
 def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved, damage):
-    folder, policy, optimizer = saved
+    folder, policy, engine = saved
     path = folder / "iteration-000001"
     if damage == "no manifest":
         (path / "manifest.json").unlink()
@@ -93,11 +95,11 @@ def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved,
     else:
         (path / "manifest.json").write_text("[]" if damage == "manifest is no mapping" else "{}")
     with pytest.raises(ValueError, match="no checkpoint in .* is intact"):
-        load_newest(folder, policy, optimizer, warn=lambda text: None)
+        load_newest(folder, engine, warn=lambda text: None)
 
 
 def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
-    folder, policy, optimizer = saved
+    folder, policy, engine = saved
     path = folder / "iteration-000001" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     marker = tmp_path / "executed"
 
@@ -107,7 +109,7 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
 
     path.write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ValueError, match="no checkpoint"):
-        load_newest(folder, policy, optimizer, warn=lambda text: None)
+        load_newest(folder, engine, warn=lambda text: None)
     # even with a manifest that vouches for it
     from hrf_fast.checkpoint import _sha256
 
@@ -116,12 +118,12 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
     manifest["model/unet/diffusion_pytorch_model.safetensors"] = _sha256(path)
     manifest_path.write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="(?i)safetensors|header"):
-        load_newest(folder, policy, optimizer, warn=fail)
+        load_newest(folder, engine, warn=fail)
     assert not marker.exists()
 
 
 def test_no_checkpoint_is_not_an_error(tmp_path):
-    assert load_newest(tmp_path / "none", make_policy(), None, warn=fail) is None
+    assert load_newest(tmp_path / "none", make_engine(make_policy()), warn=fail) is None
 
 
 def test_a_failure_while_writing_leaves_the_old_folder_and_no_litter(tmp_path):
@@ -141,10 +143,10 @@ def test_a_failure_while_writing_leaves_the_old_folder_and_no_litter(tmp_path):
 
 
 def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(saved):
-    folder, policy, optimizer = saved
+    folder, policy, engine = saved
     shutil.copytree(folder / "iteration-000001", folder / ".iteration-000002.tmp")
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000001"]
-    save_checkpoint(folder, 2, policy, optimizer, {}, keep=2)
+    save_checkpoint(folder, 2, policy, engine, {}, keep=2)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000002", "iteration-000001"]
 
 
@@ -162,14 +164,14 @@ def test_the_saved_optimizer_is_plain_safetensors(saved):
 
 
 def test_pruning_counts_neither_broken_newer_checkpoints_nor_strangers(saved):
-    folder, policy, optimizer = saved
-    broken = save_checkpoint(folder, 3, policy, optimizer, {}, keep=2)
+    folder, policy, engine = saved
+    broken = save_checkpoint(folder, 3, policy, engine, {}, keep=2)
     (broken / "state.json").unlink()
     (folder / "iteration-zzz").write_text("a stray file")
     # resumed from 1, the run saves 2 with room for one
-    save_checkpoint(folder, 2, policy, optimizer, {}, keep=1)
+    save_checkpoint(folder, 2, policy, engine, {}, keep=1)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
-    assert load_newest(folder, policy, optimizer, warn=lambda text: None)["iteration"] == 2
+    assert load_newest(folder, engine, warn=lambda text: None)["iteration"] == 2
 
 
 def test_what_a_killed_save_left_is_swept(saved):
@@ -181,20 +183,20 @@ def test_what_a_killed_save_left_is_swept(saved):
 
 
 def test_a_full_disk_is_an_oserror_that_names_the_folder(saved, monkeypatch):
-    folder, policy, optimizer = saved
+    folder, policy, engine = saved
 
     def full(*_):
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("hrf_fast.checkpoint.save_file", full)
     with pytest.raises(OSError, match="iteration-000002 can't be written: No space left"):
-        save_checkpoint(folder, 2, policy, optimizer, {}, keep=2)
-    assert load_newest(folder, policy, optimizer, warn=fail)["iteration"] == 1
+        save_checkpoint(folder, 2, policy, engine, {}, keep=2)
+    assert load_newest(folder, engine, warn=fail)["iteration"] == 1
 
 
 def test_weights_of_another_architecture_are_refused(saved):
-    folder, _, optimizer = saved
+    folder, _, _ = saved
     other = make_policy()
     other.unet.conv_in = torch.nn.Conv2d(3, 9, 3)
     with pytest.raises(ValueError, match="another architecture"):
-        load_newest(folder, other, optimizer, warn=fail)
+        load_newest(folder, make_engine(other), warn=fail)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.config import SECTIONS, describe_options, differences, load_config, to_yaml
+from hrf_fast.config import SECTIONS, check_job, describe_options, differences, load_config, to_yaml
+from hrf_fast.deepspeed_settings import complete, read_settings
 from hrf_fast.options import Config
 from hrf_fast.rewards import RewardTerm, list_rewards
 from hrf_fast.windows import build_schedule
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 
 
 def test_later_layers_win_over_earlier_ones(tmp_path):
@@ -81,7 +83,7 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["train.learning_rate=-1"], "train.learning_rate is -1.0; use a finite number above 0"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),
         (["train.clip_range=0"], "train.clip_range is 0.0"),
-        (["train.precision=fp16"], "train.precision is 'fp16'.*use fp32, bf16"),
+        (["train.precision=fp8"], "train.precision is 'fp8'.*use fp32, bf16"),
         (["train.groups_per_iteration=4", "train.groups_per_step=3"], "does not divide"),
         (["train.adam_betas=[0.9]"], "train.adam_betas is"),
         (["train.adam_betas=[0.9,1.0]"], "train.adam_betas is"),
@@ -156,10 +158,81 @@ def test_the_launchers_local_rank_is_dropped():
     assert load_config(["--local_rank=0", "--local_rank", "0", "run.seed=2"]).run.seed == 2
 
 
-def test_several_processes_are_refused_until_an_engine_shards(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
-        load_config([])
+@pytest.mark.parametrize(
+    ("words", "ranks", "message"),
+    [
+        ([], 2, r"train.groups_per_step is 1, which 2 ranks can't share evenly.* multiple of 2 that divides .* 4"),
+        (["train.groups_per_step=4"], 3, "train.groups_per_step is 4, which 3 ranks"),
+        (["train.groups_per_step=2", "run.device=cuda:1"], 2, "run.device is 'cuda:1' but there are 2 ranks"),
+    ],
+)
+def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message):
+    config = load_config(words)
+    check_job(config, 1)
+    with pytest.raises(ValueError, match=message):
+        check_job(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "lacks .*zero_optimization"),
+        ('{"zero_optimization": {"stage": 4}}', "stage is 4; use one of 0, 1, 2, 3"),
+        ('{"zero_optimization": {"stage": "3"}}', "stage is '3'"),
+        ('{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}', "needs stage 1 or 2 or 3"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param needs stage 3"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "device is 'nvme'; use cpu"),
+        ('{"zero_optimization": {"stage": 1, "overlap_comm": true}}', "overlap_comm needs stage 2 or 3"),
+        ('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": true}}', "bf16 is .*train.precision=bf16"),
+        ('{"zero_optimization": {"stage": 1}, "train_batch_size": 8}', "train_batch_size is 8, .*train.group_size"),
+        ('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}', "said by train.max_grad_norm; remove it"),
+        ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer is {}"),
+        ('{"zero_optimization": {"stage": 1}, "scheduler": {}}', "train.learning_rate_schedule"),
+    ],
+)
+def test_deepspeed_settings_that_can_not_work_name_themselves(tmp_path, settings, message):
+    file = tmp_path / "ds.json"
+    file.write_text(settings)
+    with pytest.raises(ValueError, match=message):
+        check_job(load_config([f"engine.deepspeed={file}"]), 1)
+
+
+def test_a_deepspeed_file_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="engine.deepspeed is 'zero3': no such file"):
+        check_job(load_config(["engine.deepspeed=zero3"]), 1)
+
+
+def test_auto_in_a_deepspeed_file_leaves_the_value_to_us(tmp_path):
+    (tmp_path / "ds.json").write_text('{"train_batch_size": "auto", "zero_optimization": {"stage": 2}}')
+    settings = complete(read_settings(str(tmp_path / "ds.json")), max_grad_norm=0.0)
+    # clipping that is off is written too: DeepSpeed's default is 1.0
+    assert "train_batch_size" not in settings and settings["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda file: file.name)
+def test_deepspeeds_own_parser_takes_every_shipped_file(file, monkeypatch):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    settings = complete(read_settings(str(file)), max_grad_norm=1.0)
+    monkeypatch.setattr("deepspeed.comm.is_initialized", lambda: False)
+    parsed = DeepSpeedConfig(settings)
+    assert parsed.zero_config.stage == settings["zero_optimization"]["stage"]
+    assert parsed.gradient_clipping == (1.0 if parsed.zero_config.stage else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.ema_decay=1", r"train.ema_decay is 1.0; use a number in \[0, 1\)"),
+        ("train.activations=offload", "train.activations is 'offload'.*replay, checkpoint"),
+        ("train.on_nan=ignore", "train.on_nan is 'ignore'.*stop, skip"),
+    ],
+)
+def test_options_of_the_engine_are_checked(word, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([word])
 
 
 def test_weighted_terms_become_reward_terms():

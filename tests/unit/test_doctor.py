@@ -1,3 +1,4 @@
+import json
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -5,6 +6,17 @@ import pytest
 
 from hrf_fast import doctor
 from hrf_fast.cli import main
+
+OPS = {"cpu_adam": [False, True], "fused_adam": [True, True], "async_io": [False, False]}
+
+
+@pytest.fixture(autouse=True)
+def ops(monkeypatch, request):
+    """What DeepSpeed's process answers; importing it takes seconds."""
+    answer = SimpleNamespace(returncode=0, stdout=f"a log line\n{json.dumps(OPS)}\n", stderr="")
+    if "real" not in request.node.name:
+        monkeypatch.setattr(doctor, "subprocess", SimpleNamespace(run=lambda *_, **__: answer))
+    return answer
 
 
 def table():
@@ -161,3 +173,43 @@ def test_it_never_raises_and_does_not_quote_errors(monkeypatch):
         "unknown: RuntimeError while looking"
     }
     assert "sesame" not in doctor.examine()
+
+
+def test_deepspeeds_ops_are_told_apart(monkeypatch, ops):
+    monkeypatch.setattr(doctor, "version", lambda name: "1.2")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor, "_import_torch", gpus)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    listed = "built: fused_adam; compiled on first use: cpu_adam; not on this machine: async_io"
+    assert table()["deepspeed ops"] == f"ok; {listed}"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert table()["deepspeed ops"] == f"no compiler: g++ and ninja not on PATH; {listed}"
+    ops.returncode, ops.stderr = 1, "Traceback\nImportError: token hf_sesame\n"
+    assert table()["deepspeed ops"] == "broken: importing deepspeed fails with ImportError"
+
+
+def test_what_optimizer_attention_and_kernels_can_be(monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor, "version", lambda name: "1.2")
+    monkeypatch.setattr(doctor, "_import_torch", lambda: gpus(("H100", 9)))
+    found = table()
+    assert found["optimizers"] == "ok adamw, fused_adamw, cpu_adam (with ZeRO offload), adamw_8bit, paged_adamw_8bit"
+    assert found["attention"] == "ok sdpa, xformers" and found["kernels"] == "ok triton by itself: a GPU and Triton"
+    monkeypatch.setattr(doctor, "_import_torch", gpus)
+    found = table()
+    assert found["optimizers"].endswith("adamw_8bit (slow on CPU); paged_adamw_8bit needs bitsandbytes, GPU")
+    assert found["attention"] == "ok sdpa; xformers needs a GPU"
+    assert found["kernels"] == "ok eager by itself: tensors are on cpu"
+    monkeypatch.setattr(doctor, "version", no_package)
+    found = table()
+    assert found["optimizers"].startswith(
+        "ok adamw, fused_adamw; cpu_adam needs deepspeed, g++, ninja; adamw_8bit needs"
+    )
+    assert found["attention"] == "ok sdpa; xformers needs its package and a GPU"
+    assert found["deepspeed ops"] == found["deepspeed"] == 'missing: pip install "hrf_fast[gpu]"'
+
+
+def test_the_real_deepspeed_answers_without_compiling():
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    assert "cpu_adam" in doctor._deepspeed_ops()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hrf_fast import seeds
-from hrf_fast.engine import PlainEngine, learning_rate_at
-from hrf_fast.metrics import StepStats, iteration_record, summarise
+from hrf_fast.engine import LossScale, LossScaleOverflow, PlainEngine, learning_rate_at
+from hrf_fast.metrics import Scores, StepStats, iteration_record, summarise
 from hrf_fast.trajectory import Trajectory, Window
 from hrf_kernels import StepCoefficients, Surrogate
 
@@ -103,6 +103,54 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_are_as_they_we
     # and the bad gradient is gone with the next step
     one_step(model, engine)
     assert model.weight.isfinite().all() and not torch.equal(model.weight, before)
+
+
+def test_averaged_weights_follow_by_their_decay_and_stand_in_for_the_weights_while_gathered():
+    model = nn.Linear(2, 1, bias=False)
+    engine = PlainEngine(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1.0, max_grad_norm=0.0, ema_decay=0.75)
+    first = model.weight.detach().clone()
+    engine.set_learning_rate(0.1)
+    one_step(model, engine)
+    second = model.weight.detach().clone()
+    expected = 0.75 * first + 0.25 * second
+    assert torch.allclose(engine.ema_state()["weight"], expected)
+    with engine.gathered(ema=True):
+        assert torch.allclose(model.weight, expected)
+    assert torch.equal(model.weight, second)
+    with engine.gathered():
+        assert torch.equal(model.weight, second)
+
+
+def test_fp16_scales_the_loss_and_drops_a_step_that_overflows():
+    model = nn.Linear(2, 1, bias=False)
+    options = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1.0, "max_grad_norm": 0.0}
+    engine = PlainEngine(model, **options, precision="fp16")
+    engine.set_learning_rate(0.1)
+    before = model.weight.detach().clone()
+    with pytest.raises(LossScaleOverflow, match="the loss scale is now 32768"):
+        one_step(model, engine, (math.inf, 1.0))
+    assert torch.equal(model.weight, before)
+    # the norm is that of the gradient, not of the scaled one
+    assert float(one_step(model, engine)) == pytest.approx(5.0)
+    # at a scale of 1 it is no overflow any more
+    engine.loss_scale.value = 1.0
+    with pytest.raises(FloatingPointError, match="was not made") as error:
+        one_step(model, engine, (math.nan, 1.0))
+    assert not isinstance(error.value, LossScaleOverflow)
+
+
+def test_the_loss_scale_doubles_after_good_steps_and_is_part_of_a_checkpoint():
+    scale = LossScale("fp16")
+    for _ in range(scale.growth_interval):
+        scale.check(torch.tensor(1.0))
+    assert scale.value == 2**17
+    other = LossScale("fp16")
+    other.load(scale.state())
+    assert vars(other) == vars(scale)
+    # without fp16 there is none, whatever a checkpoint says
+    plain = LossScale("fp32")
+    plain.load(scale.state())
+    assert plain.value == 1.0
 
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
@@ -223,11 +271,13 @@ def test_the_record_of_an_iteration_by_hand():
     # std within groups sqrt(2) and sqrt(18), mean 2.828427; advantages (−1, 1, −2, 1): mean −0.25, 6.75 over 3
     record = iteration_record(
         [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0)],
-        torch.tensor([1.0, 3.0, 2.0, 8.0]),
-        [torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 1.0])],
-        [make_trajectory(0, 5, 2), make_trajectory(3, 5, 2)],
-        terms={"jpeg": torch.tensor(0.25), "size": torch.tensor(2.0)},
-        counters={"images": 4},
+        Scores(
+            torch.tensor([1.0, 3.0, 2.0, 8.0]),
+            [torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 1.0])],
+            {"jpeg": 0.25, "size": 2.0},
+        ),
+        [Window(0, 5), Window(3, 5)],
+        {"images": 4},
     )
     assert record.pop("window_starts") == [0, 3]
     assert record == pytest.approx(
@@ -257,11 +307,9 @@ def test_the_record_of_an_iteration_by_hand():
 def test_a_single_reward_term_is_not_repeated_in_the_record():
     record = iteration_record(
         [make_stats(*[0.0] * 7)],
-        torch.tensor([1.0, 3.0]),
-        [torch.tensor([-1.0, 1.0])],
-        [make_trajectory(0, 1, 2)],
-        terms={"jpeg": torch.tensor(2.0)},
-        counters={},
+        Scores(torch.tensor([1.0, 3.0]), [torch.tensor([-1.0, 1.0])], {"jpeg": 2.0}),
+        [Window(0, 1)],
+        {},
     )
     assert not [name for name in record if name.startswith("reward/")]
 

@@ -1,6 +1,7 @@
 """The run folder's logs, displays and writers."""
 
 import json
+import os
 import signal
 import sys
 import types
@@ -150,7 +151,11 @@ def test_wandb_gets_the_same_and_no_key(tmp_path, monkeypatch):
     writer.scalars(3, {"reward_mean": 0.5})
     writer.images(3, "panel", torch.rand(4, 3, 8, 8))
     writer.close()
-    assert set(options) == {"project", "name", "dir"}
+    assert set(options) == {"project", "name", "dir", "id", "resume"} and options["resume"] == "allow"
+    # a resume is the same run
+    first = options["id"]
+    build_writers(["wandb"], tmp_path, 4)
+    assert options["id"] == first and len(first) == 32
     assert logged == [{"iteration": 3, "reward_mean": 0.5}, {"iteration": 3, "panel": (128, 128)}, "finished"]
 
 
@@ -245,3 +250,10 @@ def test_wandb_that_does_not_start_says_how_to_log_in(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(ValueError, match="no API key.*wandb login"):
         build_writers(["wandb"], tmp_path)
+
+
+def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
+    with Run(config), pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on .*; wait for it"):
+        Run(config)
+    with Run(config):
+        pass

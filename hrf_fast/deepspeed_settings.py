@@ -1,0 +1,93 @@
+"""Settings of DeepSpeed: its JSON file checked against our configuration, and what we fill in.
+
+A user writes the file's name in `engine.deepspeed`. Batch sizes, clipping, optimizer, precision and learning rate are
+options of `train`; a file that says them too would say them twice, so it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+STAGES = (0, 1, 2, 3)
+_OURS = {
+    "train_batch_size": "train.groups_per_step and train.group_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.groups_per_step",
+    "managed_gradient_accumulation": "nothing: it must be off, since windows change the number of backwards",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate, train.weight_decay and train.adam_betas",
+    "scheduler": "train.learning_rate_schedule",
+    "fp16": "train.precision=fp16 (fp32 weights under autocast)",
+    "bf16": "train.precision=bf16 (fp32 weights under autocast; DeepSpeed's own bf16 is 25 % off at stage 0)",
+    "torch_autocast": "train.precision",
+    "amp": "train.precision",
+    "activation_checkpointing": "train.activations",
+    "zero_allow_untested_optimizer": "nothing: it is set",
+    "zero_force_ds_cpu_optimizer": "nothing: it is set",
+}
+
+
+def read_settings(file: str) -> dict[str, Any]:
+    """The JSON file of engine.deepspeed, checked.
+
+    Raises:
+        ValueError: not a file of JSON, an unknown stage, offload without a stage that has it, or a key that is ours.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"engine.deepspeed is {file!r}: no such file; use one of configs/deepspeed/, or null")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"engine.deepspeed is {file!r}, which is not valid JSON: {error}") from error
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise ValueError(f'engine.deepspeed is {file!r}, which lacks {{"zero_optimization": {{"stage": 0 to 3}}}}')
+    where = f"engine.deepspeed {file}:"
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in STAGES:
+        raise ValueError(f"{where} zero_optimization.stage is {stage!r}; use one of {', '.join(map(str, STAGES))}")
+    if stage < 2 and zero.get("overlap_comm"):
+        raise ValueError(f"{where} zero_optimization.overlap_comm needs stage 2 or 3, but stage is {stage}; remove it")
+    # "auto" is how other trainers' files leave a value to the trainer
+    settings = {key: value for key, value in settings.items() if key not in _OURS or value != "auto"}
+    for key, option in _OURS.items():
+        if key in settings:
+            raise ValueError(f"{where} {key} is {settings[key]!r}, but that is said by {option}; remove it")
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = offload_device(zero, key)
+        if device not in ("none", "cpu"):
+            raise ValueError(f"{where} zero_optimization.{key}.device is {device!r}; use cpu, or none")
+        if device == "cpu" and stage not in stages:
+            raise ValueError(
+                f"{where} zero_optimization.{key} needs stage {' or '.join(map(str, stages))}, but stage is {stage}; "
+                f"raise the stage, or remove {key}"
+            )
+    return settings
+
+
+def offload_device(zero: dict[str, Any], key: str) -> str:
+    """Where `offload_optimizer` or `offload_param` of a zero_optimization section puts things: none, cpu, …"""
+    target = zero.get(key) or {}
+    return str(target.get("device", "none") if isinstance(target, dict) else target)
+
+
+def complete(settings: dict[str, Any], *, max_grad_norm: float) -> dict[str, Any]:
+    """The settings with what DeepSpeed insists on and what its defaults get wrong for us."""
+    stage = settings["zero_optimization"].get("stage", 0)
+    return {
+        **settings,
+        # stage 3 would put its own linear layer into torch for the whole process, which under autocast computes in
+        # another precision, in the sampling too; it saves memory for frozen weights only
+        "zero_optimization": {"memory_efficient_linear": False, **settings["zero_optimization"]},
+        # samples are not DeepSpeed's to count: 1 says nothing and is consistent on any number of ranks
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # its default is 1.0; stage 0 is clipped by the engine
+        "gradient_clipping": float(max_grad_norm) if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

@@ -1,0 +1,231 @@
+"""Planner: what a configuration needs per GPU, in bytes and in UNet calls, before a GPU is rented.
+
+Weights, gradients and optimizer state are arithmetic (states.py); activations are counted on the UNet itself
+(footprint.py); UNet calls come from running the configuration's own window schedule. Left out: networks of rewards and
+panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hrf_fast import seeds
+from hrf_fast.deepspeed_settings import offload_device, read_settings
+from hrf_fast.diffusion import build_diffusion
+from hrf_fast.footprint import Footprint, measure_unet
+from hrf_fast.options import PRECISIONS, Config
+from hrf_fast.policy import read_configs
+from hrf_fast.states import BUCKET, ENGINES, States, model_states
+from hrf_fast.windows import WindowSchedule, build_schedule
+
+MODES = ("keep", "replay", "checkpoint")
+"""Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
+# the trainer does not keep yet: `keep` is planned for and not recommended
+_TRAINED = MODES[1:]
+# of the memory, left to the CUDA context, workspaces and fragmentation
+RESERVE = 0.1
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Images through the UNet per iteration over all GPUs, the mean over the run; `longest_window` in steps."""
+
+    anchors: float
+    search: float
+    rollout: float
+    update: float
+    longest_window: int
+
+    def forwards(self, mode: str, inner_epochs: int) -> float:
+        """Forwards without those that checkpointing repeats; `keep` needs none in the first epoch of the update."""
+        return self.anchors + self.search + self.rollout + self.update * (inner_epochs - (mode == "keep"))
+
+    def evaluations(self, mode: str, inner_epochs: int) -> float:
+        """Cost in forwards, a backward counting two."""
+        again = inner_epochs if mode == "checkpoint" else 0
+        return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
+
+
+def count_calls(config: Config, schedule: WindowSchedule, stop: int) -> Calls:
+    """Run the window schedule over the run's iterations (1000 at most) and count.
+
+    The search of a schedule that probes (HRF-D) is counted exactly; the starts that it would choose are not known
+    before the run, so random ones stand in for them.
+    """
+    train, steps = config.train, config.sample.num_inference_steps
+    iterations = min(train.iterations, 1000)
+    groups, size = train.groups_per_iteration, train.group_size
+    searched, lengths, run_steps = 0, [], 0
+
+    def probe(group: int, candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
+        nonlocal searched
+        searched += sum(steps - start for start in candidates) * size
+        return torch.rand(len(candidates)), torch.rand(len(candidates))
+
+    for iteration in range(iterations):
+        generator = seeds.generator(config.run.seed, iteration, "windows")
+        for window in schedule(iteration, groups, generator=generator, probe=probe):
+            lengths.append(len(window))
+            run_steps += steps - window.start
+    return Calls(
+        anchors=float(groups * steps if schedule.needs_anchors else 0),
+        search=searched / iterations,
+        rollout=run_steps * size / iterations,
+        update=sum(lengths) * size / iterations,
+        longest_window=stop if searched else max(lengths),
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run: engine, precision, mode of activations, and the largest batches that fit; bytes per GPU."""
+
+    engine: str
+    precision: str
+    mode: str
+    micro_batch_size: int
+    sample_batch_size: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration needs on `gpus` GPUs of `memory` bytes each; all bytes are per GPU."""
+
+    config: Config
+    gpus: int
+    memory: int
+    engine: str
+    bucket: int
+    calls: Calls
+    footprints: dict[tuple[str, bool], Footprint]
+
+    @property
+    def parameters(self) -> int:
+        return self.footprints["fp32", False].parameters
+
+    def states(self, engine: str) -> States:
+        tensors, train = self.footprints["fp32", False].tensors, self.config.train
+        return model_states(
+            tensors,
+            engine=engine,
+            gpus=self.gpus,
+            optimizer=train.optimizer,
+            bucket=self.bucket,
+            ema=train.ema_decay > 0,
+        )
+
+    @property
+    def trajectories(self) -> int:
+        """The latents of an iteration's windows and the final images, in fp32."""
+        groups = math.ceil(self.config.train.groups_per_iteration / self.gpus)
+        image = self.footprints["fp32", False].image_bytes
+        return groups * self.config.train.group_size * (self.calls.longest_window + 2) * image
+
+    @property
+    def kept_samples(self) -> int:
+        """Images whose graphs `keep` holds at once: an advantage needs the rewards of all its peers."""
+        train = self.config.train
+        groups = math.ceil(train.groups_per_iteration / self.gpus) if train.advantages == "batch" else 1
+        return groups * train.group_size
+
+    def activations(self, mode: str, precision: str, micro_batch_size: int) -> float:
+        """Peak of the update besides states and trajectories.
+
+        `keep` holds the graphs of `kept_samples` over the longest window; the other modes hold one UNet call's.
+        """
+        train, footprint = self.config.train, self.footprints[precision, mode == "checkpoint"]
+        if mode != "keep":
+            return footprint.update(micro_batch_size * train.steps_per_forward)
+        samples = self.kept_samples
+        batches = math.ceil(samples / micro_batch_size)
+        graphs = footprint.kept.fixed * batches + footprint.kept.per_image * samples
+        return (
+            graphs * self.calls.longest_window + footprint.update(micro_batch_size) - footprint.kept(micro_batch_size)
+        )
+
+    def need(self, engine: str, precision: str, mode: str, micro_batch_size: int, sample_batch_size: int) -> float:
+        """Peak bytes of an iteration."""
+        states, sampling = self.states(engine), self.footprints[precision, False].sampling(sample_batch_size)
+        most = max(self.activations(mode, precision, micro_batch_size), sampling, states.step)
+        return states.together + self.trajectories + most
+
+    def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
+        """The largest micro-batch (a group at most) and sampling batch that fit, or None."""
+        usable = self.memory * (1 - RESERVE)
+
+        def largest(limit: int, micro: bool) -> int:
+            sizes = [limit, *sorted({max(1, limit // 2**k) for k in range(1, 20)}, reverse=True)]
+            need = [self.need(engine, precision, mode, *((n, 1) if micro else (1, n))) for n in sizes]
+            return next((n for n, bytes_ in zip(sizes, need, strict=True) if bytes_ <= usable), 0)
+
+        train = self.config.train
+        micro = largest(train.micro_batch_size or train.group_size, True)
+        sample = largest(self.config.sample.batch_size, False)
+        if not micro or not sample:
+            return None
+        return Choice(engine, precision, mode, micro, sample, self.need(engine, precision, mode, micro, sample))
+
+    def best(self, engine: str, precision: str) -> Choice | None:
+        """The fastest mode that the trainer has and that fits, or None."""
+        return next((choice for mode in _TRAINED if (choice := self.choose(engine, precision, mode))), None)
+
+
+def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Plan:
+    """Plan a configuration without its weights and without a GPU.
+
+    Args:
+        memory: bytes per GPU; device: cuda or cpu, whose autocast rules differ.
+
+    Raises:
+        ValueError: gpus < 1, a model or schedule that can't work, or nothing that fits (says what would).
+    """
+    import diffusers
+
+    if gpus < 1:
+        raise ValueError(f"--gpus is {gpus}; use at least 1")
+    _, unet, _, scheduler = read_configs(config.model.name, config.model.revision, weights=False)
+    sample, steps = config.sample, config.sample.num_inference_steps
+    sampler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    stop = build_diffusion(
+        sampler, sampler=sample.scheduler, num_inference_steps=steps, eta=sample.eta
+    ).stochastic_steps
+    schedule = build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop)
+    try:
+        footprints = measure_unet(unet, device=device)
+    # diffusers checks no types: a wrong value in a config can raise nearly anything
+    except Exception as error:
+        raise ValueError(
+            f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
+        ) from error
+    engine, bucket = _engine(config.engine.deepspeed)
+    calls = count_calls(config, schedule, stop)
+    result = Plan(config, gpus, memory, engine, bucket, calls, footprints)
+    if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
+        ways = {(e, p, m): result.need(e, p, m, 1, 1) for e in ENGINES for p in PRECISIONS for m in MODES}
+        least = min(ways, key=lambda way: ways[way])
+        need = ways[least] / (1 - RESERVE)
+        raise ValueError(
+            f"nothing fits into --memory {memory / 1e9:.3g} GB on {gpus} GPUs: the least is {need / 1e9:.3g} GB a GPU, "
+            f"with {', '.join(least)}, train.micro_batch_size=1 and sample.batch_size=1; use more --memory or more "
+            "--gpus, fewer samples an iteration, or a smaller model"
+        )
+    return result
+
+
+def _engine(path: str | None) -> tuple[str, int]:
+    """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
+    if path is None:
+        return "plain", BUCKET
+    zero = read_settings(path)["zero_optimization"]
+    stage = zero.get("stage", 0)
+    offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
+    engine = f"zero{stage}{offload}" if stage else "plain"
+    if engine not in ENGINES:
+        raise ValueError(f"engine.deepspeed is {path!r} with {engine}; the planner knows {', '.join(ENGINES)}")
+    return engine, int(zero.get("reduce_bucket_size", BUCKET))

@@ -1,0 +1,67 @@
+"""States: bytes of weights, gradients and optimizer per GPU, whole or sharded by ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+ENGINES = ("plain", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
+# DeepSpeed's default reduce_bucket_size, in elements
+BUCKET = 500_000_000
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes per GPU that stay all the time; `step` come and go within an optimizer step, `host` are offloaded."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    step: float
+    host: float = 0.0
+
+    @property
+    def together(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def model_states(
+    tensors: Sequence[int], *, engine: str, gpus: int, optimizer: str = "adamw", bucket: int = BUCKET, ema: bool = False
+) -> States:
+    """Bytes per GPU of fp32 weights with their average if there is one, their gradients and AdamW's state.
+
+    ZeRO keeps an fp32 copy of its part of the weights beside the optimizer and a bucket to reduce gradients in; stage 1
+    also keeps whole gradients until the step. ZeRO-3 gathers the whole UNet for a rollout and keeps it through a
+    backward, as long as it is under DeepSpeed's 10^9 live parameters.
+
+    Args:
+        tensors: elements of each parameter; engine: one of ENGINES, where plain is also ZeRO-0 and data parallel.
+        bucket: DeepSpeed's reduce_bucket_size, in elements.
+    """
+    whole = float(FP32 * sum(tensors))
+    if ema:
+        plain = model_states(tensors, engine=engine, gpus=gpus, optimizer=optimizer, bucket=bucket)
+        # each rank averages the part of the weights that it holds; offloaded ones on the host
+        if engine == "zero3_offload":
+            return replace(plain, host=plain.host + whole / gpus)
+        return replace(plain, parameters=plain.parameters + (whole / gpus if engine == "zero3" else whole))
+    moments = _moments(tensors, optimizer)
+    if engine == "plain":
+        # torch's AdamW on CUDA works on all tensors at once; several ranks send their gradients as one flat copy
+        return States(whole, whole, moments, 0.0 if optimizer != "adamw" and gpus == 1 else whole)
+    part, buffers = whole / gpus, float(FP32 * bucket)
+    gradients = buffers + (whole if engine.startswith("zero1") else 0.0)
+    if engine.endswith("offload"):
+        # the shards of gradients and optimizer live on the host, those of ZeRO-3's weights too
+        shards = 3 * part if engine.startswith("zero3") else 2 * part
+        return States(whole, gradients, 0.0, 0.0, host=shards + moments / gpus)
+    parameters = whole + part if engine == "zero3" else whole
+    return States(parameters, gradients + part, part + moments / gpus, part)
+
+
+def _moments(tensors: Sequence[int], optimizer: str) -> float:
+    if not optimizer.endswith("8bit"):
+        return 2.0 * FP32 * sum(tensors)
+    # bitsandbytes: two bytes and two fp32 scales per block of 256; tensors under 4096 elements stay in fp32
+    return sum(n * (2 + 2 * FP32 / 256) if n >= 4096 else 2.0 * FP32 * n for n in tensors)

@@ -1,0 +1,252 @@
+"""Every engine on two ranks against one process: gradients, weights after iterations, resume, over gloo on the CPU."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hrf_fast.run import read_log
+from tests.distributed.ranks import run_cases
+
+pytest.importorskip("deepspeed")
+CASES = "tests.distributed.cases"
+ENGINES = {
+    "plain": [],
+    **{name: [f"engine.deepspeed=configs/deepspeed/{name}.json"] for name in ("zero0", "zero1", "zero2", "zero3")},
+    "offload": ["engine.deepspeed=configs/deepspeed/zero3_offload.json"],
+}
+LOW = ("bf16", "fp16")
+# relative: sums over ranks in another order
+GRADIENT_TOLERANCE = 1e-6
+# of the largest change
+WEIGHT_TOLERANCE = 2e-5
+
+
+def words(model, **options):
+    """A run of 2 groups of 3 in one optimizer step an iteration, windows of any length, in 6 denoising steps."""
+    values = {
+        "model.name": model,
+        "sample.num_inference_steps": 6,
+        # the panel and the anchors in batches of one, whatever a rank's share
+        "sample.batch_size": 1,
+        "window.schedule": "random",
+        "reward.name": f"{CASES}:coarse",
+        "train.iterations": 3,
+        "train.groups_per_iteration": 2,
+        "train.groups_per_step": 2,
+        "train.group_size": 3,
+        # steps so large that their fp32 rounding is below the tolerance, and no division by tiny gradients
+        "train.learning_rate": 0.02,
+        "train.adam_eps": 0.01,
+        "evaluation.every": 0,
+        "evaluation.panel_size": 2,
+        "evaluation.grid_size": 2,
+        "evaluation.resamples": 100,
+        "run.progress": "quiet",
+        **options,
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def weights(run: Path, part: str = "model") -> torch.Tensor:
+    file = run / part if part.endswith("safetensors") else run / part / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def metrics(run: Path):
+    records = read_log(run / "metrics.jsonl")
+    for record in records:
+        del record["seconds"], record["peak_memory_bytes"]
+    return records
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tmp_path_factory):
+    """Everything below, in one launch of one rank and three of two: (results of the cases, folder of their runs)."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def run(name, *more, **options):
+        return ("run", [*words(tiny_model, **{"run.folder": folder / name, **options}), *more])
+
+    def step(*more):
+        return (
+            "gradient",
+            [
+                *words(tiny_model),
+                "train.groups_per_iteration=4",
+                "train.groups_per_step=4",
+                "train.max_grad_norm=0",
+                *more,
+            ],
+        )
+
+    checkpoint, ema, split = "train.activations=checkpoint", "train.ema_decay=0.5", "train.micro_batch_size=1"
+    one = {
+        "gradient": step(),
+        "gradient micro": step(split),
+        **{f"gradient {precision}": step(f"train.precision={precision}") for precision in LOW},
+        "weights": run("one", ema),
+        # the search draws rewards of small windows: one rank's groups must reach the other's
+        "weights dynamic": run("one-dynamic", "window.schedule=dynamic", "train.iterations=1"),
+    }
+    two = {f"gradient {name}": step(*engine) for name, engine in ENGINES.items()}
+    two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in ("plain", "zero2", "zero3")}
+    two |= {f"gradient {name} micro": step(*ENGINES[name], split) for name in ("plain", "zero0", "zero3")}
+    for precision, name in ((precision, name) for precision in LOW for name in ("zero0", "zero2")):
+        two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"train.precision={precision}")
+    two |= {f"weights {name}": run(name, *engine, ema) for name, engine in ENGINES.items()}
+    two["weights dynamic"] = run("dynamic", "window.schedule=dynamic", "train.iterations=1")
+    two["collectives"] = ("collectives",)
+    two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(ENGINES)[:5]}
+    # half of a run, then the rest of it, on the same engine
+    for name in ("plain", "zero2", "zero3"):
+        for iterations in (1, 3):
+            two[f"resume {name} {iterations}"] = run(
+                f"{name}-halves", *ENGINES[name], ema, f"train.iterations={iterations}"
+            )
+    # and on another number of ranks, or another engine
+    two["moved from"] = run("moved", *ENGINES["zero3"], ema, "train.iterations=1")
+    found = {f"one {name}": result for name, result in run_cases(CASES, one, ranks=1).items()}
+    found |= run_cases(CASES, two)
+    shutil.copytree(folder / "moved", folder / "moved-to-zero1")
+    found |= run_cases(CASES, {"moved to one": run("moved", ema)}, ranks=1)
+    found |= run_cases(CASES, {"moved to zero1": run("moved-to-zero1", *ENGINES["zero1"], ema)})
+    return found, folder
+
+
+def test_every_run_ends_well(results):
+    found, _ = results
+    failed = {
+        name: result for name, result in found.items() if name.startswith(("weights", "resume", "moved", "one w"))
+    }
+    assert {name: result for name, result in failed.items() if result != 0} == {}
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", [*ENGINES, "plain checkpoint", "zero2 checkpoint", "zero3 checkpoint"])
+def test_two_ranks_have_the_gradient_of_one_process_over_windows_of_different_lengths(results, name):
+    found, _ = results
+    whole, norm = found["one gradient"]
+    gradient, found_norm = found[f"gradient {name}"]
+    assert relative(gradient, whole) < GRADIENT_TOLERANCE
+    assert found_norm == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("name", ["zero0", "zero2"])
+def test_two_ranks_have_the_gradient_of_one_process_in_low_precision(results, name, precision):
+    found, _ = results
+    whole, norm = found[f"one gradient {precision}"]
+    gradient, found_norm = found[f"gradient {name} {precision}"]
+    # a rank's loss, the mean over fewer groups, is larger than one process's: other gradients underflow in fp16
+    tolerance = {"bf16": GRADIENT_TOLERANCE, "fp16": 1e-3}[precision]
+    assert relative(gradient, whole) < tolerance
+    assert found_norm == pytest.approx(norm, rel=tolerance)
+
+
+def test_micro_batches_of_one_have_the_gradient_of_a_whole_group(results):
+    found, _ = results
+    # the rollouts are split alike, so the data differ by the rounding of batched convolutions
+    assert relative(found["one gradient micro"][0], found["one gradient"][0]) < 1e-4
+    for name in ("plain", "zero0"):
+        assert relative(found[f"gradient {name} micro"][0], found["one gradient micro"][0]) < GRADIENT_TOLERANCE
+    # stage 3 gathers weights to other addresses, where a batch of one takes another convolution than in the rollout
+    assert relative(found["gradient zero3 micro"][0], found["one gradient micro"][0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_ranks_have_the_weights_of_one_process_after_three_iterations(results, tiny_model, name):
+    _, folder = results
+    start = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    start = torch.cat([start[key].flatten() for key in sorted(start)])
+    newest = "checkpoints/iteration-000003"
+    for part in (f"{newest}/model", f"{newest}/ema.safetensors", "model"):
+        whole = weights(folder / "one", part)
+        assert (whole - start).abs().max() > 0.01
+        error = (weights(folder / name, part) - whole).abs().max() / (whole - start).abs().max()
+        assert float(error) < WEIGHT_TOLERANCE, part
+
+
+def test_the_final_model_is_the_averaged_one_and_differs_from_the_trained_one(results):
+    _, folder = results
+    newest = "checkpoints/iteration-000003"
+    for name in ("one", "plain", "zero3"):
+        assert torch.equal(weights(folder / name), weights(folder / name, f"{newest}/ema.safetensors"))
+        assert not torch.equal(weights(folder / name), weights(folder / name, f"{newest}/model"))
+
+
+@pytest.mark.parametrize("name", [*ENGINES, "dynamic"])
+def test_metrics_are_those_of_the_whole_iteration(results, name):
+    _, folder = results
+    one = metrics(folder / ("one-dynamic" if name == "dynamic" else "one"))
+    for ours, theirs in zip(metrics(folder / name), one, strict=True):
+        # the starts are drawn or searched equally, and differ between groups and iterations
+        assert ours.pop("window_starts") == theirs.pop("window_starts")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    if name != "dynamic":
+        assert len({tuple(record["window_starts"]) for record in metrics(folder / name)}) == 3
+    panels = [
+        read_log(folder / run / "evaluations.jsonl") for run in (name, "one-dynamic" if name == "dynamic" else "one")
+    ]
+    assert [record["rewards"] for record in panels[0]] == [record["rewards"] for record in panels[1]]
+
+
+@pytest.mark.parametrize("name", ["plain", "zero2", "zero3"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, name):
+    _, folder = results
+    for part in ("model", "checkpoints/iteration-000003/model", "checkpoints/iteration-000003/optimizer.safetensors"):
+        assert torch.equal(weights(folder / name, part), weights(folder / f"{name}-halves", part)), part
+    assert metrics(folder / name) == metrics(folder / f"{name}-halves")
+
+
+@pytest.mark.parametrize("name", ["moved", "moved-to-zero1"])
+def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(results, name):
+    _, folder = results
+    for ours, theirs in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
+        assert ours.pop("window_starts") == theirs.pop("window_starts")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    step = load_file(folder / name / "checkpoints" / "iteration-000003" / "optimizer.safetensors")["0.step"]
+    # one optimizer step in each of 3 iterations
+    assert float(step) == 3.0
+
+
+def test_a_checkpoint_of_a_sharded_run_holds_no_pickle_and_whole_tensors(results):
+    _, folder = results
+    checkpoint = folder / "zero3" / "checkpoints" / "iteration-000003"
+    assert {path.suffix for path in checkpoint.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert json.loads((checkpoint / "manifest.json").read_text())
+    ours, theirs = (
+        load_file(folder / name / "checkpoints" / "iteration-000003" / "optimizer.safetensors")
+        for name in ("zero3", "one")
+    )
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+@pytest.mark.parametrize("name", list(ENGINES)[:5])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_names_the_groups(results, name):
+    found, _ = results
+    made, skipped, kept, steps, finite, notes, error = found[f"not finite {name}"]
+    assert (made, skipped, kept, steps, finite) == (0, 1, True, 1, True)
+    assert notes[0].startswith("iteration 7, groups 0 to 3: optimizer step skipped: the gradient norm is")
+    assert error.startswith("iteration 7, groups 0 to 3: the gradient norm is")
+
+
+def test_collectives(results):
+    found, _ = results
+    assert found["collectives"] == [
+        [0, 1],
+        [0, 1],
+        "from 0",
+        [[0.5, 0.5], [[5.0]]],
+        0,
+        [("a", 5.0)],
+        "rank 1: only here",
+        "list index out of range",
+    ]

@@ -1,0 +1,180 @@
+"""Jobs of two ranks through the real script: launchers, a rank that dies, Ctrl-C, and what is refused."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hrf_fast.checkpoint import list_checkpoints
+from hrf_fast.run import read_log
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**variables):
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**clean, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}", **variables}
+
+
+def start(words, ranks=2):
+    """The ranks as torchrun starts them."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes, timeout=120):
+    """(exit code, output, errors) of each."""
+    try:
+        found = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def wait_for_lines(path: Path, count: int, processes=()):
+    for _ in range(1800):
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError(f"{path} never had {count} lines")
+
+
+@pytest.fixture
+def long_run(tiny_run):
+    return [*tiny_run, "train.groups_per_step=2", "train.iterations=2000", "evaluation.every=0", "run.save_every=0"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_job_with_a_message_that_names_it(long_run, tmp_path, victim):
+    processes = start(long_run)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, processes)
+    processes[victim].kill()
+    died = time.monotonic()
+    code, _, errors = finish(processes, timeout=60)[1 - victim]
+    assert time.monotonic() - died < 60
+    assert code == 1
+    assert re.search(rf"error: rank {victim} \(process {processes[victim].pid} on .*\) has died", errors)
+
+
+def test_ctrl_c_on_all_ranks_saves_once_and_exits_130(long_run, tmp_path):
+    processes = start(long_run)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, processes)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    # the launcher's SIGTERM follows at once
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for code, _, errors in finish(processes):
+        assert code == 130, errors
+    done = len(read_log(tmp_path / "run" / "metrics.jsonl"))
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"iteration-{done:06d}"]
+    # one rank alone goes on from there
+    more = [*long_run, f"train.iterations={done + 1}"]
+    assert finish(start(more, ranks=1))[0][0] == 0
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == done + 1
+
+
+def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
+    (first, _, errors), (second, _, others) = finish(start([*tiny_run, "train.groups_per_step=1"]))
+    assert first == second == 1
+    assert "train.groups_per_step is 1, which 2 ranks can't share evenly" in errors
+    # the main rank speaks for all
+    assert "groups_per_step" not in others
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path, monkeypatch):
+    # the panel of 6 and an iteration are fine; then the second rank's fails
+    (tmp_path / "failing.py").write_text(
+        "import os\ncalls = 0\ndef score(images, prompts=None):\n    global calls\n    calls += 1\n"
+        "    if os.environ['RANK'] == '1' and calls > 1:\n        raise KeyError('no model')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    words = [
+        *tiny_run,
+        "train.groups_per_step=2",
+        "reward.name=failing:score",
+        "evaluation.every=0",
+        "run.save_every=0",
+    ]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    (first, _, errors), (second, _, _) = finish(start(words))
+    assert first == second == 1
+    assert "error: rank 1: reward 'failing:score' failed with KeyError" in errors
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
+
+
+def launch(command, timeout=300):
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_deepspeed_command_of_the_readme_runs(tmp_path):
+    pytest.importorskip("deepspeed")
+    command = "deepspeed --num_accelerators 2 hrf_fast/train.py --config configs/smoke_cpu.yaml"
+    assert command in (ROOT / "README.md").read_text()
+    words = [f"run.folder={tmp_path / 'run'}", "engine.deepspeed=configs/deepspeed/zero2.json"]
+    program, *rest = command.split()
+    # a port of our own; the rest as a reader types it
+    launch([program, "--master_port", str(free_port()), *rest, *words])
+    # the exit code alone says little: this launcher returns 0 when its own process was killed
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.parametrize("program", ["torchrun", "accelerate"])
+def test_other_launchers_run_the_same_script(tiny_run, tmp_path, program):
+    port = str(free_port())
+    if program == "torchrun":
+        command = ["torchrun", "--nproc_per_node", "2", "--master_port", port]
+    else:
+        pytest.importorskip("accelerate")
+        command = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    words = [*tiny_run, "train.groups_per_step=2", "evaluation.every=0", "train.iterations=1"]
+    launch([*command, "hrf_fast/train.py", *words])
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_hostfile_of_the_readme_is_two_nodes_of_eight(tmp_path):
+    pytest.importorskip("deepspeed")
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    block = re.search(r"```\n((?:\S+ slots=\d+\n)+)```", (ROOT / "README.md").read_text())
+    (tmp_path / "hostfile").write_text(block.group(1))
+    assert list(fetch_hostfile(str(tmp_path / "hostfile")).values()) == [8, 8]

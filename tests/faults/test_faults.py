@@ -1,0 +1,55 @@
+"""What happens to a run from outside: SIGKILL at any moment, and a full disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hrf_fast.checkpoint import list_checkpoints
+from hrf_fast.train import main
+from tests.faults.soak import compare
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_runs_killed_at_random_moments_equal_the_unbroken_one():
+    # a process of its own: it forks, which a process that has computed must not
+    command = [sys.executable, "-m", "tests.faults.soak", "--kills", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("4 kills (rollout 1, update 1, write 1, anywhere 1, half checkpoints ")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB that can grow: `resize("8m")`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", *options, "tmpfs", str(folder)], capture_output=True)
+
+    if mount("size=1m").returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder, lambda size: mount(f"remount,size={size}")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_the_checkpoint_before_goes_on(tiny_run, tmp_path, small_disk, capsys):
+    disk, resize = small_disk
+    words = [word for word in tiny_run if not word.startswith("run.folder=")]
+    words += ["train.iterations=12", "evaluation.every=0", "run.keep_checkpoints=99"]
+    assert main([*words, f"run.folder={disk / 'run'}"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and str(disk / "run") in error
+    kept = list_checkpoints(disk / "run" / "checkpoints")
+    assert kept and not (disk / "run" / "model").exists()
+    assert json.loads((kept[0] / "state.json").read_text())["iteration"] == len(kept)
+    # with room again, the same command ends as if nothing had happened
+    assert resize("64m").returncode == 0
+    assert main([*words, f"run.folder={disk / 'run'}"]) == 0
+    assert "is skipped" not in capsys.readouterr().out
+    assert main([*words, f"run.folder={tmp_path / 'whole'}"]) == 0
+    compare(tmp_path / "whole", disk / "run")

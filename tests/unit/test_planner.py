@@ -1,0 +1,229 @@
+"""The planner: its arithmetic by hand, its counts against a run's, what it refuses, its bytes against measured ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+
+from hrf_fast import planner
+from hrf_fast.cli import main
+from hrf_fast.config import load_config
+from hrf_fast.footprint import Footprint, Line, measure_unet
+from hrf_fast.plan_table import parse_memory
+from hrf_fast.planner import Plan, count_calls, plan
+from hrf_fast.run import read_log
+from hrf_fast.states import ENGINES, model_states
+from hrf_fast.train import main as train_main
+from hrf_fast.windows import build_schedule
+from tests.conftest import make_scheduler
+
+ROOT = Path(__file__).parents[2]
+# what the issue asks of the planner against measured memory
+STATES_TOLERANCE, PEAK_TOLERANCE = 0.10, 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("80GB", 80 * 10**9), ("24GiB", 24 * 2**30), ("1.5 tb", 1.5e12), ("512mib", 2**29), ("7KB", 7000)],
+)
+def test_amounts_of_memory(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["80", "80 bananas", "GB", "-1GB", "0GB", "", "8O GB"])
+def test_amounts_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="--memory is .*; use a number above 0 with a unit of .*such as 80GB"):
+        parse_memory(text)
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch):
+    """A UNet is measured once in this file: it takes seconds."""
+
+    def measure(config, *, device):
+        key = json.dumps([config, device], sort_keys=True)
+        if key not in _MEASURED:
+            _MEASURED[key] = measure_unet(config, device=device)
+        return _MEASURED[key]
+
+    monkeypatch.setattr(planner, "measure_unet", measure)
+
+
+_MEASURED = {}
+
+
+def states(engine, **options):
+    found = model_states((6000, 4000, 90), engine=engine, gpus=4, bucket=100, **options)
+    return found.parameters, found.gradients, found.optimizer, found.host
+
+
+def test_states_by_hand():
+    # 10 090 weights: 40 360 bytes; a quarter of them 10 090; two moments 80 720, a quarter 20 180; the bucket 400
+    assert states("plain") == (40360, 40360, 80720, 0)
+    # the optimizer's part comes with an fp32 copy of its weights: 10 090 + 20 180; stage 1 keeps whole gradients
+    assert states("zero1") == (40360, 40360 + 10090 + 400, 30270, 0)
+    assert states("zero2") == (40360, 10090 + 400, 30270, 0)
+    # stage 3: its part of the weights, and all of them gathered
+    assert states("zero3") == (40360 + 10090, 10090 + 400, 30270, 0)
+    assert states("zero2_offload") == (40360, 400, 0, 2 * 10090 + 20180)
+    assert states("zero3_offload") == (40360, 400, 0, 3 * 10090 + 20180)
+    # 8 bits: 2 bytes and 8/256 of scales for the one tensor of 4096 elements or more, 8 bytes for the rest
+    assert states("plain", optimizer="adamw_8bit")[2] == 6000 * 2.03125 + 4090 * 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A UNet of 15.6 M parameters, random."""
+    folder = tmp_path_factory.mktemp("models") / "middle"
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        layers_per_block=1,
+        block_out_channels=(96, 192, 288),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+    )
+    DDPMPipeline(unet, make_scheduler("DDPMScheduler")).save_pretrained(folder)
+    return folder
+
+
+def make_plan(memory, *words, gpus=1):
+    """A plan of a UNet with round numbers: 1000 weights, 10 bytes an image sampled, 100 kept, 120 to update."""
+    whole = Footprint(Line(5, 10), Line(1, 100), Line(1, 120), (1000,), 4)
+    saving = Footprint(Line(5, 10), Line(1, 20), Line(1, 40), (1000,), 4)
+    footprints = {(precision, saves): saving if saves else whole for precision in ("fp32", "bf16") for saves in (0, 1)}
+    config = load_config(
+        ["train.groups_per_iteration=2", "train.group_size=8", "sample.batch_size=64", "sample.num_inference_steps=4"]
+        + ["window.schedule=full", *words]
+    )
+    calls = count_calls(config, build_schedule("full", {}, num_inference_steps=4, stop=3), 3)
+    return Plan(config, gpus, memory, "plain", 0, calls, footprints)
+
+
+def test_what_each_mode_holds_by_hand():
+    made = make_plan(10**9, "train.steps_per_forward=2")
+    # keep: 8 images x 3 steps x 100, a fixed byte per step and call, and the update's 20 an image on top
+    assert made.activations("keep", "fp32", 8) == 8 * 3 * 100 + 3 + 8 * 20
+    assert made.activations("keep", "fp32", 4) == 8 * 3 * 100 + 2 * 3 + 4 * 20
+    # replay: one call of 8 images x 2 steps; checkpoint: the same with the smaller footprint
+    assert made.activations("replay", "fp32", 8) == 1 + 16 * 120
+    assert made.activations("checkpoint", "fp32", 8) == 1 + 16 * 40
+    # 16 samples x (3 + 1 latents and an image) x 4 bytes
+    assert made.trajectories == 16 * 5 * 4
+    # peers of a batch are all groups
+    assert make_plan(10**9, "train.advantages=batch").kept_samples == 16
+    assert make_plan(10**9, "train.advantages=batch", gpus=2).kept_samples == 8
+
+
+def test_the_fastest_mode_that_fits_and_its_largest_batches_are_chosen():
+    # 16 000 bytes of states and 320 of trajectories; the optimizer's own step needs 4000 more, as do 64 images sampled
+    def chosen(memory):
+        choice = make_plan(memory / 0.9).best("plain", "fp32")
+        return choice and (choice.mode, choice.micro_batch_size, choice.sample_batch_size)
+
+    assert chosen(20400) == ("replay", 8, 64)
+    # the step of AdamW is the floor
+    assert chosen(20300) is None
+
+
+def test_a_smaller_micro_batch_is_found_when_the_whole_group_does_not_fit():
+    # states 16 000; trajectories 2 x 64 x 5 x 4 = 2560; 64 images x 8 steps x 120 = 61 440 is too much, and so are 32
+    # and 16 with 15 360, but 8 take 1 + 7680
+    made = make_plan((18560 + 7681) / 0.9 + 1, "train.steps_per_forward=8", "train.group_size=64")
+    choice = made.choose("plain", "fp32", "replay")
+    assert choice and choice.micro_batch_size == 8 and choice.bytes == 18560 + 7681
+    assert made.choose("plain", "fp32", "keep") is None
+
+
+@pytest.mark.parametrize("schedule", ["full", "clusters", "random", "sliding"])
+def test_planned_unet_calls_equal_those_of_a_run(tiny_run, tmp_path, schedule):
+    words = [*tiny_run, f"window.schedule={schedule}", "evaluation.every=0", "train.inner_epochs=2"]
+    assert train_main(words) == 0
+    made = plan(load_config(words), gpus=1, memory=10**9)
+    record = read_log(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert 2 * made.calls.forwards("replay", 2) == record["forwards"]
+    assert 2 * made.calls.update * 2 == record["backwards"]
+    assert 2 * made.calls.evaluations("replay", 2) == record["evaluations"]
+
+
+def test_the_search_of_hrf_d_is_counted_and_its_windows_are_a_bound(tiny_run):
+    made = plan(load_config([*tiny_run, "window.schedule=dynamic"]), gpus=1, memory=10**9)
+    # candidates 0, 2, 4 of 6 steps: (6 + 4 + 2) steps x 3 samples x 2 groups; windows of 5 steps at most
+    assert made.calls.search == 72 and made.calls.longest_window == 5
+    assert made.calls.forwards("keep", 1) == made.calls.forwards("replay", 1) - made.calls.update
+
+
+def test_bytes_are_linear_in_the_images_and_less_with_checkpointing(model):
+    config = json.loads((model / "unet" / "config.json").read_text())
+    found = measure_unet(config, device="cuda")
+    plain, saving, half = found["fp32", False], found["fp32", True], found["bf16", False]
+    assert plain.parameters == 15_634_563 and plain.image_bytes == 3 * 32 * 32 * 4
+    assert plain.kept(4) == pytest.approx(4 * plain.kept(1), rel=1e-3)
+    assert saving.kept(4) < 0.5 * plain.kept(4) and plain.sampling(4) < 0.5 * plain.kept(4)
+    # autocast casts the weights of each call and, on CUDA, normalises in fp32
+    assert half.kept.fixed > 1.5 * plain.parameters
+    assert half.kept.per_image > measure_unet(config, device="cpu")["bf16", False].kept.per_image
+
+
+def test_the_command_prints_the_tables(tiny_run, capsys, tmp_path):
+    zero = tmp_path / "zero.json"
+    zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000}}')
+    assert main(["plan", "--gpus", "8", "--memory", "80GB", *tiny_run, f"engine.deepspeed={zero}"]) == 0
+    out = capsys.readouterr().out
+    assert "8 x 80 GB, 10% of it left" in out and "this configuration (ZeRO-2, fp32, micro-batch 3" in out
+    assert "it fits\nfastest that fits: ZeRO-2, train.precision=fp32, activations replay" in out
+    assert out.count("ZeRO-3, offload") == 2 and "cost in forwards" in out
+
+
+def test_what_can_t_be_planned_is_refused(tiny_run, tmp_path):
+    config = load_config(tiny_run)
+    with pytest.raises(ValueError, match="--gpus is 0; use at least 1"):
+        plan(config, gpus=0, memory=10**9)
+    with pytest.raises(
+        ValueError, match=r"nothing fits into --memory 1e-05 GB on 2 GPUs: the least is .* with plain, "
+    ):
+        plan(config, gpus=2, memory=10**4)
+    for text, message in (("{", "is no JSON file"), ('{"zero_optimization": {"stage": 9}}', "with zero9; the planner")):
+        (tmp_path / "zero.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plan(load_config([*tiny_run, f"engine.deepspeed={tmp_path / 'zero.json'}"]), gpus=1, memory=10**9)
+
+
+def test_only_the_configs_of_a_model_are_read(tiny_run, tiny_model, tmp_path):
+    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+        (tmp_path / "m" / part).parent.mkdir(parents=True)
+        (tmp_path / "m" / part).write_bytes((tiny_model / part).read_bytes())
+    words = [*tiny_run, f"model.name={tmp_path / 'm'}"]
+    assert plan(load_config(words), gpus=1, memory=10**9).best("plain", "fp32")
+    config = json.loads((tmp_path / "m" / "unet" / "config.json").read_text())
+    (tmp_path / "m" / "unet" / "config.json").write_text(json.dumps(config | {"norm_num_groups": 5}))
+    with pytest.raises(ValueError, match="model.name is .*, whose UNet config does not run"):
+        plan(load_config(words), gpus=1, memory=10**9)
+
+
+def test_every_engine_has_states():
+    assert all(states(engine)[0] >= 40360 for engine in ENGINES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["keep", "replay", "checkpoint"])
+def test_planned_bytes_against_the_memory_of_a_process(tiny_model, model, mode, precision):
+    words = ["sample.num_inference_steps=4", "train.groups_per_iteration=1", "train.group_size=8"]
+    words += ["window.schedule=full", "sample.batch_size=8", f"train.precision={precision}"]
+    # freed tensors go back to the system at once, so that the resident set is what is alive
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "tests.memory.peak", mode, str(tiny_model), str(model), *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    measured = json.loads(result.stdout.splitlines()[-1])
+    made = plan(load_config([f"model.name={model}", *words]), gpus=1, memory=10**10, device="cpu")
+    # bf16 on a CPU keeps weights in the layout of its convolutions too, some 8 % of the states
+    assert made.states("plain").together == pytest.approx(measured["states"], rel=STATES_TOLERANCE)
+    assert made.need("plain", precision, mode, 8, 8) == pytest.approx(measured["peak"], rel=PEAK_TOLERANCE)
