@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
+INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py on_policy.py noise.py parity.py)
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
 .PHONY: demo demo-fashion test test-all soak lint install install-gpu clean
@@ -20,9 +22,11 @@ demo-fashion: $(VENV)/.base
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" --durations=5 $(INTERPRETED)
 
 test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q --cov
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
 
 # kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"
 soak: $(VENV)/.test
