@@ -152,13 +152,14 @@ def clipped_surrogate(
     outputs = {"model_output": model_output, "unconditional_output": unconditional_output}
     _check(latents, coef, fixed, reference_output=reference_output, **outputs)
     numbers, tensors = _clips(latents, clip_range, advantage_clip, window_scale)
-    wants_gradient = torch.is_grad_enabled() and any(
-        output is not None and output.requires_grad for output in outputs.values()
-    )
+    given = [output for output in outputs.values() if output is not None]
+    wants_gradient = torch.is_grad_enabled() and any(output.requires_grad for output in given)
+    # made in the forward pass a gradient has no loss scale yet, without which fp16 rounds it to zero
+    in_forward = wants_gradient and all(output.dtype != torch.float16 for output in given)
     results = ops.surrogate(
         model_output, unconditional_output, reference_output, latents, next_latents, _tensors(coef),
         coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
-        tensors, loss_weight, kl_weight, wants_gradient, True, choose_backend(backend, latents.device)[0],
+        tensors, loss_weight, kl_weight, in_forward, True, choose_backend(backend, latents.device)[0],
     )  # fmt: skip
     loss, *statistics = results[: len(Surrogate._fields)]
     return Surrogate(loss, *(value.detach() for value in statistics))
