@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hrf_kernels import analytic, clipped_surrogate, gaussian_log_prob, gaussian_step, reference
+from hrf_kernels import StepCoefficients, analytic, clipped_surrogate, gaussian_log_prob, gaussian_step, reference
 from tests.kernels.cases import (
     DTYPES,
     ONE,
@@ -112,3 +112,18 @@ def test_a_mean_without_latents_for_some_samples_only():
     rest["coef"] = coef_with(rest["coef"], mean_latents=mean_latents)
     inputs = Inputs(outputs, rest)
     assert_within_tolerance(differentiate(clipped_surrogate, inputs, backend="eager"), exact(inputs))
+
+
+def test_a_loss_scale_saves_fp16_gradients_that_would_round_to_zero():
+    # 1e-4·z/(768·0.5) is about 3e-7, a few subnormals of fp16; times 65536 it keeps its 11 bits
+    generator = torch.Generator().manual_seed(0)
+    output, latents, following = (torch.randn(4, 3, 16, 16, generator=generator) for _ in range(3))
+    coef = StepCoefficients(*(torch.tensor(value) for value in (1.3, -0.8, 0.7, 0.2, 0.3, 0.5)))
+    old = reference.gaussian_log_prob(output.half(), latents, following, coef)
+    advantages = torch.tensor([1e-4, -1e-4, 5e-5, -5e-5])
+    gradients = []
+    for function, dtype in ((clipped_surrogate, torch.float16), (reference.clipped_surrogate, torch.float64)):
+        leaf = output.half().to(dtype).requires_grad_()
+        (function(leaf, latents, following, coef, old, advantages, 0.1).loss.sum() * 65536).backward()
+        gradients.append(leaf.grad.double())
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-3
