@@ -50,7 +50,7 @@ def start(words, ranks=2):
     ]
 
 
-def finish(processes, timeout=120):
+def finish(processes, timeout=400):
     """(exit code, output, errors) of each."""
     try:
         found = [process.communicate(timeout=timeout) for process in processes]
@@ -136,7 +136,7 @@ def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, 
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
 
 
-def launch(command, timeout=300):
+def launch(command, timeout=400):
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
