@@ -144,9 +144,10 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._note_interrupt)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # a stopped rank may be on its way out when the launcher's SIGTERM comes: it still ends with 130
+            signal.signal(number, signal.SIG_IGN if kind is KeyboardInterrupt else handler)
         self.progress.close()
         for writer in self.writers:
             writer.close()
