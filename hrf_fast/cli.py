@@ -153,6 +153,21 @@ def rewards(arguments: argparse.Namespace) -> None:
     print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure: kernels, training against the loop as published, or memory over windows and steps."""
+    import importlib
+
+    root = Path(__file__).parents[1]
+    # the benchmarks are part of the repository and not of the package
+    if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
+        raise ValueError(
+            f"there is no benchmarks/bench_{arguments.what}.py beside {root / 'hrf_fast'}; clone the repository and "
+            f"install it with pip install -e ., or run python benchmarks/bench_{arguments.what}.py in the clone"
+        )
+    sys.path.insert(0, str(root))
+    importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)
+
+
 def doctor(arguments: argparse.Namespace) -> None:
     """Say what works on this machine and what does not, and why."""
     from hrf_fast.doctor import examine
@@ -188,6 +203,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", help="run folders; several are compared")
     command.add_argument("--out", help="HTML file; by default report.html in the first run")
     add(rewards)
+    command = add(bench)
+    command.add_argument("what", choices=("kernels", "training", "memory"))
+    command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     add(doctor)
     return parser
 
