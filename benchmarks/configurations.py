@@ -74,10 +74,10 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
     collect = {"train.order": "collect", "train.activations": "replay"}
     keep = {"train.order": "on_policy", "train.activations": "keep"}
     # all groups of an iteration make one optimizer step, so that they can share UNet calls
-    together = keep | {"train.groups_per_step": groups, "train.max_batch": 0}
+    together = keep | {"train.groups_per_step": groups, "train.max_batch": groups * group_size}
     bf16 = {"train.precision": "bf16", "train.channels_last": True}
     exact = {"window.kwargs.search": "exact"} if method == "hrf_d" else {}
-    batched = {"train.max_batch": 0, "train.steps_per_forward": 8}
+    batched = {"train.max_batch": groups * group_size, "train.steps_per_forward": 8}
     table = [
         Row("collect, one group and step a call", collect | exact | {"train.max_batch": group_size}, equal=True),
         Row(
@@ -86,7 +86,7 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
             equal=True,
         ),
         Row("collect, groups and 8 steps a call", collect | exact | batched, equal=True),
-        Row("on_policy, keep", keep | exact | {"train.max_batch": 0}),
+        Row("on_policy, keep", keep | exact | {"train.max_batch": group_size}),
     ]
     if method != "hrf_d":
         return [

@@ -152,13 +152,13 @@ def test_what_the_memory_points_say_by_hand():
 @pytest.mark.parametrize(
     ("bench", "argv", "message"),
     [
-        (bench_training, ["--models", "fashon"], "--models has 'fashon', did you mean 'fashion'"),
+        (bench_training, ["--models", "fashon"], "--models has 'fashon' (did you mean 'fashion'"),
         (bench_training, ["--methods", "ppo"], "--methods has 'ppo'"),
         (bench_training, ["--rounds", "0"], "--rounds is 0; use at least 1"),
         (bench_training, ["--group-size", "1"], "--group-size is 1; use at least 2"),
         (bench_training, ["--threads", "0"], "--threads is 0; use at least 1"),
         (bench_training, ["--device", "tpu"], "run.device is 'tpu'"),
-        (bench_memory, ["--modes", "kep"], "--modes has 'kep', did you mean 'keep'"),
+        (bench_memory, ["--modes", "kep"], "--modes has 'kep' (did you mean 'keep'"),
         (bench_memory, ["--steps", "10", "--lengths", "10"], "at T 10 use 1 to 9"),
         (bench_memory, ["--sweep", "4"], "use at least 5"),
     ],
