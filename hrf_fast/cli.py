@@ -158,16 +158,16 @@ def rewards(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Compare the kernels' correctness, memory traffic and speed with other ways to compute the same."""
+    """Measure: kernels, training against the loop as published, or memory over windows and steps."""
     root = Path(__file__).parents[1]
     # the benchmarks are part of the repository and not of the package
-    if not (root / "benchmarks" / "bench_kernels.py").is_file():
+    if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
         raise ValueError(
-            f"there is no benchmarks folder beside {root / 'hrf_fast'}; clone the repository and install it with "
-            "pip install -e ., or run python benchmarks/bench_kernels.py in the clone"
+            f"there is no benchmarks/bench_{arguments.what}.py beside {root / 'hrf_fast'}; clone the repository and "
+            f"install it with pip install -e ., or run python benchmarks/bench_{arguments.what}.py in the clone"
         )
     sys.path.insert(0, str(root))
-    importlib.import_module("benchmarks.bench_kernels").main(arguments.words)
+    importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -222,8 +222,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", help="section.field=value")
     add(rewards)
     command = add(bench)
-    command.add_argument("what", choices=("kernels",))
-    command.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="hrf bench kernels --help lists them")
+    command.add_argument("what", choices=("kernels", "training", "memory"))
+    command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     add(doctor)
     return parser
 

@@ -1,0 +1,129 @@
+"""Configurations of hrf_fast to time against the literal loop, as tables of options.
+
+A version that lacks an option runs the rows that ask for what it does anyway, and says of the others why not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hrf_fast.options import Config
+from hrf_fast.windows import SCHEDULES
+
+METHODS = {"ddpo": "full", "hrf": "clusters", "hrf_d": "dynamic"}
+# what a version without the option does
+_WITHOUT_OPTION = {
+    "train.order": "collect",
+    "train.activations": "replay",
+    "train.channels_last": False,
+    "train.compile": "none",
+    "window.kwargs.search": "exact",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration."""
+
+    name: str
+    options: dict[str, Any]
+    equal: bool = False
+    """It must have the literal loop's weights after a few iterations."""
+    kind: str = "ours"
+    """ours, or literal for benchmarks/literal.py."""
+
+
+LITERAL = Row("literal loop", {}, kind="literal")
+
+
+def base_words(
+    model: str, *, steps: int, groups: int, group_size: int, device: Any, seed: int, schedule: str
+) -> list[str]:
+    """What all rows share: nothing is evaluated, saved or printed on the way.
+
+    Args:
+        model: model.name; steps: T; groups: per iteration; schedule: window.schedule.
+    """
+    return [
+        f"model.name={model}",
+        f"sample.num_inference_steps={steps}",
+        f"window.schedule={schedule}",
+        "reward.name=jpeg_compressibility",
+        # never reached: a worker is stopped when it has been measured
+        "train.iterations=1000000",
+        f"train.groups_per_iteration={groups}",
+        f"train.group_size={group_size}",
+        "evaluation.every=0",
+        "evaluation.panel_size=2",
+        "evaluation.scorer=none",
+        "run.save_every=0",
+        "run.progress=quiet",
+        f"run.device={device}",
+        f"run.seed={seed}",
+    ]
+
+
+def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
+    """The table for one method.
+
+    Args:
+        groups: per iteration; group_size: samples in each.
+    """
+    collect = {"train.order": "collect", "train.activations": "replay"}
+    keep = {"train.order": "on_policy", "train.activations": "keep"}
+    # all groups of an iteration make one optimizer step, so that they can share UNet calls
+    together = keep | {"train.groups_per_step": groups, "train.max_batch": groups * group_size}
+    bf16 = {"train.precision": "bf16", "train.channels_last": True}
+    exact = {"window.kwargs.search": "exact"} if method == "hrf_d" else {}
+    batched = {"train.max_batch": groups * group_size, "train.steps_per_forward": 8}
+    table = [
+        Row("collect, one group and step a call", collect | exact | {"train.max_batch": group_size}, equal=True),
+        Row(
+            "collect, 8 steps a call",
+            collect | exact | {"train.max_batch": group_size, "train.steps_per_forward": 8},
+            equal=True,
+        ),
+        Row("collect, groups and 8 steps a call", collect | exact | batched, equal=True),
+        Row("on_policy, keep", keep | exact | {"train.max_batch": group_size}),
+    ]
+    if method != "hrf_d":
+        return [
+            *table,
+            Row("on_policy, keep, one step", together),
+            Row("on_policy, keep, one step, bf16", together | bf16),
+            Row("on_policy, keep, one step, bf16, compile unet", together | bf16 | {"train.compile": "unet"}),
+            Row("on_policy, keep, one step, bf16, compile blocks", together | bf16 | {"train.compile": "blocks"}),
+        ]
+    for search in ("x0", "bandit"):
+        cheap = together | {"window.kwargs.search": search}
+        table += [
+            Row(f"{search}: on_policy, keep, one step", cheap),
+            Row(f"{search}: on_policy, keep, one step, bf16", cheap | bf16),
+            Row(f"{search}: on_policy, keep, one step, bf16, compile unet", cheap | bf16 | {"train.compile": "unet"}),
+        ]
+    return table
+
+
+def words(row: Row, *, group_size: int) -> list[str]:
+    """A row's options as `hrf train` takes them.
+
+    Raises:
+        ValueError: this version has no such option, and does not do what the row asks without it.
+    """
+    without = _WITHOUT_OPTION | {"train.max_batch": group_size}
+    kept = []
+    for option, value in row.options.items():
+        if _exists(option):
+            kept.append(f"{option}={value}")
+        elif value != without.get(option):
+            raise ValueError(f"there is no option {option} yet, to be {value}")
+    return kept
+
+
+def _exists(option: str) -> bool:
+    if option == "window.kwargs.search":
+        return "search" in inspect.signature(SCHEDULES["dynamic"]).parameters
+    section, name = option.split(".")
+    return name in {field.name for field in fields(getattr(Config(), section))}
