@@ -163,8 +163,8 @@ def bench(arguments: argparse.Namespace) -> None:
     # the benchmarks are part of the repository and not of the package
     if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
         raise ValueError(
-            f"there is no benchmarks/bench_{arguments.what}.py beside {root / 'hrf_fast'}; clone the repository and "
-            f"install it with pip install -e ., or run python benchmarks/bench_{arguments.what}.py in the clone"
+            f"there is no benchmarks folder beside {root / 'hrf_fast'} with a bench_{arguments.what}.py; clone the "
+            f"repository and install it with pip install -e ., or run it there by python"
         )
     sys.path.insert(0, str(root))
     importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)
