@@ -72,8 +72,8 @@ def _run_ours(config: Any, server: Server) -> None:
             policy.unet.register_forward_pre_hook(server.calls.hook, with_kwargs=True)
         return parts
 
-    def logged(run: Any, iteration: int, record: dict[str, Any]) -> None:
-        log(run, iteration, record)
+    def logged(run: Any, iteration: int, record: dict[str, Any], **timed: Any) -> None:
+        log(run, iteration, record, **timed)
         server.meet(record)
 
     module.build_parts, Run.log = built, logged

@@ -179,8 +179,9 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Say what a configuration needs per GPU, what fits, and how many UNet calls it makes."""
+    from hrf_fast.amounts import parse_memory
     from hrf_fast.config import load_config
-    from hrf_fast.plan_table import describe, parse_memory
+    from hrf_fast.plan_table import describe
     from hrf_fast.planner import plan as make_plan
 
     memory = parse_memory(arguments.memory)

@@ -1,57 +1,56 @@
-"""Collect: one iteration's anchors, windows and group rollouts, and the advantages of their rewards.
+"""Collect: one iteration's anchors and windows, and the rollouts of its groups.
 
 Every rank does this for its own groups, under the group and sample numbers of the whole iteration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hrf_fast import comm, seeds
-from hrf_fast.advantages import group_advantages
-from hrf_fast.learn import own_groups
-from hrf_fast.metrics import Scores
+from hrf_fast.batching import packs_of
+from hrf_fast.learn import Batch, own_groups
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
-from hrf_fast.rewards import CombinedReward, NotFiniteError, RewardError
-from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
+from hrf_fast.policy import Policy
+from hrf_fast.rollout import Start, probe_starts, rollout, sample, starting_noise
 from hrf_fast.run import Run
+from hrf_fast.scoring import GroupScore, score_groups
 from hrf_fast.seeds import NoiseKey
-from hrf_fast.trajectory import Trajectory, Window
+from hrf_fast.trajectory import Window
 
 
-def collect(parts: Parts, config: Config, run: Run, iteration: int) -> tuple[dict[int, Trajectory], list[Window]]:
-    """One window per group, chosen by the schedule, and one rollout per group.
+@dataclass(frozen=True)
+class Plan:
+    """An iteration before its rollouts."""
 
-    A schedule with anchors (HRF) denoises one image per group, then re-noises it to the window's start; one without
-    (DDPO) starts from pure noise.
+    windows: list[Window]
+    """Of all groups."""
+    anchors: dict[int, Tensor]
+    """[C, H, W] of each group of this rank; empty where groups start from pure noise."""
 
-    Returns:
-        The trajectories of this rank's groups, by group, and the windows of all groups.
-    """
-    policy, train, batch_size = parts.policy, config.train, config.sample.batch_size
-    groups, size = train.groups_per_iteration, train.group_size
-    sample_id = torch.arange(groups * size, device=policy.device).reshape(groups, size)
-    own = own_groups(config)
 
-    def noise(purpose: str, ids: Tensor) -> NoiseKey:
-        return NoiseKey(seeds.key(config.run.seed, iteration, purpose), ids)
-
+def plan(parts: Parts, config: Config, run: Run, iteration: int) -> Plan:
+    """One window per group, chosen by the schedule, and the anchor that a group is re-noised from (HRF)."""
+    policy, batch_size = parts.policy, config.sample.batch_size
+    groups, own = config.train.groups_per_iteration, own_groups(config)
     anchors: dict[int, Tensor] = {}
     if parts.schedule.needs_anchors:
         with run.phase("anchors"):
-            place = noise("anchors", torch.tensor(own, device=policy.device))
+            place = NoiseKey(seeds.key(config.run.seed, iteration, "anchors"), torch.tensor(own, device=policy.device))
             anchors = dict(zip(own, sample(policy, place, batch_size=batch_size), strict=True))
 
     def probe(group: int, candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of one of this rank's groups; a group of another rank gets zeros, and its window from that rank."""
         if group not in anchors:
             return torch.zeros(len(candidates)), torch.zeros(len(candidates))
-        place = noise("search", sample_id[group])
+        place = _noise(config, policy, iteration, "search", group)
         return probe_starts(policy, parts.reward, anchors[group], candidates, place, batch_size=batch_size)
 
     with run.phase("search"):
@@ -61,17 +60,50 @@ def collect(parts: Parts, config: Config, run: Run, iteration: int) -> tuple[dic
         # what was probed is known to one rank only
         for found in comm.gather({group: windows[group] for group in own}):
             windows = [found.get(group, window) for group, window in enumerate(windows)]
-    trajectories = {}
-    with run.phase("rollout"):
-        for group in own:
-            window = windows[group]
-            place = noise("rollout", sample_id[group])
-            if parts.schedule.needs_anchors:
-                start = renoised(policy, anchors[group], window.start, place)
-            else:
-                start = starting_noise(policy, place)
-            trajectories[group] = rollout(policy, window, start, place, micro_batch_size=train.micro_batch_size or size)
-    return trajectories, windows
+    return Plan(windows, anchors)
+
+
+def collect(
+    parts: Parts, config: Config, run: Run, iteration: int, plan: Plan, groups: Sequence[int]
+) -> tuple[Batch, list[Future[dict[int, GroupScore]]]]:
+    """Roll out groups of this rank, each from its anchor re-noised to its window's start, or from pure noise.
+
+    Groups that fit into `train.max_batch` images advance together; the rewards of one pack are computed while the next
+    one denoises.
+    """
+    policy, train = parts.policy, config.train
+    windows = {group: plan.windows[group] for group in groups}
+    keep_from = parts.activations.keep_from(windows, train.group_size)
+    batch, scores = Batch({}, []), []
+    for pack in packs_of(windows, train.group_size, train.max_batch):
+        with run.phase("rollout"):
+            starts = {}
+            for group, window in pack.items():
+                place = _noise(config, policy, iteration, "rollout", group)
+                anchor = plan.anchors.get(group)
+                latents = starting_noise(policy, place)
+                if anchor is not None:
+                    latents = policy.diffusion.renoise(anchor, window.start, latents)
+                starts[group] = Start(window, latents, place)
+            trajectories, calls = rollout(
+                policy,
+                starts,
+                micro_batch_size=train.micro_batch_size or train.group_size,
+                max_batch=train.max_batch,
+                keep_from=keep_from,
+            )
+        batch.trajectories |= trajectories
+        batch.calls += calls
+        images = {group: trajectory.images for group, trajectory in trajectories.items()}
+        scores.append(parts.background.submit(score_groups, parts.reward, images))
+    return batch, scores
+
+
+def _noise(config: Config, policy: Policy, iteration: int, purpose: str, group: int) -> NoiseKey:
+    """The noise of a group's samples, which are numbered over the whole iteration."""
+    size = config.train.group_size
+    ids = torch.arange(group * size, (group + 1) * size, device=policy.device)
+    return NoiseKey(seeds.key(config.run.seed, iteration, purpose), ids)
 
 
 def _check_windows(windows: Any, groups: int, stop: int, name: str) -> None:
@@ -83,76 +115,3 @@ def _check_windows(windows: Any, groups: int, stop: int, name: str) -> None:
     last = max(window.stop for window in windows)
     if last > stop:
         raise ValueError(f"window.schedule {name} returned a window to {last}; steps from {stop} are deterministic")
-
-
-# rewards [group_size] on the CPU, and the mean of each reward term
-_Scored = tuple[Tensor, dict[str, float]]
-
-
-def score(
-    parts: Parts,
-    config: Config,
-    trajectories: dict[int, Trajectory],
-    *,
-    iteration: int,
-    note: Callable[[str], None],
-) -> Scores:
-    """Score the samples of every rank, and standardise the rewards against their peers.
-
-    Raises:
-        RewardError: a reward failed on some rank, or is not finite.
-    """
-    train = config.train
-    with comm.agreed():
-        own = _score_own(parts.reward, trajectories, train.on_nan, f"iteration {iteration}, ")
-    scored = {group: score for part in comm.gather(own) for group, score in part.items()}
-    finite = {group: score for group in sorted(scored) if not isinstance(score := scored[group], str)}
-    for group in sorted(set(scored) - set(finite)):
-        note(f"iteration {iteration}, group {group}: its optimizer step is skipped: {scored[group]}")
-    if not finite:
-        raise comm.on_all_ranks(
-            RewardError(f"iteration {iteration}: no group has finite rewards, so there is nothing to learn from")
-        )
-    peers = torch.arange(len(finite)).repeat_interleave(train.group_size)
-    if train.advantages == "batch":
-        peers = torch.zeros_like(peers)
-    found = group_advantages(torch.cat([values for values, _ in finite.values()]), peers, floor=train.advantage_floor)
-    advantages = dict(zip(finite, found.to(parts.policy.device).split(train.group_size), strict=True))
-    terms = [terms for _, terms in finite.values()]
-    lost = torch.full((train.group_size,), torch.nan)
-    return Scores(
-        torch.cat([finite[group][0] if group in finite else lost for group in sorted(scored)]),
-        [advantages.get(group) for group in sorted(scored)],
-        {name: sum(term[name] for term in terms) / len(terms) for name in terms[0]},
-    )
-
-
-def _score_own(
-    reward: CombinedReward, trajectories: dict[int, Trajectory], on_nan: str, where: str
-) -> dict[int, _Scored | str]:
-    """Each group's score, what is wrong with one to skip; all groups are one batch, as long as it is finite."""
-
-    def call(images: Tensor) -> _Scored:
-        values = reward(images).cpu()
-        return values, {name: float(value) for name, value in reward.last_terms.items()}
-
-    try:
-        values, terms = call(torch.cat([trajectory.images for trajectory in trajectories.values()]))
-        return {
-            group: (part, terms)
-            for group, part in zip(trajectories, values.split(len(values) // len(trajectories)), strict=True)
-        }
-    except NotFiniteError as error:
-        whole = error
-    own: dict[int, _Scored | str] = {}
-    for group, trajectory in trajectories.items():
-        try:
-            own[group] = call(trajectory.images)
-        except NotFiniteError as error:
-            if on_nan == "stop":
-                raise NotFiniteError(f"{where}group {group}: {error}") from error
-            own[group] = str(error)
-    if on_nan == "stop":
-        # finite at the second time of asking, which is no better
-        raise NotFiniteError(f"{where}groups {', '.join(map(str, trajectories))}: {whole}") from whole
-    return own

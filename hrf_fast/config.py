@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.amounts import parse_memory
 from hrf_fast.deepspeed_settings import read_settings
 from hrf_fast.optimizers import check_optimizer
 from hrf_fast.options import (
@@ -22,9 +23,11 @@ from hrf_fast.options import (
     KERNELS,
     LEARNING_RATE_SCHEDULES,
     OPTIMIZERS,
+    ORDERS,
     PRECISIONS,
     SAMPLERS,
     Config,
+    TrainConfig,
 )
 from hrf_fast.registry import nearest
 
@@ -43,6 +46,7 @@ _AT_LEAST = {
     "train.weight_decay": 0,
     "train.max_grad_norm": 0,
     "train.micro_batch_size": 0,
+    "train.max_batch": 0,
     "train.steps_per_forward": 1,
     "train.max_evaluations": 0,
     "evaluation.every": 0,
@@ -69,6 +73,7 @@ _CHOICES = {
     "train.precision": PRECISIONS,
     "train.kernels": KERNELS,
     "train.activations": ACTIVATIONS,
+    "train.order": ORDERS,
     "train.on_nan": ("stop", "skip"),
     "train.optimizer": OPTIMIZERS,
     "run.progress": ("auto", "bar", "json", "quiet"),
@@ -251,6 +256,7 @@ def check_config(config: Config) -> None:
             f"train.groups_per_step is {train.groups_per_step}, which does not divide train.groups_per_iteration "
             f"{train.groups_per_iteration}; choose a divisor"
         )
+    _check_order(train)
     if len(train.adam_betas) != 2 or not all(0 <= beta < 1 for beta in train.adam_betas):
         raise ValueError(f"train.adam_betas is {list(train.adam_betas)}; use two numbers in [0, 1)")
     check_optimizer(train.optimizer, config.engine.deepspeed)
@@ -263,6 +269,43 @@ def check_config(config: Config) -> None:
         raise ValueError(f"train.ema_decay is {train.ema_decay}; use a number in [0, 1), such as 0.999, or 0 for none")
 
 
+def _check_order(train: TrainConfig) -> None:
+    """What the order of updates, the batches of rollouts and the keeping of graphs ask of each other."""
+    if train.activations == "keep" and train.order != "on_policy":
+        raise ValueError(
+            f"train.activations is keep but train.order is {train.order}: kept graphs must be used before the weights "
+            "change; use train.order=on_policy, or train.activations=replay"
+        )
+    if train.activations == "keep" and train.inner_epochs > 1:
+        raise ValueError(
+            f"train.activations is keep but train.inner_epochs is {train.inner_epochs}: a kept graph serves one epoch; "
+            "use train.inner_epochs=1, or train.activations=replay"
+        )
+    parted = train.order == "on_policy" and train.groups_per_step != train.groups_per_iteration
+    if train.advantages == "batch" and parted:
+        raise ValueError(
+            "train.advantages is batch but train.order is on_policy: peers must be rolled out together; use "
+            f"train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
+        )
+    if 0 < train.max_batch < train.group_size:
+        raise ValueError(
+            f"train.max_batch is {train.max_batch} but train.group_size is {train.group_size}: it joins whole groups; "
+            "use at least that, 0 for one by one, or split groups by train.micro_batch_size"
+        )
+    if train.max_batch and 0 < train.micro_batch_size < train.group_size:
+        raise ValueError(
+            f"train.max_batch is {train.max_batch}, which joins groups, but train.micro_batch_size is "
+            f"{train.micro_batch_size}, which splits them; set one of them to 0"
+        )
+    if train.memory_budget is not None:
+        parse_memory(train.memory_budget, "train.memory_budget")
+        if train.activations != "auto":
+            raise ValueError(
+                f"train.memory_budget is {train.memory_budget} but train.activations is {train.activations}, which "
+                "plans nothing; use train.activations=auto, or leave the budget out"
+            )
+
+
 def check_job(config: Config, world_size: int) -> None:
     """Refuse a configuration that the ranks of a job can't share evenly, or a DeepSpeed file that can't work.
 
@@ -270,7 +313,12 @@ def check_job(config: Config, world_size: int) -> None:
         ValueError: names the option, its value and the way out.
     """
     if config.engine.deepspeed is not None:
-        read_settings(config.engine.deepspeed)
+        stage = read_settings(config.engine.deepspeed)["zero_optimization"].get("stage", 0)
+        if stage == 3 and config.train.activations == "keep":
+            raise ValueError(
+                f"train.activations is keep but {config.engine.deepspeed} is ZeRO-3, which takes the weights away "
+                "after each forward; use replay, checkpoint or a stage up to 2"
+            )
     # groups_per_step divides groups_per_iteration
     if config.train.groups_per_step % world_size:
         raise ValueError(

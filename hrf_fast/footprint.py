@@ -1,8 +1,9 @@
-"""Footprint: how many bytes a UNet's activations take, found without allocating them.
+"""Footprint: how many bytes a UNet's activations take.
 
-The UNet runs on fake tensors: shapes, types and lifetimes are real, memory is not, so a model of any size takes seconds
-on any machine. Every storage that an operation makes is counted from its birth to its death. Left out: workspaces of
-convolution libraries, fragmentation, the CUDA context (the planner keeps a reserve for them).
+For a plan the UNet runs on fake tensors: shapes, types and lifetimes are real, memory is not, so a model of any size
+takes seconds on any machine. At the start of a run the real one does, on three images. Every storage that an operation
+makes is counted from its birth to its death. Left out: workspaces of convolution libraries, fragmentation, the CUDA
+context (the planner keeps a reserve for them).
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from hrf_fast.options import PRECISIONS
+
+# the reentrant form loses gradients under ZeRO-3
+NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,18 @@ def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
     return (inputs[0].float(), *inputs[1:])
 
 
+def measure_running(unet: Any, precision: str, *, checkpointing: bool) -> Footprint:
+    """The same of a loaded UNet, by running it on three images; its gradients are left empty."""
+    if checkpointing:
+        unet.enable_gradient_checkpointing(NOT_REENTRANT)
+    try:
+        return _footprint(unet, precision)
+    finally:
+        unet.disable_gradient_checkpointing()
+        for parameter in unet.parameters():
+            parameter.grad = None
+
+
 def _footprint(unet: Any, precision: str) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
     two, three = (_peaks(unet, precision, images) for images in (2, 3))
@@ -100,7 +118,8 @@ def _footprint(unet: Any, precision: str) -> Footprint:
 def _latents(unet: Any, images: int) -> Tensor:
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(images, unet.config.in_channels, height, width)
+    device = next(unet.parameters()).device
+    return torch.zeros(images, unet.config.in_channels, height, width, device=device)
 
 
 def _peaks(unet: Any, precision: str, images: int) -> tuple[int, int, int]:
@@ -111,7 +130,7 @@ def _peaks(unet: Any, precision: str, images: int) -> tuple[int, int, int]:
         parameter.grad = gradient
 
     def forward() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=precision != "fp32"):
             return unet(latents, 0).sample.float()
 
     with _Live([*parameters, *gradients, *unet.buffers(), latents]) as live:

@@ -6,17 +6,19 @@ sample and noise numbers are those of one process, so any number of ranks comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from hrf_fast import comm
+from hrf_fast.batching import Call, packs_of, replay_calls, rollout_calls
 from hrf_fast.engine import LossScaleOverflow
 from hrf_fast.metrics import StepStats
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.trajectory import Trajectory, Window
-from hrf_fast.update import forwards_of, update
+from hrf_fast.update import Clips, update
 
 
 def groups_of(rank: int, step: int, groups_per_step: int) -> range:
@@ -33,53 +35,58 @@ def own_groups(config: Config) -> list[int]:
     return [group for step in steps for group in groups_of(comm.rank(), step, per_step)]
 
 
+@dataclass
+class Batch:
+    """What this rank has rolled out together: all of an iteration's groups, or those of one optimizer step."""
+
+    trajectories: dict[int, Trajectory]
+    """By group."""
+    calls: list[Call]
+    """The UNet calls inside the windows, with the outputs that were kept."""
+
+
 def learn(
     parts: Parts,
     config: Config,
-    trajectories: dict[int, Trajectory],
+    batch: Batch,
     windows: Sequence[Window],
-    advantages: Sequence[Tensor | None],
+    advantages: Mapping[int, Tensor | None],
+    steps: Sequence[int],
     *,
     iteration: int,
     note: Callable[[str], None],
 ) -> tuple[list[StepStats], int]:
-    """Inner epochs over the groups, `groups_per_step` of them to an optimizer step.
+    """Inner epochs over a batch's groups, `groups_per_step` of them to an optimizer step.
 
     Args:
-        trajectories: by group, those of this rank; windows, advantages: of all groups, None for one whose rewards are
-            not finite.
+        windows: of all groups of the iteration; advantages: by group, None for one whose rewards are not finite.
+        steps: the numbers of the optimizer steps to make.
 
     Returns:
         The steps made and the number of those skipped: with such a group, or with a gradient that is not finite.
     """
-    train, steps, skipped = config.train, [], 0
-    micro_batch_size = train.micro_batch_size or train.group_size
-
-    def forwards(group: int) -> int:
-        return forwards_of(windows[group], train.group_size, micro_batch_size, train.steps_per_forward)
-
+    train, made, skipped = config.train, [], 0
+    clips = Clips(train.clip_range, train.advantage_clip, train.scale_clips_by_window)
     for _ in range(train.inner_epochs):
-        for step in range(train.groups_per_iteration // train.groups_per_step):
+        for step in steps:
             first = step * train.groups_per_step
             together = range(first, first + train.groups_per_step)
             if any(advantages[group] is None for group in together):
                 skipped += 1
                 continue
             own = groups_of(comm.rank(), step, train.groups_per_step)
-            ranks = [groups_of(rank, step, train.groups_per_step) for rank in range(comm.world_size())]
+            calls = _calls(config, batch, {group: windows[group] for group in own})
+            replayed = all(call.output is None for call in calls)
             try:
                 stats = update(
                     parts.engine,
                     parts.policy,
-                    [trajectories[group] for group in own],
-                    [a for group in own if (a := advantages[group]) is not None],
-                    clip_range=train.clip_range,
-                    advantage_clip=train.advantage_clip,
-                    scale_clips_by_window=train.scale_clips_by_window,
-                    micro_batch_size=micro_batch_size,
-                    steps_per_forward=train.steps_per_forward,
+                    {group: batch.trajectories[group] for group in own},
+                    {group: a for group in own if (a := advantages[group]) is not None},
+                    calls,
+                    clips,
                     pairs=train.group_size * sum(len(windows[group]) for group in together),
-                    forwards=max(sum(map(forwards, share)) for share in ranks) if parts.engine.lockstep else 0,
+                    forwards=_most_replays(config, step, windows) if parts.engine.lockstep and replayed else 0,
                 )
             except FloatingPointError as error:
                 groups = f"groups {first} to {together[-1]}" if len(together) > 1 else f"group {first}"
@@ -89,5 +96,50 @@ def learn(
                 note(f"{where}: optimizer step skipped: {error}")
                 skipped += 1
             else:
-                steps.append(stats)
-    return steps, skipped
+                made.append(stats)
+    return made, skipped
+
+
+def _calls(config: Config, batch: Batch, windows: dict[int, Window]) -> list[Call]:
+    """Which UNet calls an optimizer step consists of: what the rollout kept, and the rest replayed."""
+    if config.train.order == "collect":
+        return replays(config, windows)
+    if config.train.steps_per_forward == 1:
+        return batch.calls
+    kept = [call for call in batch.calls if call.output is not None]
+    if not kept:
+        return replays(config, windows)
+    first = min(call.steps.start for call in kept)
+    before = {g: Window(w.start, min(w.stop, first)) for g, w in windows.items() if w.start < first}
+    return [*replays(config, before), *kept]
+
+
+def replays(config: Config, windows: dict[int, Window]) -> list[Call]:
+    """The UNet calls that replay windows: those of the rollout in the order on_policy, else group by group."""
+    train = config.train
+    micro = train.micro_batch_size or train.group_size
+    if train.order == "collect" or train.steps_per_forward > 1:
+        return replay_calls(
+            windows, group_size=train.group_size, micro_batch_size=micro, steps_per_forward=train.steps_per_forward
+        )
+    return [
+        call
+        for pack in packs_of(windows, train.group_size, train.max_batch)
+        for call in rollout_calls(
+            pack,
+            group_size=train.group_size,
+            micro_batch_size=micro,
+            max_batch=train.max_batch,
+            num_steps=max(window.stop for window in pack.values()),
+        )
+        if call.inside
+    ]
+
+
+def _most_replays(config: Config, step: int, windows: Sequence[Window]) -> int:
+    """How many forwards the rank that replays most makes in an optimizer step."""
+    counts = []
+    for rank in range(comm.world_size()):
+        own = groups_of(rank, step, config.train.groups_per_step)
+        counts.append(len(replays(config, {group: windows[group] for group in own})))
+    return max(counts)

@@ -56,14 +56,17 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Scores:
-    """An iteration's rewards, on every rank."""
+    """Rewards of an iteration's groups, or of some of them, by group and on every rank."""
 
-    rewards: Tensor
-    """[N] of the samples of all ranks; NaN in a group to skip."""
-    advantages: list[Tensor | None]
-    """[group_size] of each group; None for one to skip: a reward of its is not finite and train.on_nan is skip."""
-    terms: dict[str, float]
-    """Mean of each reward term."""
+    rewards: dict[int, Tensor]
+    """[group_size] each; NaN in a group to skip."""
+    advantages: dict[int, Tensor | None]
+    """[group_size] each; None for one to skip: a reward of its is not finite and train.on_nan is skip."""
+    terms: dict[int, dict[str, float]]
+    """Mean of each reward term, of the groups that are not skipped."""
+
+    def join(self, other: Scores) -> Scores:
+        return Scores(self.rewards | other.rewards, self.advantages | other.advantages, self.terms | other.terms)
 
 
 def summarise(steps: Sequence[StepStats]) -> dict[str, float | None]:
@@ -91,11 +94,12 @@ def iteration_record(
         steps: one per optimizer step that was made; scores: of all groups, as the windows.
         counters: numbers known outside (images, evaluations, learning rate, …).
     """
-    rewards, advantages, terms = scores.rewards, scores.advantages, scores.terms
-    known = torch.cat([group for group in advantages if group is not None])
-    size = len(rewards) // len(advantages)
-    spread = torch.stack([group.std() for group in rewards.split(size)])
+    known = torch.cat([group for group in scores.advantages.values() if group is not None])
+    spread = torch.stack([group.std() for group in scores.rewards.values()])
+    rewards = torch.cat(list(scores.rewards.values()))
     rewards = rewards[rewards.isfinite()]
+    groups = list(scores.terms.values())
+    terms = {name: sum(group[name] for group in groups) / len(groups) for name in groups[0]}
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),

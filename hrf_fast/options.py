@@ -13,7 +13,8 @@ from hrf_fast.rewards.registry import RewardTerm
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
-ACTIVATIONS = ("replay", "checkpoint")
+ACTIVATIONS = ("auto", "keep", "replay", "checkpoint")
+ORDERS = ("collect", "on_policy")
 KERNELS = ("auto", "eager", "triton")
 ATTENTIONS = ("sdpa", "xformers")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
@@ -65,6 +66,8 @@ class RewardConfig:
     """The reward's own options."""
     terms: list[RewardTerm] = field(default_factory=list)
     """Terms {name, weight, kwargs} of a weighted sum."""
+    background: bool = True
+    """Score groups in a thread while the next ones denoise; the results are the same."""
 
 
 @dataclass
@@ -115,8 +118,16 @@ class TrainConfig:
     """fp32, or bf16 or fp16 for autocast with fp32 weights; fp16 scales the loss and is for CUDA."""
     kernels: str = "auto"
     """What computes log-probs and their gradients: triton (fused), eager, or auto: triton on a GPU that has it."""
+    order: str = "collect"
+    """collect rolls out all groups, then makes the optimizer steps, as published; on_policy rolls out one step's groups
+    at a time, so that each step learns from the current policy."""
     activations: str = "replay"
-    """replay keeps a forward's activations for its backward; checkpoint runs each UNet block again, for less memory."""
+    """Of window steps: keep those of the rollout for the update (order on_policy), replay them, or checkpoint: replay
+    with each UNet block run again in the backward, for least memory. auto keeps as many as fit into memory."""
+    memory_budget: str | None = None
+    """What auto may plan for, per process, such as 24GB; null for what is free at the start."""
+    max_batch: int = 0
+    """Images up to which groups share the UNet calls of a rollout, each joining at its start; 0 for one by one."""
     ema_decay: float = 0.0
     """Per optimizer step, of averaged weights that panels and the final model use; 0 turns them off."""
     on_nan: str = "stop"

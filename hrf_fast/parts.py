@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hrf_fast import comm
+from hrf_fast.activations import Activations, choose_activations, memory_for
 from hrf_fast.deepspeed_settings import read_settings
 from hrf_fast.devices import choose_device
 from hrf_fast.engine import Engine, PlainEngine
@@ -16,6 +17,7 @@ from hrf_fast.options import Config
 from hrf_fast.policy import Policy, load_policy
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.scorers import FeatureNetwork
+from hrf_fast.scoring import Background
 from hrf_fast.windows import WindowSchedule, build_schedule
 
 
@@ -29,6 +31,8 @@ class Parts:
     engine: Engine
     scorer: FeatureNetwork | None
     config: Config
+    activations: Activations = field(default_factory=lambda: Activations(0))
+    background: Background = field(default_factory=lambda: Background(thread=False))
 
     def evaluate_panel(self) -> PanelScores:
         """Score the fixed panel with the current weights, or the averaged ones; its UNet calls are not training's."""
@@ -62,9 +66,16 @@ def build_parts(config: Config) -> Parts:
             stop=policy.diffusion.stochastic_steps,
         )
         scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
-    if config.train.activations == "checkpoint":
+        auto = config.train.activations == "auto"
+        memory = memory_for(config, policy) if auto else 0
+    # the rank with the least memory decides for all
+    memory = min(comm.gather(memory))
+    with comm.agreed():
+        activations = choose_activations(config, policy, schedule, memory)
+    if activations.checkpoint:
         policy.checkpoint_activations()
-    return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config)
+    background = Background(thread=config.reward.background)
+    return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config, activations, background)
 
 
 def build_engine(policy: Policy, config: Config) -> Engine:

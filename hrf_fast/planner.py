@@ -25,8 +25,6 @@ from hrf_fast.windows import WindowSchedule, build_schedule
 
 MODES = ("keep", "replay", "checkpoint")
 """Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
-# the trainer does not keep yet: `keep` is planned for and not recommended
-_TRAINED = MODES[1:]
 # of the memory, left to the CUDA context, workspaces and fragmentation
 RESERVE = 0.1
 
@@ -106,11 +104,17 @@ class Plan:
     footprints: dict[tuple[str, bool], Footprint]
 
     @property
-    def parameters(self) -> int:
-        return self.footprints["fp32", False].parameters
+    def any_footprint(self) -> Footprint:
+        """For what does not depend on precision or checkpointing."""
+        return next(iter(self.footprints.values()))
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those that the configuration's order of updates has."""
+        return MODES if may_keep(self.config) else MODES[1:]
 
     def states(self, engine: str) -> States:
-        tensors, train = self.footprints["fp32", False].tensors, self.config.train
+        tensors, train = self.any_footprint.tensors, self.config.train
         return model_states(
             tensors,
             engine=engine,
@@ -123,16 +127,20 @@ class Plan:
     @property
     def trajectories(self) -> int:
         """The latents of an iteration's windows and the final images, in fp32."""
-        groups = math.ceil(self.config.train.groups_per_iteration / self.gpus)
-        image = self.footprints["fp32", False].image_bytes
-        return groups * self.config.train.group_size * (self.calls.longest_window + 2) * image
+        train = self.config.train
+        groups = train.groups_per_step if train.order == "on_policy" else train.groups_per_iteration
+        images = math.ceil(groups / self.gpus) * train.group_size
+        return images * (self.calls.longest_window + 2) * self.any_footprint.image_bytes
 
     @property
     def kept_samples(self) -> int:
-        """Images whose graphs `keep` holds at once: an advantage needs the rewards of all its peers."""
+        """Images whose graphs `keep` holds at once: those of an optimizer step."""
         train = self.config.train
-        groups = math.ceil(train.groups_per_iteration / self.gpus) if train.advantages == "batch" else 1
-        return groups * train.group_size
+        return math.ceil(train.groups_per_step / self.gpus) * train.group_size
+
+    def batch(self, micro_batch_size: int) -> int:
+        """Images in a UNet call of a rollout."""
+        return max(micro_batch_size, min(self.config.train.max_batch, self.kept_samples))
 
     def activations(self, mode: str, precision: str, micro_batch_size: int) -> float:
         """Peak of the update besides states and trajectories.
@@ -140,18 +148,18 @@ class Plan:
         `keep` holds the graphs of `kept_samples` over the longest window; the other modes hold one UNet call's.
         """
         train, footprint = self.config.train, self.footprints[precision, mode == "checkpoint"]
+        batch = self.batch(micro_batch_size)
         if mode != "keep":
-            return footprint.update(micro_batch_size * train.steps_per_forward)
-        samples = self.kept_samples
-        batches = math.ceil(samples / micro_batch_size)
-        graphs = footprint.kept.fixed * batches + footprint.kept.per_image * samples
-        return (
-            graphs * self.calls.longest_window + footprint.update(micro_batch_size) - footprint.kept(micro_batch_size)
-        )
+            joined = train.order == "on_policy" and train.steps_per_forward == 1
+            return footprint.update(batch if joined else micro_batch_size * train.steps_per_forward)
+        calls = math.ceil(self.kept_samples / batch)
+        graphs = footprint.kept.fixed * calls + footprint.kept.per_image * self.kept_samples
+        return graphs * self.calls.longest_window + footprint.update(batch) - footprint.kept(batch)
 
     def need(self, engine: str, precision: str, mode: str, micro_batch_size: int, sample_batch_size: int) -> float:
         """Peak bytes of an iteration."""
-        states, sampling = self.states(engine), self.footprints[precision, False].sampling(sample_batch_size)
+        states = self.states(engine)
+        sampling = self.footprints[precision, False].sampling(max(sample_batch_size, self.batch(micro_batch_size)))
         most = max(self.activations(mode, precision, micro_batch_size), sampling, states.step)
         return states.together + self.trajectories + most
 
@@ -173,7 +181,12 @@ class Plan:
 
     def best(self, engine: str, precision: str) -> Choice | None:
         """The fastest mode that the trainer has and that fits, or None."""
-        return next((choice for mode in _TRAINED if (choice := self.choose(engine, precision, mode))), None)
+        return next((choice for mode in self.modes if (choice := self.choose(engine, precision, mode))), None)
+
+
+def may_keep(config: Config) -> bool:
+    """Whether an update follows its rollout before the weights change, once."""
+    return config.train.order == "on_policy" and config.train.inner_epochs == 1
 
 
 def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Plan:
@@ -203,11 +216,11 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(
             f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
         ) from error
-    engine, bucket = _engine(config.engine.deepspeed)
+    engine, bucket = engine_of(config)
     calls = count_calls(config, schedule, stop)
     result = Plan(config, gpus, memory, engine, bucket, calls, footprints)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
-        ways = {(e, p, m): result.need(e, p, m, 1, 1) for e in ENGINES for p in PRECISIONS for m in MODES}
+        ways = {(e, p, m): result.need(e, p, m, 1, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
         least = min(ways, key=lambda way: ways[way])
         need = ways[least] / (1 - RESERVE)
         raise ValueError(
@@ -218,8 +231,9 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     return result
 
 
-def _engine(path: str | None) -> tuple[str, int]:
+def engine_of(config: Config) -> tuple[str, int]:
     """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
+    path = config.engine.deepspeed
     if path is None:
         return "plain", BUCKET
     zero = read_settings(path)["zero_optimization"]

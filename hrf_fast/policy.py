@@ -10,20 +10,20 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from hrf_fast import comm
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.attention import set_attention
 from hrf_fast.diffusion import COMPATIBLE, Diffusion, build_diffusion
+from hrf_fast.footprint import NOT_REENTRANT
 from hrf_fast.options import PRECISIONS
 from hrf_fast.registry import nearest
+from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
 
 
@@ -84,6 +84,7 @@ class Policy:
         # one list, so that choosing a step's timestep needs no copy from the device
         self.timestep_list = diffusion.timesteps.tolist()
         self.calls = UNetCalls()
+        self.stopwatch = Stopwatch(self.device)
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.image_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
@@ -92,15 +93,14 @@ class Policy:
         """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B]."""
         self.calls.batches += 1
         self.calls.forwards += len(latents)
-        if not torch.is_grad_enabled():
-            return self.network(latents, timesteps)
-        self.calls.backwards += len(latents)
-        return self.trained(latents, timesteps)
+        if torch.is_grad_enabled():
+            self.calls.backwards += len(latents)
+        with self.stopwatch.running():
+            return (self.trained if torch.is_grad_enabled() else self.network)(latents, timesteps)
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the UNet's blocks and run each block again in the backward."""
-        # the reentrant form loses gradients under ZeRO-3
-        self.unet.enable_gradient_checkpointing(partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+        self.unet.enable_gradient_checkpointing(NOT_REENTRANT)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

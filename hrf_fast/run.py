@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,8 @@ _FREE = (
     "run.folder",
     "train.max_evaluations",
     "train.activations",
+    "train.memory_budget",
+    "reward.background",
     "train.on_nan",
     "engine.deepspeed",
 )
@@ -61,6 +63,7 @@ class Run:
         self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
         self.writers: list[Writer] = []
         self.seconds: dict[str, float] = {}
+        self._began = 0.0
         # iterations in the newest checkpoint
         self.saved = 0
         self._interrupted = False
@@ -154,6 +157,10 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
+    def begin_iteration(self) -> None:
+        """From here on time belongs to the next line of the log: panels and checkpoints do not."""
+        self.seconds, self._began = {}, time.perf_counter()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the block's time to the iteration's `seconds` and show its name."""
@@ -211,7 +218,7 @@ class Run:
         self.progress.note("Ctrl-C: stopping as soon as this is done (press again to stop at once, and lose it)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check_spread(self, iteration: int, advantages: Sequence[Tensor | None]) -> None:
+    def check_spread(self, iteration: int, advantages: Iterable[Tensor | None]) -> None:
         """Say once that a reward gives every sample of its group the same value, so that nothing can be learnt."""
         if not self._spread_noted and not any(group is not None and bool(group.any()) for group in advantages):
             self._spread_noted = True
@@ -241,17 +248,31 @@ class Run:
     def _panels(self) -> list[dict[str, Any]]:
         return comm.main_says(lambda: read_log(self.folder / "evaluations.jsonl"))
 
-    def log(self, iteration: int, record: dict[str, Any]) -> None:
-        """One metrics line for a finished iteration, also to the writers and the progress display."""
-        seconds, self.seconds = self.seconds, {}
-        line = {"iteration": iteration, **record, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
-        comm.main_says(lambda: self._log(iteration, record, seconds, line))
+    def log(self, iteration: int, record: dict[str, Any], *, unet_seconds: float) -> None:
+        """One metrics line for a finished iteration, also to the writers and the progress display.
 
-    def _log(self, iteration: int, record: dict[str, Any], seconds: dict[str, float], line: dict[str, Any]) -> None:
+        `overhead` is its time over that of its UNet calls, forwards and backwards.
+        """
+        whole = time.perf_counter() - self._began
+        train = self.config.train
+        times = {
+            "seconds": self.seconds | {"other": whole - sum(self.seconds.values())},
+            "speed": {
+                "images_per_second": train.groups_per_iteration * train.group_size / whole,
+                "unet_seconds": unet_seconds,
+                "overhead": whole / unet_seconds,
+            },
+        }
+        rounded = {name: {k: round(v, 4) for k, v in values.items()} for name, values in times.items()}
+        line = {"iteration": iteration, **record, **rounded}
+        comm.main_says(lambda: self._log(iteration, record, line))
+
+    def _log(self, iteration: int, record: dict[str, Any], line: dict[str, Any]) -> None:
         self._append("metrics.jsonl", line)
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+        timed = {f"{name}/{k}": v for name in ("seconds", "speed") for k, v in line[name].items()}
         for writer in self.writers:
-            writer.scalars(iteration, numbers | {f"seconds/{k}": v for k, v in seconds.items()})
+            writer.scalars(iteration, numbers | timed)
         self.progress.iteration(iteration, line)
 
     def log_panel(self, iteration: int, scores: PanelScores, record: dict[str, Any]) -> None:

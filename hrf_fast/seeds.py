@@ -6,7 +6,7 @@ So there is no generator state: a resumed run draws what the uninterrupted one w
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,13 @@ class NoiseKey:
 
     def __getitem__(self, rows: slice) -> NoiseKey:
         return NoiseKey(self.seed, self.sample_id[rows])
+
+    @staticmethod
+    def join(keys: Sequence[NoiseKey]) -> NoiseKey:
+        """One batch of several, which must have one key."""
+        if len({key.seed for key in keys}) != 1:
+            raise ValueError("samples of different keys do not share a batch: their noise is drawn under one key")
+        return keys[0] if len(keys) == 1 else NoiseKey(keys[0].seed, torch.cat([key.sample_id for key in keys]))
 
     def split(self, size: int) -> Iterator[NoiseKey]:
         return (NoiseKey(self.seed, ids) for ids in self.sample_id.split(size))

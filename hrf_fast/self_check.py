@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from hrf_fast import seeds
+from hrf_fast.learn import replays
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
-from hrf_fast.rollout import rollout, starting_noise
+from hrf_fast.rollout import Start, rollout, starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from hrf_fast.update import replay_ratio_error
@@ -35,11 +36,9 @@ def self_check(parts: Parts, config: Config) -> str:
     noise = NoiseKey(seeds.key(config.run.seed, 0, "self_check"), ids)
     micro_batch_size = train.micro_batch_size or train.group_size
     with policy.uncounted():
-        start = starting_noise(policy, noise)
-        trajectory = rollout(policy, window, start, noise, micro_batch_size=micro_batch_size)
-        error = replay_ratio_error(
-            policy, trajectory, micro_batch_size=micro_batch_size, steps_per_forward=train.steps_per_forward
-        )
+        start = Start(window, starting_noise(policy, noise), noise)
+        trajectories, _ = rollout(policy, {0: start}, micro_batch_size=micro_batch_size)
+        error = replay_ratio_error(policy, trajectories, replays(config, {0: window}))
     # the least window that any schedule can choose is the last stochastic step
     scale = (len(table) - table.stochastic_steps + 1) / len(table) if train.scale_clips_by_window else 1.0
     smallest = train.clip_range * scale

@@ -2,25 +2,25 @@
 
     deepspeed hrf_fast/train.py --config configs/smoke_cpu.yaml train.iterations=3
 
-DDPO, HRF and HRF-D are one loop; they differ in the window schedule. How a group is denoised is in rollout.py, how an
-iteration's groups are made in collect.py, how they are learnt from in update.py.
+DDPO, HRF and HRF-D are one loop; they differ in the window schedule. What an iteration does is in iteration.py: how its
+groups are made in collect.py, how a group is denoised in rollout.py, how groups are learnt from in update.py.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hrf_fast import comm, seeds
 from hrf_fast.checkpoint import load_newest, save_checkpoint
-from hrf_fast.collect import collect, score
 from hrf_fast.config import check_job, load_config
 from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.engine import learning_rate_at
-from hrf_fast.learn import learn
+from hrf_fast.iteration import iterate
 from hrf_fast.metrics import iteration_record
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts, build_parts
@@ -63,6 +63,8 @@ def _train(config: Config) -> Path:
         whole: tuple[int, UNetCalls] | None = (done, before)
         with engine.gathered():
             run.progress.note(self_check(parts, config))
+        if parts.activations.reason:
+            run.progress.note(parts.activations.reason)
         unit = ("evaluations", policy.calls.evaluations, budget) if budget else ("iterations", done, iterations)
         run.progress.start(*unit)
         try:
@@ -75,20 +77,22 @@ def _train(config: Config) -> Path:
                 if finished:
                     break
                 seeds.seed_everything(config.run.seed, done)
-                with engine.gathered():
-                    trajectories, windows = collect(parts, config, run, done)
-                where: Any = {"iteration": done, "note": run.progress.note}
-                with run.phase("reward"):
-                    scores = score(parts, config, trajectories, **where)
-                run.check_spread(done, scores.advantages)
+                run.begin_iteration()
+                policy.stopwatch.restart()
                 engine.set_learning_rate(rate(done))
-                with run.uninterrupted():
-                    whole = None
-                    with run.phase("update"):
-                        steps, skipped = learn(parts, config, trajectories, windows, scores.advantages, **where)
+                with ExitStack() as unbroken:
+
+                    def before_first_update(unbroken: ExitStack = unbroken) -> None:
+                        nonlocal whole
+                        unbroken.enter_context(run.uninterrupted())
+                        whole = None
+
+                    outcome = iterate(parts, config, run, done, before_first_update=before_first_update)
+                    run.check_spread(done, outcome.scores.advantages.values())
                     policy.calls = policy.calls.of_all_ranks(before)
-                    counters = _counters(parts, done + 1, rate(done)) | {"skipped_steps": skipped}
-                    run.log(done, iteration_record(steps, scores, windows, counters))
+                    counters = _counters(parts, done + 1, rate(done)) | {"skipped_steps": outcome.skipped}
+                    record = iteration_record(outcome.steps, outcome.scores, outcome.windows, counters)
+                    run.log(done, record, unet_seconds=policy.stopwatch.restart())
                     done += 1
                     before = replace(policy.calls)
                     whole = (done, before)

@@ -144,7 +144,6 @@ class BarProgress(Progress):
     """A tqdm bar with reward, images/s and the time left; panels and notes scroll above it."""
 
     _bar: tqdm | None = None
-    _images = 0
     _unit = "iterations"
 
     def start(self, unit: str, first: int, total: int) -> None:
@@ -159,11 +158,9 @@ class BarProgress(Progress):
 
     def iteration(self, iteration: int, record: dict[str, Any]) -> None:
         if self._bar is not None:
-            # the record counts from the start of the run; a resumed run's first rate is not known
-            new = record["images"] - self._images if self._images or iteration == 0 else 0
-            self._images = record["images"]
-            rate = new / max(1e-9, sum(record["seconds"].values()))
-            self._bar.set_postfix_str(f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s", refresh=False)
+            rate, overhead = (record["speed"][name] for name in ("images_per_second", "overhead"))
+            said = f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s, {overhead:.2f}x its UNet calls"
+            self._bar.set_postfix_str(said, refresh=False)
             # never past the total: the last iteration may overshoot its budget
             reached = record["evaluations"] if self._unit == "evaluations" else iteration + 1
             self._bar.update(min(reached, self._bar.total) - self._bar.n)

@@ -18,16 +18,16 @@ def run(words: Sequence[str]) -> int:
 
 
 def four_groups(words: Sequence[str]):
-    """The configuration, parts, trajectories, windows (0, 4, 2 and 3 to 5) and advantages of an iteration.
+    """The configuration, parts, batch, windows (0, 4, 2 and 3 to 5) advantages and optimizer steps of an iteration.
 
     The rollouts are made before an engine lays out the weights anew: other addresses make other convolutions, whose
     rounding small step widths magnify. So every engine sees the same data to the bit.
     """
     from hrf_fast import seeds
     from hrf_fast.config import load_config
-    from hrf_fast.learn import own_groups
+    from hrf_fast.learn import Batch, own_groups, replays
     from hrf_fast.parts import Parts, build_engine, build_policy
-    from hrf_fast.rollout import rollout, starting_noise
+    from hrf_fast.rollout import Start, rollout, starting_noise
     from hrf_fast.seeds import NoiseKey
     from hrf_fast.trajectory import Window
 
@@ -42,15 +42,25 @@ def four_groups(words: Sequence[str]):
         place = NoiseKey(seeds.key(0, 0, "rollout"), torch.arange(group * size, (group + 1) * size))
         start = starting_noise(policy, place)
         micro_batch_size = config.train.micro_batch_size or size
-        trajectories[group] = rollout(policy, windows[group], start, place, micro_batch_size=micro_batch_size)
+        beginning = {group: Start(windows[group], start, place)}
+        trajectories |= rollout(policy, beginning, micro_batch_size=micro_batch_size)[0]
+    engine = build_engine(policy, config)
+    calls = replays(config, {group: windows[group] for group in trajectories})
+    for call in calls if config.train.activations == "keep" else []:
+        # as the rollout keeps them, on latents that are equal for every engine
+        assert len(call.pieces) == 1
+        (piece,), step = call.pieces, call.steps.start
+        latents = trajectories[piece.group].latents[step - windows[piece.group].start, piece.samples]
+        call.output = policy.model_output(latents, policy.timestep_list[step])
     generator = torch.Generator().manual_seed(3)
-    advantages = [torch.randn(size, generator=generator) for _ in windows]
+    advantages = {group: torch.randn(size, generator=generator) for group in range(len(windows))}
     return (
         config,
-        Parts(policy, None, None, build_engine(policy, config), None, config),
-        trajectories,
+        Parts(policy, None, None, engine, None, config),
+        Batch(trajectories, calls),
         windows,
         advantages,
+        [0],
     )
 
 
@@ -73,7 +83,7 @@ def not_finite(words: Sequence[str]) -> list:
     """A NaN in the last group, of the second rank: what stays, and whether the next step is made."""
     from hrf_fast.learn import learn
 
-    config, parts, trajectories, windows, advantages = four_groups([*words, "train.on_nan=skip"])
+    config, parts, batch, windows, advantages, steps = four_groups([*words, "train.on_nan=skip"])
     notes = []
 
     def weights():
@@ -82,20 +92,20 @@ def not_finite(words: Sequence[str]) -> list:
 
     parts.engine.set_learning_rate(0.01)
     before = weights()
-    broken = [*advantages[:3], advantages[3] * torch.nan]
+    broken = advantages | {3: advantages[3] * torch.nan}
     where = {"iteration": 7, "note": notes.append}
-    made, skipped = learn(parts, config, trajectories, windows, broken, **where)
+    made, skipped = learn(parts, config, batch, windows, broken, steps, **where)
     kept = bool(torch.equal(weights(), before))
-    steps, _ = learn(parts, config, trajectories, windows, advantages, **where)
+    found, _ = learn(parts, config, batch, windows, advantages, steps, **where)
     after = weights()
     finite = bool(after.isfinite().all()) and not torch.equal(after, before)
     config.train.on_nan = "stop"
     try:
-        learn(parts, config, trajectories, windows, broken, **where)
+        learn(parts, config, batch, windows, broken, steps, **where)
         error = ""
     except FloatingPointError as found:
         error = str(found)
-    return [len(made), skipped, kept, len(steps), finite, notes, error]
+    return [len(made), skipped, kept, len(found), finite, notes, error]
 
 
 def collectives() -> list:

@@ -19,6 +19,9 @@ ENGINES = {
     "offload": ["engine.deepspeed=configs/deepspeed/zero3_offload.json"],
 }
 LOW = ("bf16", "fp16")
+CHECKPOINTED = ("plain", "zero2", "zero3")
+# with all forwards before the first backward
+KEPT = ("plain", "zero0", "zero1", "zero2")
 # relative: sums over ranks in another order
 GRADIENT_TOLERANCE = 1e-6
 # of the largest change
@@ -60,7 +63,7 @@ def weights(run: Path, part: str = "model") -> torch.Tensor:
 def metrics(run: Path):
     records = read_log(run / "metrics.jsonl")
     for record in records:
-        del record["seconds"], record["peak_memory_bytes"]
+        del record["seconds"], record["speed"], record["peak_memory_bytes"]
     return records
 
 
@@ -94,8 +97,10 @@ def results(tiny_model, tmp_path_factory):
         "weights dynamic": run("one-dynamic", "window.schedule=dynamic", "train.iterations=1"),
     }
     two = {f"gradient {name}": step(*engine) for name, engine in ENGINES.items()}
-    two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in ("plain", "zero2", "zero3")}
+    two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in CHECKPOINTED}
     two |= {f"gradient {name} micro": step(*ENGINES[name], split) for name in ("plain", "zero0", "zero3")}
+    keep = ("train.order=on_policy", "train.activations=keep")
+    two |= {f"gradient {name} keep": step(*ENGINES[name], *keep) for name in KEPT}
     for precision, name in ((precision, name) for precision in LOW for name in ("zero0", "zero2")):
         two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"train.precision={precision}")
     two |= {f"weights {name}": run(name, *engine, ema) for name, engine in ENGINES.items()}
@@ -130,7 +135,9 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", [*ENGINES, "plain checkpoint", "zero2 checkpoint", "zero3 checkpoint"])
+@pytest.mark.parametrize(
+    "name", [*ENGINES, *(f"{name} checkpoint" for name in CHECKPOINTED), *(f"{name} keep" for name in KEPT)]
+)
 def test_two_ranks_have_the_gradient_of_one_process_over_windows_of_different_lengths(results, name):
     found, _ = results
     whole, norm = found["one gradient"]

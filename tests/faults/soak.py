@@ -87,7 +87,9 @@ def end_of(pid: int, log: Path) -> int:
 def logs(run: Path) -> list[dict]:
     """Both logs without what times and memory say."""
     records = read_log(run / "metrics.jsonl") + read_log(run / "evaluations.jsonl")
-    return [{k: v for k, v in record.items() if k not in ("seconds", "peak_memory_bytes")} for record in records]
+    return [
+        {k: v for k, v in record.items() if k not in ("seconds", "speed", "peak_memory_bytes")} for record in records
+    ]
 
 
 def compare(whole: Path, broken: Path) -> None:

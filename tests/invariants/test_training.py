@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hrf_fast.iteration as iteration_module
 import hrf_fast.learn as learn_module
-import hrf_fast.train as train_module
 from hrf_fast.run import read_log
 from hrf_fast.train import main
 
@@ -28,7 +28,7 @@ def metrics(run: Path):
     """Metrics without what time and memory say."""
     records = read_log(run / "metrics.jsonl")
     for record in records:
-        del record["seconds"], record["peak_memory_bytes"]
+        del record["seconds"], record["speed"], record["peak_memory_bytes"]
     return records
 
 
@@ -68,7 +68,8 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
     wanted = "reward_mean reward_std reward_min reward_max advantage_std ratio_mean ratio_max clip_fraction approx_kl"
     wanted += " grad_norm learning_rate window_starts seconds images forwards evaluations peak_memory_bytes loss"
     assert set(wanted.split()) <= set(records[0])
-    assert set(records[0]["seconds"]) == {"anchors", "search", "rollout", "reward", "update"}
+    assert set(records[0]["seconds"]) == {"anchors", "search", "rollout", "reward", "update", "other"}
+    assert records[0]["speed"]["overhead"] > 1
     assert [record["iteration"] for record in read_log(run / "evaluations.jsonl")] == [0, 1, 2]
     assert sorted(path.name for path in (run / "samples").iterdir()) == [f"iteration-00000{i}.png" for i in range(3)]
     assert DDPMPipeline.from_pretrained(run / "model").unet.config.sample_size == 16
@@ -173,9 +174,10 @@ def test_a_run_with_averaged_weights_resumes_exactly(tiny_run, tmp_path):
 
 
 def test_the_checkpoint_of_the_best_panel_outlives_newer_ones(tiny_run, tmp_path, monkeypatch):
-    # panels after 0, 1, 2 and 3 iterations of 6 images score 0, 5, 1, 2; training's batches have 6 too, so count them
+    # panels after 0, 1, 2 and 3 iterations score 0, 5, 1, 2; two groups are scored in between
     (tmp_path / "peaked.py").write_text(
-        "scores = iter([0, None, 5, None, 1, None, 2])\ndef score(images, prompts=None):\n    value = next(scores)\n"
+        "scores = iter([0, None, None, 5, None, None, 1, None, None, 2])\n"
+        "def score(images, prompts=None):\n    value = next(scores)\n"
         "    return images.mean((1, 2, 3)) if value is None else images.new_full((len(images),), value)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -187,10 +189,10 @@ def test_the_checkpoint_of_the_best_panel_outlives_newer_ones(tiny_run, tmp_path
 
 
 def test_a_reward_that_is_not_finite_skips_its_groups_step_and_is_counted(tiny_run, tmp_path, monkeypatch, capsys):
-    # the second group of three in the first iteration; the panels are of 6 in another order of calls
+    # the second group in the first iteration; a group that is not finite is asked for once more
     (tmp_path / "holey.py").write_text(
         "calls = 0\ndef score(images, prompts=None):\n    global calls\n    calls += 1\n"
-        "    values = images.mean((1, 2, 3))\n    if calls in (2, 4):\n        values[-1] = float('nan')\n"
+        "    values = images.mean((1, 2, 3))\n    if calls in (3, 4):\n        values[-1] = float('nan')\n"
         "    return values\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -206,11 +208,11 @@ def test_a_reward_that_is_not_finite_skips_its_groups_step_and_is_counted(tiny_r
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_run, tmp_path, monkeypatch):
     original, calls = learn_module.update, []
 
-    def poison(engine, policy, trajectories, advantages, **options):
+    def poison(engine, policy, trajectories, advantages, *rest, **options):
         calls.append(1)
         if len(calls) == 1:
-            advantages = [advantage * torch.nan for advantage in advantages]
-        return original(engine, policy, trajectories, advantages, **options)
+            advantages = {group: advantage * torch.nan for group, advantage in advantages.items()}
+        return original(engine, policy, trajectories, advantages, *rest, **options)
 
     monkeypatch.setattr(learn_module, "update", poison)
     assert main([*tiny_run, "train.on_nan=skip", "evaluation.every=0"]) == 0
@@ -244,10 +246,10 @@ def test_rewards_without_any_spread_are_said_and_leave_the_weights_alone(
 def test_a_reward_that_fails_stops_before_the_optimizer_step_with_the_checkpoint_intact(
     tiny_run, tmp_path, monkeypatch, capsys, body, message
 ):
-    # the first panel of 6, the first iteration's 6 and the second panel are fine, the second iteration's fail
+    # the first panel, the first iteration's two groups and the second panel are fine, the second iteration's fail
     (tmp_path / "late_reward.py").write_text(
         f"calls = 0\ndef score(images, prompts=None):\n    global calls\n    calls += 1\n"
-        f"    if calls > 3:\n        {body}\n    return images.mean((1, 2, 3))\n"
+        f"    if calls > 4:\n        {body}\n    return images.mean((1, 2, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "late_reward", raising=False)
@@ -267,14 +269,14 @@ def test_a_reward_that_fails_stops_before_the_optimizer_step_with_the_checkpoint
 
 
 def test_nan_weights_are_caught_before_the_optimizer_step(tiny_run, tmp_path, monkeypatch, capsys):
-    original = train_module.learn
+    original = iteration_module.learn
 
     def poison(parts, *rest, **options):
         with torch.no_grad():
             next(parts.policy.unet.parameters()).fill_(float("nan"))
         return original(parts, *rest, **options)
 
-    monkeypatch.setattr(train_module, "learn", poison)
+    monkeypatch.setattr(iteration_module, "learn", poison)
     assert main([*tiny_run, "run.save_every=0"]) == 1
     assert "was not made" in capsys.readouterr().err
     # an update cut in half is not saved

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from hrf_fast.advantages import group_advantages
+from hrf_fast.batching import replay_calls
 from hrf_fast.diffusion import build_diffusion
 from hrf_fast.engine import PlainEngine
 from hrf_fast.policy import Policy
 from hrf_fast.trajectory import Trajectory, Window
-from hrf_fast.update import update
+from hrf_fast.update import Clips, update
 from hrf_fast.windows import select_start
 from hrf_kernels import gaussian_log_prob, gaussian_mean
 from tests.conftest import GOLDEN, GRADIENT_TOLERANCE, LOSS_TOLERANCE, make_scheduler, make_unet
@@ -45,15 +46,14 @@ def load_case(golden, name):
 def run_update(numbers, case, policy, trajectory, **options):
     """Our update on a golden case; returns (stats, gradients by name)."""
     engine = PlainEngine(policy.unet, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    split = {"micro_batch_size": numbers["batch"], "steps_per_forward": 1, **options}
     stats = update(
         engine,
         policy,
-        [trajectory],
-        [case["advantages"]],
-        clip_range=numbers["clip_range"],
-        advantage_clip=numbers["clip_advantage"],
-        scale_clips_by_window=True,
-        **{"micro_batch_size": numbers["batch"], "steps_per_forward": 1, **options},
+        {0: trajectory},
+        {0: case["advantages"]},
+        replay_calls({0: trajectory.window}, group_size=numbers["batch"], **split),
+        Clips(numbers["clip_range"], numbers["clip_advantage"], scale_by_window=True),
     )
     return stats, {name: parameter.grad for name, parameter in policy.unet.named_parameters()}
 

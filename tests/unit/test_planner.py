@@ -11,10 +11,10 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from hrf_fast import planner
+from hrf_fast.amounts import parse_memory
 from hrf_fast.cli import main
 from hrf_fast.config import load_config
 from hrf_fast.footprint import Footprint, Line, measure_unet
-from hrf_fast.plan_table import parse_memory
 from hrf_fast.planner import Plan, count_calls, plan
 from hrf_fast.run import read_log
 from hrf_fast.states import ENGINES, model_states
@@ -116,9 +116,13 @@ def test_what_each_mode_holds_by_hand():
     assert made.activations("checkpoint", "fp32", 8) == 1 + 16 * 40
     # 16 samples x (3 + 1 latents and an image) x 4 bytes
     assert made.trajectories == 16 * 5 * 4
-    # peers of a batch are all groups
-    assert make_plan(10**9, "train.advantages=batch").kept_samples == 16
-    assert make_plan(10**9, "train.advantages=batch", gpus=2).kept_samples == 8
+    # kept are the groups of an optimizer step
+    assert make_plan(10**9, "train.groups_per_step=2").kept_samples == 16
+    assert make_plan(10**9, "train.groups_per_step=2", gpus=2).kept_samples == 8
+    # joined they share a call: one fixed byte a step instead of two
+    joined = make_plan(10**9, "train.groups_per_step=2", "train.order=on_policy", "train.max_batch=16")
+    assert joined.activations("keep", "fp32", 8) == 16 * 3 * 100 + 3 + 16 * 20
+    assert joined.activations("replay", "fp32", 8) == 1 + 16 * 120
 
 
 def test_the_fastest_mode_that_fits_and_its_largest_batches_are_chosen():
@@ -130,6 +134,11 @@ def test_the_fastest_mode_that_fits_and_its_largest_batches_are_chosen():
     assert chosen(20400) == ("replay", 8, 64)
     # the step of AdamW is the floor
     assert chosen(20300) is None
+    # on-policy: 16 000 of states, 16 x 5 x 4 of one group's trajectory, and the graphs of 16 images x 3 steps
+    made = make_plan((16000 + 320 + 16 * 300 + 3 + 320) / 0.9 + 1, "train.order=on_policy", "train.group_size=16")
+    choice = made.choose("plain", "fp32", "keep")
+    assert choice and (choice.mode, choice.micro_batch_size) == ("keep", 16)
+    assert made.modes[0] == "keep" and make_plan(10**9).modes[0] == "replay"
 
 
 def test_a_smaller_micro_batch_is_found_when_the_whole_group_does_not_fit():
@@ -223,7 +232,8 @@ def test_planned_bytes_against_the_memory_of_a_process(tiny_model, model, mode, 
     words += ["window.schedule=full", "sample.batch_size=8", f"train.precision={precision}"]
     # freed tensors go back to the system at once, so that the resident set is what is alive
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "tests.memory.peak", mode, str(tiny_model), str(model), *words]
+    words += [f"train.activations={mode}", "train.order=on_policy"]
+    command = [sys.executable, "-m", "tests.memory.peak", str(tiny_model), str(model), *words]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
     measured = json.loads(result.stdout.splitlines()[-1])
     made = plan(load_config([f"model.name={model}", *words]), gpus=1, memory=10**10, device="cpu")

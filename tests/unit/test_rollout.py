@@ -2,7 +2,7 @@
 
 import torch
 
-from hrf_fast.rollout import probe_starts, renoised, rollout, sample, starting_noise
+from hrf_fast.rollout import Start, probe_starts, renoised, rollout, sample, starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from tests.unit.test_update import T, make_policy
@@ -12,7 +12,10 @@ def test_prefix_steps_are_never_run():
     # window [4, 5) of 6: steps 4 and 5 run, two batches of 3 images
     policy = make_policy()
     noise = NoiseKey(1, torch.arange(3))
-    trajectory = rollout(policy, Window(4, 5), starting_noise(policy, noise), noise, micro_batch_size=3)
+    trajectories, _ = rollout(
+        policy, {0: Start(Window(4, 5), starting_noise(policy, noise), noise)}, micro_batch_size=3
+    )
+    trajectory = trajectories[0]
     assert (policy.calls.batches, policy.calls.forwards, policy.calls.backwards) == (2, 6, 0)
     assert trajectory.latents.shape == (2, 3, 3, 16, 16)
     assert trajectory.old_log_prob.shape == (1, 3)
@@ -22,7 +25,8 @@ def test_prefix_steps_are_never_run():
 def test_images_are_in_range_and_finite():
     policy = make_policy()
     noise = NoiseKey(1, torch.arange(3))
-    images = rollout(policy, Window(0, 5), starting_noise(policy, noise), noise, micro_batch_size=3).images
+    start = Start(Window(0, 5), starting_noise(policy, noise), noise)
+    images = rollout(policy, {0: start}, micro_batch_size=3)[0][0].images
     assert images.shape == (3, 3, 16, 16) and float(images.min()) >= 0 and float(images.max()) <= 1
 
 

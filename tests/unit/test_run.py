@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 
 import pytest
@@ -38,21 +39,29 @@ def test_a_torn_last_line_is_not_read(tmp_path):
 def test_rewinding_drops_iterations_to_be_done_again_but_keeps_the_panel_before_them(config, tmp_path):
     with Run(config) as run:
         for iteration in range(4):
-            run.log(iteration, RECORD)
+            run.log(iteration, RECORD, unet_seconds=1.0)
             run.log_panel(iteration + 1, scores(), {})
         run.rewind(2)
     assert [r["iteration"] for r in read_log(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert [r["iteration"] for r in read_log(tmp_path / "run" / "evaluations.jsonl")] == [1, 2]
 
 
-def test_phases_add_up_within_an_iteration_and_start_again_in_the_next(config):
+def test_phases_add_up_within_an_iteration_and_start_again_in_the_next(config, monkeypatch):
+    # a clock that moves a second at each look: 1 begins, phases of 1 s end at 3 and 5, 6 is the log
+    clock = iter(range(1, 100))
     with Run(config) as run:
+        monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+        run.begin_iteration()
         for _ in range(2):
             with run.phase("rollout"):
                 pass
-        assert list(run.seconds) == ["rollout"]
-        run.log(0, RECORD)
+        run.log(0, RECORD, unet_seconds=4.0)
+        run.begin_iteration()
         assert run.seconds == {}
+    record = read_log(run.folder / "metrics.jsonl")[0]
+    assert record["seconds"] == {"rollout": 2.0, "other": 3.0}
+    # 4 groups of 5 in 5 seconds, of which 4 are UNet calls
+    assert record["speed"] == {"images_per_second": 4.0, "unet_seconds": 4.0, "overhead": 1.25}
 
 
 def test_ctrl_c_waits_for_the_end_of_an_update(config, capsys):
@@ -101,13 +110,13 @@ def test_the_bar_shows_reward_rate_and_panels(capsys):
     display = BarProgress()
     display.start("iterations", 0, 2)
     display.phase("rollout")
-    # 8 images in 2 seconds
-    display.iteration(0, {**RECORD, "seconds": {"rollout": 2.0}})
+    display.iteration(0, {**RECORD, "speed": {"images_per_second": 4.0, "overhead": 1.0312}})
     display.panel(1, {"reward": [1.0, 0.5, 1.5], "vendi": [7.0, 6.0, 8.0]})
     display.close()
     err = capsys.readouterr().err
     assert (
-        "reward 0.5000, 4.0 images/s" in err and "panel after 1 iterations: reward 1 [0.5, 1.5]   vendi 7 [6, 8]" in err
+        "reward 0.5000, 4.0 images/s, 1.03x its UNet calls" in err
+        and "panel after 1 iterations: reward 1 [0.5, 1.5]   vendi 7 [6, 8]" in err
     )
 
 

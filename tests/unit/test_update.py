@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from hrf_fast.batching import replay_calls
 from hrf_fast.diffusion import build_diffusion
 from hrf_fast.engine import PlainEngine
 from hrf_fast.policy import Policy
-from hrf_fast.rollout import rollout, starting_noise
+from hrf_fast.rollout import Start, rollout, starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
-from hrf_fast.update import replay_ratio_error, update
+from hrf_fast.update import Clips, replay_ratio_error, update
 from hrf_kernels import gaussian_log_prob
 from tests.conftest import make_scheduler, make_unet
 
@@ -28,13 +29,21 @@ def make_engine(policy, max_grad_norm=0.0) -> PlainEngine:
 
 def make_group(policy, window, size=4, first_id=0):
     noise = NoiseKey(5, torch.arange(first_id, first_id + size))
-    return rollout(policy, window, starting_noise(policy, noise), noise, micro_batch_size=size)
+    start = Start(window, starting_noise(policy, noise), noise)
+    return rollout(policy, {0: start}, micro_batch_size=size)[0][0]
 
 
-def gradients(policy, groups, advantages, **options):
+def calls_for(trajectories, micro_batch_size=4, steps_per_forward=1):
+    windows = {group: trajectory.window for group, trajectory in trajectories.items()}
+    split = {"micro_batch_size": micro_batch_size, "steps_per_forward": steps_per_forward}
+    return replay_calls(windows, group_size=4, **split)
+
+
+def gradients(policy, groups, advantages, calls=None, clip_range=1e-4, advantage_clip=2.5, scaled=False, **split):
     engine = make_engine(policy)
-    defaults = {"clip_range": 1e-4, "advantage_clip": 2.5, "scale_clips_by_window": False, "micro_batch_size": 4}
-    stats = update(engine, policy, groups, advantages, **(defaults | options))
+    groups = dict(enumerate(groups))
+    clips = Clips(clip_range, advantage_clip, scaled)
+    stats = update(engine, policy, groups, dict(enumerate(advantages)), calls or calls_for(groups, **split), clips)
     return stats, torch.cat([p.grad.flatten() for p in policy.unet.parameters()])
 
 
@@ -94,7 +103,7 @@ def test_the_advantage_clip_scales_with_the_window():
     # start 3 of 6 gives w = 1/2: a bound of 0.8 acts as 0.4
     policy = make_policy()
     group = make_group(policy, Window(3, 5))
-    _, scaled = gradients(policy, [group], [ADVANTAGES], advantage_clip=0.8, scale_clips_by_window=True)
+    _, scaled = gradients(policy, [group], [ADVANTAGES], advantage_clip=0.8, scaled=True)
     _, by_hand = gradients(policy, [group], [ADVANTAGES.clamp(-0.4, 0.4)])
     assert torch.equal(scaled, by_hand)
 
@@ -109,7 +118,7 @@ def test_the_clip_range_scales_with_the_window():
     stats, _ = gradients(policy, [group], [ADVANTAGES], clip_range=1.0)
     width = abs(float(stats.ratio_max) - 1) * 1.5
     unscaled, _ = gradients(policy, [group], [ADVANTAGES], clip_range=width)
-    scaled, _ = gradients(policy, [group], [ADVANTAGES], clip_range=width, scale_clips_by_window=True)
+    scaled, _ = gradients(policy, [group], [ADVANTAGES], clip_range=width, scaled=True)
     assert float(scaled.clip_fraction) > float(unscaled.clip_fraction)
 
 
@@ -132,7 +141,7 @@ def test_replaying_a_fresh_trajectory_gives_ratio_one_to_the_bit():
     for clip_sample in (False, True):
         policy = make_policy(clip_sample=clip_sample)
         group = make_group(policy, Window(0, 5))
-        assert replay_ratio_error(policy, group, micro_batch_size=4, steps_per_forward=1) == 0.0
+        assert replay_ratio_error(policy, {0: group}, calls_for({0: group})) == 0.0
 
 
 def test_a_moved_policy_has_another_ratio():
@@ -140,7 +149,7 @@ def test_a_moved_policy_has_another_ratio():
     group = make_group(policy, Window(0, 5))
     with torch.no_grad():
         next(policy.unet.parameters()).mul_(1.1)
-    assert replay_ratio_error(policy, group, micro_batch_size=4, steps_per_forward=1) > 0.0
+    assert replay_ratio_error(policy, {0: group}, calls_for({0: group})) > 0.0
 
 
 def test_a_step_moves_the_log_prob_of_good_samples_up():
@@ -148,8 +157,7 @@ def test_a_step_moves_the_log_prob_of_good_samples_up():
     engine = make_engine(policy)
     engine.set_learning_rate(1e-4)
     group = make_group(policy, Window(2, 5))
-    options = {"clip_range": 1.0, "advantage_clip": 2.5, "scale_clips_by_window": False, "micro_batch_size": 4}
-    update(engine, policy, [group], [ADVANTAGES], **options)
+    update(engine, policy, {0: group}, {0: ADVANTAGES}, calls_for({0: group}), Clips(1.0, 2.5, False))
     with torch.no_grad():
         moved = torch.stack(
             [
