@@ -112,6 +112,15 @@ def test_losses_may_be_weighted_after_the_call(backend, shape):
 
 @both_backends
 @both_plans
+def test_a_loss_scale_reaches_the_gradient_of_an_fp16_output(backend, shape):
+    # by a factor of 2^-20 the gradient is below fp16's smallest number, and only the scale of 2^20 brings it back
+    inputs = draw(Case(shape, output=FP16, guidance=3.0, loss_weight=2.0**-20), seed=13)
+    _, gradients = check(inputs, backend, upstream=torch.full((6,), 2.0**20))
+    assert all(gradient[0].any() for gradient in gradients)
+
+
+@both_backends
+@both_plans
 @pytest.mark.parametrize("option", ["plain", "clamp", "guidance", "coefficients per sample"])
 def test_the_gradient_of_the_log_prob_itself(backend, shape, option):
     case = Case(shape, **OPTIONS[option])
