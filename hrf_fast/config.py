@@ -19,6 +19,7 @@ from hrf_fast.optimizers import check_optimizer
 from hrf_fast.options import (
     ACTIVATIONS,
     ATTENTIONS,
+    COMPILES,
     KERNELS,
     LEARNING_RATE_SCHEDULES,
     OPTIMIZERS,
@@ -69,6 +70,8 @@ _CHOICES = {
     "train.precision": PRECISIONS,
     "train.kernels": KERNELS,
     "train.activations": ACTIVATIONS,
+    "train.compile": COMPILES,
+    "train.self_check": ("warn", "strict"),
     "train.on_nan": ("stop", "skip"),
     "train.optimizer": OPTIMIZERS,
     "run.progress": ("auto", "bar", "json", "quiet"),
@@ -270,7 +273,13 @@ def check_job(config: Config, world_size: int) -> None:
         ValueError: names the option, its value and the way out.
     """
     if config.engine.deepspeed is not None:
-        read_settings(config.engine.deepspeed)
+        stage = read_settings(config.engine.deepspeed)["zero_optimization"].get("stage", 0)
+        if stage == 3 and config.train.compile != "none":
+            raise ValueError(
+                f"train.compile is {config.train.compile!r}, but engine.deepspeed {config.engine.deepspeed} is ZeRO-3, "
+                "whose hooks gather each layer's weights around its forward, and can't be compiled; use ZeRO 0 to 2, "
+                "the plain engine (null), or train.compile=none"
+            )
     # groups_per_step divides groups_per_iteration
     if config.train.groups_per_step % world_size:
         raise ValueError(

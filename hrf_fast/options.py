@@ -14,6 +14,7 @@ SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ACTIVATIONS = ("replay", "checkpoint")
+COMPILES = ("none", "unet", "blocks")
 KERNELS = ("auto", "eager", "triton")
 ATTENTIONS = ("sdpa", "xformers")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
@@ -117,6 +118,16 @@ class TrainConfig:
     """What computes log-probs and their gradients: triton (fused), eager, or auto: triton on a GPU that has it."""
     activations: str = "replay"
     """replay keeps a forward's activations for its backward; checkpoint runs each UNet block again, for less memory."""
+    channels_last: bool = False
+    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
+    compile: str = "none"
+    """torch.compile for the UNet: none, unet (one graph) or blocks (a graph for each down, mid and up block)."""
+    tf32: bool = False
+    """CUDA: matrix products and convolutions of fp32 in TF32; false means that fp32 is fp32."""
+    cudnn_benchmark: bool = False
+    """CUDA: let cudnn time its convolutions and take the fastest; the same seed then no longer gives the same bits."""
+    self_check: str = "warn"
+    """When replay's rounding is not well below the smallest clip range: warn, or strict to refuse to train."""
     ema_decay: float = 0.0
     """Per optimizer step, of averaged weights that panels and the final model use; 0 turns them off."""
     on_nan: str = "stop"

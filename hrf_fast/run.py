@@ -43,6 +43,7 @@ _FREE = (
     "run.folder",
     "train.max_evaluations",
     "train.activations",
+    "train.self_check",
     "train.on_nan",
     "engine.deepspeed",
 )

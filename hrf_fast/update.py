@@ -115,13 +115,16 @@ def _replay(
             )
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def replay_ratio_error(
     policy: Policy, trajectory: Trajectory, *, micro_batch_size: int, steps_per_forward: int
 ) -> float:
-    """Largest |ratio − 1| when a fresh trajectory is scored again under unchanged weights: 0 if replay is exact."""
+    """Largest |ratio − 1| when a fresh trajectory is scored again under unchanged weights: 0 if replay is exact.
+
+    With gradient on, as the update does it: a compiled UNet is another graph then, an attention may be another kernel.
+    """
     worst = torch.zeros((), device=policy.device)
     advantage = torch.zeros(trajectory.group_size, device=policy.device)
     for surrogate in _replay(policy, trajectory, advantage, {"clip_range": 1.0}, micro_batch_size, steps_per_forward):
-        worst = torch.maximum(worst, (surrogate.ratio - 1).abs().max())
+        worst = torch.maximum(worst, (surrogate.ratio.detach() - 1).abs().max())
     return float(worst)
