@@ -75,7 +75,7 @@ def learn(
                 skipped += 1
                 continue
             own = groups_of(comm.rank(), step, train.groups_per_step)
-            calls = _calls(config, batch, {group: windows[group] for group in own})
+            calls = calls_of(config, batch, {group: windows[group] for group in own})
             replayed = all(call.output is None for call in calls)
             try:
                 stats = update(
@@ -100,7 +100,7 @@ def learn(
     return made, skipped
 
 
-def _calls(config: Config, batch: Batch, windows: dict[int, Window]) -> list[Call]:
+def calls_of(config: Config, batch: Batch, windows: dict[int, Window]) -> list[Call]:
     """Which UNet calls an optimizer step consists of: what the rollout kept, and the rest replayed."""
     if config.train.order == "collect":
         return replays(config, windows)
