@@ -7,7 +7,7 @@ counter-based (seed, sample, step), so that a result does not depend on how a ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
