@@ -62,7 +62,7 @@ def _train(config: Config) -> Path:
         run.begin(done)
         # iterations that the weights stand for, and the state beside them; None while an update is under way
         before = replace(policy.calls)
-        whole: tuple[int, dict[str, Any]] | None = (done, _state(parts))
+        whole: tuple[int, dict[str, Any]] | None = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
         with engine.gathered():
             run.progress.note(self_check(parts, config))
         if parts.activations.reason:
@@ -97,7 +97,7 @@ def _train(config: Config) -> Path:
                     run.log(done, record, unet_seconds=policy.stopwatch.restart())
                     done += 1
                     before = replace(policy.calls)
-                    whole = (done, _state(parts))
+                    whole = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
         except BaseException as error:
             # keep what was learnt, unless an update was cut in half, the disk is full, the weights have diverged, or
             # other ranks are not here to save with
@@ -120,11 +120,6 @@ def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
         "evaluations": policy.calls.evaluations,
         "peak_memory_bytes": max(comm.gather(peak_memory_bytes(policy.device))),
     }
-
-
-def _state(parts: Parts) -> dict[str, Any]:
-    """What a checkpoint keeps besides weights and optimizer."""
-    return {"calls": asdict(parts.policy.calls), **schedule_state(parts.schedule)}
 
 
 def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, dict[str, Any]] | None) -> None:

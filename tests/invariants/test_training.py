@@ -126,14 +126,15 @@ def test_a_bandit_resumes_with_what_it_has_measured(tiny_run, tmp_path):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
     assert_equal_weights(tmp_path / "whole", tmp_path / "halves")
     ends = [tmp_path / name / "checkpoints" / "iteration-000004" / "state.json" for name in ("whole", "halves")]
-    assert json.loads(ends[0].read_text()) == json.loads(ends[1].read_text())
+    whole, halves = (json.loads(end.read_text()) for end in ends)
+    assert whole["schedule"] == halves["schedule"] and whole["calls"] == halves["calls"]
 
 
 def test_a_bandit_interrupted_in_mid_iteration_forgets_that_iteration(tiny_run, tmp_path, monkeypatch):
     # Ctrl-C after the third iteration's search: the checkpoint is that of two iterations, and so are the pulls in it
     words = [*tiny_run, *BANDIT, "run.save_every=0"]
     assert main(with_folder(words, tmp_path / "whole", "train.iterations=4")) == 0
-    original, calls = train_module.collect, []
+    original, calls = iteration_module.collect, []
 
     def interrupted(*arguments):
         calls.append(original(*arguments))
@@ -142,7 +143,7 @@ def test_a_bandit_interrupted_in_mid_iteration_forgets_that_iteration(tiny_run, 
         return calls[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "collect", interrupted)
+        patched.setattr(iteration_module, "collect", interrupted)
         assert main(with_folder(words, tmp_path / "broken", "train.iterations=4")) == 130
     saved = json.loads((tmp_path / "broken" / "checkpoints" / "iteration-000002" / "state.json").read_text())
     assert sum(saved["schedule"]["counts"]) == pytest.approx(3.9)
@@ -170,7 +171,7 @@ def test_a_search_is_counted_as_it_is_made(tiny_run, tmp_path):
         ("probe(0, [0, 2])", "positional"),
         ("probe([[0, 2]])", r"probes \[\[0, 2\]\] for 2 groups; give one list of starts per group"),
         ("probe([[0], [6]])", "probes start 6; use starts from 0 to 5"),
-        ("probe([[0], [1]], estimate='x')", "estimate is 'x'; use one of exact, x0"),
+        ("probe([[0], [1]], estimate='x')", "estimate is 'x' .*use one of exact, x0"),
     ],
 )
 def test_a_users_schedule_that_probes_what_is_not_there_is_told(tiny_run, tmp_path, monkeypatch, capsys, body, message):
