@@ -158,7 +158,7 @@ def rewards(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measure: kernels, training against the loop as published, or memory over windows and steps."""
+    """Measure: kernels, training against the loop as published, memory, or what HRF-D's cheap searches lose."""
     root = Path(__file__).parents[1]
     # the benchmarks are part of the repository and not of the package
     if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
@@ -223,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", help="section.field=value")
     add(rewards)
     command = add(bench)
-    command.add_argument("what", choices=("kernels", "training", "memory"))
+    command.add_argument("what", choices=("kernels", "training", "memory", "search"))
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     add(doctor)
     return parser

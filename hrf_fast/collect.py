@@ -19,9 +19,10 @@ from hrf_fast.learn import Batch, own_groups
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.policy import Policy
-from hrf_fast.rollout import Start, probe_starts, rollout, sample, starting_noise
+from hrf_fast.rollout import Start, rollout, sample, starting_noise
 from hrf_fast.run import Run
 from hrf_fast.scoring import GroupScore, score_groups
+from hrf_fast.search import probe_starts
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 
@@ -46,20 +47,28 @@ def plan(parts: Parts, config: Config, run: Run, iteration: int) -> Plan:
             place = NoiseKey(seeds.key(config.run.seed, iteration, "anchors"), torch.tensor(own, device=policy.device))
             anchors = dict(zip(own, sample(policy, place, batch_size=batch_size), strict=True))
 
-    def probe(group: int, candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of one of this rank's groups; a group of another rank gets zeros, and its window from that rank."""
-        if group not in anchors:
-            return torch.zeros(len(candidates)), torch.zeros(len(candidates))
-        place = _noise(config, policy, iteration, "search", group)
-        return probe_starts(policy, parts.reward, anchors[group], candidates, place, batch_size=batch_size)
+    def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
+        """Of every group, measured by the rank that holds it."""
+        with comm.agreed():
+            _check_candidates(candidates, groups, bool(anchors), len(policy.diffusion), config.window.schedule)
+            measured = probe_starts(
+                policy,
+                parts.reward,
+                [anchors[group] for group in own],
+                [candidates[group] for group in own],
+                [_noise(config, policy, iteration, "search", group) for group in own],
+                estimate=estimate,
+                batch_size=batch_size,
+            )
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in comm.gather(dict(zip(own, measured, strict=True))):
+            found |= part
+        return [found[group] for group in range(groups)]
 
     with run.phase("search"):
         generator = seeds.generator(config.run.seed, iteration, "windows")
         windows = parts.schedule(iteration, groups, generator=generator, probe=probe)
         _check_windows(windows, groups, policy.diffusion.stochastic_steps, config.window.schedule)
-        # what was probed is known to one rank only
-        for found in comm.gather({group: windows[group] for group in own}):
-            windows = [found.get(group, window) for group, window in enumerate(windows)]
     return Plan(windows, anchors)
 
 
@@ -104,6 +113,21 @@ def _noise(config: Config, policy: Policy, iteration: int, purpose: str, group: 
     size = config.train.group_size
     ids = torch.arange(group * size, (group + 1) * size, device=policy.device)
     return NoiseKey(seeds.key(config.run.seed, iteration, purpose), ids)
+
+
+def _check_candidates(candidates: Any, groups: int, anchors: bool, steps: int, name: str) -> None:
+    """A schedule of the user's may ask for anything."""
+    if not anchors:
+        raise ValueError(
+            f"window.schedule {name} probes starts, for which groups need anchors; let its needs_anchors be True"
+        )
+    if len(candidates) != groups:
+        raise ValueError(
+            f"window.schedule {name} probes {candidates!r} for {groups} groups; give one list of starts per group"
+        )
+    wrong = [start for starts in candidates for start in starts if not 0 <= start < steps]
+    if wrong:
+        raise ValueError(f"window.schedule {name} probes start {wrong[0]}; use starts from 0 to {steps - 1}")
 
 
 def _check_windows(windows: Any, groups: int, stop: int, name: str) -> None:

@@ -20,6 +20,7 @@ from hrf_fast.diffusion import build_diffusion
 from hrf_fast.footprint import Footprint, measure_unet
 from hrf_fast.options import PRECISIONS, Config
 from hrf_fast.policy import read_configs
+from hrf_fast.search import evaluations
 from hrf_fast.states import BUCKET, ENGINES, States, model_states
 from hrf_fast.windows import WindowSchedule, build_schedule
 
@@ -52,18 +53,19 @@ class Calls:
 def count_calls(config: Config, schedule: WindowSchedule, stop: int) -> Calls:
     """Run the window schedule over the run's iterations (1000 at most) and count.
 
-    The search of a schedule that probes (HRF-D) is counted exactly; the starts that it would choose are not known
-    before the run, so random ones stand in for them.
+    The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
+    run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
+    but not the same ones.
     """
     train, steps = config.train, config.sample.num_inference_steps
     iterations = min(train.iterations, 1000)
     groups, size = train.groups_per_iteration, train.group_size
     searched, lengths, run_steps = 0, [], 0
 
-    def probe(group: int, candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
         nonlocal searched
-        searched += sum(steps - start for start in candidates) * size
-        return torch.rand(len(candidates)), torch.rand(len(candidates))
+        searched += sum(evaluations(start, steps, estimate) for starts in candidates for start in starts) * size
+        return [(torch.rand(len(starts)), torch.rand(len(starts))) for starts in candidates]
 
     for iteration in range(iterations):
         generator = seeds.generator(config.run.seed, iteration, "windows")

@@ -108,3 +108,13 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
         if required and name in accepted and name not in kwargs:
             raise ValueError(f"{option}.{name} is missing; this choice needs it")
     return factory(**given, **kwargs)
+
+
+def check_count(option: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{option} is {value!r}; use a whole number of at least 1")

@@ -7,7 +7,7 @@ counter-based (seed, sample, step), so that a result does not depend on how a ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hrf_fast.batching import Call, Piece, rollout_calls
 from hrf_fast.policy import Policy
-from hrf_fast.rewards import Reward
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Trajectory, Window
-from hrf_kernels import gaussian_mean, gaussian_step, philox_normal
+from hrf_kernels import gaussian_step, philox_normal
 
 # counter value for a sample's starting noise: no denoising step has it
 _START = 0xFFFFFFFF
@@ -135,31 +134,3 @@ def _advance(policy: Policy, output: Tensor, latents: Tensor, step: int, noise: 
     coefficients = policy.diffusion.coefficients[step]
     key: dict[str, Any] = {"seed": noise.seed, "sample_id": noise.sample_id, "step": step}
     return gaussian_step(output, latents, coefficients, **key, backend=policy.kernels)
-
-
-@torch.no_grad()
-def probe_starts(
-    policy: Policy, reward: Reward, anchor: Tensor, candidates: Sequence[int], noise: NoiseKey, *, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """HRF-D's search for one anchor: denoise its group deterministically from every candidate start.
-
-    Args:
-        anchor: [C, H, W] clean latents; noise: re-noises the anchor, once per sample of the group.
-
-    Returns:
-        Mean reward and mean distance 1 − cos(x̃0, x0) on flattened pixels over the whole group, each [C] fp32.
-    """
-    rewards, distances = [], []
-    flat_anchor = anchor.flatten()[None]
-    for start in candidates:
-        clean = []
-        for part in noise.split(batch_size):
-            latents = renoised(policy, anchor, start, part)
-            for step in range(start, len(policy.diffusion)):
-                output = policy.model_output(latents, policy.timestep_list[step])
-                latents = gaussian_mean(output, latents, policy.diffusion.deterministic[step])
-            clean.append(latents)
-        group = torch.cat(clean)
-        rewards.append(reward(policy.images(group)).mean())
-        distances.append(1 - torch.cosine_similarity(group.flatten(1), flat_anchor).mean())
-    return torch.stack(rewards), torch.stack(distances)

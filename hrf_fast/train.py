@@ -28,6 +28,7 @@ from hrf_fast.parts import Parts, build_parts
 from hrf_fast.policy import UNetCalls
 from hrf_fast.run import Run
 from hrf_fast.self_check import self_check
+from hrf_fast.windows import load_schedule_state, schedule_state
 
 
 def train(config: Config) -> Path:
@@ -58,10 +59,11 @@ def _train(config: Config) -> Path:
         state = load_newest(run.checkpoints, engine, warn=run.progress.note)
         done = state["iteration"] if state else 0
         policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
+        load_schedule_state(parts.schedule, state or {})
         run.begin(done)
-        # iterations and UNet calls that the weights stand for; None while an update is under way
+        # iterations that the weights stand for, and the state beside them; None while an update is under way
         before = replace(policy.calls)
-        whole: tuple[int, UNetCalls] | None = (done, before)
+        whole: tuple[int, dict[str, Any]] | None = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
         with engine.gathered():
             warm_up(policy, config, run.progress.note)
             run.progress.note(self_check(parts, config))
@@ -97,7 +99,7 @@ def _train(config: Config) -> Path:
                     run.log(done, record, unet_seconds=policy.stopwatch.restart())
                     done += 1
                     before = replace(policy.calls)
-                    whole = (done, before)
+                    whole = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
         except BaseException as error:
             # keep what was learnt, unless an update was cut in half, the disk is full, the weights have diverged, or
             # other ranks are not here to save with
@@ -122,12 +124,12 @@ def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
     }
 
 
-def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, UNetCalls] | None) -> None:
+def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, dict[str, Any]] | None) -> None:
     if whole is None or whole[0] in (0, run.saved):
         return
     with run.uninterrupted():
         kept: Any = {"keep": config.run.keep_checkpoints, "best": run.best() if config.run.keep_best else None}
-        save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine, {"calls": asdict(whole[1])}, **kept)
+        save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine, whole[1], **kept)
         run.saved = whole[0]
 
 

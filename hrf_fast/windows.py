@@ -1,28 +1,30 @@
 """Window schedules: which denoising steps each group trains, this iteration.
 
-A schedule is drawn from a generator that depends on (seed, iteration) only, so it has no state to save and is equal on
-every rank. `register_schedule` adds one; `module:function` in window.schedule names a user's factory.
+A schedule is called on every rank with equal arguments and must return equal windows: it draws from a generator that
+depends on (seed, iteration) only, and what it probes is gathered from all ranks. `register_schedule` adds one;
+`module:function` in window.schedule names a user's factory. The searched one, HRF-D, is in dynamic.py.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
-from hrf_fast.registry import Registry, call_factory, load_user_function
+from hrf_fast.dynamic import Probe, dynamic
+from hrf_fast.registry import Registry, call_factory, check_count, load_user_function
 from hrf_fast.trajectory import Window
-
-Probe = Callable[[int, Sequence[int]], tuple[Tensor, Tensor]]
-"""(group, candidate starts) -> mean reward and mean distance to the anchor per candidate, both [C]."""
 
 
 class WindowSchedule(Protocol):
-    """Chooses one window per group; `needs_anchors` is False where groups start from pure noise (DDPO)."""
+    """Chooses one window per group; `needs_anchors` is False where groups start from pure noise (DDPO).
+
+    One that remembers has two more methods, `state()`, which gives what a checkpoint should keep as JSON-able values,
+    and `load_state(state)`.
+    """
 
     needs_anchors: bool
 
@@ -54,7 +56,23 @@ def build_schedule(name: str, kwargs: dict[str, Any], *, num_inference_steps: in
             f"window.schedule {name} must return a callable with needs_anchors: True to re-noise an anchor per group "
             "(HRF), False to start from pure noise (DDPO)"
         )
+    if hasattr(schedule, "state") != hasattr(schedule, "load_state"):
+        raise ValueError(
+            f"window.schedule {name} must return a callable with both state() and load_state(state), to be saved and "
+            "resumed, or neither"
+        )
     return schedule
+
+
+def schedule_state(schedule: WindowSchedule) -> dict[str, Any]:
+    """What a checkpoint keeps of a schedule: {"schedule": its state}, or {} where it has none."""
+    return {"schedule": schedule.state()} if hasattr(schedule, "state") else {}
+
+
+def load_schedule_state(schedule: WindowSchedule, saved: dict[str, Any]) -> None:
+    """Restore what `schedule_state` gave; a schedule without a state, or a checkpoint without one, changes nothing."""
+    if hasattr(schedule, "load_state") and "schedule" in saved:
+        schedule.load_state(saved["schedule"])
 
 
 def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int, stop: int) -> list[int]:
@@ -73,11 +91,6 @@ def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int
     if not kept:
         raise ValueError(f"{option} is empty: {list(starts)} holds no step before the deterministic end at {stop}")
     return kept
-
-
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"window.kwargs.{name} is {value!r}; use a whole number of at least 1")
 
 
 def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
@@ -119,7 +132,7 @@ def clusters(
     `clusters` lists half-open ranges [first, stop) or explicit `{steps: [...]}`; by default the two halves of the
     trajectory. `iterations_per_cluster` is how long one is used.
     """
-    _check_count("iterations_per_cluster", iterations_per_cluster)
+    check_count("window.kwargs.iterations_per_cluster", iterations_per_cluster)
     if clusters is None:
         half = num_inference_steps // 2
         halves = [[0, half], [half, num_inference_steps]]
@@ -162,52 +175,10 @@ def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
 @register_schedule("sliding")
 def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 1, stride: int = 1) -> WindowSchedule:
     """All groups share a start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
-    _check_count("iterations_per_start", iterations_per_start)
-    _check_count("stride", stride)
+    check_count("window.kwargs.iterations_per_start", iterations_per_start)
+    check_count("window.kwargs.stride", stride)
     starts = range(0, stop, stride)
     return _Uniform(lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop)
 
 
-@register_schedule("dynamic")
-class Dynamic:
-    """HRF-D (arXiv 2410.08315): per group, the start of greatest change in reward that stays near the anchor.
-
-    `stride` spaces the candidates 0, stride, 2·stride, …; `beta` weighs the distance. The search is the published one:
-    a deterministic denoising of the whole group from every candidate.
-    """
-
-    needs_anchors = True
-
-    def __init__(self, *, num_inference_steps: int, stop: int, stride: int = 2, beta: float = 0.5) -> None:
-        _check_count("stride", stride)
-        if type(beta) not in (int, float) or not math.isfinite(beta):
-            raise ValueError(f"window.kwargs.beta is {beta!r}; use a finite number such as 0.5")
-        self.stop, self.beta = stop, beta
-        self.candidates = list(range(0, stop, stride))
-        if len(self.candidates) < 2:
-            raise ValueError(f"window.kwargs.stride is {stride}: a search needs two candidates among {stop} steps")
-
-    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
-        windows = []
-        for group in range(num_groups):
-            rewards, distances = probe(group, self.candidates)
-            windows.append(Window(select_start(self.candidates, rewards, distances, beta=self.beta), self.stop))
-        return windows
-
-
-def select_start(candidates: Sequence[int], rewards: Tensor, distances: Tensor, *, beta: float) -> int:
-    """HRF-D's rule: argmax of Δ̂_i − β·d̂_i with Δ_i = r_{i+1} − r_i and d_i the distance of candidate i+1.
-
-    Args:
-        candidates: C starts; rewards, distances: [C] mean reward and mean 1 − cosine to the anchor of each.
-
-    Returns:
-        The chosen start, never the last candidate. Both lists are min-max normalised; a constant one counts as zeros.
-    """
-    score = _min_max(rewards.double().diff()) - beta * _min_max(distances.double()[1:])
-    return candidates[int(score.argmax())]
-
-
-def _min_max(values: Tensor) -> Tensor:
-    spread = values.max() - values.min()
-    return (values - values.min()) / spread if spread > 0 else torch.zeros_like(values)
+register_schedule("dynamic")(dynamic)

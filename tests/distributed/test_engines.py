@@ -18,6 +18,10 @@ ENGINES = {
     **{name: [f"engine.deepspeed=configs/deepspeed/{name}.json"] for name in ("zero0", "zero1", "zero2", "zero3")},
     "offload": ["engine.deepspeed=configs/deepspeed/zero3_offload.json"],
 }
+SEARCH = {
+    "dynamic": ["window.schedule=dynamic", "window.kwargs.search=exact"],
+    "bandit": ["window.schedule=dynamic", "window.kwargs.search=bandit"],
+}
 LOW = ("bf16", "fp16")
 CHECKPOINTED = ("plain", "zero2", "zero3")
 # with all forwards before the first backward
@@ -94,7 +98,8 @@ def results(tiny_model, tmp_path_factory):
         **{f"gradient {precision}": step(f"train.precision={precision}") for precision in LOW},
         "weights": run("one", ema),
         # the search draws rewards of small windows: one rank's groups must reach the other's
-        "weights dynamic": run("one-dynamic", "window.schedule=dynamic", "train.iterations=1"),
+        "weights dynamic": run("one-dynamic", *SEARCH["dynamic"], "train.iterations=1"),
+        "weights bandit": run("one-bandit", *SEARCH["bandit"]),
     }
     two = {f"gradient {name}": step(*engine) for name, engine in ENGINES.items()}
     two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in CHECKPOINTED}
@@ -104,7 +109,8 @@ def results(tiny_model, tmp_path_factory):
     for precision, name in ((precision, name) for precision in LOW for name in ("zero0", "zero2")):
         two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"train.precision={precision}")
     two |= {f"weights {name}": run(name, *engine, ema) for name, engine in ENGINES.items()}
-    two["weights dynamic"] = run("dynamic", "window.schedule=dynamic", "train.iterations=1")
+    two["weights dynamic"] = run("dynamic", *SEARCH["dynamic"], "train.iterations=1")
+    two["weights bandit"] = run("bandit", *SEARCH["bandit"])
     two["collectives"] = ("collectives",)
     two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(ENGINES)[:5]}
     # half of a run, then the rest of it, on the same engine
@@ -189,19 +195,18 @@ def test_the_final_model_is_the_averaged_one_and_differs_from_the_trained_one(re
         assert not torch.equal(weights(folder / name), weights(folder / name, f"{newest}/model"))
 
 
-@pytest.mark.parametrize("name", [*ENGINES, "dynamic"])
+@pytest.mark.parametrize("name", [*ENGINES, *SEARCH])
 def test_metrics_are_those_of_the_whole_iteration(results, name):
     _, folder = results
-    one = metrics(folder / ("one-dynamic" if name == "dynamic" else "one"))
+    whole = f"one-{name}" if name in SEARCH else "one"
+    one = metrics(folder / whole)
     for ours, theirs in zip(metrics(folder / name), one, strict=True):
         # the starts are drawn or searched equally, and differ between groups and iterations
         assert ours.pop("window_starts") == theirs.pop("window_starts")
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    if name != "dynamic":
+    if name not in SEARCH:
         assert len({tuple(record["window_starts"]) for record in metrics(folder / name)}) == 3
-    panels = [
-        read_log(folder / run / "evaluations.jsonl") for run in (name, "one-dynamic" if name == "dynamic" else "one")
-    ]
+    panels = [read_log(folder / run / "evaluations.jsonl") for run in (name, whole)]
     assert [record["rewards"] for record in panels[0]] == [record["rewards"] for record in panels[1]]
 
 

@@ -112,6 +112,89 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_run, tmp_pa
     assert_equal_weights(tmp_path / "whole", tmp_path / "halves")
 
 
+BANDIT = ["window.schedule=dynamic", "window.kwargs.search=bandit", "window.kwargs.stride=1", "evaluation.every=0"]
+
+
+def test_a_bandit_resumes_with_what_it_has_measured(tiny_run, tmp_path):
+    words = [*tiny_run, *BANDIT]
+    assert main(with_folder(words, tmp_path / "whole", "train.iterations=4")) == 0
+    assert main(with_folder(words, tmp_path / "halves", "train.iterations=2")) == 0
+    saved = json.loads((tmp_path / "halves" / "checkpoints" / "iteration-000002" / "state.json").read_text())
+    # two iterations of two groups, of one pull each: 2·0.95 + 2
+    assert sum(saved["schedule"]["counts"]) == pytest.approx(3.9)
+    assert main(with_folder(words, tmp_path / "halves", "train.iterations=4")) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "halves")
+    ends = [tmp_path / name / "checkpoints" / "iteration-000004" / "state.json" for name in ("whole", "halves")]
+    whole, halves = (json.loads(end.read_text()) for end in ends)
+    assert whole["schedule"] == halves["schedule"] and whole["calls"] == halves["calls"]
+
+
+def test_a_bandit_interrupted_in_mid_iteration_forgets_that_iteration(tiny_run, tmp_path, monkeypatch):
+    # Ctrl-C after the third iteration's search: the checkpoint is that of two iterations, and so are the pulls in it
+    words = [*tiny_run, *BANDIT, "run.save_every=0"]
+    assert main(with_folder(words, tmp_path / "whole", "train.iterations=4")) == 0
+    original, calls = iteration_module.collect, []
+
+    def interrupted(*arguments):
+        calls.append(original(*arguments))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(iteration_module, "collect", interrupted)
+        assert main(with_folder(words, tmp_path / "broken", "train.iterations=4")) == 130
+    saved = json.loads((tmp_path / "broken" / "checkpoints" / "iteration-000002" / "state.json").read_text())
+    assert sum(saved["schedule"]["counts"]) == pytest.approx(3.9)
+    assert main(with_folder(words, tmp_path / "broken", "train.iterations=4")) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_search_is_counted_as_it_is_made(tiny_run, tmp_path):
+    # 6 steps, stride 2: candidates 0, 2, 4; two groups of three. exact: (6 + 4 + 2)·6 = 72; x0: 3·6 = 18
+    found = {}
+    for search in ("exact", "x0"):
+        options = ["window.schedule=dynamic", f"window.kwargs.search={search}", "train.iterations=1"]
+        assert main(with_folder(tiny_run, tmp_path / search, *options, "evaluation.every=0")) == 0
+        (record,) = metrics(tmp_path / search)
+        # less two anchors, the rollouts to the end and the replays of the windows up to step 5
+        rest = sum(3 * (6 - start) + 3 * (5 - start) for start in record["window_starts"])
+        found[search] = record["forwards"] - 2 * 6 - rest
+    assert found == {"exact": 72, "x0": 18}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("probe(0, [0, 2])", "positional"),
+        ("probe([[0, 2]])", r"probes \[\[0, 2\]\] for 2 groups; give one list of starts per group"),
+        ("probe([[0], [6]])", "probes start 6; use starts from 0 to 5"),
+        ("probe([[0], [1]], estimate='x')", "estimate is 'x' .*use one of exact, x0"),
+    ],
+)
+def test_a_users_schedule_that_probes_what_is_not_there_is_told(tiny_run, tmp_path, monkeypatch, capsys, body, message):
+    (tmp_path / "probing.py").write_text(
+        "from hrf_fast.trajectory import Window\n"
+        "class Probing:\n    needs_anchors = True\n    def __init__(self, *, num_inference_steps, stop): pass\n"
+        f"    def __call__(self, iteration, num_groups, *, generator, probe):\n        {body}\n"
+        "        return [Window(0, 1)] * num_groups\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "probing", raising=False)
+    words = [*tiny_run, "window.schedule=probing:Probing", "evaluation.every=0"]
+    if message == "positional":
+        # what was written for an earlier version is a programming error, with its traceback
+        with pytest.raises(TypeError, match=message):
+            main(words)
+        return
+    assert main(words) == 1
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_lines_that_outlived_their_checkpoint_are_done_again_once(tiny_run, tmp_path):
     # checkpoints after 2 of 3 iterations only: kill during iteration 3 means 1 logged line too many
     words = with_folder(tiny_run, tmp_path / "run", "run.save_every=2", "train.iterations=3")

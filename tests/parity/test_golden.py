@@ -8,11 +8,11 @@ import torch
 from hrf_fast.advantages import group_advantages
 from hrf_fast.batching import replay_calls
 from hrf_fast.diffusion import build_diffusion
+from hrf_fast.dynamic import select_start
 from hrf_fast.engine import PlainEngine
 from hrf_fast.policy import Policy
 from hrf_fast.trajectory import Trajectory, Window
 from hrf_fast.update import Clips, update
-from hrf_fast.windows import select_start
 from hrf_kernels import gaussian_log_prob, gaussian_mean
 from tests.conftest import GOLDEN, GRADIENT_TOLERANCE, LOSS_TOLERANCE, make_scheduler, make_unet
 

@@ -66,7 +66,7 @@ def test_the_literal_loop_reproduces_the_authors_numbers(golden, literal_of, nam
         ["window.schedule=full"],
         ["window.schedule=full", "train.advantages=batch"],
         ["window.kwargs.iterations_per_cluster=1"],
-        ["window.schedule=dynamic", "window.kwargs.stride=1"],
+        ["window.schedule=dynamic", "window.kwargs.stride=1", "window.kwargs.search=exact"],
     ],
     ids=["ddpo", "ddpo-batch", "hrf", "hrf_d"],
 )

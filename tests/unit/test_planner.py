@@ -161,10 +161,23 @@ def test_planned_unet_calls_equal_those_of_a_run(tiny_run, tmp_path, schedule):
     assert 2 * made.calls.evaluations("replay", 2) == record["evaluations"]
 
 
-def test_the_search_of_hrf_d_is_counted_and_its_windows_are_a_bound(tiny_run):
-    made = plan(load_config([*tiny_run, "window.schedule=dynamic"]), gpus=1, memory=10**9)
-    # candidates 0, 2, 4 of 6 steps: (6 + 4 + 2) steps x 3 samples x 2 groups; windows of 5 steps at most
-    assert made.calls.search == 72 and made.calls.longest_window == 5
+@pytest.mark.parametrize(
+    ("search", "calls"),
+    [
+        # candidates 0, 2, 4 of 6 steps for 3 samples of 2 groups: (6 + 4 + 2) steps each
+        (["exact"], 72),
+        (["x0"], 18),
+        # one pull is two neighbours
+        (["bandit", "estimate=x0"], 12),
+        # stride 3: candidates 0 and 3 are the only arm, 6 + 3 steps
+        (["bandit", "estimate=exact", "stride=3"], 54),
+        (["bandit", "estimate=x0", "pulls=2"], 18),
+    ],
+)
+def test_the_search_of_hrf_d_is_counted_and_its_windows_are_a_bound(tiny_run, search, calls):
+    kwargs = [f"window.kwargs.{word}" for word in (f"search={search[0]}", *search[1:])]
+    made = plan(load_config([*tiny_run, "window.schedule=dynamic", *kwargs]), gpus=1, memory=10**9)
+    assert made.calls.search == calls and made.calls.longest_window == 5
     assert made.calls.forwards("keep", 1) == made.calls.forwards("replay", 1) - made.calls.update
 
 

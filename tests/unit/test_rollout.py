@@ -2,7 +2,7 @@
 
 import torch
 
-from hrf_fast.rollout import Start, probe_starts, renoised, rollout, sample, starting_noise
+from hrf_fast.rollout import Start, renoised, rollout, sample, starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from tests.unit.test_update import T, make_policy
@@ -57,24 +57,3 @@ def test_renoising_at_the_end_keeps_the_anchor_and_at_the_start_loses_it():
     assert float((early[0] - early[1]).abs().mean()) > 0.5
     expected = policy.diffusion.signal[0] * anchor + policy.diffusion.noise[0] * starting_noise(policy, noise)
     assert torch.equal(early, expected)
-
-
-def test_the_search_measures_reward_and_distance_of_the_whole_group():
-    policy = make_policy()
-    anchor = sample(policy, NoiseKey(3, torch.arange(1)), batch_size=1)[0]
-
-    def brightness(images):
-        return images.mean((1, 2, 3))
-
-    ids = torch.arange(4)
-    rewards, distances = probe_starts(policy, brightness, anchor, [0, 3, 5], NoiseKey(9, ids), batch_size=4)
-    assert rewards.shape == distances.shape == (3,)
-    # from the last step hardly anything can change, from the first almost everything
-    assert float(distances[2]) < float(distances[0])
-    # by hand for the last candidate: one deterministic step from the re-noised anchor
-    policy.calls.forwards = 0
-    split_rewards, split_distances = probe_starts(policy, brightness, anchor, [0, 3, 5], NoiseKey(9, ids), batch_size=3)
-    torch.testing.assert_close(split_rewards, rewards, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(split_distances, distances, atol=1e-4, rtol=1e-4)
-    # candidates 0, 3, 5 of 6 steps cost 6 + 3 + 1 evaluations for each of 4 samples
-    assert policy.calls.forwards == 40

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from hrf_fast.trajectory import Window
-from hrf_fast.windows import SCHEDULES, build_schedule, check_starts, select_start
+from hrf_fast.windows import SCHEDULES, build_schedule, check_starts, load_schedule_state, schedule_state
 
 
 def make(name, kwargs=None, *, T=40, stop=None):
     return build_schedule(name, kwargs or {}, num_inference_steps=T, stop=T - 1 if stop is None else stop)
 
 
-def no_probe(group, candidates):
+def no_probe(candidates, *, estimate="exact"):
     raise AssertionError("this schedule has nothing to search")
 
 
@@ -54,9 +54,9 @@ def test_the_registered_schedules_are_known_here():
     assert set(SCHEDULES) == {"full", "clusters", "random", "sliding", "dynamic"}
 
 
-def random_probe(group, candidates):
-    generator = torch.Generator().manual_seed(group)
-    return torch.rand(len(candidates), generator=generator), torch.rand(len(candidates), generator=generator)
+def random_probe(candidates, *, estimate="exact"):
+    generator = torch.Generator().manual_seed(len(candidates))
+    return [(torch.rand(len(s), generator=generator), torch.rand(len(s), generator=generator)) for s in candidates]
 
 
 # T, end of the windows: DDIM's last step is deterministic unless set_alpha_to_one is false
@@ -73,7 +73,9 @@ LENGTHS = ((40, 39), (40, 40), (20, 19), (7, 6), (7, 7), (3, 2), (2, 2))
         ("random", {}),
         ("sliding", {}),
         ("sliding", {"stride": 3, "iterations_per_start": 2}),
-        ("dynamic", {"stride": 1}),
+        ("dynamic", {"stride": 1, "search": "exact"}),
+        ("dynamic", {"stride": 1, "search": "x0"}),
+        ("dynamic", {"stride": 1, "search": "bandit"}),
     ],
 )
 def test_no_window_of_a_full_cycle_is_empty_or_holds_a_deterministic_step(T, stop, name, kwargs):
@@ -237,75 +239,6 @@ def test_sliding_with_a_stride_and_several_iterations_per_start():
     assert [starts(schedule, iteration)[0] for iteration in range(8)] == [0, 0, 4, 4, 8, 8, 0, 0]
 
 
-# --- dynamic (HRF-D) --------------------------------------------------------------------------------------------------
-
-
-def select(rewards, distances, beta=0.5, candidates=None):
-    candidates = candidates or [2 * i for i in range(len(rewards))]
-    return select_start(candidates, torch.tensor(rewards), torch.tensor(distances), beta=beta)
-
-
-def test_the_chosen_start_by_hand():
-    # Δ (1, 2, 0.5) → (1/3, 1, 0); d[1:] (0.1, 0.3, 0.2) → (0, 1, 0.5); the distance of the first, 9, has no part
-    rewards, distances = [0.0, 1.0, 3.0, 3.5], [9.0, 0.1, 0.3, 0.2]
-    # β 0.5: (0.333, 0.5, −0.25); β 1: (0.333, 0, −0.5); β 0: Δ̂ alone
-    assert select(rewards, distances, beta=0.5) == 2
-    assert select(rewards, distances, beta=1.0) == 0
-    assert select(rewards, distances, beta=0.0) == 2
-
-
-def test_a_falling_reward_is_not_a_large_change():
-    # Δ (−3, 0.5) → (0, 1), not its absolute value; the distances are equal
-    assert select([3.0, 0.0, 0.5], [0.1, 0.1, 0.1]) == 2
-
-
-def test_a_constant_list_counts_as_zeros():
-    # rewards rise by the same: −β·d̂ decides, d[1:] (0.5, 0.2, 0.4) is least for the second
-    assert select([1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.2, 0.4]) == 2
-    # distances equal: Δ (1, 1, 3) decides
-    assert select([1.0, 2.0, 3.0, 6.0], [0.3] * 4) == 4
-    # both constant: all scores 0, the first
-    assert select([1.0] * 4, [0.3] * 4) == 0
-
-
-def test_two_candidates_leave_the_first():
-    assert select([5.0, 1.0], [0.0, 0.9]) == 0
-
-
-def test_the_last_candidate_is_never_chosen():
-    # the largest change and the smallest distance both belong to the last difference, which is candidate 4's
-    assert select([0.0, 0.0, 0.0, 10.0], [0.9, 0.9, 0.9, 0.0]) == 4
-
-
-def test_candidates_need_no_regular_spacing():
-    assert select([0.0, 1.0, 3.0, 3.5], [9.0, 0.1, 0.3, 0.2], candidates=[1, 5, 6, 30]) == 5
-
-
-def test_dynamic_probes_every_group_at_every_second_step_in_order():
-    # T 40: candidates 0, 2, …, 38; group 0's reward jumps between 6 and 8, group 1's between 20 and 22
-    asked = []
-
-    def probe(group, candidates):
-        asked.append((group, list(candidates)))
-        jump = (6, 20)[group]
-        return torch.tensor([float(c > jump) for c in candidates]), torch.full((len(candidates),), 0.1)
-
-    windows = draw(make("dynamic"), iteration=3, num_groups=2, probe=probe)
-    assert asked == [(0, list(range(0, 40, 2))), (1, list(range(0, 40, 2)))]
-    assert windows == [Window(6, 39), Window(20, 39)]
-
-
-def test_dynamic_passes_on_its_stride_and_beta():
-    # T 10, stride 3: candidates 0, 3, 6 (9 is deterministic); Δ (1, 2) → (0, 1), d̂ (0, 1);
-    # scores at β 0.9 (0, 0.1), at β 2 (0, −1)
-    def probe(group, candidates):
-        assert list(candidates) == [0, 3, 6]
-        return torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.1, 0.2])
-
-    assert starts(make("dynamic", {"stride": 3, "beta": 0.9}, T=10), probe=probe) == [3]
-    assert starts(make("dynamic", {"stride": 3, "beta": 2.0}, T=10), probe=probe) == [0]
-
-
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
@@ -340,17 +273,6 @@ def test_clusters_that_are_no_list_are_refused_before_the_run(value):
         make("clusters", {"clusters": value})
 
 
-@pytest.mark.parametrize("value", ["abc", None, True, float("nan"), float("inf"), float("-inf")])
-def test_a_beta_that_is_no_finite_number_is_refused_before_the_run(value):
-    with pytest.raises(ValueError, match=rf"window\.kwargs\.beta is {value!r}; use a finite number"):
-        make("dynamic", {"beta": value})
-
-
-def test_a_search_without_two_candidates_is_refused():
-    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is 6: a search needs two candidates among 6 steps"):
-        make("dynamic", {"stride": 6}, T=7)
-
-
 def test_an_unknown_schedule_answers_with_the_nearest():
     with pytest.raises(
         ValueError, match=r"window\.schedule is 'cluster' \(did you mean 'clusters'\?\); use one of clusters, dyn"
@@ -360,7 +282,7 @@ def test_an_unknown_schedule_answers_with_the_nearest():
 
 def test_an_unknown_option_answers_with_the_nearest():
     with pytest.raises(
-        ValueError, match=r"window\.kwargs\.strid is unknown \(did you mean 'stride'\?\); it takes beta, stride"
+        ValueError, match=r"window\.kwargs\.strid is unknown \(did you mean 'stride'\?\); it takes beta, discount"
     ):
         make("dynamic", {"strid": 3})
     with pytest.raises(ValueError, match=r"window\.kwargs\.stride is unknown; it takes none"):
@@ -455,3 +377,41 @@ def test_a_users_module_or_function_that_does_not_exist_is_refused(user_module):
         ValueError, match=r"window\.schedule is 'my_schedules:nothing' but my_schedules has no callable 'nothing'"
     ):
         make("my_schedules:nothing")
+
+
+def test_a_users_schedule_that_remembers_is_saved_and_restored(user_module):
+    class Counting(Fixed):
+        calls = 0
+
+        def state(self):
+            return {"calls": self.calls}
+
+        def load_state(self, state):
+            self.calls = state["calls"]
+
+    user_module.counting = Counting
+    schedule = make("my_schedules:counting", T=7)
+    schedule.calls = 3
+    other = make("my_schedules:counting", T=7)
+    load_schedule_state(other, {"calls": {}, **schedule_state(schedule)})
+    assert other.calls == 3
+    # a checkpoint without a state changes nothing
+    load_schedule_state(other, {"calls": {}})
+    assert other.calls == 3
+
+
+def test_a_schedule_without_a_state_adds_nothing_to_a_checkpoint(user_module):
+    user_module.fixed = Fixed
+    schedule = make("my_schedules:fixed", T=7)
+    assert schedule_state(schedule) == schedule_state(make("clusters")) == {}
+    load_schedule_state(schedule, {"calls": {}, "schedule": {"calls": 3}})
+
+
+def test_a_state_that_could_not_be_restored_is_refused_before_the_run(user_module):
+    class Half(Fixed):
+        def state(self):
+            return {}
+
+    user_module.half = Half
+    with pytest.raises(ValueError, match=r"window\.schedule my_schedules:half .* both state\(\) and load_state"):
+        make("my_schedules:half", T=7)
