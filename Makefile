@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py on_policy.py noise.py parity.py)
+# a file's tests share what they have built, so they stay in one process
+PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
 .PHONY: demo demo-fashion test test-all soak lint install install-gpu clean
@@ -21,12 +23,12 @@ demo-fashion: $(VENV)/.base
 	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" --durations=5 $(INTERPRETED)
+	$(PYTEST) -m "not slow" --durations=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --durations=5 $(INTERPRETED)
 
 test-all: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q --cov
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+	$(PYTEST) --cov
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"
 soak: $(VENV)/.test

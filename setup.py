@@ -23,6 +23,7 @@ EXTRAS = {
         "pytest",
         "pytest-cov",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "mypy",
         "types-PyYAML",

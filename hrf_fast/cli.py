@@ -61,7 +61,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
     from hrf_fast.devices import choose_device
     from hrf_fast.evaluation import panel_noise, save_grid
-    from hrf_fast.policy import load_policy
+    from hrf_fast.loading import load_policy
     from hrf_fast.rollout import sample as denoise
 
     if arguments.count < 1 or arguments.batch_size < 1:

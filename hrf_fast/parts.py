@@ -14,8 +14,9 @@ from hrf_fast.deepspeed_settings import read_settings
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engine import Engine, PlainEngine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
+from hrf_fast.loading import load_policy
 from hrf_fast.options import Config
-from hrf_fast.policy import Policy, load_policy
+from hrf_fast.policy import Policy
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.scorers import FeatureNetwork
 from hrf_fast.scoring import Background

@@ -17,8 +17,9 @@ from typing import Any
 
 from hrf_fast import comm, seeds
 from hrf_fast.checkpoint import load_newest, save_checkpoint
+from hrf_fast.checks import check_job
 from hrf_fast.compilation import warm_up
-from hrf_fast.config import check_job, load_config
+from hrf_fast.config import load_config
 from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.engine import learning_rate_at
 from hrf_fast.iteration import iterate

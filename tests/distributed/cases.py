@@ -97,7 +97,7 @@ def not_finite(words: Sequence[str]) -> list:
     where = {"iteration": 7, "note": notes.append}
     made, skipped = learn(parts, config, batch, windows, broken, steps, **where)
     kept = bool(torch.equal(weights(), before))
-    found, _ = learn(parts, config, batch, windows, advantages, steps, **where)
+    again, _ = learn(parts, config, batch, windows, advantages, steps, **where)
     after = weights()
     finite = bool(after.isfinite().all()) and not torch.equal(after, before)
     config.train.on_nan = "stop"
@@ -106,7 +106,7 @@ def not_finite(words: Sequence[str]) -> list:
         error = ""
     except FloatingPointError as found:
         error = str(found)
-    return [len(made), skipped, kept, len(found), finite, notes, error]
+    return [len(made), skipped, kept, len(again), finite, notes, error]
 
 
 def collectives() -> list:

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnP
 from hrf_fast import attention
 from hrf_fast.attention import set_attention
 from hrf_fast.config import load_config
-from hrf_fast.policy import load_policy
+from hrf_fast.loading import load_policy
 from tests.conftest import make_unet
 
 

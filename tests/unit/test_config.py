@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.config import SECTIONS, check_job, describe_options, differences, load_config, to_yaml
+from hrf_fast.checks import check_job
+from hrf_fast.config import SECTIONS, describe_options, differences, load_config, to_yaml
 from hrf_fast.deepspeed_settings import complete, read_settings
 from hrf_fast.options import Config
 from hrf_fast.rewards import RewardTerm, list_rewards

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from hrf_fast import self_check as module
 from hrf_fast.config import load_config
 from hrf_fast.devices import set_precision_flags
+from hrf_fast.loading import load_policy
 from hrf_fast.parts import build_parts
-from hrf_fast.policy import load_policy
 from hrf_fast.self_check import self_check
 from hrf_fast.train import train
 
