@@ -79,7 +79,7 @@ def choose_activations(config: Config, policy: Policy, schedule: WindowSchedule,
     if need("replay") <= usable:
         per_pair = footprints[precision, False].kept(plan.batch(micro)) / plan.batch(micro)
         # ranks in lockstep must make equally many forwards: all of a window is kept, or none
-        mixes = "keep" in plan.modes and not name.startswith(("zero2", "zero3"))
+        mixes = "keep" in plan.modes and not name.startswith("zero2")
         pairs = int((usable - need("replay")) / per_pair) if mixes else 0
         if pairs >= plan.kept_samples:
             kept = f"keep for up to {pairs} samples x steps of {plan.kept_samples * calls.longest_window}, replay for"

@@ -103,7 +103,7 @@ def save_checkpoint(
         policy.save(path / "model")
         save_file(optimizer, path / "optimizer.safetensors")
         if ema:
-            save_file(ema, path / "ema.safetensors")
+            save_file({name: part.contiguous() for name, part in ema.items()}, path / "ema.safetensors")
         record = {"iteration": iteration, **numbers, **state}
         (path / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
@@ -230,6 +230,11 @@ def restore_optimizer(
     # JSON has no tuples
     groups = [group | {"betas": tuple(group["betas"])} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            # files are contiguous, a channels_last weight and its state are not: mixed, they would round otherwise
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entry[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _sha256(path: Path) -> str:

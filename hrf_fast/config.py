@@ -20,6 +20,7 @@ from hrf_fast.optimizers import check_optimizer
 from hrf_fast.options import (
     ACTIVATIONS,
     ATTENTIONS,
+    COMPILES,
     KERNELS,
     LEARNING_RATE_SCHEDULES,
     OPTIMIZERS,
@@ -74,6 +75,8 @@ _CHOICES = {
     "train.kernels": KERNELS,
     "train.activations": ACTIVATIONS,
     "train.order": ORDERS,
+    "train.compile": COMPILES,
+    "train.self_check": ("warn", "strict"),
     "train.on_nan": ("stop", "skip"),
     "train.optimizer": OPTIMIZERS,
     "run.progress": ("auto", "bar", "json", "quiet"),
@@ -318,6 +321,12 @@ def check_job(config: Config, world_size: int) -> None:
             raise ValueError(
                 f"train.activations is keep but {config.engine.deepspeed} is ZeRO-3, which takes the weights away "
                 "after each forward; use replay, checkpoint or a stage up to 2"
+            )
+        if stage == 3 and config.train.compile != "none":
+            raise ValueError(
+                f"train.compile is {config.train.compile!r}, but engine.deepspeed {config.engine.deepspeed} is ZeRO-3, "
+                "whose hooks gather each layer's weights around its forward, and can't be compiled; use ZeRO 0 to 2, "
+                "the plain engine (null), or train.compile=none"
             )
     # groups_per_step divides groups_per_iteration
     if config.train.groups_per_step % world_size:

@@ -19,6 +19,25 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def set_precision_flags(device: torch.device, *, tf32: bool, cudnn_benchmark: bool) -> None:
+    """What torch leaves open on CUDA, said explicitly: TF32, and how cudnn chooses its convolutions.
+
+    Without `cudnn_benchmark` convolutions are deterministic, so that the same seed gives the same bits.
+
+    Raises:
+        ValueError: one of them is asked for without CUDA.
+    """
+    if device.type != "cuda":
+        for name, value in (("tf32", tf32), ("cudnn_benchmark", cudnn_benchmark)):
+            if value:
+                raise ValueError(f"train.{name} is true, which needs CUDA, but the device is {device}; set it to false")
+        return
+    # torch's own default is TF32 in convolutions and not in matrix products
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    torch.backends.cudnn.deterministic = not cudnn_benchmark
+
+
 def choose_device(name: str) -> torch.device:
     """The device of run.device; without a number, the GPU of this rank.
 

@@ -60,6 +60,7 @@ def examine() -> str:
         "kernels": _kernels,
         "optimizers": _optimizers,
         "attention": _attention,
+        "compile": _compile,
         "launcher": _launcher,
         **{f"model {name}": partial(_shipped, name) for name in SHIPPED},
         "hub cache": _hub_cache,
@@ -201,6 +202,15 @@ def _attention() -> str:
     if _usable("xformers") and _has_gpu():
         return "ok sdpa, xformers"
     return "ok sdpa; xformers needs " + ("a GPU" if _usable("xformers") else "its package and a GPU")
+
+
+def _compile() -> str:
+    """Whether train.compile works here."""
+    from hrf_fast.compilation import obstacle
+
+    device = "cuda" if _has_gpu() else "cpu"
+    reason = obstacle(device)
+    return f"no: on {device} {reason}" if reason else f"ok on {device}: none, unet, blocks"
 
 
 def _has_gpu() -> bool:

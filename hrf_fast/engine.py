@@ -31,7 +31,7 @@ class Engine(Protocol):
     """Whether a forward or backward waits for the other ranks, so that all must make equally many."""
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """Around all forwards and backwards of one optimizer step; each forward is followed by its backward."""
+        """Around the backwards of one optimizer step, each after its forward; kept forwards may come before."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...

@@ -15,7 +15,7 @@ from hrf_fast import comm
 from hrf_fast.batching import Call, packs_of, replay_calls, rollout_calls
 from hrf_fast.engine import LossScaleOverflow
 from hrf_fast.metrics import StepStats
-from hrf_fast.options import Config
+from hrf_fast.options import Config, TrainConfig
 from hrf_fast.parts import Parts
 from hrf_fast.trajectory import Trajectory, Window
 from hrf_fast.update import Clips, update
@@ -75,7 +75,7 @@ def learn(
                 skipped += 1
                 continue
             own = groups_of(comm.rank(), step, train.groups_per_step)
-            calls = _calls(config, batch, {group: windows[group] for group in own})
+            calls = calls_of(config, batch, {group: windows[group] for group in own})
             replayed = all(call.output is None for call in calls)
             try:
                 stats = update(
@@ -100,7 +100,7 @@ def learn(
     return made, skipped
 
 
-def _calls(config: Config, batch: Batch, windows: dict[int, Window]) -> list[Call]:
+def calls_of(config: Config, batch: Batch, windows: dict[int, Window]) -> list[Call]:
     """Which UNet calls an optimizer step consists of: what the rollout kept, and the rest replayed."""
     if config.train.order == "collect":
         return replays(config, windows)
@@ -117,23 +117,20 @@ def _calls(config: Config, batch: Batch, windows: dict[int, Window]) -> list[Cal
 def replays(config: Config, windows: dict[int, Window]) -> list[Call]:
     """The UNet calls that replay windows: those of the rollout in the order on_policy, else group by group."""
     train = config.train
-    micro = train.micro_batch_size or train.group_size
+    split = _split(train)
     if train.order == "collect" or train.steps_per_forward > 1:
-        return replay_calls(
-            windows, group_size=train.group_size, micro_batch_size=micro, steps_per_forward=train.steps_per_forward
-        )
-    return [
-        call
-        for pack in packs_of(windows, train.group_size, train.max_batch)
-        for call in rollout_calls(
-            pack,
-            group_size=train.group_size,
-            micro_batch_size=micro,
-            max_batch=train.max_batch,
-            num_steps=max(window.stop for window in pack.values()),
-        )
-        if call.inside
-    ]
+        del split["max_batch"]
+        return replay_calls(windows, steps_per_forward=train.steps_per_forward, **split)
+    last = max(window.stop for window in windows.values())
+    packs = packs_of(windows, train.group_size, train.max_batch)
+    calls = [call for pack in packs for call in rollout_calls(pack, num_steps=last, **split)]
+    return [call for call in calls if call.inside]
+
+
+def _split(train: TrainConfig) -> dict[str, int]:
+    """How rollouts are split into UNet calls."""
+    micro = train.micro_batch_size or train.group_size
+    return {"group_size": train.group_size, "micro_batch_size": micro, "max_batch": train.max_batch}
 
 
 def _most_replays(config: Config, step: int, windows: Sequence[Window]) -> int:

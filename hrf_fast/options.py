@@ -15,6 +15,7 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ACTIVATIONS = ("auto", "keep", "replay", "checkpoint")
 ORDERS = ("collect", "on_policy")
+COMPILES = ("none", "unet", "blocks")
 KERNELS = ("auto", "eager", "triton")
 ATTENTIONS = ("sdpa", "xformers")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
@@ -128,6 +129,16 @@ class TrainConfig:
     """What auto may plan for, per process, such as 24GB; null for what is free at the start."""
     max_batch: int = 0
     """Images up to which groups share the UNet calls of a rollout, each joining at its start; 0 for one by one."""
+    channels_last: bool = False
+    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
+    compile: str = "none"
+    """torch.compile for the UNet: none, unet (one graph) or blocks (a graph for each down, mid and up block)."""
+    tf32: bool = False
+    """CUDA: matrix products and convolutions of fp32 in TF32; false means that fp32 is fp32."""
+    cudnn_benchmark: bool = False
+    """CUDA: let cudnn time its convolutions and take the fastest; the same seed then no longer gives the same bits."""
+    self_check: str = "warn"
+    """When replay's rounding is not well below the smallest clip range: warn, or strict to refuse to train."""
     ema_decay: float = 0.0
     """Per optimizer step, of averaged weights that panels and the final model use; 0 turns them off."""
     on_nan: str = "stop"

@@ -9,8 +9,9 @@ import torch
 
 from hrf_fast import comm
 from hrf_fast.activations import Activations, choose_activations, memory_for
+from hrf_fast.compilation import check_compile
 from hrf_fast.deepspeed_settings import read_settings
-from hrf_fast.devices import choose_device
+from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engine import Engine, PlainEngine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
 from hrf_fast.options import Config
@@ -57,6 +58,7 @@ def build_parts(config: Config) -> Parts:
     """
     with comm.agreed():
         device = choose_device(config.run.device)
+        check_compile(config.train.compile, device)
         policy = build_policy(config)
         reward = build_config_reward(config, device)
         schedule = build_schedule(
@@ -74,6 +76,8 @@ def build_parts(config: Config) -> Parts:
         activations = choose_activations(config, policy, schedule, memory)
     if activations.checkpoint:
         policy.checkpoint_activations()
+    # what auto has measured is the UNet as it is
+    policy.compile(config.train.compile)
     background = Background(thread=config.reward.background)
     return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config, activations, background)
 
@@ -98,6 +102,8 @@ def build_engine(policy: Policy, config: Config) -> Engine:
         return PlainEngine(policy.unet, **options)
     from hrf_fast.deepspeed_engine import DeepSpeedEngine
 
+    # DeepSpeed views weights as flat buffers, where another order is lost or fails; the UNet's inputs still carry it
+    policy.unet.to(memory_format=torch.contiguous_format)
     engine = DeepSpeedEngine(policy.unet, policy.network, read_settings(file), **options)
     policy.trained = engine.forward
     return engine
@@ -105,6 +111,8 @@ def build_engine(policy: Policy, config: Config) -> Engine:
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
     """The policy of a configuration, or another model `name` under the same sampler."""
+    device = choose_device(config.run.device)
+    set_precision_flags(device, tf32=config.train.tf32, cudnn_benchmark=config.train.cudnn_benchmark)
     return load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
@@ -114,7 +122,8 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         precision=config.train.precision,
         kernels=config.train.kernels,
         attention=config.model.attention,
-        device=choose_device(config.run.device),
+        channels_last=config.train.channels_last,
+        device=device,
     )
 
 

@@ -113,7 +113,7 @@ class Plan:
     @property
     def modes(self) -> tuple[str, ...]:
         """Those that the configuration's order of updates has."""
-        return MODES if may_keep(self.config) else MODES[1:]
+        return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
 
     def states(self, engine: str) -> States:
         tensors, train = self.any_footprint.tensors, self.config.train

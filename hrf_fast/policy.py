@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hrf_fast import comm
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.attention import set_attention
+from hrf_fast.compilation import canonical, compile_unet
 from hrf_fast.diffusion import COMPATIBLE, Diffusion, build_diffusion
 from hrf_fast.footprint import NOT_REENTRANT
 from hrf_fast.options import PRECISIONS
@@ -51,13 +52,18 @@ class UNetCalls:
 class Network(nn.Module):
     """The UNet under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights."""
 
-    def __init__(self, unet: nn.Module, precision: str) -> None:
+    def __init__(self, unet: nn.Module, precision: str, *, channels_last: bool = False) -> None:
         super().__init__()
+        self.channels_last, self.compiled = channels_last, False
         self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     def forward(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
+        if self.compiled:
+            latents, timesteps = canonical(latents, timesteps)
+        if self.channels_last:
+            latents = latents.contiguous(memory_format=torch.channels_last)
         with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.unet(latents, timesteps).sample.contiguous()
+            return self.unet(latents, timesteps, return_dict=False)[0].contiguous()
 
 
 class Policy:
@@ -69,12 +75,21 @@ class Policy:
     """What runs where gradients are wanted: the network, or the engine that shards it."""
 
     def __init__(
-        self, unet: nn.Module, scheduler: Any, diffusion: Diffusion, *, precision: str = "fp32", kernels: str = "auto"
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        diffusion: Diffusion,
+        *,
+        precision: str = "fp32",
+        kernels: str = "auto",
+        channels_last: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.unet, self.scheduler, self.precision = unet, scheduler, precision
-        self.network = self.trained = Network(unet, precision)
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        self.network = self.trained = Network(unet, precision, channels_last=channels_last)
         self.device = next(unet.parameters()).device
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
@@ -101,6 +116,11 @@ class Policy:
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the UNet's blocks and run each block again in the backward."""
         self.unet.enable_gradient_checkpointing(NOT_REENTRANT)
+
+    def compile(self, mode: str) -> None:
+        """Run the UNet compiled, see `compile_unet`; its graphs are made at its first calls, so see `warm_up` too."""
+        compile_unet(self.unet, mode)
+        self.network.compiled = mode != "none"
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -134,7 +154,21 @@ class Policy:
             # no unconditional pipeline runs a PNDM; here it is sampled as a DDIM that does not clip
             scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
         pipeline: Any = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
-        pipeline(unet=self.unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        with _contiguous(self.unet):
+            pipeline(unet=self.unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+@contextmanager
+def _contiguous(module: nn.Module) -> Iterator[None]:
+    """Weights in the order that safetensors writes; afterwards they are where and as they were."""
+    kept = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.is_contiguous()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.contiguous()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
 
 
 def load_policy(
@@ -147,6 +181,7 @@ def load_policy(
     precision: str = "fp32",
     kernels: str = "auto",
     attention: str = "sdpa",
+    channels_last: bool = False,
     device: str | torch.device = "cpu",
 ) -> Policy:
     """Load an unconditional diffusers DDPM or DDIM model as a policy.
@@ -157,6 +192,7 @@ def load_policy(
         sampler, num_inference_steps, eta: see `build_diffusion`.
         precision: fp32, or bf16 or fp16 for autocast with fp32 weights.
         kernels: see `choose_backend`; attention: see `set_attention`.
+        channels_last: weights and inputs of the UNet in that memory format.
 
     Raises:
         ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
@@ -204,7 +240,7 @@ def load_policy(
     set_attention(unet, attention)
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored
-    return Policy(unet.eval(), scheduler, diffusion, precision=precision, kernels=kernels)
+    return Policy(unet.eval(), scheduler, diffusion, precision=precision, kernels=kernels, channels_last=channels_last)
 
 
 def read_configs(

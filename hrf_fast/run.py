@@ -45,6 +45,7 @@ _FREE = (
     "train.activations",
     "train.memory_budget",
     "reward.background",
+    "train.self_check",
     "train.on_nan",
     "engine.deepspeed",
 )

@@ -6,10 +6,12 @@ rounding noise instead of on policy change.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from hrf_fast import seeds
-from hrf_fast.learn import replays
+from hrf_fast import comm, seeds
+from hrf_fast.learn import Batch, calls_of
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.rollout import Start, rollout, starting_noise
@@ -28,6 +30,9 @@ def self_check(parts: Parts, config: Config) -> str:
 
     Returns:
         One line for the user: which implementation runs, the largest |ratio − 1| and the smallest clip range.
+
+    Raises:
+        ValueError: the clip would act on rounding noise and train.self_check is strict; on all ranks.
     """
     policy, train = parts.policy, config.train
     table = policy.diffusion
@@ -37,8 +42,11 @@ def self_check(parts: Parts, config: Config) -> str:
     micro_batch_size = train.micro_batch_size or train.group_size
     with policy.uncounted():
         start = Start(window, starting_noise(policy, noise), noise)
-        trajectories, _ = rollout(policy, {0: start}, micro_batch_size=micro_batch_size)
-        error = replay_ratio_error(policy, trajectories, replays(config, {0: window}))
+        keep_from = parts.activations.keep_from({0: window}, train.group_size)
+        batch = Batch(*rollout(policy, {0: start}, micro_batch_size=micro_batch_size, keep_from=keep_from))
+        error = replay_ratio_error(policy, batch.trajectories, calls_of(config, batch, {0: window}))
+    # one rank's device may round otherwise; all ranks must come to one verdict
+    error = max(comm.gather(error), key=lambda value: math.inf if math.isnan(value) else value)
     # the least window that any schedule can choose is the last stochastic step
     scale = (len(table) - table.stochastic_steps + 1) / len(table) if train.scale_clips_by_window else 1.0
     smallest = train.clip_range * scale
@@ -48,7 +56,15 @@ def self_check(parts: Parts, config: Config) -> str:
         f"on-policy |ratio - 1| {error:.2g}, smallest clip range {smallest:.2g}: {verdict}"
     ]
     if verdict.startswith("NOT"):
-        line.append("the clip will act on rounding noise: use train.steps_per_forward=1, fp32, or a wider clip_range")
+        ways_out = [
+            "train.steps_per_forward=1" if train.steps_per_forward > 1 else "",
+            "train.compile=none" if train.compile != "none" else "",
+            "train.precision=fp32" if policy.precision != "fp32" else "",
+            f"a train.clip_range of at least {10 * error / scale:.2g}" if math.isfinite(error) else "",
+        ]
+        line.append(f"the clip will act on rounding noise: use {' or '.join(filter(None, ways_out))}")
+        if train.self_check == "strict":
+            raise comm.on_all_ranks(ValueError("; ".join(["train.self_check is strict", *line])))
     least_std = float(table.coefficients.std[: table.stochastic_steps].min())
     if least_std < _SMALL_STD:
         line.append(f"std falls to {least_std:.2g}, under which fp32 gradients lose digits")

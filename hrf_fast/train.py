@@ -17,6 +17,7 @@ from typing import Any
 
 from hrf_fast import comm, seeds
 from hrf_fast.checkpoint import load_newest, save_checkpoint
+from hrf_fast.compilation import warm_up
 from hrf_fast.config import check_job, load_config
 from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.engine import learning_rate_at
@@ -64,6 +65,7 @@ def _train(config: Config) -> Path:
         before = replace(policy.calls)
         whole: tuple[int, dict[str, Any]] | None = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
         with engine.gathered():
+            warm_up(policy, config, run.progress.note)
             run.progress.note(self_check(parts, config))
         if parts.activations.reason:
             run.progress.note(parts.activations.reason)

@@ -147,13 +147,16 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def replay_ratio_error(policy: Policy, trajectories: Mapping[int, Trajectory], calls: Iterable[Call]) -> float:
-    """Largest |ratio − 1| when fresh trajectories are scored again under unchanged weights: 0 if replay is exact."""
+    """Largest |ratio − 1| when fresh trajectories are scored again under unchanged weights: 0 if replay is exact.
+
+    With gradient on, as the update does it: a compiled UNet is another graph then, an attention may be another kernel.
+    """
     worst = torch.zeros((), device=policy.device)
     advantages = {g: torch.zeros(t.group_size, device=policy.device) for g, t in trajectories.items()}
     clips = Clips(clip_range=1.0, advantage_clip=math.inf, scale_by_window=False)
     for call in calls:
-        ratio = _score(policy, trajectories, advantages, call, clips).ratio
+        ratio = _score(policy, trajectories, advantages, call, clips).ratio.detach()
         worst = torch.maximum(worst, (ratio - 1).abs().max())
     return float(worst)

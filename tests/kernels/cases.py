@@ -53,7 +53,8 @@ class Case:
     kl_weight: float | None = None
     per_sample: bool = False
     """Coefficients as [B], another step for each sample."""
-    clips_per_sample: bool = False
+    clips_per_sample: tuple[str, ...] = ()
+    """Which of clip_range, advantage_clip and window_scale are [B], another number for each sample."""
     advantage_clip: float = math.inf
     window_scale: float = 1.0
     loss_weight: float = 1.0
@@ -78,12 +79,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "guidance": {"guidance": 3.0},
     "kl": {"kl_weight": 0.3},
     "coefficients per sample": {"per_sample": True},
-    "clips per sample": {"clips_per_sample": True},
+    "clips per sample": {"clips_per_sample": ("clip_range", "advantage_clip", "window_scale"), "advantage_clip": 1.0},
+    "window scale per sample": {"clips_per_sample": ("window_scale",), "advantage_clip": 1.0},
     "advantage clip": {"advantage_clip": 1.0},
     "window scale": {"window_scale": 0.6, "advantage_clip": 2.0},
     "loss weight": {"loss_weight": 1 / 6, "kl_weight": 0.3},
     "all": {
-        "clamp": 0.75, "guidance": 3.0, "kl_weight": 0.3, "per_sample": True, "clips_per_sample": True,
+        "clamp": 0.75, "guidance": 3.0, "kl_weight": 0.3, "per_sample": True, "clips_per_sample": ("clip_range",),
         "advantage_clip": 1.0, "window_scale": 0.6, "loss_weight": 1 / 6,
     },
 }  # fmt: skip
@@ -154,18 +156,20 @@ def draw(case: Case, seed: int = 0) -> Inputs:
     next_latents = (mean + std * normal(torch.float64)).to(case.latents)
     log_prob = reference.gaussian_log_prob(**wide(policy | {"next_latents": next_latents}), **guided)
     log_ratios, advantages = torch.tensor([REGIONS[i % len(REGIONS)] for i in range(batch)]).T
-    clip_range: float | Tensor = CLIP_RANGE / case.window_scale
-    if case.clips_per_sample:
-        clip_range = clip_range * torch.linspace(0.8, 1.2, batch)
+    clips: dict[str, float | Tensor] = {
+        "clip_range": CLIP_RANGE / case.window_scale,
+        "advantage_clip": case.advantage_clip / case.window_scale,
+        "window_scale": case.window_scale,
+    }
+    for name in case.clips_per_sample:
+        clips[name] = clips[name] * torch.linspace(0.8, 1.2, batch)
     rest = {
         "latents": latents,
         "next_latents": next_latents,
         "coef": coef,
         "old_log_prob": (log_prob - log_ratios).float(),
         "advantages": advantages.contiguous(),
-        "clip_range": clip_range,
-        "advantage_clip": case.advantage_clip / case.window_scale,
-        "window_scale": case.window_scale,
+        **clips,
         "loss_weight": case.loss_weight,
         **options,
     }
@@ -182,7 +186,7 @@ def wide(arguments: dict[str, Any]) -> dict[str, Any]:
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, StepCoefficients):
             return coef_with(value, **{key: tensor.double() for key, tensor in value.tensors().items()})
-        keeps = not isinstance(value, Tensor) or name in ("clip_range", "advantage_clip", "sample_id")
+        keeps = not isinstance(value, Tensor) or name in ("clip_range", "advantage_clip", "window_scale", "sample_id")
         return value if keeps else value.double()
 
     return {name: convert(name, value) for name, value in arguments.items()}

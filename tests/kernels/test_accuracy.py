@@ -78,8 +78,8 @@ def test_every_tensor_may_have_its_own_dtype(backend, shape):
 
 # B from 1 to 8; one element; odd; the largest of one program; just above it; aligned; a flat sample
 SHAPES = [
-    (1, 1, 1, 2), (2, 1, 1, 3), (3, 1, 5, 7), (8, 3, 8, 8), (4, 1, 28, 28), (7, 3, 13, 13), (5, 3, 32, 32),
-    (2, 2, 64, 64), (1, 8193), (2, 3, 64, 64), (3, 3, 53, 53), (4, 1, 128, 128),
+    (1, 1, 1, 1), (1, 1, 1, 2), (2, 1, 1, 3), (3, 1, 5, 7), (8, 3, 8, 8), (4, 1, 28, 28), (7, 3, 13, 13),
+    (5, 3, 32, 32), (2, 2, 64, 64), (1, 8193), (2, 3, 64, 64), (3, 3, 53, 53), (4, 1, 128, 128),
 ]  # fmt: skip
 
 
@@ -108,6 +108,15 @@ def test_losses_may_be_weighted_after_the_call(backend, shape):
     # the gradient is written in the forward pass where a sample is small: it must be scaled then
     inputs = draw(Case(shape, kl_weight=0.3), seed=7)
     check(inputs, backend, upstream=torch.tensor([1.0, 0.5, -2.0, 0.0, 3.0, 1.0]))
+
+
+@both_backends
+@both_plans
+def test_a_loss_scale_reaches_the_gradient_of_an_fp16_output(backend, shape):
+    # by a factor of 2^-20 the gradient is below fp16's smallest number, and only the scale of 2^20 brings it back
+    inputs = draw(Case(shape, output=FP16, guidance=3.0, loss_weight=2.0**-20), seed=13)
+    _, gradients = check(inputs, backend, upstream=torch.full((6,), 2.0**20))
+    assert all(gradient[0].any() for gradient in gradients)
 
 
 @both_backends

@@ -157,7 +157,7 @@ def test_layouts(function, backend):
 def test_numbers_per_sample_may_have_any_stride(backend, layout):
     # a column of a table, or one number for all: the kernels read one number after the other
     shape = (6, 1, 5, 7)
-    inputs = draw(Case(shape, per_sample=True, clips_per_sample=True))
+    inputs = draw(Case(shape, per_sample=True, clips_per_sample=("clip_range",)))
     rest = dict(inputs.rest)
     names = ("old_log_prob", "advantages", "clip_range")
 

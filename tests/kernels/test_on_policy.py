@@ -74,6 +74,13 @@ def test_the_ratio_is_exactly_one(backend, plan, dtypes):
     check(*make(SHAPES[f"{plan}, ragged"], dtypes, **OPTIONS["clamp and guidance"]), backend)
 
 
+@both_backends
+@pytest.mark.parametrize("dtypes", ["fp32", "mixed", "bf16", "fp16"])
+def test_the_ratio_is_exactly_one_for_samples_of_one_element(backend, dtypes):
+    # compiles to other code: the only lane with an element is known beforehand
+    check(*make((3, 1), dtypes, **OPTIONS["clamp and guidance"]), backend)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES[1:])
 @pytest.mark.parametrize("dtypes", ["fp32", "mixed"])
 def test_the_ratio_is_exactly_one_on_sm_80(capability, dtypes):

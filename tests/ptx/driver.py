@@ -4,8 +4,8 @@
         kernel[grid](cpu_tensor, n, BLOCK=1024)
     machine.launches[-1].traffic["x"].read_bytes
 
-Tensors are CPU tensors, and their memory is the kernel's global memory. Left out: cooperative launches, clusters,
-scratch memory, tensor descriptors, benchmarks and auto-tuning over more than one configuration.
+Tensors are CPU tensors, and their memory is the kernel's global memory; numbers are int32, int64 or float32. Left
+out: launch hooks, cooperative launches, clusters, scratch memory, tensor descriptors and auto-tuning.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ from tests.ptx.parser import PtxError
 _SHARED_MEMORY = {80: 166912, 90: 232448}
 """Bytes of shared memory that a CTA may ask for, by compute capability."""
 
-_PACKED = {
-    **{"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q"},
-    **{"u64": "Q", "fp16": "e", "fp32": "f", "f32": "f", "fp64": "d"},
-}
+_PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 
 
 class Launch(NamedTuple):
@@ -67,46 +64,27 @@ class _Launcher:
         if scratch or metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
             raise PtxError(f"{metadata.name}: scratch memory, clusters and cooperative launches are not supported")
 
-    def __call__(
-        self,
-        x: int,
-        y: int,
-        z: int,
-        stream: int,
-        function: None,
-        packed: Any,
-        launched: Any,
-        enter: Any,
-        leave: Any,
-        *args: Any,
-    ) -> None:
+    def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
         machine = driver.active
         assert isinstance(machine, PtxMachine), "a kernel that was compiled for ptx_machine runs inside one only"
-        if enter is not None:
-            enter(launched)
-        params, regions = self._bind(args)
+        # stream, function, packed metadata, launch metadata and two hooks
+        params, regions = self._bind(rest[6:])
         threads = self.metadata.num_warps * self.metadata.warp_size
         self.program.launch((x, y, z), threads, params, regions, self.metadata.shared)
         traffic = {region.name: region.traffic for region in regions}
         machine.launches.append(Launch(self.metadata.name, (x, y, z), self.metadata.num_warps, traffic))
-        if leave is not None:
-            leave(launched)
 
     def _bind(self, args: Sequence[Any]) -> tuple[dict[str, bytes], list[Region]]:
         """The bytes of the PTX parameters and the memory behind the pointers, in the order of the arguments."""
         packed, regions = [], []
-        for name, kind, value in _flatten(self.signature.items(), args):
+        for (name, kind), value in zip(self.signature.items(), args, strict=True):
             if kind == "constexpr":
                 continue
-            if kind.startswith("*"):
-                start = value.data_ptr() if hasattr(value, "data_ptr") else int(value or 0)
-                packed.append(struct.pack("<Q", start))
-                if hasattr(value, "data_ptr"):
-                    regions.append(_region(name, value))
-            elif kind == "bf16":
-                packed.append(struct.pack("<h", torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).item()))
+            if isinstance(value, torch.Tensor):
+                regions.append(_region(name, value))
+                packed.append(struct.pack("<Q", value.data_ptr()))
             elif kind in _PACKED:
-                packed.append(struct.pack("<" + _PACKED[kind], value))
+                packed.append(struct.pack(_PACKED[kind], value))
             else:
                 raise PtxError(f"{self.metadata.name}: argument {name} of type {kind} is not supported")
         packed += [bytes(8)] * 2  # global and profile scratch
@@ -116,38 +94,12 @@ class _Launcher:
         return dict(zip(sizes, packed, strict=True)), regions
 
 
-def _flatten(signature: Any, args: Sequence[Any]) -> Iterator[tuple[str, str, Any]]:
-    """(name, type, value) of every argument; the elements of a tuple are name.0, name.1, …"""
-    for (name, kind), value in zip(signature, args, strict=True):
-        if isinstance(kind, tuple):
-            yield from _flatten(((f"{name}.{i}", part) for i, part in enumerate(kind)), value)
-        else:
-            yield name, kind, value
-
-
-def _region(name: str, tensor: Any) -> Region:
+def _region(name: str, tensor: torch.Tensor) -> Region:
     """The memory from a tensor's first element to its last, whatever lies between them in a strided view."""
-    if not isinstance(tensor, torch.Tensor):
-        tensor = tensor.base  # triton.reinterpret's wrapper
     if tensor.device.type != "cpu":
         raise PtxError(f"{name} is on {tensor.device}; pass CPU tensors")
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    size = (last + 1) * tensor.element_size() if tensor.numel() else 0
-    return Region(name, tensor.data_ptr(), size, Traffic())
-
-
-class _Utils:
-    """The part of Triton's CUDA utilities that a launch needs."""
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
-        # no module: Triton would unload it through the active driver, which may be gone by then
-        return None, None, 0, 0, 1024
-
-    def unload_module(self, module: None) -> None:
-        pass
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": _SHARED_MEMORY[device], "warpSize": 32, "max_num_regs": 65536}
+    return Region(name, tensor.data_ptr(), (last + 1) * tensor.element_size() if tensor.numel() else 0)
 
 
 class PtxMachine(DriverBase):
@@ -158,7 +110,7 @@ class PtxMachine(DriverBase):
             raise ValueError(f"capability is {capability}; use one of {sorted(_SHARED_MEMORY)}")
         self.capability = capability
         self.launches: list[Launch] = []
-        self.utils, self.launcher_cls = _Utils(), _Launcher
+        self.utils, self.launcher_cls = self, _Launcher
 
     @classmethod
     def is_active(cls) -> bool:
@@ -171,24 +123,24 @@ class PtxMachine(DriverBase):
         # Triton keeps compiled kernels per device: one device per capability keeps sm_80 and sm_90 apart
         return self.capability
 
-    def set_current_device(self, device: int) -> None:
-        if device != self.capability:
-            raise ValueError(f"device is {device}; this machine has {self.capability} only")
-
     def get_current_stream(self, device: int) -> int:
         return 0
-
-    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
-        return divmod(self.capability, 10)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": _SHARED_MEMORY[device]}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        # no module: Triton would unload it through the active driver, which may be gone by then
+        return None, None, 0, 0, 1024
+
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("kernels are launched without C++")
+        raise NotImplementedError
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("an interpreter has no timings worth comparing")
+        raise NotImplementedError
 
 
 @contextlib.contextmanager

@@ -3,40 +3,41 @@
 Each statement is decoded once, to a function of the batch. Threads that branch apart get a program counter each, and
 those at the lowest one run until they meet the next ones. Batches follow one another, so that CTAs cannot talk to
 each other; atomics are not there. Lock step also hides races: a missing barrier goes unseen where the order of the
-statements happens to be right. LLVM may read a register that nobody wrote where its bits do not matter (seen where it
-packs bytes); that raises like any other.
+statements happens to be right. LLVM may read a register that nobody wrote where its bits do not matter; that raises
+like any other.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray as Array
 
-from tests.ptx import arithmetic, conversion, logic, movement  # noqa: F401 (three register their opcodes)
-from tests.ptx.batch import Batch, Operands, Source
-from tests.ptx.memory import WARP, GlobalMemory, OwnedMemory, Region
-from tests.ptx.opcodes import PRED, Opcode, decode
-from tests.ptx.parser import PtxError, Statement, UnsupportedInstruction, parse
+from tests.ptx.instructions import INSTRUCTIONS, TYPES, Operands, Source
+from tests.ptx.memory import WARP, Batch, Grid, Region, rows
+from tests.ptx.parser import Address, Operand, PtxError, Statement, UnsupportedInstruction, parse
 
 THREADS_AT_ONCE = 16384
 """Of a batch: the fastest of 2048 to 65536 for a kernel of some hundred instructions."""
 
+_PARAMETER = re.compile(r"ld\.param\.([bus](?:32|64))")
+_ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.(b(?:8|16|32|64))")
 
-class DivergentBarrier(PtxError):
-    """Live threads of one CTA wait at different barriers, so that none is ever complete."""
+Run = Callable[[Batch], None]
 
 
 class Step(NamedTuple):
     """A decoded statement. Control flow (bra, ret, bar) has no `run`."""
 
     statement: Statement
-    run: Callable[[Batch], None] | None
-    control: str = ""
-    guard: Source | None = None
+    run: Run | None
+    guard: Source | None
     target: int = 0
+    """Where control goes on to."""
 
 
 class Program:
@@ -44,17 +45,8 @@ class Program:
 
     def __init__(self, text: str, name: str) -> None:
         self.kernel = parse(text, name)
-        symbols, self.constants = {}, []
-        self.sizes = {"shared": 0, "local": 0}
-        for name, (space, offset, size, data) in self.kernel.variables.items():
-            if data is not None:
-                symbols[name] = data.ctypes.data
-                self.constants.append(Region(name, data.ctypes.data, size))
-            elif space in self.sizes:
-                symbols[name] = offset
-                self.sizes[space] = max(self.sizes[space], offset + size)
-        self.operands = Operands(self.kernel, symbols)
-        self.steps = []
+        self.operands = Operands(self.kernel)
+        self.steps: list[Step] = []
         for statement in self.kernel.statements:
             try:
                 self.steps.append(self._decode(statement))
@@ -62,27 +54,16 @@ class Program:
                 raise type(error)(self._where(statement, error)) from None
 
     def launch(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        params: dict[str, bytes],
-        regions: list[Region],
-        dynamic_shared: int = 0,
+        self, grid: Grid, threads: int, params: dict[str, bytes], regions: list[Region], shared: int = 0
     ) -> None:
-        """Run every CTA of the grid; `dynamic_shared` bytes lie behind the declared shared variables."""
-        if threads % WARP or self.kernel.threads not in (None, threads):
+        """Run every CTA of the grid, with `shared` bytes of shared memory each."""
+        if threads % WARP or self.kernel.threads != threads:
             raise PtxError(f"{self.kernel.name} is for {self.kernel.threads} threads, not {threads}")
-        total, at_once = int(np.prod(grid)), max(1, THREADS_AT_ONCE // threads)
-        memory = GlobalMemory(regions + self.constants)
+        total, at_once = math.prod(grid), max(1, THREADS_AT_ONCE // threads)
         for first in range(0, total, at_once):
-            batch = Batch(len(self.kernel.registers), np.arange(first, min(first + at_once, total)), grid, threads)
-            cta = batch.everyone // threads
-            batch.params = params
-            batch.spaces["global"] = memory
-            batch.spaces["shared"] = OwnedMemory("shared", self.sizes["shared"] + dynamic_shared, cta)
-            batch.spaces["local"] = OwnedMemory("local", self.sizes["local"], batch.everyone)
+            ctas = np.arange(first, min(first + at_once, total))
             with np.errstate(all="ignore"):
-                self._run(batch)
+                self._run(Batch(self.kernel, grid, ctas, params, regions, shared))
 
     def _where(self, statement: Statement, error: Exception) -> str:
         return f"{self.kernel.name}, PTX line {statement.line}: {statement.text}: {error}"
@@ -90,34 +71,32 @@ class Program:
     # --- control flow -------------------------------------------------------------------------------------------------
 
     def _run(self, batch: Batch) -> None:
-        steps, end = self.steps, len(self.steps)
+        end = len(self.steps)
         counters, waiting = np.zeros(batch.count, np.int64), np.zeros(batch.count, bool)
         pc, limit = 0, end  # the active threads run from pc; others start at limit
-        step = steps[0] if steps else None
-        try:
-            while pc < end:
-                step = steps[pc]
+        while pc < end:
+            step = self.steps[pc]
+            try:
                 if step.run is not None:
                     step.run(batch)
                     pc += 1
                     if pc < limit:
                         continue
-                    counters[slice(None) if batch.active is None else batch.active] = pc
+                    counters[batch.here] = pc
                 else:
                     taken = step.guard(batch) if step.guard else np.ones(1, bool)
-                    if batch.active is None and step.control != "exit" and (taken.all() or not taken.any()):
+                    if batch.active is None and (taken.all() or not taken.any()):
                         pc = step.target if taken[0] else pc + 1  # all threads go the same way
                         continue
+                    counters[batch.here] = pc + 1
                     if batch.active is not None:
                         taken = taken & batch.active
-                    counters[slice(None) if batch.active is None else batch.active] = pc + 1
-                    if step.control == "bar":
+                    counters[np.broadcast_to(taken, batch.count)] = step.target
+                    if step.statement.opcode == "bar.sync":
                         waiting |= taken
-                    else:
-                        np.putmask(counters, np.broadcast_to(taken, batch.count), step.target)
                 pc, limit = self._schedule(batch, counters, waiting)
-        except PtxError as error:
-            raise type(error)(self._where(step.statement, error)) from None
+            except PtxError as error:
+                raise type(error)(self._where(step.statement, error)) from None
 
     def _schedule(self, batch: Batch, counters: Array, waiting: Array) -> tuple[int, int]:
         """Activate the threads at the lowest program counter; returns it, and the next one of other threads."""
@@ -131,7 +110,7 @@ class Program:
             table, alive = counters.reshape(-1, batch.threads), live.reshape(-1, batch.threads)
             lowest, highest = np.where(alive, table, end).min(1), np.where(alive, table, -1).max(1)
             if (alive.any(1) & (lowest != highest)).any():
-                raise DivergentBarrier("the live threads of a CTA wait at different barriers")
+                raise PtxError("the live threads of a CTA wait at different barriers")
             waiting[:] = False
             ready = live
         pc = int(counters[ready].min())
@@ -140,66 +119,120 @@ class Program:
         batch.active = None if active.all() else active
         return pc, int(others.min()) if len(others) else end
 
-    def _decode_control(self, statement: Statement, opcode: Opcode, guard: Source | None) -> Step:
-        operands = statement.operands
-        if opcode.root == "bra":
-            opcode.has("uni")
-            opcode.finish()
-            if operands[0] not in self.kernel.labels:
-                raise UnsupportedInstruction(f"there is no label {operands[0]}")
-            return Step(statement, None, "bra", guard, self.kernel.labels[operands[0]])
-        if opcode.root in ("ret", "exit"):
-            opcode.finish()
-            return Step(statement, None, "exit", guard, len(self.kernel.statements))
-        opcode.one_of("cta", default="")
-        opcode.one_of("sync")
-        aligned = opcode.has("aligned") or opcode.root == "bar"
-        opcode.finish()
-        if operands != ("0",) or not aligned:
-            raise UnsupportedInstruction("only barrier 0, of all threads of the CTA, is there")
-        return Step(statement, None, "bar", guard, len(self.steps) + 1)
-
     # --- statements ---------------------------------------------------------------------------------------------------
 
     def _decode(self, statement: Statement) -> Step:
-        guard = self.operands.source(statement.guard, PRED) if statement.guard else None
-        opcode = Opcode(statement.opcode)
-        if opcode.root in ("bra", "ret", "exit", "bar", "barrier") and "warp" not in opcode.modifiers:
-            return self._decode_control(statement, opcode, guard)
-        if opcode.root == "mov" and any(isinstance(operand, tuple) for operand in statement.operands):
-            run = movement.pack(self.operands, opcode, statement.operands)
-        elif opcode.root in movement.MOVES:
-            run = movement.MOVES[opcode.root](self.operands, opcode, statement.operands)
+        opcode, operands = statement.opcode, statement.operands
+        guard = self.operands.guard(statement.guard) if statement.guard else None
+        if opcode in ("bra", "bra.uni") and operands[0] in self.kernel.labels:
+            return Step(statement, None, guard, self.kernel.labels[operands[0]])
+        if opcode == "ret":
+            return Step(statement, None, guard, len(self.kernel.statements))
+        if opcode == "bar.sync" and operands == ("0",):
+            return Step(statement, None, guard, len(self.steps) + 1)
+        if parameter := _PARAMETER.fullmatch(opcode):
+            run = self._parameter(parameter[1], operands)
+        elif access := _ACCESS.fullmatch(opcode):
+            run = self._access(*access.groups(default="1"), operands)
+        elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
+            run = self._shuffle(opcode, operands)
+        elif opcode in ("mov.b32", "mov.b64") and any(isinstance(operand, tuple) for operand in operands):
+            run = self._halves(opcode, operands)
         else:
-            run = self._compute(statement)
-        return Step(statement, _guarded(run, guard) if guard else run)
+            run = self._compute(opcode, operands)
+        return Step(statement, _guarded(run, guard) if guard else run, None)
 
-    def _compute(self, statement: Statement) -> Callable[[Batch], None]:
-        results, arguments, compute = decode(statement.opcode)
-        first, *rest = statement.operands
-        destinations = list(first.split("|")) if isinstance(first, str) else []
-        root, *modifiers = statement.opcode.split(".")
-        if "cc" in modifiers:
-            destinations.append("%cc")
-        if root in ("addc", "madc"):
-            rest.append("%cc")
-        if len(destinations) > len(results) or len(rest) != len(arguments):
-            raise UnsupportedInstruction("the number of operands")
-        relaxed, of = root == "cvt", self.operands
-        sources = [of.source(text, format, relaxed=relaxed) for text, format in zip(rest, arguments, strict=True)]
-        sinks = [of.sink(text, format, relaxed=relaxed) for text, format in zip(destinations, results, strict=False)]
-        if len(results) > 1:
-
-            def run(batch: Batch) -> None:
-                for sink, values in zip(sinks, compute(*[source(batch) for source in sources]), strict=False):
-                    sink(batch, values)
-
-            return run
-        sink = sinks[0]
+    def _compute(self, opcode: str, operands: tuple[Operand, ...]) -> Run:
+        _expect(opcode in INSTRUCTIONS, "the opcode")
+        result, arguments, compute = INSTRUCTIONS[opcode]
+        _expect(len(operands) == 1 + len(arguments), "the number of operands")
+        sink = self.operands.sink(operands[0], result)
+        sources = [self.operands.source(text, dtype) for text, dtype in zip(operands[1:], arguments, strict=True)]
         return lambda batch: sink(batch, compute(*[source(batch) for source in sources]))
 
+    def _halves(self, opcode: str, operands: tuple[Operand, ...]) -> Run:
+        """mov of a scalar to or from a vector of its halves."""
+        _expect(len(operands) == 2, "the number of operands")
+        target, source = operands
+        if isinstance(source, tuple):
+            return self._compute(f"{opcode} pack", (target, *source))
+        _expect(len(target) == 2, "the vector")
+        parts = zip(("low", "high"), target, strict=True)
+        runs = [self._compute(f"{opcode} {part}", (text, source)) for part, text in parts if text != "_"]
 
-def _guarded(run: Callable[[Batch], None], guard: Source) -> Callable[[Batch], None]:
+        def run(batch: Batch) -> None:
+            for run in runs:
+                run(batch)
+
+        return run
+
+    def _parameter(self, kind: str, operands: tuple[Operand, ...]) -> Run:
+        """ld.param reads the launch's bytes."""
+        _expect(operands[1:] in [(Address(name, 0),) for name in self.kernel.params], "the parameter")
+        sink, name, dtype = self.operands.sink(operands[0], TYPES[kind], relaxed=True), operands[1].base, TYPES[kind]
+        return lambda batch: sink(batch, np.frombuffer(batch.params[name], dtype, 1))
+
+    def _access(self, root: str, space: str, vector: str, kind: str, operands: tuple[Operand, ...]) -> Run:
+        """ld and st, of a scalar or a vector."""
+        of, dtype, count = self.operands, TYPES[kind], int(vector)
+        _expect(len(operands) == 2, "the number of operands")
+        address, values = operands[::-1] if root == "ld" else operands
+        values = values if isinstance(values, tuple) else (values,)
+        _expect(isinstance(address, Address) and len(values) == count, "the address or the vector")
+        base = of.source(address.base, TYPES["u32" if space == "shared" else "u64"])
+        offset = np.uint64(address.offset % 2**64)
+
+        def locate(batch: Batch, write: bool) -> tuple[Array, Array]:
+            found = _of_active(base(batch), batch).astype(np.uint64) + offset
+            return rows(batch.memory[space], found, batch.everyone[batch.here], dtype, count, write)
+
+        if root == "ld":
+            sinks = [of.sink(text, dtype, relaxed=True) for text in values]
+
+            def load(batch: Batch) -> None:
+                table, index = locate(batch, False)
+                loaded = table[index]
+                for i, sink in enumerate(sinks):
+                    column = np.zeros(batch.count, dtype)
+                    column[batch.here] = loaded[:, i]
+                    sink(batch, column)
+
+            return load
+        sources = [of.source(text, dtype, relaxed=True) for text in values]
+
+        def store(batch: Batch) -> None:
+            table, index = locate(batch, True)
+            # of equal addresses the last lane's value stays
+            table[index] = np.stack([_of_active(source(batch), batch) for source in sources], axis=1)
+
+        return store
+
+    def _shuffle(self, opcode: str, operands: tuple[Operand, ...]) -> Run:
+        """Each thread gets the value of the lane with the number (idx), or that differs in these bits (bfly)."""
+        _expect(len(operands) == 5 and operands[3:] == ("31", "-1"), "a part of the warp")
+        u32, butterfly = TYPES["u32"], "bfly" in opcode
+        sink, value, lane = self.operands.sink(operands[0], u32), *(self.operands.source(x, u32) for x in operands[1:3])
+
+        def run(batch: Batch) -> None:
+            batch.require_whole_warps()
+            number, here = lane(batch) % WARP, batch.everyone
+            source = here ^ number if butterfly else here // WARP * WARP + number
+            sink(batch, np.broadcast_to(value(batch), batch.count)[source])
+
+        return run
+
+
+def _expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise UnsupportedInstruction(f"{what} is not supported")
+
+
+def _of_active(values: Array, batch: Batch) -> Array:
+    """The values of the active threads."""
+    return np.broadcast_to(values, batch.count)[batch.here]
+
+
+def _guarded(run: Run, guard: Source) -> Run:
     """`@%p` instruction: only the threads whose predicate holds."""
 
     def guarded(batch: Batch) -> None:
@@ -209,7 +242,7 @@ def _guarded(run: Callable[[Batch], None], guard: Source) -> Callable[[Batch], N
         if taken.all():
             run(batch)
         elif taken.any():
-            batch.active = taken
+            batch.active = np.broadcast_to(taken, batch.count)
             try:
                 run(batch)
             finally:

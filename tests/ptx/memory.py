@@ -1,29 +1,31 @@
-"""State spaces (PTX ISA, "State Spaces"): host memory of tensors as global memory, byte arrays as shared and local.
+"""What threads read and write (PTX ISA, "State Spaces"): registers, shared memory, and the tensors of the host.
 
-Every access is checked for bounds and alignment. Global traffic is counted per tensor.
+Every access is checked: for a register that was written, for bounds and for alignment. Global traffic is counted per
+tensor.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy import ndarray as Array
 
-from tests.ptx.parser import PtxError
+from tests.ptx.parser import Kernel, PtxError
+
+Grid = tuple[int, int, int]
 
 WARP = 32
 SECTOR = 32
 
+SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
+"""Read-only registers; blocks have one dimension, as Triton's do."""
+
 
 class OutOfBounds(PtxError):
-    """An access to an address that no tensor, or no shared or local memory, covers."""
-
-
-class MisalignedAccess(PtxError):
-    """An address that is not a multiple of the bytes of the (vector) access."""
+    """An access to an address that no tensor, or no shared memory, covers."""
 
 
 @dataclass
@@ -38,108 +40,71 @@ class Traffic:
     read_sectors: int = 0
     written_sectors: int = 0
 
-
-class Buffer:
-    """Bytes that are seen as rows of elements."""
-
-    def __init__(self, data: Array) -> None:
-        self.data = data
-        self._rows: dict[tuple[np.dtype, int], Array] = {}
-
-    def rows(self, dtype: np.dtype, count: int) -> Array:
-        """[rows, count] of dtype, from the first byte on."""
-        key = dtype, count
-        if key not in self._rows:
-            size = dtype.itemsize * count
-            self._rows[key] = self.data[: len(self.data) // size * size].view(dtype).reshape(-1, count)
-        return self._rows[key]
+    def count(self, write: bool, asked: int, sectors: int) -> None:
+        if write:
+            self.written_bytes += asked
+            self.written_sectors += sectors
+        else:
+            self.read_bytes += asked
+            self.read_sectors += sectors
 
 
-class Region(Buffer):
-    """Host memory [start, start + size) under a name."""
+class Region:
+    """Memory of the host, [start, start + size), under a name. Its traffic is counted."""
 
-    def __init__(self, name: str, start: int, size: int, traffic: Traffic | None = None) -> None:
-        # from an aligned address on, so that aligned accesses are whole rows; the bounds are checked against start
+    def __init__(self, name: str, start: int, size: int) -> None:
+        self.name, self.start, self.size = name, start, size
+        self.traffic: Traffic | None = Traffic()
+        # bytes from an aligned address on, so that every aligned access is a whole row of them
         self.base = start & ~31
-        end = start + size
-        super().__init__(np.frombuffer((ctypes.c_uint8 * (end - self.base)).from_address(self.base), np.uint8))
-        self.name, self.start, self.size, self.traffic = name, start, size, traffic
+        self.data = np.ctypeslib.as_array((ctypes.c_uint8 * (start + size - self.base)).from_address(self.base))
+
+    def covers(self, address: Array, size: int) -> Array:
+        # unsigned: an address below the start wraps to a huge offset
+        return address - np.uint64(self.start) < max(self.size - size + 1, 0)
 
     def distance(self, address: int) -> int:
         return max(self.start - address, address - (self.start + self.size - 1), 0)
 
-
-Accesses = Iterator[tuple[Buffer, Array | slice, Array]]
-"""A buffer, which of the addresses lie in it, and their offsets in bytes."""
-
-
-class GlobalMemory:
-    """The regions that a kernel was given. An address in two of them belongs to the first."""
-
-    def __init__(self, regions: list[Region]) -> None:
-        self.regions = [region for region in regions if region.size > 0]
-
-    def resolve(self, address: Array, lanes: Array, size: int, write: bool) -> Accesses:
-        _check_alignment(address, size)
-        pending: Array | slice = slice(None)
-        for region in self.regions:
-            # unsigned: an address below the start wraps to a huge offset
-            inside = address[pending] - np.uint64(region.start) <= region.size - size if region.size >= size else False
-            if np.all(inside):
-                yield self._access(region, pending, address, lanes, size, write)
-                return
-            if np.any(inside):
-                pending = np.arange(len(address))[pending]
-                yield self._access(region, pending[inside], address, lanes, size, write)
-                pending = pending[~inside]
-        self._refuse(int(address[pending][0]), size, "write" if write else "read")
-
-    def _access(
-        self, region: Region, chosen: Array | slice, address: Array, lanes: Array, size: int, write: bool
-    ) -> tuple[Buffer, Array | slice, Array]:
-        address = address[chosen]
-        if traffic := region.traffic:
-            sectors, asked = count_sectors(address, lanes[chosen]), len(address) * size
-            if write:
-                traffic.written_bytes += asked
-                traffic.written_sectors += sectors
-            else:
-                traffic.read_bytes += asked
-                traffic.read_sectors += sectors
-        return region, chosen, address - np.uint64(region.base)
-
-    def _refuse(self, address: int, size: int, verb: str) -> None:
-        if not self.regions:
-            raise OutOfBounds(f"{verb} of {size} bytes at {address:#x}, and the kernel was given no memory")
-        nearest = min(self.regions, key=lambda region: region.distance(address))
-        raise OutOfBounds(
-            f"{verb} of {size} bytes at {address:#x}, which is byte {address - nearest.start} of the nearest tensor "
-            f"{nearest.name} of {nearest.size} bytes"
-        )
+    def offset(self, address: Array, lanes: Array) -> Array:
+        return address - np.uint64(self.base)
 
 
-class OwnedMemory(Buffer):
-    """Shared memory of each CTA, or local memory of each thread; 0xFF at first, which reads as NaN."""
+class SharedMemory(Region):
+    """`size` bytes from address 0 on for each CTA; 0xFF at first, which reads as NaN."""
 
-    def __init__(self, space: str, size: int, owner: Array) -> None:
-        self.stride = -(-size // 32) * 32
-        super().__init__(np.full((int(owner[-1]) + 1) * self.stride, 0xFF, np.uint8))
-        self.space, self.size, self.owner = space, size, owner
+    def __init__(self, size: int, cta: Array) -> None:
+        self.name, self.start, self.size, self.traffic = "shared memory", 0, size, None
+        self.cta, self.stride = cta.astype(np.uint64), np.uint64(-(-size // 32) * 32)
+        self.data = np.full(int((self.cta[-1] + 1) * self.stride), 0xFF, np.uint8)
 
-    def resolve(self, address: Array, lanes: Array, size: int, write: bool) -> Accesses:
-        _check_alignment(address, size)
-        outside = address > max(self.size - size, 0) if self.size >= size else np.ones(len(address), bool)
-        if outside.any():
-            verb = "write" if write else "read"
-            where = int(address[outside.argmax()])
-            raise OutOfBounds(f"{verb} of {size} bytes at {where} of {self.size} bytes of {self.space} memory")
-        yield self, slice(None), self.owner[lanes] * self.stride + address.astype(np.int64)
+    def offset(self, address: Array, lanes: Array) -> Array:
+        return self.cta[lanes] * self.stride + address
 
 
-def _check_alignment(address: Array, size: int) -> None:
-    wrong = address & address.dtype.type(size - 1)
-    if wrong.any():
-        raise MisalignedAccess(f"{size} bytes at {int(address[wrong.argmax()]):#x}, not a multiple of {size}")
+def rows(
+    regions: Sequence[Region], address: Array, lanes: Array, dtype: np.dtype, count: int, write: bool
+) -> tuple[Array, Array]:
+    """The memory as [rows, count] elements, and the row at each lane's address; `lanes` are indices of threads.
+
+    One instruction accesses one region, the first that covers it all.
+    """
+    size = dtype.itemsize * count
+    if (wrong := address & np.uint64(size - 1)).any():
+        raise PtxError(f"{size} bytes at {int(address[wrong.argmax()]):#x}, which is not a multiple of {size}")
+    for region in regions:
+        if region.covers(address, size).all():
+            if region.traffic:
+                region.traffic.count(write, len(address) * size, count_sectors(address, lanes))
+            table = region.data[: len(region.data) // size * size].view(dtype).reshape(-1, count)
+            return table, region.offset(address, lanes) // np.uint64(size)
+    # of the region that covers most of them, else of the nearest one
+    region = max(regions, key=lambda region: (region.covers(address, size).sum(), -region.distance(int(address[0]))))
+    outside = int(address[~region.covers(address, size)][0])
+    raise OutOfBounds(
+        f"{'write' if write else 'read'} of {size} bytes at {outside:#x}, "
+        f"which is byte {outside - region.start} of {region.name} of {region.size} bytes"
+    )
 
 
 def count_sectors(address: Array, lanes: Array) -> int:
@@ -147,22 +112,60 @@ def count_sectors(address: Array, lanes: Array) -> int:
     warp, sector = lanes // WARP, address // SECTOR
     other_warp = warp[1:] != warp[:-1]
     if not (other_warp | (sector[1:] >= sector[:-1])).all():
-        order = np.lexsort((sector, warp))
-        sector = sector[order]
+        sector = sector[np.lexsort((sector, warp))]
     return 1 + int(np.count_nonzero(other_warp | (sector[1:] != sector[:-1])))
 
 
-def load(space: GlobalMemory | OwnedMemory, address: Array, lanes: Array, dtype: np.dtype, count: int) -> Array:
-    """[lanes, count] elements from one address per lane."""
-    size = dtype.itemsize * count
-    result = np.empty((len(lanes), count), dtype)
-    for buffer, chosen, offset in space.resolve(address, lanes, size, False):
-        result[chosen] = buffer.rows(dtype, count)[offset // size]
-    return result
+class Batch:
+    """Threads of some CTAs. An array of one element stands for all threads; arrays are never written in place."""
 
+    def __init__(
+        self, kernel: Kernel, grid: Grid, ctas: Array, params: dict[str, bytes], regions: list[Region], shared: int
+    ) -> None:
+        self.threads, self.count = kernel.threads, len(ctas) * kernel.threads
+        self.registers: list[Array | None] = [None] * len(kernel.registers)
+        self.partial: dict[int, Array] = {}
+        """Which threads have written a register that not all have."""
+        self.active: Array | None = None
+        """[count] bool; None when every thread is."""
+        self.everyone = np.arange(self.count)
+        cta, (x, y, z) = np.repeat(ctas, self.threads), grid
+        values = (self.everyone % self.threads, cta % x, cta // x % y, cta // (x * y), x, y, z)
+        self.special = {name: np.atleast_1d(v).astype(np.uint32) for name, v in zip(SPECIAL, values, strict=True)}
+        self.params = params
+        self.memory = {"global": regions, "shared": [SharedMemory(shared, self.everyone // self.threads)]}
 
-def store(space: GlobalMemory | OwnedMemory, address: Array, lanes: Array, values: Array) -> None:
-    """[lanes, count] elements to one address per lane; of equal addresses the last lane's wins."""
-    size = values.itemsize * values.shape[1]
-    for buffer, chosen, offset in list(space.resolve(address, lanes, size, True)):
-        buffer.rows(values.dtype, values.shape[1])[offset // size] = values[chosen]
+    @property
+    def here(self) -> Array | slice:
+        """Index of the active threads."""
+        return slice(None) if self.active is None else self.active
+
+    def read(self, index: int) -> Array:
+        raw = self.registers[index]
+        if raw is None:
+            raise PtxError("a source was never written")
+        if index in self.partial:
+            missing = ~self.partial[index] if self.active is None else self.active & ~self.partial[index]
+            if missing.any():
+                raise PtxError(f"a source was not written by thread {missing.argmax() % self.threads}")
+        return raw
+
+    def write(self, index: int, raw: Array) -> None:
+        old = self.registers[index]
+        if self.active is None:
+            self.partial.pop(index, None)
+        elif old is None:
+            self.partial[index] = self.active
+        else:
+            if index in self.partial:
+                self.partial[index] = self.partial[index] | self.active
+            raw = np.where(self.active, raw, old)
+        self.registers[index] = raw
+
+    def require_whole_warps(self) -> None:
+        """Real hardware waits for the missing lanes, or leaves the result undefined."""
+        if self.active is not None:
+            warps = self.active.reshape(-1, WARP)
+            missing = warps.any(1, keepdims=True) & ~warps
+            if missing.any():
+                raise PtxError(f"lane {int(missing.argmax()) % WARP} has not come along")

@@ -1,0 +1,171 @@
+"""Compilation: torch.compile for a UNet's forward, whole or block by block, in a fixed small number of graphs.
+
+Compiled are the forward functions: modules, the names of their weights and what is saved stay as they are. Timesteps
+come in as tensors and the batch dimension is dynamic, so neither steps, windows nor batch sizes compile again: there is
+a graph with and one without gradient, and the same two once more for batches of one, which torch treats as constant.
+`fullgraph` makes an error of whatever would fall back to eager. Left out: CUDA graphs (CONTRIBUTING says why).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hrf_fast import comm
+from hrf_fast.options import Config
+
+if TYPE_CHECKING:
+    from hrf_fast.policy import Policy
+
+# the tests put a cheap one here
+BACKEND: str | Callable[..., Any] = "inductor"
+
+
+def obstacle(device_type: str) -> str | None:
+    """Why torch.compile can't work for a device type on this machine; None if nothing stands in its way.
+
+    Inductor writes C++ for a CPU. For a GPU it writes Triton, whose launcher is C.
+    """
+    if device_type == "cuda":
+        if find_spec("triton") is None:
+            return 'it needs Triton: pip install "hrf_fast[gpu]"'
+        if torch.version.hip is None and torch.cuda.get_device_capability()[0] < 7:
+            return "Triton needs a GPU of compute capability 7.0 or newer"
+        language, names = "c", [os.environ.get("CC", ""), "gcc", "clang"]
+    else:
+        language, names = "c++", [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    compiler = next((name for name in names if name and shutil.which(name)), None)
+    title, variable = {"c": ("C", "CC"), "c++": ("C++", "CXX")}[language]
+    if compiler is None:
+        tried = " or ".join(filter(None, names))
+        return f"it needs a {title} compiler, and there is no {tried} on PATH: install one, or name it in {variable}"
+    command = [compiler, "-x", language, "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"]
+    if subprocess.run(command, input="#include <Python.h>\n", text=True, capture_output=True).returncode:
+        return f"{compiler} can't compile {title} with Python.h: install Python's headers (such as python3-dev)"
+    return None
+
+
+def check_compile(mode: str, device: torch.device) -> None:
+    """Refuse train.compile where it can't work, so that nothing falls back to eager in silence.
+
+    Raises:
+        ValueError: says what is missing and the way out.
+    """
+    if mode != "none" and (reason := obstacle(device.type)):
+        raise ValueError(f"train.compile is {mode!r} on {device.type}, but {reason}; or use train.compile=none")
+
+
+def compile_unet(unet: Any, mode: str) -> None:
+    """Let a diffusers UNet run compiled: `unet` as one graph, `blocks` a graph for each down, mid and up block."""
+    if mode == "none":
+        return
+    blocks = [*unet.down_blocks, *filter(None, [unet.mid_block]), *unet.up_blocks]
+    for number, module in enumerate([unet] if mode == "unet" else blocks):
+        # as nn.Module.compile does, which would compile one code object for all blocks: torch counts graphs, and looks
+        # for the right one, per code object, and gives up at 8
+        module._compiled_call_impl = _compiled(module, f"{type(module).__name__}_{number}")
+
+
+def _compiled(module: Any, name: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace(co_name=name)
+    function = torch.compile(run, fullgraph=True, dynamic=False, backend=BACKEND)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _mark_batch([args, list(kwargs.values())])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _mark_batch(value: Any) -> None:
+    """Make the first dimension of every tensor a variable of the graph."""
+    if isinstance(value, Tensor):
+        # torch compiles a size of 1 as a constant, and refuses the wish for anything else
+        if len(value) > 1:
+            torch._dynamo.mark_dynamic(value, 0)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _mark_batch(part)
+
+
+def canonical(latents: Tensor, timesteps: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs of a compiled UNet, in the one form that its graphs are made for.
+
+    Args:
+        latents: [B, C, H, W]; its strides may differ in dimensions of size 1, which would compile again.
+        timesteps: one value or [B].
+
+    Returns:
+        Contiguous latents, and timesteps [B] int64.
+    """
+    count = len(latents)
+    if isinstance(timesteps, Tensor):
+        # not expand: it leaves a stride of 0, even in a batch of one that counts as contiguous
+        timesteps = torch.empty(count, dtype=timesteps.dtype, device=latents.device).copy_(timesteps)
+    else:
+        timesteps = torch.full((count,), timesteps, device=latents.device)
+    return latents.flatten().view(latents.shape), timesteps
+
+
+def batch_sizes(config: Config) -> list[int]:
+    """A batch for every graph that a run will need: the update's, and one image where a split leaves a single one."""
+    train, group, most = config.train, config.train.group_size, config.sample.batch_size
+    micro = min(train.micro_batch_size or group, group)
+    anchors = train.groups_per_iteration // comm.world_size()
+    splits = [(group, micro), (group, most), (anchors, most), (config.evaluation.panel_size, most)]
+    single = any(size == 1 or count % size == 1 for count, size in splits)
+    return [max(2, micro * train.steps_per_forward), *([1] if single else [])]
+
+
+def warm_up(policy: Policy, config: Config, note: Callable[[str], None]) -> None:
+    """Compile all graphs before training, uncounted and without a gradient left behind.
+
+    Raises:
+        ValueError: this model does not compile here.
+    """
+    if config.train.compile == "none":
+        return
+    note(f"torch.compile ({config.train.compile}) on {policy.device.type}: compiling, which can take minutes")
+    began, sizes = time.perf_counter(), batch_sizes(config)
+    with comm.agreed(), warnings.catch_warnings():
+        # diffusers asks a cached function for torch's version, which torch's compiler finds worth a warning
+        warnings.filterwarnings("ignore", message=".*lru_cache")
+        try:
+            for size in sizes:
+                _run(policy, size)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # the first paragraph: advice to developers of torch follows
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())
+            raise ValueError(
+                f"train.compile is {config.train.compile!r}, but this model does not compile here "
+                f"({type(error).__name__}: {reason}); use train.compile=none"
+            ) from error
+    for_one = " and batches of one" if 1 in sizes else ""
+    note(f"torch.compile: graphs for any batch{for_one} took {time.perf_counter() - began:.1f} s")
+
+
+def _run(policy: Policy, size: int) -> None:
+    """A forward without gradient; a forward and a backward whose gradients are thrown away."""
+    # the network itself: model_output would count the calls, and an engine would wait for a step
+    latents = torch.zeros(size, *policy.image_shape, device=policy.device)
+    timestep = policy.timestep_list[0]
+    with torch.no_grad():
+        policy.network(latents, timestep)
+    weights = [parameter for parameter in policy.unet.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        output = policy.network(latents, timestep)
+    torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)

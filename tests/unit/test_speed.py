@@ -1,0 +1,123 @@
+"""Memory format, precision flags and the self-check's verdict: what changes speed must not change what is learnt."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hrf_fast import self_check as module
+from hrf_fast.config import load_config
+from hrf_fast.devices import set_precision_flags
+from hrf_fast.parts import build_parts
+from hrf_fast.policy import load_policy
+from hrf_fast.self_check import self_check
+from hrf_fast.train import train
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def is_channels_last(tensor):
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def test_channels_last_reaches_weights_and_activations_and_returns_contiguous_outputs(tiny_model):
+    latents = torch.randn(2, 3, 16, 16)
+    plain, policy = load_policy(str(tiny_model)), load_policy(str(tiny_model), channels_last=True)
+    seen = []
+    policy.unet.mid_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    output = policy.model_output(latents, 10)
+    assert is_channels_last(policy.unet.conv_in.weight) and is_channels_last(seen[0])
+    assert output.is_contiguous()
+    # fp32 convolutions sum in another order
+    torch.testing.assert_close(output, plain.model_output(latents, 10), rtol=1e-4, atol=1e-5)
+
+
+def test_saving_leaves_the_weights_where_and_as_they_are(tiny_model, tmp_path):
+    policy = load_policy(str(tiny_model), channels_last=True)
+    before = [(p.data_ptr(), p.stride()) for p in policy.unet.parameters()]
+    policy.save(tmp_path / "model")
+    assert [(p.data_ptr(), p.stride()) for p in policy.unet.parameters()] == before
+    name = "unet/diffusion_pytorch_model.safetensors"
+    saved, given = load_file(tmp_path / "model" / name), load_file(tiny_model / name)
+    assert saved.keys() == given.keys() and all(torch.equal(saved[key], given[key]) for key in given)
+
+
+def test_a_stopped_and_resumed_channels_last_run_is_the_uninterrupted_one_bit_for_bit(tiny_run, tmp_path):
+    words = [*tiny_run, "train.channels_last=true", "train.ema_decay=0.5", "train.iterations=3", "evaluation.every=0"]
+    train(load_config(words))
+    for iterations in (1, 3):
+        train(load_config([*words, f"train.iterations={iterations}", f"run.folder={tmp_path / 'halves'}"]))
+    newest = "checkpoints/iteration-000003"
+    for name in (
+        "model/unet/diffusion_pytorch_model.safetensors",
+        f"{newest}/optimizer.safetensors",
+        f"{newest}/ema.safetensors",
+    ):
+        ours, theirs = load_file(tmp_path / "run" / name), load_file(tmp_path / "halves" / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_optimizer_s_state_takes_the_order_of_its_weights_when_it_is_restored(tiny_run):
+    from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
+
+    def stepped():
+        engine = build_parts(load_config([*tiny_run, "train.channels_last=true"])).engine
+        for parameter in engine.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        engine.optimizer.step()
+        return engine.optimizer
+
+    optimizer = stepped()
+    restore_optimizer(stepped(), *flatten_optimizer(optimizer))
+    restored = stepped()
+    restore_optimizer(restored, *flatten_optimizer(optimizer))
+    for parameter, entry in restored.state.items():
+        assert entry["exp_avg"].stride() == entry["exp_avg_sq"].stride() == parameter.stride()
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """torch's flags, put back afterwards."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    kept = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    yield lambda: (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_precision_flags_on_cuda_are_all_said(flags, tf32, benchmark):
+    set_precision_flags(CUDA, tf32=tf32, cudnn_benchmark=benchmark)
+    assert flags() == (tf32, tf32, benchmark, not benchmark)
+
+
+def test_on_a_cpu_no_flag_is_touched_and_none_can_be_asked_for(flags, tiny_run):
+    before = flags()
+    set_precision_flags(CPU, tf32=False, cudnn_benchmark=False)
+    for name in ("tf32", "cudnn_benchmark"):
+        with pytest.raises(ValueError, match=f"train.{name} is true, which needs CUDA, but the device is cpu; set it"):
+            build_parts(load_config([*tiny_run, "run.device=cpu", f"train.{name}=true"]))
+    assert flags() == before
+
+
+def check(tiny_run, monkeypatch, error, *words):
+    monkeypatch.setattr(module, "replay_ratio_error", lambda *args, **kwargs: error)
+    config = load_config([*tiny_run, *words])
+    return self_check(build_parts(config), config)
+
+
+@pytest.mark.parametrize("error", [1e-4, float("nan")])
+def test_the_strict_self_check_refuses_what_the_other_warns_of(tiny_run, monkeypatch, error):
+    words = ["train.precision=bf16", "train.steps_per_forward=2"]
+    # 2 of 6 steps are the least window: 1e-4 * 2/6
+    assert "smallest clip range 3.3e-05: NOT well inside it" in check(tiny_run, monkeypatch, error, *words)
+    with pytest.raises(
+        ValueError, match="train.self_check is strict; .*NOT well.*train.steps_per_forward=1 or train.precision=fp32"
+    ) as caught:
+        check(tiny_run, monkeypatch, error, *words, "train.self_check=strict")
+    assert ("clip_range of at least 0.003" in str(caught.value)) == (error == 1e-4)
+
+
+def test_the_strict_self_check_passes_an_exact_replay_and_is_checked_itself(tiny_run, monkeypatch):
+    assert check(tiny_run, monkeypatch, 0.0, "train.self_check=strict").endswith(": exact")
+    with pytest.raises(ValueError, match="train.self_check is 'loud'; use warn, strict"):
+        load_config(["train.self_check=loud"])
