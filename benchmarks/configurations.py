@@ -92,6 +92,8 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
         return [
             *table,
             Row("on_policy, keep, one step", together),
+            Row("on_policy, keep, one step, channels_last", together | {"train.channels_last": True}),
+            Row("on_policy, keep, one step, compile unet", together | {"train.compile": "unet"}),
             Row("on_policy, keep, one step, bf16", together | bf16),
             Row("on_policy, keep, one step, bf16, compile unet", together | bf16 | {"train.compile": "unet"}),
             Row("on_policy, keep, one step, bf16, compile blocks", together | bf16 | {"train.compile": "blocks"}),

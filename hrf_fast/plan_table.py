@@ -68,9 +68,16 @@ def _calls(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     train, precision = plan.config.train, plan.config.train.precision
     micro, sample = train.micro_batch_size or train.group_size, plan.config.sample.batch_size
-    need = plan.need(plan.engine, precision, "replay", micro, sample)
-    fits = need <= plan.memory * (1 - RESERVE)
-    named = f"{_TITLES[plan.engine]}, {precision}, micro-batch {micro}, sample.batch_size {sample}"
+    usable = plan.memory * (1 - RESERVE)
+
+    def need_of(mode: str) -> float:
+        return plan.need(plan.engine, precision, mode, micro, sample)
+
+    # auto takes the first that fits
+    fastest = next((mode for mode in plan.modes if need_of(mode) <= usable), "checkpoint")
+    mode = fastest if train.activations == "auto" else train.activations
+    need, fits = need_of(mode), need_of(mode) <= usable
+    named = f"{_TITLES[plan.engine]}, {precision}, {mode}, micro-batch {micro}, sample.batch_size {sample}"
     verdict = f"this configuration ({named}) needs {show_bytes(need)} a GPU: it {'fits' if fits else 'does not fit'}"
     ways = (plan.best(engine, p) for p in dict.fromkeys((precision, *PRECISIONS)) for engine in (plan.engine, *ENGINES))
     best = next(choice for choice in ways if choice)

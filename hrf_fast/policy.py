@@ -237,6 +237,9 @@ def load_policy(
             f"model.name is {name!r}, whose sample_size is {size}: its UNet halves the image "
             f"{len(unet.config.block_out_channels) - 1} times, so use a size divisible by {halvings}"
         )
+    # a mapped file's weights lie anywhere, and some matrix products round by alignment
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()
     set_attention(unet, attention)
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored

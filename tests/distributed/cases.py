@@ -21,9 +21,8 @@ def four_groups(words: Sequence[str]):
     """The configuration, parts, batch, windows (0, 4, 2 and 3 to 5) advantages and optimizer steps of an iteration.
 
     Every engine sees the same data to the bit: the rollouts are made before it lays out the weights anew, by weights
-    that lie as it will lay them. A batch of one is convolved by MKL's sgemm, whose rounding depends on whether the
-    weight's address is a multiple of 16 bytes: ZeRO's are, those of a mapped file need not be. A step of std 0.01
-    magnifies that to 2e-5 of the gradient.
+    that are aligned as it will align them (`load_policy` says why; a step of std 0.01 magnifies the rounding of
+    unaligned ones to 2e-5 of the gradient).
     """
     from hrf_fast import seeds
     from hrf_fast.config import load_config
@@ -35,8 +34,6 @@ def four_groups(words: Sequence[str]):
 
     config = load_config(words)
     policy = build_policy(config)
-    for parameter in policy.unet.parameters():
-        parameter.data = parameter.data.clone()
     if config.train.activations == "checkpoint":
         policy.checkpoint_activations()
     windows = [Window(start, 5) for start in (0, 4, 2, 3)]

@@ -198,7 +198,7 @@ def test_the_command_prints_the_tables(tiny_run, capsys, tmp_path):
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000}}')
     assert main(["plan", "--gpus", "8", "--memory", "80GB", *tiny_run, f"engine.deepspeed={zero}"]) == 0
     out = capsys.readouterr().out
-    assert "8 x 80 GB, 10% of it left" in out and "this configuration (ZeRO-2, fp32, micro-batch 3" in out
+    assert "8 x 80 GB, 10% of it left" in out and "this configuration (ZeRO-2, fp32, replay, micro-batch 3" in out
     assert "it fits\nfastest that fits: ZeRO-2, train.precision=fp32, activations replay" in out
     assert out.count("ZeRO-3, offload") == 2 and "cost in forwards" in out
 
