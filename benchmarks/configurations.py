@@ -86,6 +86,7 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
             equal=True,
         ),
         Row("collect, groups and 8 steps a call", collect | exact | batched, equal=True),
+        Row("collect, checkpoint", collect | exact | batched | {"train.activations": "checkpoint"}, equal=True),
         Row("on_policy, keep", keep | exact | {"train.max_batch": group_size}),
     ]
     if method != "hrf_d":

@@ -50,12 +50,9 @@ def _train(config: Config) -> Path:
     parts = build_parts(config)
     policy, engine = parts.policy, parts.engine
     iterations, budget = config.train.iterations, config.train.max_evaluations
-    rate = learning_rate_at(
-        config.train.learning_rate_schedule,
-        peak=config.train.learning_rate,
-        warmup_iterations=config.train.warmup_iterations,
-        iterations=iterations,
-    )
+    peak, warmup = config.train.learning_rate, config.train.warmup_iterations
+    schedule = config.train.learning_rate_schedule
+    rate = learning_rate_at(schedule, peak=peak, warmup_iterations=warmup, iterations=iterations)
     with Run(config) as run:
         state = load_newest(run.checkpoints, engine, warn=run.progress.note)
         done = state["iteration"] if state else 0
@@ -72,6 +69,13 @@ def _train(config: Config) -> Path:
             run.progress.note(parts.activations.reason)
         unit = ("evaluations", policy.calls.evaluations, budget) if budget else ("iterations", done, iterations)
         run.progress.start(*unit)
+        unbroken = ExitStack()
+
+        def before_first_update() -> None:
+            nonlocal whole
+            unbroken.enter_context(run.uninterrupted())
+            whole = None
+
         try:
             while True:
                 finished = done >= iterations or 0 < budget <= policy.calls.evaluations
@@ -86,12 +90,6 @@ def _train(config: Config) -> Path:
                 policy.stopwatch.restart()
                 engine.set_learning_rate(rate(done))
                 with ExitStack() as unbroken:
-
-                    def before_first_update(unbroken: ExitStack = unbroken) -> None:
-                        nonlocal whole
-                        unbroken.enter_context(run.uninterrupted())
-                        whole = None
-
                     outcome = iterate(parts, config, run, done, before_first_update=before_first_update)
                     run.check_spread(done, outcome.scores.advantages.values())
                     policy.calls = policy.calls.of_all_ranks(before)
