@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.configurations import Row, base_words, words
-from benchmarks.measure import describe, machine, markdown_table, note
+from benchmarks.configurations import Row, base_words
+from benchmarks.measure import describe, machine, markdown_table
 from benchmarks.models import MODELS, make_model
 from benchmarks.workers import Worker, WorkerError
 from hrf_fast.devices import choose_device
@@ -49,10 +49,9 @@ def measure_mode(
     """One training process per point (sweep, window length, T).
 
     Raises:
-        ValueError: this version does not have the mode.
         WorkerError: a process failed, or refused.
     """
-    options = words(Row(mode, MODES[mode]), group_size=arguments.group_size)
+    options = Row(mode, MODES[mode]).words
     model = make_model(arguments.model, folder, 0)
     known: dict[tuple[int, int], dict[str, Any]] = {}
     points = []
@@ -211,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write memory.json, memory.md and memory.png.
 
     Raises:
-        ValueError: an argument, or no mode that this version has.
+        ValueError: an argument, or a training process that failed.
     """
     arguments = parse(argv)
     points: list[dict[str, Any]] = []
@@ -225,13 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.set_postfix_str(mode)
             try:
                 points += measure_mode(mode, sweeps, Path(temporary), arguments, bar)
-            except (ValueError, WorkerError) as error:
-                if isinstance(error, WorkerError) and not error.refused:
-                    raise ValueError(f"{mode}: {error}") from error
-                note(f"skipped {mode}: {error}")
-                bar.update(len(sweeps))
-    if not points:
-        raise ValueError(f"--modes is {arguments.modes}: this version has none of them; use replay")
+            except WorkerError as error:
+                raise ValueError(f"{mode}: {error}") from error
     result = {
         "machine": machine(arguments.device, arguments.threads or 1),
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("out", "device")},

@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.configurations import LITERAL, METHODS, Row, base_words, rows, words
+from benchmarks.configurations import LITERAL, METHODS, Row, base_words, rows
 from benchmarks.measure import describe, machine, markdown_table, note
 from benchmarks.models import MODELS, make_model
 from benchmarks.turns import CHECKED, measure
@@ -66,16 +67,12 @@ def method_words(model: str, method: str, arguments: argparse.Namespace) -> list
     return given
 
 
-def table_of(method: str, base: list[str], where: str, arguments: argparse.Namespace) -> list[tuple[Row, list[str]]]:
-    """The literal loop and the chosen rows of a method; rows that this version has no options for are named."""
+def table_of(method: str, base: list[str], arguments: argparse.Namespace) -> list[tuple[Row, list[str]]]:
+    """The literal loop and the chosen rows of a method."""
     table = [(LITERAL, base)]
     for row in rows(method, groups=arguments.groups, group_size=arguments.group_size):
-        if not any(part in row.name for part in arguments.rows):
-            continue
-        try:
-            table.append((row, [*base, *words(row, group_size=arguments.group_size)]))
-        except ValueError as error:
-            note(f"{where}: skipped {row.name!r}: {error}")
+        if any(fnmatch(row.name, pattern) for pattern in arguments.rows):
+            table.append((row, [*base, *row.words]))
     return table
 
 
@@ -120,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", nargs="+", help=f"of {', '.join(MODELS)}; default fashion, cifar, on CUDA celebahq")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)}; default all that take minutes at most")
-    parser.add_argument("--rows", nargs="+", default=[""], help="only configurations whose name contains one of these")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="only configurations of these names; * is any text")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each row")
     parser.add_argument("--groups", type=int, default=4, help="per iteration")
     parser.add_argument("--group-size", type=int, default=5)
@@ -196,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = {}
         for model, method in plan(arguments):
             base = method_words(make_model(model, Path(temporary), arguments.seed), method, arguments)
-            tables[model, method] = table_of(method, base, f"{model}, {method}", arguments)
+            tables[model, method] = table_of(method, base, arguments)
             bar.total += len(tables[model, method]) * (CHECKED + arguments.rounds * PER_ROUND[method])
         for (model, method), table in tables.items():
             measured = measure(

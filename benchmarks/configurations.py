@@ -1,26 +1,11 @@
-"""Configurations of hrf_fast to time against the literal loop, as tables of options.
-
-A version that lacks an option runs the rows that ask for what it does anyway, and says of the others why not.
-"""
+"""Configurations of hrf_fast to time against the literal loop, as tables of options."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from hrf_fast.options import Config
-from hrf_fast.windows import SCHEDULES
-
 METHODS = {"ddpo": "full", "hrf": "clusters", "hrf_d": "dynamic"}
-# what a version without the option does
-_WITHOUT_OPTION = {
-    "train.order": "collect",
-    "train.activations": "replay",
-    "train.channels_last": False,
-    "train.compile": "none",
-    "window.kwargs.search": "exact",
-}
 
 
 @dataclass(frozen=True)
@@ -33,6 +18,11 @@ class Row:
     """It must have the literal loop's weights after a few iterations."""
     kind: str = "ours"
     """ours, or literal for benchmarks/literal.py."""
+
+    @property
+    def words(self) -> list[str]:
+        """The options as `hrf train` takes them."""
+        return [f"{option}={value}" for option, value in self.options.items()]
 
 
 LITERAL = Row("literal loop", {}, kind="literal")
@@ -107,26 +97,3 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
             Row(f"{search}: on_policy, keep, one step, bf16, compile unet", cheap | bf16 | {"train.compile": "unet"}),
         ]
     return table
-
-
-def words(row: Row, *, group_size: int) -> list[str]:
-    """A row's options as `hrf train` takes them.
-
-    Raises:
-        ValueError: this version has no such option, and does not do what the row asks without it.
-    """
-    without = _WITHOUT_OPTION | {"train.max_batch": group_size}
-    kept = []
-    for option, value in row.options.items():
-        if _exists(option):
-            kept.append(f"{option}={value}")
-        elif value != without.get(option):
-            raise ValueError(f"there is no option {option} yet, to be {value}")
-    return kept
-
-
-def _exists(option: str) -> bool:
-    if option == "window.kwargs.search":
-        return "search" in inspect.signature(SCHEDULES["dynamic"]).parameters
-    section, name = option.split(".")
-    return name in {field.name for field in fields(getattr(Config(), section))}

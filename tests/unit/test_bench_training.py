@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import bench_memory, bench_training
-from benchmarks.configurations import Row, rows, words
+from benchmarks.configurations import METHODS, Row, rows
 from benchmarks.literal import LiteralTrainer, log_prob
 from benchmarks.measure import SavedTensors
 from benchmarks.turns import Different, compare
@@ -67,8 +67,10 @@ def test_the_literal_loop_reproduces_the_authors_numbers(golden, literal_of, nam
         ["window.schedule=full", "train.advantages=batch"],
         ["window.kwargs.iterations_per_cluster=1"],
         ["window.schedule=dynamic", "window.kwargs.stride=1", "window.kwargs.search=exact"],
+        ["window.kwargs.iterations_per_cluster=1", "train.max_batch=6", "train.steps_per_forward=3"],
+        ["window.kwargs.iterations_per_cluster=1", "train.max_batch=6", "train.activations=checkpoint"],
     ],
-    ids=["ddpo", "ddpo-batch", "hrf", "hrf_d"],
+    ids=["ddpo", "ddpo-batch", "hrf", "hrf_d", "hrf-batched", "hrf-checkpoint"],
 )
 def test_hrf_fast_has_the_literal_loop_s_weights_after_three_iterations(tiny_run, tmp_path, options):
     config = load_config([*tiny_run, "train.iterations=3", "train.learning_rate=5e-6", "evaluation.every=0", *options])
@@ -105,7 +107,7 @@ def test_the_literal_loop_refuses_what_was_not_published(literal_of, option):
 
 
 def test_quick_training_benchmark_runs_through(tmp_path, capsys):
-    bench_training.main(["--quick", "--methods", "hrf", "--rows", "one group", "--out", str(tmp_path)])
+    bench_training.main(["--quick", "--methods", "hrf", "--rows", "*one group*", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "training.json").read_text())
     assert {"device", "cpu", "bf16_units", "threads", "versions", "commit"} <= set(result["machine"])
     assert result["settings"]["seed"] == 0 and result["settings"]["quick"]
@@ -122,9 +124,10 @@ def test_quick_training_benchmark_runs_through(tmp_path, capsys):
 
 
 def test_quick_memory_benchmark_runs_through(tmp_path):
-    bench_memory.main(["--quick", "--modes", "replay", "--out", str(tmp_path)])
+    bench_memory.main(["--quick", "--modes", "keep", "replay", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "memory.json").read_text())
-    assert [(p["sweep"], p["length"], p["steps"]) for p in result["points"]] == [
+    kept, points = result["points"][:5], result["points"][5:]
+    assert [(p["sweep"], p["length"], p["steps"]) for p in points] == [
         ("length", 1, 10),
         ("length", 4, 10),
         ("length", 9, 10),
@@ -132,10 +135,14 @@ def test_quick_memory_benchmark_runs_through(tmp_path):
         ("steps", 4, 20),
     ]
     # a replay holds one step's activations however long the window, and the window's latents
-    activations = [p["saved_bytes"] - p["latents_bytes"] for p in result["points"]]
+    activations = [p["saved_bytes"] - p["latents_bytes"] for p in points]
     assert max(activations) == min(activations) > 0
+    # kept graphs are linear in the window and do not depend on T
+    assert result["findings"]["keep"]["largest_off_line"] < 0.02
+    assert kept[1]["saved_bytes"] == kept[3]["saved_bytes"] == kept[4]["saved_bytes"]
+    assert kept[1]["saved_bytes"] == pytest.approx(4 * kept[0]["saved_bytes"], rel=0.05)
     # 2 samples of 3x16x16 in fp32, and one more than there are steps
-    assert result["points"][0]["latents_bytes"] == 2 * 2 * 3 * 16 * 16 * 4
+    assert points[0]["latents_bytes"] == 2 * 2 * 3 * 16 * 16 * 4
     assert (tmp_path / "memory.png").exists() and "replay" in (tmp_path / "memory.md").read_text()
 
 
@@ -186,13 +193,13 @@ def test_a_row_that_is_not_the_literal_loop_stops_the_benchmark():
         compare(start, literal, {"w": torch.full((2,), torch.nan)}, record, record, "row")
 
 
-def test_rows_of_options_that_do_not_exist_are_refused_unless_they_ask_for_what_is_done_anyway():
-    assert words(Row("a", {"train.precision": "bf16"}), group_size=5) == ["train.precision=bf16"]
-    with pytest.raises(ValueError, match="no option train.nothing yet"):
-        words(Row("a", {"train.nothing": 1}), group_size=5)
+def test_every_row_is_a_valid_configuration_and_only_the_published_order_promises_the_literal_weights():
+    assert Row("a", {"train.precision": "bf16"}).words == ["train.precision=bf16"]
     for method in ("ddpo", "hrf", "hrf_d"):
         table = rows(method, groups=4, group_size=5)
         assert len({row.name for row in table}) == len(table)
+        for row in table:
+            load_config([f"window.schedule={METHODS[method]}", "train.groups_per_iteration=4", *row.words])
         # only the published order in fp32 promises the literal loop's weights
         assert all(row.options.get("train.order") == "collect" for row in table if row.equal)
         assert not any(row.equal and row.options.get("train.precision") == "bf16" for row in table)
