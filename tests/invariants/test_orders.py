@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hrf_fast.activations as activations_module
+import hrf_fast.train as train_module
 from hrf_fast.config import load_config
 from hrf_fast.parts import build_parts
 from hrf_fast.policy import Policy
@@ -50,6 +51,8 @@ def test_only_window_steps_run_with_gradient(tiny_run, tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(Policy, "model_output", watched)
+    # which replays with gradient too
+    monkeypatch.setattr(train_module, "self_check", lambda *_: "")
     # 6 steps, window [3, 5) of both groups
     words = ["window.schedule=clusters", "window.kwargs.clusters=[{steps: [3]}]", "train.activations=keep"]
     run(tiny_run, tmp_path / "run", *words, "train.iterations=1", "train.max_batch=6", "train.groups_per_step=2")
@@ -133,11 +136,27 @@ def test_an_interrupted_on_policy_iteration_is_finished_and_resumes_to_the_unint
 # auto
 
 
+@pytest.fixture
+def measured_once(monkeypatch):
+    """The tiny UNet is measured once in this file: it takes seconds."""
+    original = activations_module.measure_running
+
+    def measure(unet, precision, *, checkpointing):
+        if checkpointing not in _MEASURED:
+            _MEASURED[checkpointing] = original(unet, precision, checkpointing=checkpointing)
+        return _MEASURED[checkpointing]
+
+    monkeypatch.setattr(activations_module, "measure_running", measure)
+
+
+_MEASURED = {}
+
+
 def parts_with(tiny_run, tmp_path, *words):
     return build_parts(load_config(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", *words)))
 
 
-def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys):
+def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys, measured_once):
     words = ["train.activations=auto", "train.group_size=8"]
     chosen = [
         parts_with(tiny_run, tmp_path, *words, f"train.memory_budget={budget}").activations
@@ -156,7 +175,7 @@ def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys):
     assert_equal_weights(tmp_path / "whole", tmp_path / "mixed")
 
 
-def test_auto_says_what_would_fit(tiny_run, tmp_path):
+def test_auto_says_what_would_fit(tiny_run, tmp_path, measured_once):
     words = ["train.activations=auto", "train.group_size=64", "sample.batch_size=64"]
     with pytest.raises(ValueError, match=r"nothing fits: the least, checkpoint, needs .* of 3 MB .*micro_batch_size="):
         parts_with(tiny_run, tmp_path, *words, "train.memory_budget=3MB")
@@ -164,7 +183,7 @@ def test_auto_says_what_would_fit(tiny_run, tmp_path):
         parts_with(tiny_run, tmp_path, *words, "train.memory_budget=10KB")
 
 
-def test_auto_looks_for_free_memory_where_no_budget_is_given(tiny_run, tmp_path, monkeypatch):
+def test_auto_looks_for_free_memory_where_no_budget_is_given(tiny_run, tmp_path, monkeypatch, measured_once):
     chosen = parts_with(tiny_run, tmp_path, "train.activations=auto").activations
     assert chosen.kept_pairs == float("inf") and "(free, " in chosen.reason
     # published order: nothing can be kept
@@ -210,9 +229,12 @@ def test_keep_is_refused_where_the_weights_go_away(tiny_run, tmp_path, capsys):
     assert "is ZeRO-3, which takes the weights away after each forward; use replay" in capsys.readouterr().err
 
 
-def test_kept_graphs_are_gone_after_the_update(tiny_run, tmp_path):
+def test_kept_graphs_are_gone_after_the_update(tiny_run, tmp_path, monkeypatch):
     # what autograd holds at most: one optimizer step's windows, however many steps an iteration has
     from benchmarks.measure import SavedTensors
+
+    # its graphs have no backward, and hooks keep such graphs alive
+    monkeypatch.setattr(train_module, "self_check", lambda *_: "")
 
     def peak(*words):
         saved = SavedTensors()

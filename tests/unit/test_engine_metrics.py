@@ -272,9 +272,10 @@ def test_the_record_of_an_iteration_by_hand():
     record = iteration_record(
         [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0)],
         Scores(
-            torch.tensor([1.0, 3.0, 2.0, 8.0]),
-            [torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 1.0])],
-            {"jpeg": 0.25, "size": 2.0},
+            {0: torch.tensor([1.0, 3.0]), 1: torch.tensor([2.0, 8.0])},
+            {0: torch.tensor([-1.0, 1.0]), 1: torch.tensor([-2.0, 1.0])},
+            # the mean over groups: 0.25 and 2
+            {0: {"jpeg": 0.5, "size": 1.0}, 1: {"jpeg": 0.0, "size": 3.0}},
         ),
         [Window(0, 5), Window(3, 5)],
         {"images": 4},
@@ -307,7 +308,7 @@ def test_the_record_of_an_iteration_by_hand():
 def test_a_single_reward_term_is_not_repeated_in_the_record():
     record = iteration_record(
         [make_stats(*[0.0] * 7)],
-        Scores(torch.tensor([1.0, 3.0]), [torch.tensor([-1.0, 1.0])], {"jpeg": 2.0}),
+        Scores({0: torch.tensor([1.0, 3.0])}, {0: torch.tensor([-1.0, 1.0])}, {0: {"jpeg": 2.0}}),
         [Window(0, 1)],
         {},
     )

@@ -86,7 +86,7 @@ def test_a_free_option_may_change_on_resume_and_the_length_only_under_a_constant
     def begin(words):
         with Run(load_config(words)) as run:
             run.begin(0)
-            run.log(0, RECORD)
+            run.log(0, RECORD, unet_seconds=1.0)
 
     words = [f"run.folder={tmp_path / 'run'}", "evaluation.grid_size=4", "run.progress=quiet"]
     begin(words)
@@ -132,7 +132,7 @@ def test_tensorboard_gets_scalars_and_the_panel(tmp_path):
     words = [f"run.folder={tmp_path / 'run'}", "run.writers=[tensorboard]", "run.progress=quiet"]
     with Run(load_config(words)) as run:
         run.begin(0)
-        run.log(0, RECORD)
+        run.log(0, RECORD, unet_seconds=1.0)
         run.log_panel(1, scores(), {})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -219,7 +219,7 @@ def test_fewer_iterations_than_are_done_are_refused(config):
 def test_a_finished_run_without_checkpoints_is_not_trained_over(config, tmp_path):
     with Run(config) as run:
         run.begin(0)
-        run.log(0, RECORD)
+        run.log(0, RECORD, unet_seconds=1.0)
     (tmp_path / "run" / "model").mkdir()
     with Run(config) as run, pytest.raises(ValueError, match="holds a tuned model but no checkpoint"):
         run.begin(0)
