@@ -270,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = ("steps", "groups", "group_size", "seed")
         given = {name: getattr(arguments, name) for name in names} | {"device": device, "schedule": "dynamic"}
         model = make_model(arguments.model, Path(temporary), arguments.seed)
-        config = load_config([*base_words(model, **given), *arguments.overrides])
+        # a search is about a reward: this one, unless another is asked for
+        chosen = ["reward.name=jpeg_compressibility", *arguments.overrides]
+        config = load_config([*base_words(model, **given), *chosen])
         policy, reward = build_policy(config), build_config_reward(config, device)
     batch_size, size = config.sample.batch_size, arguments.group_size
     measured = Measurements(arguments, list(range(0, policy.diffusion.stochastic_steps, arguments.stride)))
