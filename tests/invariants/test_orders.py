@@ -175,6 +175,17 @@ def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys, measured_o
     assert_equal_weights(tmp_path / "whole", tmp_path / "mixed")
 
 
+def test_several_steps_a_call_are_replayed_beside_kept_ones(tiny_run, tmp_path, capsys, measured_once):
+    words = ["train.group_size=8", "train.steps_per_forward=2", "train.iterations=1", "train.adam_eps=0.01"]
+    words += ["window.schedule=full"]
+    mixed = run(tiny_run, tmp_path / "mixed", *words, "train.activations=auto", "train.memory_budget=18MB")[0]
+    assert "replay for the rest" in capsys.readouterr().out
+    replayed = run(tiny_run, tmp_path / "replay", *words)[0]
+    assert 0 < replayed["forwards"] - mixed["forwards"] < replayed["backwards"] == mixed["backwards"]
+    # fp32: a UNet's sums depend on the batch in the last digits
+    assert largest_difference(tmp_path / "mixed", tmp_path / "replay") < 1e-6
+
+
 def test_auto_says_what_would_fit(tiny_run, tmp_path, measured_once):
     words = ["train.activations=auto", "train.group_size=64", "sample.batch_size=64"]
     with pytest.raises(ValueError, match=r"nothing fits: the least, checkpoint, needs .* of 3 MB .*micro_batch_size="):
