@@ -118,7 +118,8 @@ class _Held:
 
     def __init__(self, counter: SavedTensors, tensor: Any) -> None:
         storage = tensor.untyped_storage()
-        self.tensor, self._address = tensor, storage.data_ptr()
+        # an output that held itself would keep its graph alive where no backward comes
+        self.tensor, self._address = tensor.detach(), storage.data_ptr()
         self._counter = None if self._address in counter._ignored else counter
         if self._counter:
             self._counter.hold(self._address, storage.nbytes())
