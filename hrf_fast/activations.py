@@ -68,7 +68,7 @@ def choose_activations(config: Config, policy: Policy, schedule: WindowSchedule,
     footprints = {(precision, False): measure_running(policy.unet, precision, checkpointing=False)}
     calls = count_calls(config, schedule, policy.diffusion.stochastic_steps)
     plan = Plan(config, comm.world_size(), memory, name, bucket, calls, footprints)
-    micro, usable = train.micro_batch_size or train.group_size, memory * (1 - RESERVE)
+    micro, usable = train.samples_per_call, memory * (1 - RESERVE)
 
     def need(mode: str) -> float:
         return plan.need(name, precision, mode, micro, config.sample.batch_size)

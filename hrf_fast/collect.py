@@ -19,7 +19,7 @@ from hrf_fast.learn import Batch, own_groups
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.policy import Policy
-from hrf_fast.rollout import Start, rollout, sample, starting_noise
+from hrf_fast.rollout import Start, renoised, rollout, sample, starting_noise
 from hrf_fast.run import Run
 from hrf_fast.scoring import GroupScore, score_groups
 from hrf_fast.search import probe_starts
@@ -89,15 +89,15 @@ def collect(
             starts = {}
             for group, window in pack.items():
                 place = _noise(config, policy, iteration, "rollout", group)
-                anchor = plan.anchors.get(group)
-                latents = starting_noise(policy, place)
-                if anchor is not None:
-                    latents = policy.diffusion.renoise(anchor, window.start, latents)
+                if group in plan.anchors:
+                    latents = renoised(policy, plan.anchors[group], window.start, place)
+                else:
+                    latents = starting_noise(policy, place)
                 starts[group] = Start(window, latents, place)
             trajectories, calls = rollout(
                 policy,
                 starts,
-                micro_batch_size=train.micro_batch_size or train.group_size,
+                micro_batch_size=train.samples_per_call,
                 max_batch=train.max_batch,
                 keep_from=keep_from,
             )

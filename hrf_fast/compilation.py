@@ -124,7 +124,7 @@ def canonical(latents: Tensor, timesteps: int | Tensor) -> tuple[Tensor, Tensor]
 def batch_sizes(config: Config) -> list[int]:
     """A batch for every graph that a run will need: the update's, and one image where a split leaves a single one."""
     train, group, most = config.train, config.train.group_size, config.sample.batch_size
-    micro = min(train.micro_batch_size or group, group)
+    micro = min(train.samples_per_call, group)
     anchors = train.groups_per_iteration // comm.world_size()
     splits = [(group, micro), (group, most), (anchors, most), (config.evaluation.panel_size, most)]
     single = any(size == 1 or count % size == 1 for count, size in splits)

@@ -129,7 +129,7 @@ def replays(config: Config, windows: dict[int, Window]) -> list[Call]:
 
 def _split(train: TrainConfig) -> dict[str, int]:
     """How rollouts are split into UNet calls."""
-    micro = train.micro_batch_size or train.group_size
+    micro = train.samples_per_call
     return {"group_size": train.group_size, "micro_batch_size": micro, "max_batch": train.max_batch}
 
 

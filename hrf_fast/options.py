@@ -146,6 +146,11 @@ class TrainConfig:
     max_evaluations: int = 0
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
 
+    @property
+    def samples_per_call(self) -> int:
+        """Samples of a group in a UNet call of its window: micro_batch_size, where 0 is the whole group."""
+        return self.micro_batch_size or self.group_size
+
 
 @dataclass
 class EvaluationConfig:

@@ -23,7 +23,7 @@ _TITLES = {
 def describe(plan: Plan) -> str:
     """States per GPU, activations per mode, what fits, UNet calls, and a verdict on the configuration itself."""
     train, sample = plan.config.train, plan.config.sample
-    micro = train.micro_batch_size or train.group_size
+    micro = train.samples_per_call
     side = f"{plan.config.model.name}: {plan.any_footprint.parameters / 1e6:.1f} M parameters"
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     states = [["per GPU", "parameters", "gradients", "optimizer", "together", "on the host"]]
@@ -67,7 +67,7 @@ def _calls(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     train, precision = plan.config.train, plan.config.train.precision
-    micro, sample = train.micro_batch_size or train.group_size, plan.config.sample.batch_size
+    micro, sample = train.samples_per_call, plan.config.sample.batch_size
     usable = plan.memory * (1 - RESERVE)
 
     def need_of(mode: str) -> float:

@@ -175,7 +175,7 @@ class Plan:
             return next((n for n, bytes_ in zip(sizes, need, strict=True) if bytes_ <= usable), 0)
 
         train = self.config.train
-        micro = largest(train.micro_batch_size or train.group_size, True)
+        micro = largest(train.samples_per_call, True)
         sample = largest(self.config.sample.batch_size, False)
         if not micro or not sample:
             return None

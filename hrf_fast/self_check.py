@@ -39,7 +39,7 @@ def self_check(parts: Parts, config: Config) -> str:
     window = Window(max(0, table.stochastic_steps - max(_STEPS, train.steps_per_forward)), table.stochastic_steps)
     ids = torch.arange(train.group_size, device=policy.device)
     noise = NoiseKey(seeds.key(config.run.seed, 0, "self_check"), ids)
-    micro_batch_size = train.micro_batch_size or train.group_size
+    micro_batch_size = train.samples_per_call
     with policy.uncounted():
         start = Start(window, starting_noise(policy, noise), noise)
         keep_from = parts.activations.keep_from({0: window}, train.group_size)
