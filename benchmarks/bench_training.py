@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.configurations import LITERAL, METHODS, Row, base_words, rows
 from benchmarks.measure import describe, machine, markdown_table, note
-from benchmarks.models import MODELS, make_model
+from benchmarks.models import MODELS, make_model, without_clipping
 from benchmarks.turns import CHECKED, measure
 from hrf_fast.devices import choose_device
 from hrf_fast.registry import nearest
@@ -192,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         tables = {}
         for model, method in plan(arguments):
-            base = method_words(make_model(model, Path(temporary), arguments.seed), method, arguments)
-            tables[model, method] = table_of(method, base, arguments)
+            spec = without_clipping(make_model(model, Path(temporary), arguments.seed), Path(temporary))
+            tables[model, method] = table_of(method, method_words(spec, method, arguments), arguments)
             bar.total += len(tables[model, method]) * (CHECKED + arguments.rounds * PER_ROUND[method])
         for (model, method), table in tables.items():
             measured = measure(

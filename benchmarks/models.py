@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.assets import SHIPPED
+from hrf_fast.assets import ASSETS, SHIPPED
 
 # google/ddpm-* have these in common
 _GOOGLE: dict[str, Any] = {
@@ -64,4 +65,22 @@ def make_model(name: str, folder: Path, seed: int) -> str:
             unet = UNet2DModel(in_channels=3, out_channels=3, **LAYOUTS[name])
         unet.save_pretrained(target / "unet")
         DDPMScheduler(beta_start=1e-4, beta_end=0.02).save_pretrained(target / "scheduler")
+    return str(target)
+
+
+def without_clipping(spec: str, folder: Path) -> str:
+    """A shipped model as a folder whose scheduler does not clip x̂0; another model as it is.
+
+    A pixel whose x̂0 is within rounding of the bound has a gradient or has none. Images of a trained model have many
+    there, and two such pixels among 200,000 moved a gradient by 0.2 %: no two ways to round could be held to equal
+    weights. To clip takes none of the time. Random weights need it: without, their images grow at every step.
+    """
+    if spec not in SHIPPED:
+        return spec
+    from diffusers import DDPMScheduler
+
+    target = folder / spec
+    shutil.copytree(ASSETS / spec / "model", target, dirs_exist_ok=True)
+    scheduler = DDPMScheduler.from_pretrained(target, subfolder="scheduler", clip_sample=False)
+    scheduler.save_pretrained(target / "scheduler")
     return str(target)

@@ -1,6 +1,7 @@
 """The literal loop against the golden numbers and against hrf_fast; the benchmarks' smoke runs and refusals."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,9 @@ from benchmarks import bench_memory, bench_training
 from benchmarks.configurations import METHODS, Row, rows
 from benchmarks.literal import LiteralTrainer, log_prob
 from benchmarks.measure import SavedTensors
+from benchmarks.models import without_clipping
 from benchmarks.turns import Different, compare
+from hrf_fast.assets import ASSETS
 from hrf_fast.config import load_config
 from hrf_fast.run import read_log
 from hrf_fast.train import train
@@ -154,6 +157,15 @@ def test_what_the_memory_points_say_by_hand():
     assert found == pytest.approx(
         {"bytes_per_step": 5, "largest_off_line": 0, "share_of_longest": 0.15, "spread_over_steps": 0.1}
     )
+
+
+def test_a_shipped_model_without_clipping_is_the_same_but_for_that(tmp_path):
+    made, shipped = Path(without_clipping("fashion", tmp_path)), ASSETS / "fashion" / "model"
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (made / weights).read_bytes() == (shipped / weights).read_bytes()
+    own, old = (json.loads((folder / "scheduler/scheduler_config.json").read_text()) for folder in (made, shipped))
+    assert {name for name in old if own[name] != old[name]} == {"clip_sample"} and own["clip_sample"] is False
+    assert without_clipping(str(made), tmp_path) == str(made)
 
 
 @pytest.mark.parametrize(
