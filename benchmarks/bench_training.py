@@ -7,7 +7,8 @@
 For every model and method each configuration trains in a process of its own, and they take turns. First the rows that
 promise the literal loop's numbers are held to them: on other weights nothing is timed. Then JSON and Markdown are
 written: medians over turns of trained images per second and of their ratio to the literal loop's in the same turn, UNet
-calls counted by a forward hook, peak memory, and the overhead, an iteration's time over that of its bare UNet calls.
+calls counted by a forward hook, peak memory, the overhead, an iteration's time over that of its bare UNet calls, and
+the model FLOPs utilisation, the time of those calls' operations in a large matrix product over the iteration's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.ceiling import matmul_speed, unet_flops
 from benchmarks.configurations import LITERAL, METHODS, Row, base_words, rows
 from benchmarks.measure import describe, machine, markdown_table, note
 from benchmarks.models import MODELS, make_model, without_clipping
@@ -49,6 +51,7 @@ HEAD = (
     "mean start",
     "peak MB",
     "time over bare UNet",
+    "MFU",
     "largest weight difference",
 )
 
@@ -107,8 +110,27 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['mean_start']:.1f}",
         f"{row['peak_bytes'] / 1e6:.0f}",
         f"{row['overhead']:.3f}" if row["overhead"] else "",
+        f"{row['mfu']:.0%}",
         f"{row['check']['largest_weight_difference']:.1e}" if row["check"] else "",
     ]
+
+
+def add_utilisation(rows: Sequence[dict[str, Any]], unet: Path, device: torch.device) -> dict[str, float]:
+    """Give every row its model FLOPs utilisation.
+
+    Returns:
+        Operations a second of a large matrix product, by precision.
+    """
+    without, with_gradient = unet_flops(unet)
+    speeds: dict[str, float] = {}
+    for row in rows:
+        precision = row["options"].get("train.precision", "fp32")
+        if precision not in speeds:
+            speeds[precision] = matmul_speed(device, precision)
+        learnt = row["unet_images_with_gradient"]
+        operations = (row["unet_images"] - learnt) * without + learnt * with_gradient
+        row["mfu"] = operations / row["seconds_median"] / speeds[precision]
+    return speeds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -177,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = parse(argv)
     threads = arguments.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     result: dict[str, Any] = {
         "machine": machine(arguments.device, threads),
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("out", "device")},
@@ -190,10 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 bar.set_postfix_str(doing, refresh=False)
             bar.update(iterations)
 
-        tables = {}
+        tables, unets = {}, {}
         for model, method in plan(arguments):
             spec = without_clipping(make_model(model, Path(temporary), arguments.seed), Path(temporary))
             tables[model, method] = table_of(method, method_words(spec, method, arguments), arguments)
+            unets[model] = Path(spec) / "unet"
             bar.total += len(tables[model, method]) * (CHECKED + arguments.rounds * PER_ROUND[method])
         for (model, method), table in tables.items():
             measured = measure(
@@ -206,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 images=arguments.groups * arguments.group_size,
                 advance=advance,
             )
-            result["results"].append({"model": model, "method": method, "rows": measured})
+            speeds = add_utilisation(measured, unets[model], arguments.device)
+            result["results"].append({"model": model, "method": method, "matmul_speeds": speeds, "rows": measured})
             # after each, so that an interrupted run leaves what it has
             (arguments.out / "training.json").write_text(json.dumps(result, indent=1))
             (arguments.out / "training.md").write_text(markdown(result))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import bench_memory, bench_training
+from benchmarks.ceiling import unet_flops
 from benchmarks.configurations import METHODS, Row, rows
 from benchmarks.literal import LiteralTrainer, log_prob
 from benchmarks.measure import SavedTensors
@@ -120,6 +121,7 @@ def test_quick_training_benchmark_runs_through(tmp_path, capsys):
     assert ours["check"]["largest_weight_difference"] <= WEIGHTS
     assert ours["overhead"] > 0 and ours["peak_bytes"] > 0 and ours["images_per_second"] > 0
     assert ours["mean_start"] == literal["mean_start"]
+    assert 0 < ours["mfu"] < 1 and part["matmul_speeds"]["fp32"] > 1e8
     # two iterations of 2 groups of 3 at T 6, starts equal: as many images pass the UNet, the anchors of ours together
     assert ours["unet_images"] == literal["unet_images"] and ours["unet_batches"] == literal["unet_batches"] - 2 * 6
     page = (tmp_path / "training.md").read_text()
@@ -157,6 +159,24 @@ def test_what_the_memory_points_say_by_hand():
     assert found == pytest.approx(
         {"bytes_per_step": 5, "largest_off_line": 0, "share_of_longest": 0.15, "spread_over_steps": 0.1}
     )
+
+
+def test_the_operations_of_a_unet_are_those_of_its_convolutions(tmp_path):
+    from diffusers import UNet2DModel
+
+    options = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 2, "add_attention": False}
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (2,)}
+    UNet2DModel(**options, **blocks, layers_per_block=1).save_pretrained(tmp_path)
+    # 3x3 convolutions on 8x8 pixels: in 1->2, two 2->2 down and four in the middle, 4->2 and 2->2 twice up, each pair
+    # beside a 1x1 shortcut 4->2, out 2->1; two operations a multiplication
+    nine, shortcut = 1 * 2 + (2 + 4) * 2 * 2 + 2 * (4 * 2 + 2 * 2) + 2 * 1, 2 * 4 * 2
+    convolutions = 2 * 64 * (9 * nine + shortcut)
+    # the time embedding, 2 -> 8 -> 8, and its projection to 2 channels in each of the five blocks
+    linear = 2 * (2 * 8 + 8 * 8 + 5 * 8 * 2)
+    forward, both = unet_flops(tmp_path)
+    assert forward == convolutions + linear
+    # weights and inputs cost a forward each; the latents and the timestep's embedding have no gradient
+    assert both == 3 * forward - 2 * 64 * 9 * 1 * 2 - 2 * 2 * 8
 
 
 def test_a_shipped_model_without_clipping_is_the_same_but_for_that(tmp_path):

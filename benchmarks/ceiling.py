@@ -1,0 +1,49 @@
+"""The ceiling: what a model's UNet calls would take at the machine's speed of a large matrix product.
+
+An iteration's floating-point operations over its time and that speed are its model FLOPs utilisation, MFU (PaLM, arXiv
+2204.02311): how much faster it could become by faster calls. Fewer calls show beside it, as images through the UNet.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def matmul_speed(device: torch.device, precision: str, *, rounds: int = 9) -> float:
+    """Floating-point operations a second of a product of two large square matrices, a median."""
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(size, size, device=device, dtype=_DTYPES[precision])
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        # one number back from the device: it waits for the product
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    # the first one warms up
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def unet_flops(folder: Path) -> tuple[int, int]:
+    """Operations of one image's forward, and of its forward and the backward to the weights; nothing is computed.
+
+    Args:
+        folder: of the UNet's config.json.
+    """
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(folder))
+        latents = torch.empty(1, unet.config.in_channels, *[unet.config.sample_size] * 2)
+        timesteps = torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            unet(latents, timesteps)
+        with FlopCounterMode(display=False) as both:
+            unet(latents, timesteps).sample.sum().backward()
+    return forward.get_total_flops(), both.get_total_flops()
