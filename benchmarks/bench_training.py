@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -71,12 +72,17 @@ def method_words(model: str, method: str, arguments: argparse.Namespace) -> list
 
 
 def table_of(method: str, base: list[str], arguments: argparse.Namespace) -> list[tuple[Row, list[str]]]:
-    """The literal loop and the chosen rows of a method."""
-    table = [(LITERAL, base)]
-    for row in rows(method, groups=arguments.groups, group_size=arguments.group_size):
-        if any(fnmatch(row.name, pattern) for pattern in arguments.rows):
-            table.append((row, [*base, *row.words]))
-    return table
+    """The literal loop and the chosen rows of a method.
+
+    Raises:
+        ValueError: --rows chooses none; says what there is.
+    """
+    known = rows(method, groups=arguments.groups, group_size=arguments.group_size)
+    chosen = [row for row in known if any(fnmatch(row.name, pattern) for pattern in arguments.rows)]
+    if not chosen:
+        names = "; ".join(row.name for row in known)
+        raise ValueError(f"--rows {' '.join(map(repr, arguments.rows))} names none of {method}'s: {names}")
+    return [(LITERAL, base), *((row, [*base, *row.words]) for row in chosen)]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -127,9 +133,10 @@ def add_utilisation(rows: Sequence[dict[str, Any]], unet: Path, device: torch.de
         precision = row["options"].get("train.precision", "fp32")
         if precision not in speeds:
             speeds[precision] = matmul_speed(device, precision)
-        learnt = row["unet_images_with_gradient"]
-        operations = (row["unet_images"] - learnt) * without + learnt * with_gradient
-        row["mfu"] = operations / row["seconds_median"] / speeds[precision]
+        row["mfu"] = statistics.median(
+            ((images - learnt) * without + learnt * with_gradient) / seconds / speeds[precision]
+            for images, learnt, seconds in row.pop("turns")
+        )
     return speeds
 
 

@@ -176,4 +176,5 @@ def _summary(row: Row, turns: Sequence[dict[str, Any]], images: int) -> dict[str
         "unet_images": statistics.mean(turn["images"] for turn in turns),
         "unet_images_with_gradient": statistics.mean(turn["images_with_gradient"] for turn in turns),
         "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+        "turns": [(turn["images"], turn["images_with_gradient"], turn["seconds"]) for turn in turns],
     }

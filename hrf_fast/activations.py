@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from hrf_fast.options import Config
 from hrf_fast.planner import RESERVE, Plan, count_calls, engine_of
 from hrf_fast.policy import Policy
 from hrf_fast.trajectory import Window
-from hrf_fast.windows import WindowSchedule
 
 _MEMINFO = Path("/proc/meminfo")
+# of this process, where it is in a container
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Activations:
         return group_size * sum(max(0, w.stop - max(w.start, first)) for w in windows.values())
 
 
-def choose_activations(config: Config, policy: Policy, schedule: WindowSchedule, memory: int) -> Activations:
+def choose_activations(config: Config, policy: Policy, memory: int) -> Activations:
     """The mode of train.activations; for auto by the bytes of a UNet call, measured, and the memory that there is.
 
     Args:
@@ -66,7 +67,7 @@ def choose_activations(config: Config, policy: Policy, schedule: WindowSchedule,
     train, precision = config.train, config.train.precision
     name, bucket = engine_of(config)
     footprints = {(precision, False): measure_running(policy.unet, precision, checkpointing=False)}
-    calls = count_calls(config, schedule, policy.diffusion.stochastic_steps)
+    calls = count_calls(config, policy.diffusion.stochastic_steps)
     plan = Plan(config, comm.world_size(), memory, name, bucket, calls, footprints)
     micro, usable = train.samples_per_call, memory * (1 - RESERVE)
 
@@ -89,10 +90,14 @@ def choose_activations(config: Config, policy: Policy, schedule: WindowSchedule,
     if need("checkpoint") <= usable:
         reason = f"activations: checkpoint, {show_bytes(need('checkpoint'))} {of}"
         return Activations(0, checkpoint=True, reason=reason)
+    apart = "train.max_batch=0, " if train.max_batch else ""
+    if apart:
+        plan = replace(plan, config=replace(config, train=replace(train, max_batch=0)))
     least = plan.need(name, precision, "checkpoint", 1, 1) / (1 - RESERVE)
     smaller = plan.choose(name, precision, "checkpoint")
     way = (
-        f"train.micro_batch_size={smaller.micro_batch_size} and sample.batch_size={smaller.sample_batch_size} would fit"
+        f"{apart}train.micro_batch_size={smaller.micro_batch_size} and sample.batch_size={smaller.sample_batch_size} "
+        "would fit"
         if smaller
         else f"even one image at a time needs {show_bytes(least)}; use a GPU with more, a smaller model, or ZeRO with "
         "offload (engine.deepspeed=configs/deepspeed/zero3_offload.json)"
@@ -122,6 +127,19 @@ def memory_for(config: Config, policy: Policy) -> int:
             "such as 8GB"
         )
     kib = {line.split(":")[0]: int(line.split()[1]) for line in _MEMINFO.read_text().splitlines()}
+    # a container may have less than the machine
+    free = min(kib["MemAvailable"] * 1024, _left_to_container())
     # ranks of one machine share it
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return kib["MemAvailable"] * 1024 // ranks + weights
+    return int(free) // ranks + weights
+
+
+def _left_to_container() -> float:
+    """Bytes that this process's control group (version 2) has left; inf where there is none or it sets no limit."""
+    limit = _CGROUP / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return math.inf
+    stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    # cached files count as used and go when memory is wanted
+    used = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
+    return max(0, int(limit.read_text()) - used)

@@ -39,6 +39,10 @@ class Call:
     output: Tensor | None = None
     """[n, C, H, W] of the pieces in order, with its graph, where the rollout has kept it for the update."""
 
+    @property
+    def images(self) -> int:
+        return sum(piece.last - piece.first for piece in self.pieces) * len(self.steps)
+
 
 def rollout_calls(
     windows: Mapping[int, Window], *, group_size: int, micro_batch_size: int, max_batch: int, num_steps: int

@@ -137,6 +137,11 @@ def _check_order(train: TrainConfig) -> None:
             f"train.activations is keep but train.inner_epochs is {train.inner_epochs}: a kept graph serves one epoch; "
             "use train.inner_epochs=1, or train.activations=replay"
         )
+    if train.activations == "keep" and train.steps_per_forward > 1:
+        raise ValueError(
+            f"train.activations is keep but train.steps_per_forward is {train.steps_per_forward}, which joins steps of "
+            "a replay: kept steps are not replayed; use train.steps_per_forward=1, or train.activations=replay"
+        )
     parted = train.order == "on_policy" and train.groups_per_step != train.groups_per_iteration
     if train.advantages == "batch" and parted:
         raise ValueError(
@@ -188,6 +193,13 @@ def check_job(config: Config, world_size: int) -> None:
             "optimizer step averages over its groups, and every rank takes as many of them); set it to a multiple of "
             f"{world_size} that divides train.groups_per_iteration {config.train.groups_per_iteration}, or launch "
             "another number of ranks"
+        )
+    train = config.train
+    if train.order == "on_policy" and train.groups_per_step == world_size and train.max_batch >= 2 * train.group_size:
+        raise ValueError(
+            f"train.max_batch is {train.max_batch}, which joins the groups that a rank rolls out together, but with "
+            f"train.order=on_policy and train.groups_per_step={train.groups_per_step} that is one; use more groups per "
+            "step, train.order=collect, or train.max_batch=0"
         )
     if world_size > 1 and config.run.device not in ("auto", "cpu", "cuda"):
         raise ValueError(

@@ -59,7 +59,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
-    from hrf_fast.devices import choose_device
+    from hrf_fast.devices import choose_device, set_precision_flags
     from hrf_fast.evaluation import panel_noise, save_grid
     from hrf_fast.loading import load_policy
     from hrf_fast.rollout import sample as denoise
@@ -71,7 +71,10 @@ def sample(arguments: argparse.Namespace) -> None:
     name, settings = _model_and_sampler(arguments.model)
     given = {"sampler": arguments.scheduler, "num_inference_steps": arguments.steps, "eta": arguments.eta}
     settings |= {key: value for key, value in given.items() if value is not None}
-    policy = load_policy(name, **settings, device=choose_device(arguments.device))
+    device = choose_device(arguments.device)
+    # the same seed draws the same grid
+    set_precision_flags(device, tf32=False, cudnn_benchmark=False)
+    policy = load_policy(name, **settings, device=device)
     noise = panel_noise(policy, arguments.seed, arguments.count)
     latents = denoise(policy, noise, batch_size=arguments.batch_size)
     save_grid(policy.images(latents).cpu(), Path(arguments.out))

@@ -63,6 +63,8 @@ def iterate(
             made, lost = learn(parts, config, rolled_out, planned.windows, new.advantages, batch, **where)
         steps += made
         skipped += lost
+        # graphs of a skipped step are still kept: they must not outlive the next rollout's
+        del rolled_out
     return Outcome(steps, skipped, scores, planned.windows)
 
 

@@ -114,7 +114,7 @@ class TrainConfig:
     micro_batch_size: int = 0
     """Samples per UNet call of a window, in rollout and update alike; 0 is the whole group."""
     steps_per_forward: int = 1
-    """Consecutive window steps that the update puts into one UNet call; 1 keeps the on-policy ratio exactly 1."""
+    """Consecutive window steps that the update puts into one UNet call; more than 1 round unlike the rollout."""
     precision: str = "fp32"
     """fp32, or bf16 or fp16 for autocast with fp32 weights; fp16 scales the loss and is for CUDA."""
     kernels: str = "auto"

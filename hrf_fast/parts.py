@@ -74,12 +74,12 @@ def build_parts(config: Config) -> Parts:
     # the rank with the least memory decides for all
     memory = min(comm.gather(memory))
     with comm.agreed():
-        activations = choose_activations(config, policy, schedule, memory)
+        activations = choose_activations(config, policy, memory)
     if activations.checkpoint:
         policy.checkpoint_activations()
     # what auto has measured is the UNet as it is
     policy.compile(config.train.compile)
-    background = Background(thread=config.reward.background)
+    background = Background(thread=config.reward.background, device=policy.device)
     return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config, activations, background)
 
 
@@ -113,6 +113,9 @@ def build_engine(policy: Policy, config: Config) -> Engine:
 def build_policy(config: Config, name: str | None = None) -> Policy:
     """The policy of a configuration, or another model `name` under the same sampler."""
     device = choose_device(config.run.device)
+    if device.type == "cuda":
+        # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
+        torch.cuda.set_device(device)
     set_precision_flags(device, tf32=config.train.tf32, cudnn_benchmark=config.train.cudnn_benchmark)
     return load_policy(
         name or config.model.name,

@@ -22,7 +22,7 @@ from hrf_fast.loading import read_configs
 from hrf_fast.options import PRECISIONS, Config
 from hrf_fast.search import evaluations
 from hrf_fast.states import BUCKET, ENGINES, States, model_states
-from hrf_fast.windows import WindowSchedule, build_schedule
+from hrf_fast.windows import build_schedule
 
 MODES = ("keep", "replay", "checkpoint")
 """Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
@@ -50,14 +50,18 @@ class Calls:
         return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
 
 
-def count_calls(config: Config, schedule: WindowSchedule, stop: int) -> Calls:
-    """Run the window schedule over the run's iterations (1000 at most) and count.
+def count_calls(config: Config, stop: int) -> Calls:
+    """Run a window schedule of the configuration's over the run's iterations (1000 at most) and count.
+
+    It is a schedule of its own: what it is shown here must not get into the run's memory.
 
     The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
     run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
     but not the same ones.
     """
     train, steps = config.train, config.sample.num_inference_steps
+    schedule = build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop)
+    stand_in = torch.Generator().manual_seed(config.run.seed)
     iterations = min(train.iterations, 1000)
     groups, size = train.groups_per_iteration, train.group_size
     searched, lengths, run_steps = 0, [], 0
@@ -65,7 +69,10 @@ def count_calls(config: Config, schedule: WindowSchedule, stop: int) -> Calls:
     def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
         nonlocal searched
         searched += sum(evaluations(start, steps, estimate) for starts in candidates for start in starts) * size
-        return [(torch.rand(len(starts)), torch.rand(len(starts))) for starts in candidates]
+        return [
+            (torch.rand(len(starts), generator=stand_in), torch.rand(len(starts), generator=stand_in))
+            for starts in candidates
+        ]
 
     for iteration in range(iterations):
         generator = seeds.generator(config.run.seed, iteration, "windows")
@@ -127,12 +134,16 @@ class Plan:
         )
 
     @property
-    def trajectories(self) -> int:
-        """The latents of an iteration's windows and the final images, in fp32."""
+    def rolled_out(self) -> int:
+        """Images that are rolled out before the next update."""
         train = self.config.train
         groups = train.groups_per_step if train.order == "on_policy" else train.groups_per_iteration
-        images = math.ceil(groups / self.gpus) * train.group_size
-        return images * (self.calls.longest_window + 2) * self.any_footprint.image_bytes
+        return math.ceil(groups / self.gpus) * train.group_size
+
+    @property
+    def trajectories(self) -> int:
+        """The latents of their windows and the final images, in fp32."""
+        return self.rolled_out * (self.calls.longest_window + 2) * self.any_footprint.image_bytes
 
     @property
     def kept_samples(self) -> int:
@@ -142,7 +153,7 @@ class Plan:
 
     def batch(self, micro_batch_size: int) -> int:
         """Images in a UNet call of a rollout."""
-        return max(micro_batch_size, min(self.config.train.max_batch, self.kept_samples))
+        return max(micro_batch_size, min(self.config.train.max_batch, self.rolled_out))
 
     def activations(self, mode: str, precision: str, micro_batch_size: int) -> float:
         """Peak of the update besides states and trajectories.
@@ -210,7 +221,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     stop = build_diffusion(
         sampler, sampler=sample.scheduler, num_inference_steps=steps, eta=sample.eta
     ).stochastic_steps
-    schedule = build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop)
+    calls = count_calls(config, stop)
     try:
         footprints = measure_unet(unet, device=device)
     # diffusers checks no types: a wrong value in a config can raise nearly anything
@@ -219,7 +230,6 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
-    calls = count_calls(config, schedule, stop)
     result = Plan(config, gpus, memory, engine, bucket, calls, footprints)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
         ways = {(e, p, m): result.need(e, p, m, 1, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}

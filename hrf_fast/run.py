@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from hrf_fast import comm, lock
 from hrf_fast.checkpoint import list_checkpoints, replace_folder, sweep, write_atomically
 from hrf_fast.config import differences, load_config, to_yaml
 from hrf_fast.evaluation import PanelScores, save_grid
+from hrf_fast.interrupts import Interrupts
 from hrf_fast.options import Config
 from hrf_fast.policy import Policy
 from hrf_fast.writers import Progress, Silence, Writer, build_progress, build_writers
@@ -62,15 +61,13 @@ class Run:
         self._lock: IO[str] | None = None
         comm.main_says(self._claim)
         self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
+        self.interrupts = Interrupts(self.progress.note)
         self.writers: list[Writer] = []
         self.seconds: dict[str, float] = {}
         self._began = 0.0
         # iterations in the newest checkpoint
         self.saved = 0
-        self._interrupted = False
-        self._held = 0
         self._spread_noted = False
-        self._handlers: dict[int, Any] = {}
 
     def _claim(self) -> None:
         try:
@@ -142,16 +139,11 @@ class Run:
         return option in _FREE
 
     def __enter__(self) -> Run:
-        if comm.world_size() > 1 and threading.current_thread() is threading.main_thread():
-            # a launcher ends its ranks by SIGTERM, half a minute before SIGKILL
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note_interrupt)
+        self.interrupts.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            # a stopped rank may be on its way out when the launcher's SIGTERM comes: it still ends with 130
-            signal.signal(number, signal.SIG_IGN if kind is KeyboardInterrupt else handler)
+        self.interrupts.__exit__(kind)
         self.progress.close()
         for writer in self.writers:
             writer.close()
@@ -165,8 +157,7 @@ class Run:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the block's time to the iteration's `seconds` and show its name."""
-        if not self._held:
-            self._stop_if_asked()
+        self.interrupts.stop_if_asked()
         self.progress.phase(name)
         started = time.perf_counter()
         try:
@@ -175,49 +166,6 @@ class Run:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    @contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update.
-
-        On several ranks it is always held back, until they all know of it and are at the same place.
-        """
-        if comm.world_size() > 1:
-            self._held += 1
-            try:
-                yield
-            finally:
-                self._held -= 1
-            self._stop_if_asked()
-            return
-        try:
-            previous = signal.signal(signal.SIGINT, self._note_interrupt)
-        except ValueError:
-            # not the main thread: no Ctrl-C arrives here
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
-
-    def _stop_if_asked(self) -> None:
-        """KeyboardInterrupt on all ranks when one of them was asked to stop."""
-        if comm.world_size() > 1 and bool(comm.gather_rows(torch.tensor([self._interrupted])).any()):
-            self._interrupted = False
-            raise KeyboardInterrupt
-
-    def _note_interrupt(self, *_: object) -> None:
-        first, self._interrupted = not self._interrupted, True
-        if comm.world_size() > 1:
-            if first:
-                self.progress.note("Ctrl-C: stopping as soon as all ranks are done with this")
-            return
-        self.progress.note("Ctrl-C: stopping as soon as this is done (press again to stop at once, and lose it)")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check_spread(self, iteration: int, advantages: Iterable[Tensor | None]) -> None:
         """Say once that a reward gives every sample of its group the same value, so that nothing can be learnt."""

@@ -32,8 +32,12 @@ class GroupScore:
 class Background:
     """Calls one after the other in a thread of their own; without one, at once. The results are the same."""
 
-    def __init__(self, *, thread: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward") if thread else None
+    def __init__(self, *, thread: bool, device: torch.device | None = None) -> None:
+        """`device`: the thread's current one, if it is a GPU; CUDA starts every thread on the first."""
+        start: dict[str, Any] = {}
+        if device is not None and device.type == "cuda":
+            start = {"initializer": torch.cuda.set_device, "initargs": (device,)}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward", **start) if thread else None
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """The result to be, or the error that asking for it raises."""
@@ -45,6 +49,11 @@ class Background:
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def close(self) -> None:
+        """Drop what has not begun: Python would wait for it before it exits."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def score_groups(reward: CombinedReward, images: Mapping[int, Tensor]) -> dict[int, GroupScore]:

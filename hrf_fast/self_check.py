@@ -7,6 +7,7 @@ rounding noise instead of on policy change.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -37,14 +38,18 @@ def self_check(parts: Parts, config: Config) -> str:
     policy, train = parts.policy, config.train
     table = policy.diffusion
     window = Window(max(0, table.stochastic_steps - max(_STEPS, train.steps_per_forward)), table.stochastic_steps)
-    ids = torch.arange(train.group_size, device=policy.device)
-    noise = NoiseKey(seeds.key(config.run.seed, 0, "self_check"), ids)
-    micro_batch_size = train.samples_per_call
+    windows = dict.fromkeys(range(_joined(config)), window)
+    starts = {}
+    for group in windows:
+        ids = torch.arange(group * train.group_size, (group + 1) * train.group_size, device=policy.device)
+        noise = NoiseKey(seeds.key(config.run.seed, 0, "self_check"), ids)
+        starts[group] = Start(window, starting_noise(policy, noise), noise)
+    # where only some steps are kept, those that are replayed are the ones to check
+    keep_from = window.start if math.isinf(parts.activations.kept_pairs) else None
+    batches: Any = {"micro_batch_size": train.samples_per_call, "max_batch": train.max_batch}
     with policy.uncounted():
-        start = Start(window, starting_noise(policy, noise), noise)
-        keep_from = parts.activations.keep_from({0: window}, train.group_size)
-        batch = Batch(*rollout(policy, {0: start}, micro_batch_size=micro_batch_size, keep_from=keep_from))
-        error = replay_ratio_error(policy, batch.trajectories, calls_of(config, batch, {0: window}))
+        batch = Batch(*rollout(policy, starts, keep_from=keep_from, **batches))
+        error = replay_ratio_error(policy, batch.trajectories, calls_of(config, batch, windows))
     # one rank's device may round otherwise; all ranks must come to one verdict
     error = max(comm.gather(error), key=lambda value: math.inf if math.isnan(value) else value)
     # the least window that any schedule can choose is the last stochastic step
@@ -58,6 +63,7 @@ def self_check(parts: Parts, config: Config) -> str:
     if verdict.startswith("NOT"):
         ways_out = [
             "train.steps_per_forward=1" if train.steps_per_forward > 1 else "",
+            "train.max_batch=0" if len(windows) > 1 and keep_from is None else "",
             "train.compile=none" if train.compile != "none" else "",
             "train.precision=fp32" if policy.precision != "fp32" else "",
             f"a train.clip_range of at least {10 * error / scale:.2g}" if math.isfinite(error) else "",
@@ -69,3 +75,10 @@ def self_check(parts: Parts, config: Config) -> str:
     if least_std < _SMALL_STD:
         line.append(f"std falls to {least_std:.2g}, under which fp32 gradients lose digits")
     return "; ".join(line)
+
+
+def _joined(config: Config) -> int:
+    """How many groups share the UNet calls of a rollout."""
+    train = config.train
+    groups = train.groups_per_iteration if train.order == "collect" else train.groups_per_step
+    return min(groups // comm.world_size(), max(1, train.max_batch // train.group_size))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def _train(config: Config) -> Path:
     peak, warmup = config.train.learning_rate, config.train.warmup_iterations
     schedule = config.train.learning_rate_schedule
     rate = learning_rate_at(schedule, peak=peak, warmup_iterations=warmup, iterations=iterations)
-    with Run(config) as run:
+    with Run(config) as run, closing(parts.background):
         state = load_newest(run.checkpoints, engine, warn=run.progress.note)
         done = state["iteration"] if state else 0
         policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
@@ -73,7 +73,7 @@ def _train(config: Config) -> Path:
 
         def before_first_update() -> None:
             nonlocal whole
-            unbroken.enter_context(run.uninterrupted())
+            unbroken.enter_context(run.interrupts.held())
             whole = None
 
         try:
@@ -126,7 +126,7 @@ def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
 def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, dict[str, Any]] | None) -> None:
     if whole is None or whole[0] in (0, run.saved):
         return
-    with run.uninterrupted():
+    with run.interrupts.held():
         kept: Any = {"keep": config.run.keep_checkpoints, "best": run.best() if config.run.keep_best else None}
         save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine, whole[1], **kept)
         run.saved = whole[0]

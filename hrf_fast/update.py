@@ -71,6 +71,7 @@ def update(
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
             forwards -= replayed
+            policy.calls.backwards += call.images
             if engine.lockstep and not replayed:
                 # ranks keep different numbers of graphs: one backward is as many on all
                 kept.append(loss)
@@ -80,9 +81,9 @@ def update(
         if kept:
             with policy.stopwatch.running():
                 engine.backward(torch.stack(kept).sum())
-        with policy.uncounted():
-            for _ in range(forwards):
-                engine.backward(0 * policy.model_output(some.latents[-2, :2], some.timesteps[-1]).sum())
+        for _ in range(forwards):
+            # past the policy, which would count and time it
+            engine.backward(0 * policy.trained(some.latents[-2, :2], some.timesteps[-1]).sum())
     return totals.finish(pairs, engine.step())
 
 

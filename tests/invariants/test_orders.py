@@ -5,8 +5,10 @@ import torch
 
 import hrf_fast.activations as activations_module
 import hrf_fast.train as train_module
+from hrf_fast.activations import memory_for
+from hrf_fast.checks import check_job
 from hrf_fast.config import load_config
-from hrf_fast.parts import build_parts
+from hrf_fast.parts import build_parts, build_policy
 from hrf_fast.policy import Policy
 from hrf_fast.train import main
 from tests.invariants.test_training import assert_equal_weights, metrics, weights, with_folder
@@ -224,6 +226,10 @@ def test_measuring_leaves_no_trace(tiny_run, tmp_path):
         (["train.max_batch=6", "train.micro_batch_size=2"], "train.max_batch is 6, which joins groups, but"),
         (["train.max_batch=-1"], "train.max_batch is -1; use at least 0"),
         (["train.order=onpolicy"], "train.order is 'onpolicy'.*on_policy"),
+        (
+            ["train.activations=keep", "train.order=on_policy", "train.steps_per_forward=2"],
+            "train.steps_per_forward is 2, .*kept steps are not replayed; use train.steps_per_forward=1",
+        ),
         (["train.memory_budget=8GB"], "train.activations is replay, which plans nothing"),
         (["train.activations=auto", "train.memory_budget=much"], "train.memory_budget is 'much'; use a number"),
     ],
@@ -232,6 +238,16 @@ def test_measuring_leaves_no_trace(tiny_run, tmp_path):
 def test_what_can_t_work_together_is_refused(tiny_run, words, message):
     with pytest.raises(ValueError, match=message):
         load_config([*tiny_run, *words])
+
+
+def test_max_batch_is_refused_where_a_rank_rolls_out_one_group_at_a_time(tiny_run):
+    words = [*tiny_run, "train.order=on_policy", "train.groups_per_iteration=4", "train.max_batch=6"]
+    for world_size, per_step in ((1, 1), (2, 2)):
+        with pytest.raises(ValueError, match="train.max_batch is 6, .* that is one; use more groups per step"):
+            check_job(load_config([*words, f"train.groups_per_step={per_step}"]), world_size)
+    check_job(load_config([*words, "train.groups_per_step=2"]), 1)
+    # a batch of one group joins none, and says so
+    check_job(load_config([*words, "train.max_batch=3"]), 1)
 
 
 def test_keep_is_refused_where_the_weights_go_away(tiny_run, tmp_path, capsys):
@@ -253,6 +269,58 @@ def test_kept_graphs_are_gone_after_the_update(tiny_run, tmp_path):
 
     words = ["window.schedule=full", "train.activations=keep"]
     assert peak(*words, "train.groups_per_iteration=3") < 1.1 * peak(*words, "train.groups_per_iteration=1")
+
+
+def test_a_skipped_step_s_graphs_are_gone_before_the_next_rollout(tiny_run, tmp_path, monkeypatch):
+    from benchmarks.measure import SavedTensors
+
+    (tmp_path / "holey.py").write_text(
+        "import torch\ncalls = []\n"
+        "def score(images, prompts=None):\n    calls.append(len(images))\n"
+        "    values = torch.arange(len(images), dtype=torch.float32)\n"
+        # the first group of the first iteration, whole and by itself, after the panel before it
+        "    return values * float('nan') if len(calls) in BAD else values\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import holey
+
+    words = ["window.schedule=full", "train.activations=keep", "train.on_nan=skip", "reward.name=holey:score"]
+    words += ["train.iterations=1", "train.groups_per_iteration=3"]
+    peaks, records = [], []
+    for bad in ((), (2, 3)):
+        monkeypatch.setattr(holey, "BAD", bad, raising=False)
+        holey.calls.clear()
+        saved = SavedTensors()
+        with saved.counting():
+            records += run(tiny_run, tmp_path / f"run-{len(bad)}", *words)
+        assert saved.live == 0
+        peaks.append(saved.peak)
+    assert [record["skipped_steps"] for record in records] == [0, 1]
+    assert peaks[1] < 1.1 * peaks[0]
+    # 3 samples x 5 window steps a group: forwards all the same, and a backward less
+    assert [record["backwards"] for record in records] == [45, 30]
+    assert records[0]["forwards"] == records[1]["forwards"]
+
+
+def test_counting_calls_leaves_the_bandit_s_memory_empty(tiny_run, tmp_path, measured_once):
+    words = ["window.schedule=dynamic", "window.kwargs.search=bandit", "window.kwargs.stride=1"]
+    parts = parts_with(tiny_run, tmp_path, *words, "train.activations=auto")
+    assert parts.schedule.counts == [0.0] * 4
+
+
+def test_auto_plans_for_a_container_that_has_less_than_the_machine(tiny_run, tmp_path, monkeypatch):
+    config = load_config(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", "train.activations=auto"))
+    policy = build_policy(config)
+    weights = sum(parameter.nbytes for parameter in policy.unet.parameters())
+    monkeypatch.setattr(activations_module, "_CGROUP", tmp_path)
+    machine = memory_for(config, policy)
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    # nothing but noise between two looks at the machine
+    assert memory_for(config, policy) > machine / 2
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory_for(config, policy) == 600 + weights
 
 
 def test_a_window_that_ends_early_leaves_nothing_after_it(tiny_run, tmp_path, monkeypatch):

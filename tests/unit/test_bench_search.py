@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import bench_search
-from benchmarks.bench_search import Measurements, judge, parse
+from benchmarks.bench_search import parse
+from benchmarks.regret import Measurements, judge
 from hrf_fast.cli import main as hrf
 
 

@@ -193,6 +193,7 @@ def test_a_shipped_model_without_clipping_is_the_same_but_for_that(tmp_path):
     [
         (bench_training, ["--models", "fashon"], "--models has 'fashon' (did you mean 'fashion'"),
         (bench_training, ["--methods", "ppo"], "--methods has 'ppo'"),
+        (bench_training, ["--quick", "--rows", "*bandid*"], "names none of ddpo's: collect, one group and step a call"),
         (bench_training, ["--rounds", "0"], "--rounds is 0; use at least 1"),
         (bench_training, ["--group-size", "1"], "--group-size is 1; use at least 2"),
         (bench_training, ["--threads", "0"], "--threads is 0; use at least 1"),

@@ -265,6 +265,18 @@ def test_another_way_of_compiling_is_another_run(smallest_model, graphs, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(obstacle("cpu") is not None, reason="inductor has no compiler here")
+def test_a_compiled_run_resumes_to_the_weights_of_an_unbroken_one(smallest_model, tmp_path):
+    for folder, stops in (("unbroken", [2]), ("resumed", [1, 2])):
+        for iterations in stops:
+            options = {"train.compile": "unet", "train.iterations": iterations, "run.save_every": 1}
+            train(load_config(words(smallest_model, tmp_path / folder, **options)))
+    assert len(read_log(tmp_path / "resumed" / "metrics.jsonl")) == 2
+    ours, theirs = weights(tmp_path / "resumed" / "model"), weights(tmp_path / "unbroken" / "model")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(obstacle("cpu") is not None, reason="inductor has no compiler here")
 def test_inductor_makes_two_graphs_that_compute_what_eager_does(smallest_model, monkeypatch):
     from torch._inductor.compile_fx import compile_fx
 

@@ -19,7 +19,6 @@ from hrf_fast.planner import Plan, count_calls, plan
 from hrf_fast.run import read_log
 from hrf_fast.states import ENGINES, model_states
 from hrf_fast.train import main as train_main
-from hrf_fast.windows import build_schedule
 from tests.conftest import make_scheduler
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +101,7 @@ def make_plan(memory, *words, gpus=1):
         ["train.groups_per_iteration=2", "train.group_size=8", "sample.batch_size=64", "sample.num_inference_steps=4"]
         + ["window.schedule=full", *words]
     )
-    calls = count_calls(config, build_schedule("full", {}, num_inference_steps=4, stop=3), 3)
+    calls = count_calls(config, 3)
     return Plan(config, gpus, memory, "plain", 0, calls, footprints)
 
 
@@ -123,6 +122,9 @@ def test_what_each_mode_holds_by_hand():
     joined = make_plan(10**9, "train.groups_per_step=2", "train.order=on_policy", "train.max_batch=16")
     assert joined.activations("keep", "fp32", 8) == 16 * 3 * 100 + 3 + 16 * 20
     assert joined.activations("replay", "fp32", 8) == 1 + 16 * 120
+    # the published order joins the groups of a whole iteration in its rollouts, and not in its replays
+    published = make_plan(10**9, "train.max_batch=64")
+    assert published.batch(8) == 16 and published.activations("replay", "fp32", 8) == 1 + 8 * 120
 
 
 def test_the_fastest_mode_that_fits_and_its_largest_batches_are_chosen():

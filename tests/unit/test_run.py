@@ -66,7 +66,7 @@ def test_phases_add_up_within_an_iteration_and_start_again_in_the_next(config, m
 
 def test_ctrl_c_waits_for_the_end_of_an_update(config, capsys):
     steps = []
-    with Run(config) as run, pytest.raises(KeyboardInterrupt), run.uninterrupted():
+    with Run(config) as run, pytest.raises(KeyboardInterrupt), run.interrupts.held():
         signal.raise_signal(signal.SIGINT)
         steps.append("after the signal")
     assert steps == ["after the signal"]
@@ -75,7 +75,7 @@ def test_ctrl_c_waits_for_the_end_of_an_update(config, capsys):
 
 def test_a_second_ctrl_c_stops_at_once(config):
     steps = []
-    with Run(config) as run, pytest.raises(KeyboardInterrupt), run.uninterrupted():
+    with Run(config) as run, pytest.raises(KeyboardInterrupt), run.interrupts.held():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         steps.append("never")

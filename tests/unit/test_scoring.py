@@ -75,6 +75,32 @@ def test_the_thread_does_one_thing_after_the_other_and_hands_errors_on(thread):
     assert order == [(number, not thread) for number in range(3)]
 
 
+def test_closing_drops_what_has_not_begun():
+    background, begun, go_on = Background(thread=True), threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        go_on.wait(60)
+
+    first, second = background.submit(work), background.submit(work)
+    begun.wait(60)
+    background.close()
+    assert second.cancelled() and not first.done()
+    go_on.set()
+    first.result(60)
+    Background(thread=False).close()
+
+
+def test_the_thread_works_on_the_gpu_of_its_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread())))
+    gpu = torch.device("cuda", 3)
+    worker = Background(thread=True, device=gpu).submit(threading.current_thread).result()
+    assert chosen == [(gpu, worker)] and worker is not threading.current_thread()
+    Background(thread=True, device=torch.device("cpu")).submit(int).result()
+    assert len(chosen) == 1
+
+
 def test_the_stopwatch_adds_up_and_starts_again(monkeypatch):
     import time
 

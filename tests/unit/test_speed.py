@@ -1,10 +1,13 @@
 """Memory format, precision flags and the self-check's verdict: what changes speed must not change what is learnt."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hrf_fast import self_check as module
+from hrf_fast.activations import Activations
 from hrf_fast.config import load_config
 from hrf_fast.devices import set_precision_flags
 from hrf_fast.loading import load_policy
@@ -115,6 +118,38 @@ def test_the_strict_self_check_refuses_what_the_other_warns_of(tiny_run, monkeyp
     ) as caught:
         check(tiny_run, monkeypatch, error, *words, "train.self_check=strict")
     assert ("clip_range of at least 0.003" in str(caught.value)) == (error == 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "rolled_out", "replayed"),
+    [
+        (["train.order=collect"], 3, 3),
+        (["train.order=collect", "train.max_batch=6"], 6, 3),
+        (["train.order=on_policy", "train.max_batch=6", "train.groups_per_step=2"], 6, 6),
+        (["train.order=collect", "train.max_batch=6", "train.steps_per_forward=2"], 6, 6),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_self_check_makes_the_calls_of_training(tiny_run, words, rolled_out, replayed):
+    config = load_config([*tiny_run, "train.groups_per_iteration=2", "train.group_size=3", *words])
+    parts = build_parts(config)
+    sizes = {False: set(), True: set()}
+    parts.policy.unet.register_forward_pre_hook(lambda unet, given: sizes[torch.is_grad_enabled()].add(len(given[0])))
+    self_check(parts, config)
+    # two late steps of both groups, or of one
+    assert sizes == {False: {rolled_out}, True: {replayed}}
+
+
+def test_the_self_check_replays_where_only_some_steps_are_kept(tiny_run):
+    config = load_config([*tiny_run, "train.order=on_policy", "train.group_size=3"])
+    parts = build_parts(config)
+    gradients = []
+    parts.policy.unet.register_forward_pre_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    for kept_pairs, expected in ((math.inf, [True, True, False]), (1000, [False] * 3 + [True] * 2)):
+        gradients.clear()
+        parts.activations = Activations(kept_pairs)
+        assert "exact" in self_check(parts, config)
+        assert gradients == expected
 
 
 def test_the_strict_self_check_passes_an_exact_replay_and_is_checked_itself(tiny_run, monkeypatch):
