@@ -128,10 +128,10 @@ def memory_for(config: Config, policy: Policy) -> int:
         )
     kib = {line.split(":")[0]: int(line.split()[1]) for line in _MEMINFO.read_text().splitlines()}
     # a container may have less than the machine
-    free = min(kib["MemAvailable"] * 1024, _left_to_container())
+    room = min(float(kib["MemAvailable"] * 1024), _left_to_container())
     # ranks of one machine share it
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return int(free) // ranks + weights
+    return int(room) // ranks + weights
 
 
 def _left_to_container() -> float:
