@@ -56,6 +56,6 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"run.device is {name!r} but torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
     return device

@@ -246,7 +246,7 @@ def test_max_batch_is_refused_where_a_rank_rolls_out_one_group_at_a_time(tiny_ru
         with pytest.raises(ValueError, match="train.max_batch is 6, .* that is one; use more groups per step"):
             check_job(load_config([*words, f"train.groups_per_step={per_step}"]), world_size)
     check_job(load_config([*words, "train.groups_per_step=2"]), 1)
-    # a batch of one group joins none, and says so
+    # what holds one group joins none
     check_job(load_config([*words, "train.max_batch=3"]), 1)
 
 
