@@ -97,12 +97,11 @@ class Policy:
         self.image_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
 
     def model_output(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
-        """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B].
-
-        Counted as forwards; who calls backward counts that.
-        """
+        """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B]."""
         self.calls.batches += 1
         self.calls.forwards += len(latents)
+        if torch.is_grad_enabled():
+            self.calls.backwards += len(latents)
         with self.stopwatch.running():
             return (self.trained if torch.is_grad_enabled() else self.network)(latents, timesteps)
 

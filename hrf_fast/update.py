@@ -71,7 +71,6 @@ def update(
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
             forwards -= replayed
-            policy.calls.backwards += call.images
             if engine.lockstep and not replayed:
                 # ranks keep different numbers of graphs: one backward is as many on all
                 kept.append(loss)
