@@ -1,6 +1,7 @@
 """Fixtures: small models made on the spot, and the golden numbers of the HRF authors' code."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ GRADIENT_TOLERANCE = 1e-3  # relative norm: fp32 ratios near 1 lose digits at sm
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_user_modules(tmp_path_factory):
+    """A module that a test wrote and imported is gone after it: another test's may have the same name."""
+    path, folder = list(sys.path), str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,6 @@ def test_a_users_schedule_that_probes_what_is_not_there_is_told(tiny_run, tmp_pa
         "        return [Window(0, 1)] * num_groups\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "probing", raising=False)
     words = [*tiny_run, "window.schedule=probing:Probing", "evaluation.every=0"]
     if message == "positional":
         # what was written for an earlier version is a programming error, with its traceback
@@ -264,7 +263,6 @@ def test_the_checkpoint_of_the_best_panel_outlives_newer_ones(tiny_run, tmp_path
         "    return images.mean((1, 2, 3)) if value is None else images.new_full((len(images),), value)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "peaked", raising=False)
     options = ["reward.name=peaked:score", "train.iterations=3", "run.keep_best=true", "run.keep_checkpoints=1"]
     assert main([*tiny_run, *options, "run.save_every=0"]) == 0
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -279,7 +277,6 @@ def test_a_reward_that_is_not_finite_skips_its_groups_step_and_is_counted(tiny_r
         "    return values\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "holey", raising=False)
     # calls: panel, both groups, then each group again
     assert main([*tiny_run, "reward.name=holey:score", "train.on_nan=skip", "evaluation.every=0"]) == 0
     first, second = metrics(tmp_path / "run")
@@ -335,7 +332,6 @@ def test_a_reward_that_fails_stops_before_the_optimizer_step_with_the_checkpoint
         f"    if calls > 4:\n        {body}\n    return images.mean((1, 2, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "late_reward", raising=False)
     assert main([*tiny_run, "reward.name=late_reward:score"]) == 1
     import re
 
@@ -446,7 +442,6 @@ def test_a_schedule_of_the_users_is_checked(tiny_run, tmp_path, monkeypatch, cap
         "    return schedule\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_schedule", raising=False)
     assert main([*tiny_run, "window.schedule=my_schedule:build"]) == 1
     assert message in capsys.readouterr().err
 
@@ -458,7 +453,6 @@ def test_calls_of_an_iteration_that_was_stopped_are_not_counted_twice(tiny_run, 
         "    if calls == stop_at:\n        raise KeyboardInterrupt\n    return images.mean((1, 2, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "pausing", raising=False)
     options = ["reward.name=pausing:score", "run.save_every=0", "evaluation.every=0", "train.iterations=3"]
     # calls: the first panel, then one an iteration
     assert main([*tiny_run, *options]) == 130

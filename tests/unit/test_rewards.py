@@ -36,17 +36,13 @@ def user_module(tmp_path, monkeypatch):
     """A function that writes a module into the current directory and returns its name."""
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.chdir(tmp_path)
-    written = []
 
     def write(body: str) -> str:
-        name = f"user_rewards_{tmp_path.name}_{len(written)}"
-        written.append(name)
+        name = f"user_rewards_{len(list(tmp_path.iterdir()))}"
         (tmp_path / f"{name}.py").write_text(body)
         return name
 
-    yield write
-    for name in written:
-        sys.modules.pop(name, None)
+    return write
 
 
 def images_of(*levels: float, size: int = 4) -> torch.Tensor:
