@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,15 @@ def _check_override(word: str) -> None:
     with _naming(word):
         layer = OmegaConf.from_dotlist([word])
         _check_names(OmegaConf.to_container(layer), word)
-        _merge(OmegaConf.structured(Config), layer)
+        OmegaConf.merge(_defaults(), layer)
+
+
+@functools.cache
+def _defaults() -> Any:
+    """The defaults with their types, to merge over and never to change; making them takes four times a merge."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Config)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

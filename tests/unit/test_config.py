@@ -94,6 +94,7 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["reward.terms=[{name: jpeg_compressibility}]"], "either reward.name or reward.terms"),
         (["train"], "write section.field=value"),
         (["train=3"], "train is a section"),
+        (["train=null"], "train=null: field .train. is not Optional"),
         (["--iterations=3"], "--iterations=3 is unknown"),
         (["--config"], "--config needs a file"),
         (["--config", "nowhere/x.yaml"], "does not exist"),
