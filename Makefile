@@ -23,11 +23,11 @@ demo-fashion: $(VENV)/.base
 	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html
 
 test: $(VENV)/.test lint
-	$(PYTEST) -m "not slow" --durations=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -m "not slow" --durations=10
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --durations=5 $(INTERPRETED)
 
 test-all: $(VENV)/.test lint
-	$(PYTEST) --cov
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"

@@ -101,6 +101,7 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
         cheap = together | {"window.kwargs.search": search}
         table += [
             Row(f"{search}: on_policy, keep, one step", cheap),
+            Row(f"{search}: on_policy, keep, one step, channels_last", cheap | {"train.channels_last": True}),
             Row(f"{search}: on_policy, keep, one step, bf16", cheap | bf16),
             Row(f"{search}: on_policy, keep, one step, bf16, compile unet", cheap | bf16 | {"train.compile": "unet"}),
         ]
