@@ -68,6 +68,9 @@ def job() -> Iterator[None]:
             # most likely a connection that broke: the watch names the rank that died, and ends this process
             watch.expect_death()
         watch.leave(failed=alone)
+        if getattr(error, "on_all_ranks", False):
+            # as after a run that ended well: a group left open can abort the rank that exits after its peer
+            dist.destroy_process_group()
         raise
     watch.leave(failed=False)
     dist.destroy_process_group()
