@@ -54,7 +54,7 @@ from hrf_fast import seeds
 from hrf_fast.config import load_config
 from hrf_fast.devices import choose_device
 from hrf_fast.parts import build_config_reward, build_policy
-from hrf_fast.rollout import sample
+from hrf_fast.sample import sample
 from hrf_fast.search import probe_starts
 from hrf_fast.seeds import NoiseKey
 
@@ -218,6 +218,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from hrf_fast.cli import run_command
+    from hrf_fast.command import run_command
 
     sys.exit(run_command(main))

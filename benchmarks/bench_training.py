@@ -246,6 +246,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from hrf_fast.cli import run_command
+    from hrf_fast.command import run_command
 
     sys.exit(run_command(main))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from hrf_fast import seeds
 from hrf_fast.diversity import mean_interval, paired_difference_interval
-from hrf_fast.dynamic import start_scores
-from hrf_fast.search import evaluations
+from hrf_fast.dynamic import evaluations, start_scores
 from hrf_fast.windows import build_schedule
 
 SEARCHES: dict[str, dict[str, Any]] = {

@@ -15,18 +15,15 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrf_fast import comm
+from hrf_fast.engine import Engine
 from hrf_fast.policy import Policy
-
-if TYPE_CHECKING:
-    from hrf_fast.engine import Engine
 
 _PREFIX = "iteration-"
 
@@ -79,16 +76,9 @@ def _fsync(path: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path,
-    iteration: int,
-    policy: Policy,
-    engine: Engine,
-    state: dict[str, Any],
-    *,
-    keep: int,
-    best: int | None = None,
+    folder: Path, policy: Policy, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None
 ) -> Path:
-    """Save after `iteration` complete iterations and drop all but the newest `keep` checkpoints and the `best`.
+    """Save after `state["iteration"]` complete iterations; drop all but the newest `keep` checkpoints and the `best`.
 
     Args:
         state: JSON-able counters to hand back on resume; best: iteration of a checkpoint to keep whatever its age.
@@ -96,6 +86,7 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or unwritable; earlier checkpoints are intact.
     """
+    iteration = state["iteration"]
     optimizer, numbers = engine.optimizer_state()
     ema = engine.ema_state()
 
@@ -104,7 +95,7 @@ def save_checkpoint(
         save_file(optimizer, path / "optimizer.safetensors")
         if ema:
             save_file({name: part.contiguous() for name, part in ema.items()}, path / "ema.safetensors")
-        record = {"iteration": iteration, **numbers, **state}
+        record = {**state, **numbers}
         (path / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -203,38 +194,6 @@ def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> list[Mapping[str, T
         )
     ema = path / "ema.safetensors"
     return [weights, load_file(path / "optimizer.safetensors"), load_file(ema) if ema.exists() else {}]
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Optimizer state as flat tensors named "index.key", and its groups' numbers."""
-    # not the 8-bit optimizers' own state_dict, which nests the state for FSDP
-    state = torch.optim.Optimizer.state_dict(optimizer)
-    tensors: dict[str, torch.Tensor] = {}
-    for index, entry in state["state"].items():
-        for key, value in entry.items():
-            # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
-            shared = key.startswith("qmap")
-            tensor = torch.as_tensor(value)
-            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
-    return tensors, state["param_groups"]
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
-    # JSON has no tuples
-    groups = [group | {"betas": tuple(group["betas"])} for group in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for parameter, entry in optimizer.state.items():
-        for key, value in entry.items():
-            # files are contiguous, a channels_last weight and its state are not: mixed, they would round otherwise
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                entry[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _sha256(path: Path) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hrf_fast.amounts import parse_memory
-from hrf_fast.deepspeed_settings import read_settings
-from hrf_fast.optimizers import check_optimizer
+from hrf_fast.deepspeed_settings import offload_device, read_settings
 from hrf_fast.options import (
     ACTIVATIONS,
     ATTENTIONS,
@@ -75,6 +74,8 @@ _CHOICES = {
 }
 # seeds.py makes keys of 32 bits
 _LARGEST_SEED = 2**32 - 1
+# bitsandbytes quantises their state
+_8BIT = ("adamw_8bit", "paged_adamw_8bit")
 WRITERS = ("tensorboard", "wandb")
 
 
@@ -165,6 +166,35 @@ def _check_order(train: TrainConfig) -> None:
                 f"train.memory_budget is {train.memory_budget} but train.activations is {train.activations}, which "
                 "plans nothing; use train.activations=auto, or leave the budget out"
             )
+
+
+def check_optimizer(name: str, deepspeed: str | None) -> None:
+    """Refuse an optimizer that does not go with the engine of the configuration.
+
+    Args:
+        name: train.optimizer; deepspeed: engine.deepspeed, a JSON file or None.
+
+    Raises:
+        ValueError: cpu_adam where nothing is offloaded; 8-bit state where ZeRO would shard it.
+    """
+    if name not in ("cpu_adam", *_8BIT) or (deepspeed is None and name in _8BIT):
+        return
+    rule = f"train.optimizer is {name!r}, "
+    if deepspeed is None:
+        raise ValueError(
+            f"{rule}which updates weights that ZeRO has offloaded to the CPU, but engine.deepspeed is null; set it to "
+            "a file that offloads, or use adamw"
+        )
+    zero = read_settings(deepspeed)["zero_optimization"]
+    if name == "cpu_adam" and offload_device(zero, "offload_optimizer") == "none":
+        raise ValueError(
+            f"{rule}but {deepspeed} has no zero_optimization.offload_optimizer with device cpu; add it, or use adamw"
+        )
+    if name in _8BIT and zero.get("stage", 0):
+        raise ValueError(
+            f"{rule}but {deepspeed} shards the optimizer, and quantised shards can't be gathered into a checkpoint; "
+            "use adamw, whose state ZeRO divides by the number of GPUs, or stage 0"
+        )
 
 
 def check_job(config: Config, world_size: int) -> None:

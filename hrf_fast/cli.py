@@ -5,47 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.command import RESUMES, run_command
+
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
-
-
-RESUMES = "the same command resumes the run"
-
-
-def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
-    """Run a command and turn the errors that a user can mend into one line and an exit code.
-
-    HRF_TRACEBACK=1 shows the traceback too; `interrupted` is what Ctrl-C leaves to be said.
-
-    Returns:
-        0, 1 for an error, 130 after Ctrl-C.
-    """
-    from hrf_fast.rewards import RewardError
-
-    try:
-        command()
-        return 0
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader of our output, such as `head`, has left; nothing more can be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
-        if os.environ.get("HRF_TRACEBACK"):
-            traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        # what all ranks fail with is said by one
-        if rank == "0" or not getattr(error, "on_all_ranks", False):
-            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
-        return 1
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -62,7 +29,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from hrf_fast.devices import choose_device, set_precision_flags
     from hrf_fast.evaluation import panel_noise, save_grid
     from hrf_fast.loading import load_policy
-    from hrf_fast.rollout import sample as denoise
+    from hrf_fast.sample import sample as denoise
 
     if arguments.count < 1 or arguments.batch_size < 1:
         raise ValueError(

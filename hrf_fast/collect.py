@@ -19,8 +19,9 @@ from hrf_fast.learn import Batch, own_groups
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
 from hrf_fast.policy import Policy
-from hrf_fast.rollout import Start, renoised, rollout, sample, starting_noise
+from hrf_fast.rollout import Start, renoised, rollout
 from hrf_fast.run import Run
+from hrf_fast.sample import sample, starting_noise
 from hrf_fast.scoring import GroupScore, score_groups
 from hrf_fast.search import probe_starts
 from hrf_fast.seeds import NoiseKey

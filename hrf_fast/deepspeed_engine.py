@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hrf_fast import comm
-from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
 from hrf_fast.deepspeed_settings import complete
 from hrf_fast.engine import Ema, LossScale, averaged
-from hrf_fast.optimizers import build_optimizer
+from hrf_fast.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
 
 # AdamW's elementwise states
 _STATES = ("exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ itself is in search.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,32 @@ from hrf_fast.trajectory import Window
 SEARCHES = ("exact", "x0", "bandit")
 # window.kwargs of the bandit and what they are if not given; of 0.1, 1 and 3 the first explored with the least regret
 _BANDIT: dict[str, Any] = {"estimate": "exact", "pulls": 1, "discount": 0.95, "exploration": 0.1}
+
+
+# UNet evaluations per sample that measuring a start takes, by how it is measured
+_COSTS: dict[str, Callable[[int, int], int]] = {
+    "exact": lambda start, num_steps: num_steps - start,
+    "x0": lambda start, num_steps: 1,
+}
+ESTIMATES = tuple(_COSTS)
+
+
+def check_estimate(estimate: str) -> str:
+    """The estimate, if there is one of that name.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    if estimate not in ESTIMATES:
+        raise ValueError(
+            f"the probe's estimate is {estimate!r}{nearest(estimate, ESTIMATES)}; use one of {', '.join(ESTIMATES)}"
+        )
+    return estimate
+
+
+def evaluations(start: int, num_steps: int, estimate: str = "exact") -> int:
+    """UNet evaluations per sample that measuring one candidate takes."""
+    return _COSTS[check_estimate(estimate)](start, num_steps)
 
 
 class Probe(Protocol):

@@ -1,13 +1,12 @@
-"""Engine: gradients, their clipping, the optimizer and the averaged weights, on one process or many.
+"""Engine: the protocol of whatever owns the weights, with the loss scale and the averaged weights that engines share.
 
-The plain engine is data-parallel by one flat all_reduce of the gradients. A wrapper such as torch's DDP reduces in each
-backward, and is wrong when several forwards come before the first backward. Sharding is deepspeed_engine.py.
+plain_engine.py keeps whole weights on every rank; deepspeed_engine.py shards them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -15,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from hrf_fast import comm
-from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
-from hrf_fast.optimizers import build_optimizer
-from hrf_fast.options import LEARNING_RATE_SCHEDULES
 
 
 class Engine(Protocol):
@@ -130,92 +126,6 @@ class Ema:
             average.lerp_(part, 1 - self.decay)
 
 
-class PlainEngine:
-    """AdamW on whole weights, one copy of them on each rank."""
-
-    lockstep = False
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-        max_grad_norm: float,
-        ema_decay: float = 0.0,
-        precision: str = "fp32",
-        optimizer: str = "adamw",
-    ) -> None:
-        self.model = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.max_grad_norm = max_grad_norm
-        device = next(model.parameters()).device
-        self.optimizer = build_optimizer(
-            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
-        )
-        self.loss_scale = LossScale(precision)
-        self.ema = Ema(list(model.parameters()), ema_decay)
-
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        self.optimizer.zero_grad(set_to_none=True)
-        yield
-
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.loss_scale.value).backward()
-
-    def step(self) -> Tensor:
-        """One AdamW step.
-
-        Raises:
-            FloatingPointError: a gradient is not finite; the weights are as they were.
-        """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        comm.average(gradients)
-        if self.loss_scale.value != 1:
-            torch._foreach_div_(gradients, self.loss_scale.value)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
-        self.loss_scale.check(norm)
-        self.optimizer.step()
-        self.ema.update(list(self.model.parameters()))
-        return norm
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-    @contextmanager
-    def gathered(self, *, ema: bool = False) -> Iterator[None]:
-        with averaged(list(self.model.parameters()), self.ema.parts if ema else []):
-            yield
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, groups = flatten_optimizer(self.optimizer)
-        return tensors, {"optimizer_scalars": groups, **self.loss_scale.state()}
-
-    def ema_state(self) -> dict[str, Tensor]:
-        names = [name for name, _ in self.model.named_parameters()]
-        return dict(zip(names, self.ema.parts, strict=True)) if self.ema.parts else {}
-
-    def load(
-        self,
-        weights: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        numbers: dict[str, Any],
-        ema: Mapping[str, Tensor],
-    ) -> None:
-        self.model.load_state_dict(dict(comm.broadcast_tensors(weights)))
-        restore_optimizer(self.optimizer, dict(comm.broadcast_tensors(optimizer)), numbers["optimizer_scalars"])
-        self.loss_scale.load(numbers)
-        saved = dict(comm.broadcast_tensors(ema))
-        for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
-            part.copy_(saved.get(name, parameter.detach()))
-
-
 @contextmanager
 def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator[None]:
     """The averages in place of the weights; nothing when there are none."""
@@ -231,25 +141,3 @@ def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator
 def _copy(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters if values else [], values, strict=True):
         parameter.copy_(value)
-
-
-def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iterations: int) -> Callable[[int], float]:
-    """Learning rate as a function of the iteration: linear warm-up, then constant or cosine down to zero.
-
-    Args:
-        schedule: constant or cosine; peak: the rate after warm-up; iterations: length of the run.
-    """
-    if schedule not in LEARNING_RATE_SCHEDULES:
-        raise ValueError(
-            f"train.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
-        )
-
-    def rate(iteration: int) -> float:
-        if iteration < warmup_iterations:
-            return peak * (iteration + 1) / warmup_iterations
-        if schedule == "constant":
-            return peak
-        progress = (iteration - warmup_iterations) / max(1, iterations - warmup_iterations)
-        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return rate

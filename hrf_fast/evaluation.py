@@ -17,7 +17,7 @@ from hrf_fast.assets import SHIPPED
 from hrf_fast.diversity import Interval, inception_interval, mean_interval, vendi_interval
 from hrf_fast.policy import Policy
 from hrf_fast.rewards import Reward
-from hrf_fast.rollout import sample
+from hrf_fast.sample import sample
 from hrf_fast.scorers import FeatureNetwork, Scorer, load_feature_network, load_scorer
 from hrf_fast.seeds import NoiseKey
 

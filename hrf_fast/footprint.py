@@ -12,19 +12,15 @@ import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from hrf_fast.options import PRECISIONS
-
-# the reentrant form loses gradients under ZeRO-3
-NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+from hrf_fast.policy import NOT_REENTRANT
 
 
 @dataclass(frozen=True)

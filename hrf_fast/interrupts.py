@@ -26,6 +26,8 @@ class Interrupts:
         self._asked = False
         self._held = 0
         self._handlers: dict[int, Any] = {}
+        # the handler of Ctrl-C that `hold` stands in for
+        self._previous: Any = None
 
     def __enter__(self) -> Interrupts:
         if comm.world_size() > 1 and threading.current_thread() is threading.main_thread():
@@ -40,35 +42,30 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update.
-
-        On several ranks it is always held back, until they all know of it and are at the same place.
-        """
-        if comm.world_size() > 1:
-            self._held += 1
-            try:
-                yield
-            finally:
-                self._held -= 1
-            self.stop_if_asked()
-            return
-        try:
-            previous = signal.signal(signal.SIGINT, self._note)
-        except ValueError:
-            # not the main thread: no Ctrl-C arrives here
-            yield
-            return
+        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update."""
+        self.hold()
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
-        if self._asked:
-            self._asked = False
-            raise KeyboardInterrupt
+            self.release()
+        self.stop_if_asked()
+
+    def hold(self) -> None:
+        """Hold a Ctrl-C back until `release`; on several ranks until they all know of it and are at the same place."""
+        self._held += 1
+        if self._held == 1 and comm.world_size() == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def release(self) -> None:
+        """End `hold`; `stop_if_asked` then acts on what came in between."""
+        self._held -= 1
+        if self._held == 0 and self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
     def stop_if_asked(self) -> None:
         """KeyboardInterrupt on all ranks when one of them was asked to stop, unless it is held."""
-        if self._held == 0 and comm.world_size() > 1 and bool(comm.gather_rows(torch.tensor([self._asked])).any()):
+        if self._held == 0 and bool(comm.gather_rows(torch.tensor([self._asked])).any()):
             self._asked = False
             raise KeyboardInterrupt
 

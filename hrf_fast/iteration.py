@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,7 @@ class Outcome:
     windows: list[Window]
 
 
-def iterate(
-    parts: Parts, config: Config, run: Run, iteration: int, *, before_first_update: Callable[[], None]
-) -> Outcome:
+def iterate(parts: Parts, config: Config, run: Run, iteration: int) -> Outcome:
     """One iteration.
 
     Raises:
@@ -57,8 +55,7 @@ def iterate(
             raise comm.on_all_ranks(
                 RewardError(f"iteration {iteration}: no group has finite rewards, so there is nothing to learn from")
             )
-        if batch == batches[0]:
-            before_first_update()
+        run.unbroken()
         with run.phase("update"):
             made, lost = learn(parts, config, rolled_out, planned.windows, new.advantages, batch, **where)
         steps += made

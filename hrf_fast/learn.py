@@ -73,8 +73,6 @@ def learn(
             together = range(first, first + train.groups_per_step)
             if any(advantages[group] is None for group in together):
                 skipped += 1
-                # a forward with gradient counts its backward, which what was kept now does not get
-                parts.policy.calls.backwards -= sum(call.images for call in batch.calls if call.output is not None)
                 continue
             own = groups_of(comm.rank(), step, train.groups_per_step)
             calls = calls_of(config, batch, {group: windows[group] for group in own})

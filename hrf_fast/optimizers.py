@@ -1,55 +1,25 @@
 """Optimizers by name: torch's AdamW, its fused form, DeepSpeed's for offload, and bitsandbytes' with 8-bit state.
 
 All are AdamW with decoupled weight decay. What this machine can't run is refused when it is built, before a run begins.
-Packages are imported inside, since config.py takes its rule from here and imports no torch.
+The state of an optimizer as flat tensors, and the learning rate over a run, are here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hrf_fast.deepspeed_settings import offload_device, read_settings
-from hrf_fast.options import OPTIMIZERS
+import torch
+from torch import Tensor, nn
+
+from hrf_fast.options import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from hrf_fast.registry import nearest
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 # bitsandbytes keeps the state of smaller tensors in fp32
 _LEAST_8BIT = 4096
-
-
-def check_optimizer(name: str, deepspeed: str | None) -> None:
-    """Refuse an optimizer that does not go with the engine of the configuration.
-
-    Args:
-        name: train.optimizer; deepspeed: engine.deepspeed, a JSON file or None.
-
-    Raises:
-        ValueError: cpu_adam where nothing is offloaded; 8-bit state where ZeRO would shard it.
-    """
-    if name not in ("cpu_adam", *_BITSANDBYTES) or (deepspeed is None and name in _BITSANDBYTES):
-        return
-    rule = f"train.optimizer is {name!r}, "
-    if deepspeed is None:
-        raise ValueError(
-            f"{rule}which updates weights that ZeRO has offloaded to the CPU, but engine.deepspeed is null; set it to "
-            "a file that offloads, or use adamw"
-        )
-    zero = read_settings(deepspeed)["zero_optimization"]
-    if name == "cpu_adam" and offload_device(zero, "offload_optimizer") == "none":
-        raise ValueError(
-            f"{rule}but {deepspeed} has no zero_optimization.offload_optimizer with device cpu; add it, or use adamw"
-        )
-    if name in _BITSANDBYTES and zero.get("stage", 0):
-        raise ValueError(
-            f"{rule}but {deepspeed} shards the optimizer, and quantised shards can't be gathered into a checkpoint; "
-            "use adamw, whose state ZeRO divides by the number of GPUs, or stage 0"
-        )
 
 
 def build_optimizer(
@@ -72,8 +42,6 @@ def build_optimizer(
         ImportError: its package is missing; says how to install it.
         ValueError: this machine can't run it; says why and what to use.
     """
-    import torch
-
     settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name in ("adamw", "fused_adamw"):
         return torch.optim.AdamW(parameters, **settings, fused=True if name == "fused_adamw" else None)
@@ -120,3 +88,57 @@ def _deepspeed_cpu_adam(parameters: Sequence[nn.Parameter], settings: dict[str, 
 def _require(name: str, package: str) -> None:
     if find_spec(package) is None:
         raise ImportError(f'train.optimizer is {name!r}: `pip install "hrf_fast[gpu]"` brings {package}; or use adamw')
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Optimizer state as flat tensors named "index.key", and its groups' numbers."""
+    # not the 8-bit optimizers' own state_dict, which nests the state for FSDP
+    state = torch.optim.Optimizer.state_dict(optimizer)
+    tensors: dict[str, Tensor] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
+            shared = key.startswith("qmap")
+            tensor = torch.as_tensor(value)
+            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
+    return tensors, state["param_groups"]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
+    # JSON has no tuples
+    groups = [group | {"betas": tuple(group["betas"])} for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            # files are contiguous, a channels_last weight and its state are not: mixed, they would round otherwise
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entry[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iterations: int) -> Callable[[int], float]:
+    """Learning rate as a function of the iteration: linear warm-up, then constant or cosine down to zero.
+
+    Args:
+        schedule: constant or cosine; peak: the rate after warm-up; iterations: length of the run.
+    """
+    if schedule not in LEARNING_RATE_SCHEDULES:
+        raise ValueError(
+            f"train.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
+        )
+
+    def rate(iteration: int) -> float:
+        if iteration < warmup_iterations:
+            return peak * (iteration + 1) / warmup_iterations
+        if schedule == "constant":
+            return peak
+        progress = (iteration - warmup_iterations) / max(1, iterations - warmup_iterations)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return rate

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hrf_fast.rewards.registry import RewardTerm
-
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -55,6 +53,18 @@ class WindowConfig:
     """full (DDPO), clusters (HRF), dynamic (HRF-D), random, sliding, or module:function."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """The schedule's own options, e.g. {clusters: [[0, 20], [20, 40]], iterations_per_cluster: 35}."""
+
+
+@dataclass
+class RewardTerm:
+    """One term of the reward; several terms are a weighted sum."""
+
+    name: str = ""
+    """A registered name (see `hrf rewards`) or "module:function" for a function of your own."""
+    weight: float = 1.0
+    """What the term is multiplied by; negative to minimise it, 0 to log it without training on it."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reward, by name."""
 
 
 @dataclass

@@ -12,10 +12,11 @@ from hrf_fast.activations import Activations, choose_activations, memory_for
 from hrf_fast.compilation import check_compile
 from hrf_fast.deepspeed_settings import read_settings
 from hrf_fast.devices import choose_device, set_precision_flags
-from hrf_fast.engine import Engine, PlainEngine
+from hrf_fast.engine import Engine
 from hrf_fast.evaluation import PanelScores, choose_scorer, evaluate
 from hrf_fast.loading import load_policy
 from hrf_fast.options import Config
+from hrf_fast.plain_engine import PlainEngine
 from hrf_fast.policy import Policy
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.scorers import FeatureNetwork
@@ -106,7 +107,7 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     # DeepSpeed views weights as flat buffers, where another order is lost or fails; the UNet's inputs still carry it
     policy.unet.to(memory_format=torch.contiguous_format)
     engine = DeepSpeedEngine(policy.unet, policy.network, read_settings(file), **options)
-    policy.trained = engine.forward
+    policy.attach(engine.forward)
     return engine
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from hrf_fast import seeds
 from hrf_fast.deepspeed_settings import offload_device, read_settings
 from hrf_fast.diffusion import build_diffusion
+from hrf_fast.dynamic import evaluations
 from hrf_fast.footprint import Footprint, measure_unet
 from hrf_fast.loading import read_configs
 from hrf_fast.options import PRECISIONS, Config
-from hrf_fast.search import evaluations
 from hrf_fast.states import BUCKET, ENGINES, States, model_states
 from hrf_fast.windows import build_schedule
 

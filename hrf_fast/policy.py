@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from hrf_fast import comm
 from hrf_fast.compilation import canonical, compile_unet
 from hrf_fast.diffusion import Diffusion
-from hrf_fast.footprint import NOT_REENTRANT
 from hrf_fast.options import PRECISIONS
 from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
+
+# the reentrant form loses gradients under ZeRO-3
+NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 @dataclass
@@ -100,10 +104,15 @@ class Policy:
         """The UNet's prediction in its own dtype, [B, C, H, W]; `timesteps` is one value or [B]."""
         self.calls.batches += 1
         self.calls.forwards += len(latents)
-        if torch.is_grad_enabled():
-            self.calls.backwards += len(latents)
         with self.stopwatch.running():
             return (self.trained if torch.is_grad_enabled() else self.network)(latents, timesteps)
+
+    def attach(self, forward: Callable[[Tensor, int | Tensor], Tensor]) -> None:
+        """Let calls with gradient go through an engine's wrapper of the network.
+
+        Calls without gradient go to the network itself, whose weights must be whole: inside `Engine.gathered()`.
+        """
+        self.trained = forward
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the UNet's blocks and run each block again in the backward."""

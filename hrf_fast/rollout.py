@@ -16,39 +16,14 @@ from torch import Tensor
 
 from hrf_fast.batching import Call, Piece, rollout_calls
 from hrf_fast.policy import Policy
+from hrf_fast.sample import advance, starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Trajectory, Window
-from hrf_kernels import gaussian_step, philox_normal
-
-# counter value for a sample's starting noise: no denoising step has it
-_START = 0xFFFFFFFF
-
-
-def starting_noise(policy: Policy, noise: NoiseKey) -> Tensor:
-    """Standard normal latents [B, C, H, W], one per sample id."""
-    return philox_normal(policy.image_shape, seed=noise.seed, sample_id=noise.sample_id, step=_START)
 
 
 def renoised(policy: Policy, anchor: Tensor, step: int, noise: NoiseKey) -> Tensor:
     """The anchor [C, H, W] taken back to `step` with each sample's own noise, [B, C, H, W]."""
     return policy.diffusion.renoise(anchor, step, starting_noise(policy, noise))
-
-
-@torch.no_grad()
-def sample(policy: Policy, noise: NoiseKey, *, batch_size: int) -> Tensor:
-    """Denoise pure noise over all T steps.
-
-    Returns:
-        Clean latents [N, C, H, W] fp32, a function of the noise key and the weights.
-    """
-    chunks = []
-    for part in noise.split(batch_size):
-        latents = starting_noise(policy, part)
-        for step in range(len(policy.diffusion)):
-            output = policy.model_output(latents, policy.timestep_list[step])
-            latents, _ = _advance(policy, output, latents, step, part)
-        chunks.append(latents)
-    return torch.cat(chunks)
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,7 @@ def rollout(
         with torch.set_grad_enabled(keep):
             output = policy.model_output(batch, policy.timestep_list[step])
         noise = NoiseKey.join([starts[piece.group].noise[piece.samples] for piece in call.pieces])
-        following, log_prob = _advance(policy, output.detach(), batch, step, noise)
+        following, log_prob = advance(policy, output.detach(), batch, step, noise)
         sizes = [piece.last - piece.first for piece in call.pieces]
         for piece, latent, score in zip(call.pieces, following.split(sizes), log_prob.split(sizes), strict=True):
             now[piece] = latent
@@ -128,9 +103,3 @@ def _empty(policy: Policy, start: Start) -> Trajectory:
         coefficients=policy.diffusion.coefficients[kept],
         images=latents.new_empty(len(latents), 3, *latents.shape[2:]),
     )
-
-
-def _advance(policy: Policy, output: Tensor, latents: Tensor, step: int, noise: NoiseKey) -> tuple[Tensor, Tensor]:
-    coefficients = policy.diffusion.coefficients[step]
-    key: dict[str, Any] = {"seed": noise.seed, "sample_id": noise.sample_id, "step": step}
-    return gaussian_step(output, latents, coefficients, **key, backend=policy.kernels)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from hrf_fast import comm, lock
-from hrf_fast.checkpoint import list_checkpoints, replace_folder, sweep, write_atomically
+from hrf_fast.checkpoint import list_checkpoints, replace_folder, save_checkpoint, sweep, write_atomically
 from hrf_fast.config import differences, load_config, to_yaml
+from hrf_fast.engine import Engine
 from hrf_fast.evaluation import PanelScores, save_grid
 from hrf_fast.interrupts import Interrupts
 from hrf_fast.options import Config
@@ -67,6 +68,9 @@ class Run:
         self._began = 0.0
         # iterations in the newest checkpoint
         self.saved = 0
+        # what a checkpoint would hold beside the weights; None while these stand for no iteration
+        self.state: dict[str, Any] | None = None
+        self._unbroken = False
         self._spread_noted = False
 
     def _claim(self) -> None:
@@ -142,7 +146,34 @@ class Run:
         self.interrupts.__enter__()
         return self
 
+    def unbroken(self) -> None:
+        """From here to `commit` the weights stand for no iteration: Ctrl-C waits, and nothing is saved."""
+        if not self._unbroken:
+            self._unbroken, self.state = True, None
+            self.interrupts.hold()
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """The weights stand for `state`, JSON-able and with `iteration`; a Ctrl-C that has waited stops the run."""
+        self.state = state
+        if self._unbroken:
+            self._unbroken = False
+            self.interrupts.release()
+            self.interrupts.stop_if_asked()
+
+    def save(self, policy: Policy, engine: Engine) -> None:
+        """A checkpoint of the committed state, unless there is none to save or it is saved already."""
+        if self.state is None or self.state["iteration"] in (0, self.saved):
+            return
+        run = self.config.run
+        with self.interrupts.held():
+            best = self.best() if run.keep_best else None
+            save_checkpoint(self.checkpoints, policy, engine, self.state, keep=run.keep_checkpoints, best=best)
+            self.saved = self.state["iteration"]
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._unbroken:
+            self._unbroken = False
+            self.interrupts.release()
         self.interrupts.__exit__(kind)
         self.progress.close()
         for writer in self.writers:

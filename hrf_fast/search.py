@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hrf_fast.batching import together
+from hrf_fast.dynamic import check_estimate
 from hrf_fast.policy import Policy
-from hrf_fast.registry import nearest
 from hrf_fast.rewards import Reward
 from hrf_fast.rollout import renoised
 from hrf_fast.seeds import NoiseKey
@@ -56,7 +56,7 @@ def probe_starts(
     Raises:
         ValueError: another estimate.
     """
-    measure = _of(estimate)[0]
+    measure = _MEASURES[check_estimate(estimate)]
     lanes = [
         _Lane(group, start, part)
         for group, starts in enumerate(candidates)
@@ -78,11 +78,6 @@ def probe_starts(
     # one copy from the device
     means = torch.cat(found, dim=1).cpu().split([len(starts) for starts in candidates], dim=1)
     return [(group[0], group[1]) for group in means]
-
-
-def evaluations(start: int, num_steps: int, estimate: str = "exact") -> int:
-    """UNet evaluations per sample that measuring one candidate takes."""
-    return _of(estimate)[1](start, num_steps)
 
 
 # lanes that share a call and the clean latents of their samples, every lane once and in their order
@@ -122,17 +117,4 @@ def _estimated(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane]
         yield call, gaussian_mean(output, batch, estimate[steps])
 
 
-# how clean latents come about, and what a candidate costs per sample
-_ESTIMATES: dict[str, tuple[Callable[..., _Clean], Callable[[int, int], int]]] = {
-    "exact": (_denoised, lambda start, num_steps: num_steps - start),
-    "x0": (_estimated, lambda start, num_steps: 1),
-}
-ESTIMATES = tuple(_ESTIMATES)
-
-
-def _of(estimate: str) -> tuple[Callable[..., _Clean], Callable[[int, int], int]]:
-    if estimate not in _ESTIMATES:
-        raise ValueError(
-            f"the probe's estimate is {estimate!r}{nearest(estimate, ESTIMATES)}; use one of {', '.join(ESTIMATES)}"
-        )
-    return _ESTIMATES[estimate]
+_MEASURES: dict[str, Callable[..., _Clean]] = {"exact": _denoised, "x0": _estimated}

@@ -15,7 +15,8 @@ from hrf_fast import comm, seeds
 from hrf_fast.learn import Batch, calls_of
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts
-from hrf_fast.rollout import Start, rollout, starting_noise
+from hrf_fast.rollout import Start, rollout
+from hrf_fast.sample import starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from hrf_fast.update import replay_ratio_error

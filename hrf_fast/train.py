@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hrf_fast import comm, seeds
-from hrf_fast.checkpoint import load_newest, save_checkpoint
+from hrf_fast.checkpoint import load_newest
 from hrf_fast.checks import check_job
-from hrf_fast.compilation import warm_up
+from hrf_fast.command import RESUMES, run_command
 from hrf_fast.config import load_config
 from hrf_fast.devices import peak_memory_bytes
-from hrf_fast.engine import learning_rate_at
 from hrf_fast.iteration import iterate
 from hrf_fast.metrics import iteration_record
+from hrf_fast.optimizers import learning_rate_at
 from hrf_fast.options import Config
 from hrf_fast.parts import Parts, build_parts
 from hrf_fast.policy import UNetCalls
 from hrf_fast.run import Run
 from hrf_fast.self_check import self_check
+from hrf_fast.warm_up import warm_up
 from hrf_fast.windows import load_schedule_state, schedule_state
 
 
@@ -59,9 +60,8 @@ def _train(config: Config) -> Path:
         policy.calls = UNetCalls(**state["calls"]) if state else UNetCalls()
         load_schedule_state(parts.schedule, state or {})
         run.begin(done)
-        # iterations that the weights stand for, and the state beside them; None while an update is under way
         before = replace(policy.calls)
-        whole: tuple[int, dict[str, Any]] | None = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
+        run.commit(_state(parts, done))
         with engine.gathered():
             warm_up(policy, config, run.progress.note)
             run.progress.note(self_check(parts, config))
@@ -69,46 +69,43 @@ def _train(config: Config) -> Path:
             run.progress.note(parts.activations.reason)
         unit = ("evaluations", policy.calls.evaluations, budget) if budget else ("iterations", done, iterations)
         run.progress.start(*unit)
-        unbroken = ExitStack()
-
-        def before_first_update() -> None:
-            nonlocal whole
-            unbroken.enter_context(run.interrupts.held())
-            whole = None
-
         try:
             while True:
                 finished = done >= iterations or 0 < budget <= policy.calls.evaluations
                 if _due(config.evaluation.every, done, finished) and not run.has_panel(done):
                     run.log_panel(done, parts.evaluate_panel(), {"evaluations": policy.calls.evaluations})
                 if _due(config.run.save_every, done, finished) or (config.run.keep_best and run.best() == done):
-                    _save(run, parts, config, whole)
+                    run.save(policy, engine)
                 if finished:
                     break
                 seeds.seed_everything(config.run.seed, done)
                 run.begin_iteration()
                 policy.stopwatch.restart()
                 engine.set_learning_rate(rate(done))
-                with ExitStack() as unbroken:
-                    outcome = iterate(parts, config, run, done, before_first_update=before_first_update)
-                    run.check_spread(done, outcome.scores.advantages.values())
-                    policy.calls = policy.calls.of_all_ranks(before)
-                    counters = _counters(parts, done + 1, rate(done)) | {"skipped_steps": outcome.skipped}
-                    record = iteration_record(outcome.steps, outcome.scores, outcome.windows, counters)
-                    run.log(done, record, unet_seconds=policy.stopwatch.restart())
-                    done += 1
-                    before = replace(policy.calls)
-                    whole = (done, {"calls": asdict(before), **schedule_state(parts.schedule)})
+                outcome = iterate(parts, config, run, done)
+                run.check_spread(done, outcome.scores.advantages.values())
+                policy.calls = policy.calls.of_all_ranks(before)
+                counters = _counters(parts, done + 1, rate(done)) | {"skipped_steps": outcome.skipped}
+                record = iteration_record(outcome.steps, outcome.scores, outcome.windows, counters)
+                run.log(done, record, unet_seconds=policy.stopwatch.restart())
+                done += 1
+                before = replace(policy.calls)
+                run.commit(_state(parts, done))
         except BaseException as error:
             # keep what was learnt, unless an update was cut in half, the disk is full, the weights have diverged, or
             # other ranks are not here to save with
             together = comm.world_size() == 1 or comm.said_by_main(error)
             if together and not isinstance(error, (OSError, FloatingPointError)):
-                _save(run, parts, config, whole)
+                run.save(policy, engine)
             raise
         with engine.gathered(ema=True):
             run.save_model(policy)
     return run.folder
+
+
+def _state(parts: Parts, done: int) -> dict[str, Any]:
+    """What a checkpoint after `done` iterations holds beside the weights and the optimizer."""
+    return {"iteration": done, "calls": asdict(parts.policy.calls), **schedule_state(parts.schedule)}
 
 
 def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
@@ -123,23 +120,12 @@ def _counters(parts: Parts, done: int, learning_rate: float) -> dict[str, Any]:
     }
 
 
-def _save(run: Run, parts: Parts, config: Config, whole: tuple[int, dict[str, Any]] | None) -> None:
-    if whole is None or whole[0] in (0, run.saved):
-        return
-    with run.interrupts.held():
-        kept: Any = {"keep": config.run.keep_checkpoints, "best": run.best() if config.run.keep_best else None}
-        save_checkpoint(run.checkpoints, whole[0], parts.policy, parts.engine, whole[1], **kept)
-        run.saved = whole[0]
-
-
 def _due(every: int, done: int, finished: bool) -> bool:
     return finished or done == 0 or (every > 0 and done % every == 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of training; returns the exit code."""
-    from hrf_fast.cli import RESUMES, run_command
-
     return run_command(lambda: train(load_config(sys.argv[1:] if argv is None else argv)), RESUMES)
 
 

@@ -70,6 +70,7 @@ def update(
             surrogate = _score(policy, trajectories, advantages, call, clips, loss_weight=weight)
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
+            policy.calls.backwards += call.images
             forwards -= replayed
             if engine.lockstep and not replayed:
                 # ranks keep different numbers of graphs: one backward is as many on all

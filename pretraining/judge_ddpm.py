@@ -14,7 +14,7 @@ from torch import Tensor
 from hrf_fast.diversity import inception_score, vendi_score
 from hrf_fast.evaluation import panel_noise
 from hrf_fast.loading import load_policy
-from hrf_fast.rollout import sample
+from hrf_fast.sample import sample
 from hrf_fast.scorers import load_reference, load_scorer
 
 

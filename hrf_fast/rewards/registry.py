@@ -1,6 +1,6 @@
 """The registry of rewards by name, and the small types every family shares.
 
-No torch here: the config reads `RewardTerm` before anything heavy is imported. Building and checking a reward is
+No torch here, so that rewards can be listed before anything heavy is imported. Building and checking a reward is
 `build.py`; a `module:function` named in a config is `user.py`.
 """
 
@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hrf_fast.registry import Registry, call_factory
@@ -21,18 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FAMILIES = ("jpeg", "aesthetic", "classifier")
-
-
-@dataclass
-class RewardTerm:
-    """One term of the reward; several terms are a weighted sum."""
-
-    name: str = ""
-    """A registered name (see `hrf rewards`) or "module:function" for a function of your own."""
-    weight: float = 1.0
-    """What the term is multiplied by; negative to minimise it, 0 to log it without training on it."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the reward, by name."""
 
 
 class Reward(Protocol):

@@ -28,7 +28,8 @@ def four_groups(words: Sequence[str]):
     from hrf_fast.config import load_config
     from hrf_fast.learn import Batch, own_groups, replays
     from hrf_fast.parts import Parts, build_engine, build_policy
-    from hrf_fast.rollout import Start, rollout, starting_noise
+    from hrf_fast.rollout import Start, rollout
+    from hrf_fast.sample import starting_noise
     from hrf_fast.seeds import NoiseKey
     from hrf_fast.trajectory import Window
 

@@ -16,7 +16,8 @@ import torch
 from hrf_fast.config import load_config
 from hrf_fast.learn import Batch, learn
 from hrf_fast.parts import build_parts
-from hrf_fast.rollout import Start, rollout, starting_noise
+from hrf_fast.rollout import Start, rollout
+from hrf_fast.sample import starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 

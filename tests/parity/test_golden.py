@@ -9,7 +9,7 @@ from hrf_fast.advantages import group_advantages
 from hrf_fast.batching import replay_calls
 from hrf_fast.diffusion import build_diffusion
 from hrf_fast.dynamic import select_start
-from hrf_fast.engine import PlainEngine
+from hrf_fast.plain_engine import PlainEngine
 from hrf_fast.policy import Policy
 from hrf_fast.trajectory import Trajectory, Window
 from hrf_fast.update import Clips, update

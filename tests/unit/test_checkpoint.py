@@ -34,7 +34,7 @@ def make_stepped(policy):
 def saved(tmp_path):
     policy = make_policy()
     engine = make_stepped(policy)
-    save_checkpoint(tmp_path, 1, policy, engine, {"calls": {"batches": 3}}, keep=2)
+    save_checkpoint(tmp_path, policy, engine, {"iteration": 1, "calls": {"batches": 3}}, keep=2)
     return tmp_path, policy, engine
 
 
@@ -68,13 +68,13 @@ def test_the_checkpoint_holds_a_pipeline_that_diffusers_loads(saved):
 def test_only_the_newest_are_kept(saved):
     folder, policy, engine = saved
     for iteration in (2, 3):
-        save_checkpoint(folder, iteration, policy, engine, {}, keep=2)
+        save_checkpoint(folder, policy, engine, {"iteration": iteration}, keep=2)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(saved):
     folder, policy, engine = saved
-    path = save_checkpoint(folder, 2, policy, engine, {}, keep=2)
+    path = save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
     data = bytearray((path / "optimizer.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "optimizer.safetensors").write_bytes(data)
@@ -146,7 +146,7 @@ def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(saved):
     folder, policy, engine = saved
     shutil.copytree(folder / "iteration-000001", folder / ".iteration-000002.tmp")
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000001"]
-    save_checkpoint(folder, 2, policy, engine, {}, keep=2)
+    save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000002", "iteration-000001"]
 
 
@@ -165,11 +165,11 @@ def test_the_saved_optimizer_is_plain_safetensors(saved):
 
 def test_pruning_counts_neither_broken_newer_checkpoints_nor_strangers(saved):
     folder, policy, engine = saved
-    broken = save_checkpoint(folder, 3, policy, engine, {}, keep=2)
+    broken = save_checkpoint(folder, policy, engine, {"iteration": 3}, keep=2)
     (broken / "state.json").unlink()
     (folder / "iteration-zzz").write_text("a stray file")
     # resumed from 1, the run saves 2 with room for one
-    save_checkpoint(folder, 2, policy, engine, {}, keep=1)
+    save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=1)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
     assert load_newest(folder, engine, warn=lambda text: None)["iteration"] == 2
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_folder(saved, monkeypatch):
 
     monkeypatch.setattr("hrf_fast.checkpoint.save_file", full)
     with pytest.raises(OSError, match="iteration-000002 can't be written: No space left"):
-        save_checkpoint(folder, 2, policy, engine, {}, keep=2)
+        save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
     assert load_newest(folder, engine, warn=fail)["iteration"] == 1
 
 

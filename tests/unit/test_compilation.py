@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from hrf_fast import compilation, doctor
 from hrf_fast.checks import check_job
-from hrf_fast.compilation import batch_sizes, canonical, check_compile, obstacle, warm_up
+from hrf_fast.compilation import canonical, check_compile, obstacle
 from hrf_fast.config import load_config
 from hrf_fast.loading import load_policy
 from hrf_fast.parts import build_parts
 from hrf_fast.run import read_log
 from hrf_fast.train import train
+from hrf_fast.warm_up import batch_sizes, warm_up
 from tests.conftest import make_scheduler
 
 # a graph with gradient and one without, for each of conv-in to conv-out, or of down, mid and up

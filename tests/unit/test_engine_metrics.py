@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from hrf_fast import seeds
-from hrf_fast.engine import LossScale, LossScaleOverflow, PlainEngine, learning_rate_at
+from hrf_fast.engine import LossScale, LossScaleOverflow
 from hrf_fast.metrics import Scores, StepStats, iteration_record, summarise
+from hrf_fast.optimizers import learning_rate_at
+from hrf_fast.plain_engine import PlainEngine
 from hrf_fast.trajectory import Trajectory, Window
 from hrf_kernels import StepCoefficients, Surrogate
 

@@ -11,8 +11,8 @@ from torch import nn
 from hrf_fast import optimizers
 from hrf_fast.checkpoint import load_newest, save_checkpoint
 from hrf_fast.config import load_config
-from hrf_fast.engine import PlainEngine
 from hrf_fast.optimizers import build_optimizer
+from hrf_fast.plain_engine import PlainEngine
 from tests.unit.test_update import make_policy
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def assert_resumes_exactly(name, folder):
     engine, again = PlainEngine(policy.unet, **settings), PlainEngine(resumed.unet, **settings)
     optimizer, other = engine.optimizer, again.optimizer
     train_one_step(policy, optimizer, 0)
-    save_checkpoint(folder, 1, policy, engine, {}, keep=1)
+    save_checkpoint(folder, policy, engine, {"iteration": 1}, keep=1)
     load_newest(folder, again, warn=pytest.fail)
     for seed in (1, 2):
         train_one_step(policy, optimizer, seed)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hrf_fast.loading import load_policy
-from hrf_fast.rollout import sample
+from hrf_fast.sample import sample
 from hrf_fast.seeds import NoiseKey
 from tests.conftest import make_scheduler, make_unet
 

@@ -19,12 +19,12 @@ from hrf_fast.options import (
     EvaluationConfig,
     ModelConfig,
     RewardConfig,
+    RewardTerm,
     RunConfig,
     TrainConfig,
     WindowConfig,
 )
 from hrf_fast.report import MID_RUN_GRIDS, summary_lines, write_report
-from hrf_fast.rewards.registry import RewardTerm
 
 START = [0.0, 1.0, 2.0, 3.0]  # rewards of the pretrained panel, mean 1.5
 UP_BY_3 = [(1.0, 3.0), (3.0, 1.0)]  # (gain, Vendi Score) of the panels after the pretrained one, whose Vendi is 4

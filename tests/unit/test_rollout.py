@@ -2,7 +2,8 @@
 
 import torch
 
-from hrf_fast.rollout import Start, renoised, rollout, sample, starting_noise
+from hrf_fast.rollout import Start, renoised, rollout
+from hrf_fast.sample import sample, starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from tests.unit.test_update import T, make_policy

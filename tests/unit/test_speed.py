@@ -60,7 +60,7 @@ def test_a_stopped_and_resumed_channels_last_run_is_the_uninterrupted_one_bit_fo
 
 
 def test_the_optimizer_s_state_takes_the_order_of_its_weights_when_it_is_restored(tiny_run):
-    from hrf_fast.checkpoint import flatten_optimizer, restore_optimizer
+    from hrf_fast.optimizers import flatten_optimizer, restore_optimizer
 
     def stepped():
         engine = build_parts(load_config([*tiny_run, "train.channels_last=true"])).engine

@@ -5,9 +5,10 @@ import torch
 
 from hrf_fast.batching import replay_calls
 from hrf_fast.diffusion import build_diffusion
-from hrf_fast.engine import PlainEngine
+from hrf_fast.plain_engine import PlainEngine
 from hrf_fast.policy import Policy
-from hrf_fast.rollout import Start, rollout, starting_noise
+from hrf_fast.rollout import Start, rollout
+from hrf_fast.sample import starting_noise
 from hrf_fast.seeds import NoiseKey
 from hrf_fast.trajectory import Window
 from hrf_fast.update import Clips, replay_ratio_error, update

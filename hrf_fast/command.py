@@ -1,0 +1,41 @@
+"""Command: the errors of a command as one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+RESUMES = "the same command resumes the run"
+
+
+def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
+    """Run a command and turn the errors that a user can mend into one line and an exit code.
+
+    HRF_TRACEBACK=1 shows the traceback too; `interrupted` is what Ctrl-C leaves to be said.
+
+    Returns:
+        0, 1 for an error, 130 after Ctrl-C.
+    """
+    from hrf_fast.rewards import RewardError
+
+    try:
+        command()
+        return 0
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output, such as `head`, has left; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
+        if os.environ.get("HRF_TRACEBACK"):
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        # what all ranks fail with is said by one
+        if rank == "0" or not getattr(error, "on_all_ranks", False):
+            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        return 1
