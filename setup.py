@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+VERSION: dict[str, str] = {}
+exec(Path("hrf_fast/version.py").read_text(), VERSION)
 
 EXTRAS = {
     # learned rewards and feature networks from the hub
@@ -34,13 +37,13 @@ EXTRAS = {
 
 setup(
     name="hrf_fast",
-    version="0.1.0",
+    version=VERSION["__version__"],
     description="Hierarchical Reward Fine-tuning of diffusion models",
     long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["hrf_fast", "hrf_fast.rewards", "hrf_fast.assets", "hrf_kernels"],
+    packages=[*find_packages(include=["hrf_fast*"]), *find_packages("kernels")],
     package_dir={"hrf_kernels": "kernels/hrf_kernels"},
     package_data={"hrf_fast.assets": ["**/*"]},
     install_requires=[

@@ -127,7 +127,7 @@ def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, A
     """What part of a training step's forward and backward the loss is, beside the UNet that it follows."""
     if options.unet == "none":
         return None
-    from hrf_fast.loading import load_policy
+    from hrf_fast.policies.load import load_policy
 
     policy = load_policy(options.unet, precision="bf16" if options.dtype == "bf16" else "fp32", device=device)
     batch, shape = options.batch[0], policy.image_shape

@@ -50,13 +50,12 @@ from benchmarks.configurations import base_words
 from benchmarks.measure import describe, machine, markdown_table
 from benchmarks.models import make_model
 from benchmarks.regret import SEARCHES, Measurements, judge, make
-from hrf_fast import seeds
-from hrf_fast.config import load_config
+from hrf_fast.build import build_config_reward, build_policy
+from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
-from hrf_fast.parts import build_config_reward, build_policy
-from hrf_fast.sample import sample
-from hrf_fast.search import probe_starts
-from hrf_fast.seeds import NoiseKey
+from hrf_fast.noise import NoiseKey, noise_generator, noise_key
+from hrf_fast.policies.sample import sample
+from hrf_fast.training.probe import probe_starts
 
 HEAD = (
     "search",
@@ -171,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batch_size, size = config.sample.batch_size, arguments.group_size
     measured = Measurements(arguments, list(range(0, policy.diffusion.stochastic_steps, arguments.stride)))
     ids = torch.arange(arguments.noises * size, device=device)
-    anchor_noise = NoiseKey(seeds.key(arguments.seed, 0, "anchors"), torch.arange(arguments.anchors, device=device))
+    anchor_noise = NoiseKey(noise_key(arguments.seed, 0, "anchors"), torch.arange(arguments.anchors, device=device))
     seconds: dict[str, list[float]] = {name: [] for name in SEARCHES}
     result: dict[str, Any] = {
         "machine": machine(device, torch.get_num_threads()),
@@ -183,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     anchors = sample(policy, anchor_noise, batch_size=batch_size)
 
     def timed_probe(anchor: Tensor, index: int, noises: Sequence[Tensor], name: str) -> Callable[..., Any]:
-        key = seeds.key(arguments.seed, 1 + index, "search")
+        key = noise_key(arguments.seed, 1 + index, "search")
 
         def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
             started = time.perf_counter()
@@ -205,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     measured.tables[name].append(torch.stack([torch.stack(means) for means in found]))
                 else:
                     # a fresh bandit's pulls, which are of random arms, for its time
-                    draw = seeds.generator(arguments.seed, index, "windows")
+                    draw = noise_generator(arguments.seed, index, "windows")
                     make(arguments, name)(0, 1, generator=draw, probe=timed_probe(anchor, index, [ids[:size]], name))
                 bar.update()
             if len(measured) > 1:

@@ -19,10 +19,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from hrf_fast import seeds
+from hrf_fast.build import build_config_reward, build_policy
+from hrf_fast.config.options import Config
 from hrf_fast.devices import choose_device
-from hrf_fast.options import Config
-from hrf_fast.parts import build_config_reward, build_policy
+from hrf_fast.noise import noise_generator, noise_key
 from hrf_kernels import philox_normal
 
 METHODS = {"full": "ddpo", "clusters": "hrf", "dynamic": "hrf_d"}
@@ -44,7 +44,7 @@ class Noise:
 
     def draw(self, iteration: int, purpose: str, first: int, count: int, steps: range) -> None:
         """Draw for samples first … first + count − 1: what they start from, and every step's."""
-        key, ids = seeds.key(self.seed, iteration, purpose), torch.arange(first, first + count, device=self.device)
+        key, ids = noise_key(self.seed, iteration, purpose), torch.arange(first, first + count, device=self.device)
         for step in (_START, *steps):
             self._drawn[purpose, first, step] = philox_normal(self.shape, seed=key, sample_id=ids, step=step)
 
@@ -160,7 +160,7 @@ class LiteralTrainer:
         clusters = options.get("clusters") or [[0, self.T // 2], [self.T // 2, self.T]]
         first, stop = clusters[iteration // options.get("iterations_per_cluster", 35) % len(clusters)]
         candidates = range(first, min(stop, self.T - 1))
-        generator = seeds.generator(self.config.run.seed, iteration, "windows")
+        generator = noise_generator(self.config.run.seed, iteration, "windows")
         return [candidates[int(i)] for i in torch.randint(len(candidates), (groups,), generator=generator)]
 
     @torch.no_grad()

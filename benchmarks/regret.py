@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast import seeds
-from hrf_fast.diversity import mean_interval, paired_difference_interval
-from hrf_fast.dynamic import evaluations, start_scores
-from hrf_fast.windows import build_schedule
+from hrf_fast.evaluation.diversity import mean_interval, paired_difference_interval
+from hrf_fast.noise import noise_generator
+from hrf_fast.windows.base import evaluations
+from hrf_fast.windows.rule import start_scores
+from hrf_fast.windows.schedules import build_schedule
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "exact": {"search": "exact"},
@@ -69,12 +70,12 @@ def choose(measured: Measurements, name: str, anchor: int, group: int) -> tuple[
     for repeat in range(arguments.repeats if remembers else 1):
         schedule = make(arguments, name)
         for iteration in range(arguments.warmup if remembers else 0):
-            draw = seeds.generator(arguments.seed + 1 + repeat, iteration, "windows")
+            draw = noise_generator(arguments.seed + 1 + repeat, iteration, "windows")
             drawn = torch.randint(len(others), (arguments.groups,), generator=draw)
             groups = torch.randint(arguments.noises, (arguments.groups,), generator=draw)
             places = [(others[int(a)], int(g)) for a, g in zip(drawn, groups, strict=True)]
             schedule(iteration, len(places), generator=draw, probe=measured.probe(places, []))
-        draw = seeds.generator(arguments.seed + 1 + repeat, arguments.warmup, "windows")
+        draw = noise_generator(arguments.seed + 1 + repeat, arguments.warmup, "windows")
         (window,) = schedule(arguments.warmup, 1, generator=draw, probe=measured.probe([(anchor, group)], spent))
         found.append(window.start)
     return found, spent

@@ -28,7 +28,7 @@ OUTPUT = "output.txt"
 
 def serve(link: Connection, kind: str, words: list[str], folder: Path, threads: int, saved: bool) -> None:
     """Body of the process."""
-    from hrf_fast.config import load_config
+    from hrf_fast.config.load import load_config
 
     # Ctrl-C is the parent's, which kills its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -51,7 +51,7 @@ def serve(link: Connection, kind: str, words: list[str], folder: Path, threads: 
 def _run_ours(config: Any, server: Server) -> None:
     """The real training, which meets the server after each logged iteration."""
     import hrf_fast.train as module
-    from hrf_fast.run import Run
+    from hrf_fast.run.folder import Run
 
     build, log = module.build_parts, Run.log
 

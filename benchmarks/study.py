@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hrf_fast.comparison import at_reward, gain, read_runs
+from hrf_fast.report.comparison import at_reward, gain, read_runs
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"hrf": [], "ddpo": ["--config", str(ROOT / "configs" / "demo_ddpo.yaml")]}

@@ -1,3 +1,5 @@
 """Hierarchical reward fine-tuning of diffusion models (arXiv 2410.08315)."""
 
-__version__ = "0.1.0"
+from hrf_fast.version import __version__
+
+__all__ = ["__version__"]

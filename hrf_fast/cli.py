@@ -17,7 +17,7 @@ CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=valu
 
 def train(arguments: argparse.Namespace) -> None:
     """Fine-tune; the same command resumes."""
-    from hrf_fast.config import load_config
+    from hrf_fast.config.load import load_config
     from hrf_fast.train import train as run_training
 
     folder = run_training(load_config(arguments.words))
@@ -27,9 +27,10 @@ def train(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
     from hrf_fast.devices import choose_device, set_precision_flags
-    from hrf_fast.evaluation import panel_noise, save_grid
-    from hrf_fast.loading import load_policy
-    from hrf_fast.sample import sample as denoise
+    from hrf_fast.evaluation.grids import save_grid
+    from hrf_fast.evaluation.panel import panel_noise
+    from hrf_fast.policies.load import load_policy
+    from hrf_fast.policies.sample import sample as denoise
 
     if arguments.count < 1 or arguments.batch_size < 1:
         raise ValueError(
@@ -52,7 +53,7 @@ def _model_and_sampler(name: str) -> tuple[str, dict[str, Any]]:
     """A run folder stands for the model that it tuned, sampled as it was trained."""
     if not (Path(name) / "config.yaml").is_file():
         return name, {}
-    from hrf_fast.config import load_config
+    from hrf_fast.config.load import load_config
 
     run = _finished_run(name)
     sampler = load_config(["--config", str(run / "config.yaml")]).sample
@@ -73,12 +74,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Score a run's tuned model against its pretrained one on a fixed panel."""
     from dataclasses import asdict
 
-    from hrf_fast.checkpoint import write_atomically
-    from hrf_fast.config import load_config
+    from hrf_fast.build import build_config_reward, build_policy
+    from hrf_fast.config.load import load_config
     from hrf_fast.devices import choose_device
-    from hrf_fast.evaluation import choose_scorer
-    from hrf_fast.evaluation import evaluate as score_panel
-    from hrf_fast.parts import build_config_reward, build_policy
+    from hrf_fast.evaluation.panel import choose_scorer
+    from hrf_fast.evaluation.panel import evaluate as score_panel
+    from hrf_fast.run.files import write_atomically
 
     run = _finished_run(arguments.run)
     config = load_config(["--config", str(run / "config.yaml"), *arguments.overrides])
@@ -108,7 +109,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """One HTML page from one or more runs."""
-    from hrf_fast.report import summary_lines, write_report
+    from hrf_fast.report.page import summary_lines, write_report
 
     runs = [Path(folder) for folder in arguments.runs]
     print("\n".join(summary_lines(runs)))
@@ -149,10 +150,10 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Say what a configuration needs per GPU, what fits, and how many UNet calls it makes."""
-    from hrf_fast.amounts import parse_memory
-    from hrf_fast.config import load_config
-    from hrf_fast.plan_table import describe
-    from hrf_fast.planner import plan as make_plan
+    from hrf_fast.config.amounts import parse_memory
+    from hrf_fast.config.load import load_config
+    from hrf_fast.memory.planner import plan as make_plan
+    from hrf_fast.memory.table import describe
 
     memory = parse_memory(arguments.memory)
     config = load_config([*(word for file in arguments.config for word in ("--config", file)), *arguments.overrides])
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["train"]:
         # options of training are section.field=value and --config, which config.py parses
         if not words[1:] or {"-h", "--help"} & set(words[1:]):
-            from hrf_fast.config import describe_options
+            from hrf_fast.config.load import describe_options
 
             print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
             return 0
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(words)
     if arguments.version:
-        from hrf_fast import __version__
+        from hrf_fast.version import __version__
 
         print(f"hrf_fast {__version__}")
         return 0

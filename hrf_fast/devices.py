@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from hrf_fast import comm
+from hrf_fast.distributed import comm
 
 
 def peak_memory_bytes(device: torch.device) -> int:

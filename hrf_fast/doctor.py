@@ -20,9 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hrf_fast import __version__
 from hrf_fast.assets import ASSETS, SHIPPED
-from hrf_fast.options import OPTIMIZERS
+from hrf_fast.config.options import OPTIMIZERS
+from hrf_fast.version import __version__
 
 INSTALL = {
     "diffusers": "hrf_fast",
@@ -206,7 +206,7 @@ def _attention() -> str:
 
 def _compile() -> str:
     """Whether train.compile works here."""
-    from hrf_fast.compilation import obstacle
+    from hrf_fast.policies.compilation import obstacle
 
     device = "cuda" if _has_gpu() else "cpu"
     reason = obstacle(device)

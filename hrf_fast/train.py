@@ -15,22 +15,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hrf_fast import comm, seeds
-from hrf_fast.checkpoint import load_newest
-from hrf_fast.checks import check_job
+from hrf_fast.build import build_parts
 from hrf_fast.command import RESUMES, run_command
-from hrf_fast.config import load_config
+from hrf_fast.config.load import load_config
+from hrf_fast.config.options import Config
+from hrf_fast.config.rules import check_job
 from hrf_fast.devices import peak_memory_bytes
-from hrf_fast.iteration import iterate
-from hrf_fast.metrics import iteration_record
-from hrf_fast.optimizers import learning_rate_at
-from hrf_fast.options import Config
-from hrf_fast.parts import Parts, build_parts
-from hrf_fast.policy import UNetCalls
-from hrf_fast.run import Run
-from hrf_fast.self_check import self_check
-from hrf_fast.warm_up import warm_up
-from hrf_fast.windows import load_schedule_state, schedule_state
+from hrf_fast.distributed import comm
+from hrf_fast.engines.optimizers import learning_rate_at
+from hrf_fast.noise import seed_everything
+from hrf_fast.policies.network import UNetCalls
+from hrf_fast.run.checkpoint import load_newest
+from hrf_fast.run.folder import Run
+from hrf_fast.training.components import Parts
+from hrf_fast.training.iteration import iterate
+from hrf_fast.training.metrics import iteration_record
+from hrf_fast.training.self_check import self_check
+from hrf_fast.training.warm_up import warm_up
+from hrf_fast.windows.schedules import load_schedule_state, schedule_state
 
 
 def train(config: Config) -> Path:
@@ -78,7 +80,7 @@ def _train(config: Config) -> Path:
                     run.save(policy, engine)
                 if finished:
                     break
-                seeds.seed_everything(config.run.seed, done)
+                seed_everything(config.run.seed, done)
                 run.begin_iteration()
                 policy.stopwatch.restart()
                 engine.set_learning_rate(rate(done))

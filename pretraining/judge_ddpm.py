@@ -11,11 +11,11 @@ import torch
 from data import fashion, portraits
 from torch import Tensor
 
-from hrf_fast.diversity import inception_score, vendi_score
-from hrf_fast.evaluation import panel_noise
-from hrf_fast.loading import load_policy
-from hrf_fast.sample import sample
-from hrf_fast.scorers import load_reference, load_scorer
+from hrf_fast.evaluation.diversity import inception_score, vendi_score
+from hrf_fast.evaluation.panel import panel_noise
+from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.sample import sample
+from hrf_fast.vision.shipped import load_reference, load_scorer
 
 
 def covered(of: Tensor, by: Tensor, k: int = 3) -> float:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hrf_fast.assets import ASSETS
-from hrf_fast.diversity import inception_score, vendi_score
-from hrf_fast.scorers import ScoringNetwork, load_reference, load_scorer
+from hrf_fast.evaluation.diversity import inception_score, vendi_score
+from hrf_fast.vision.shipped import ScoringNetwork, load_reference, load_scorer
 
 FASHION_LABELS = (
     ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"] + ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

@@ -5,7 +5,7 @@ is a factory under `@register_reward("name")`, or any function named as `module:
 this package imports neither torch nor transformers; a family loads when it is listed or built, weights when built.
 """
 
-from hrf_fast.options import RewardTerm
+from hrf_fast.config.options import RewardTerm
 from hrf_fast.rewards.build import CombinedReward, build_reward, check_images, check_rewards
 from hrf_fast.rewards.registry import (
     NotFiniteError,

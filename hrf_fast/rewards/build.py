@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hrf_fast.options import RewardTerm
+from hrf_fast.config.options import RewardTerm
 from hrf_fast.rewards.registry import NotFiniteError, Reward, RewardError, build_registered
 from hrf_fast.rewards.user import build_user
 

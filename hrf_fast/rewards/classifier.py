@@ -60,7 +60,7 @@ def classifier(
     check_text("classifier.model", model, f"{', '.join(SHIPPED)}, a hub id or a local folder")
     scorer: Scorer
     if model in SHIPPED:
-        from hrf_fast.scorers import load_scorer
+        from hrf_fast.vision.shipped import load_scorer
 
         scorer = load_scorer(model, device)
     else:

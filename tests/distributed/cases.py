@@ -24,14 +24,14 @@ def four_groups(words: Sequence[str]):
     that are aligned as it will align them (`load_policy` says why; a step of std 0.01 magnifies the rounding of
     unaligned ones to 2e-5 of the gradient).
     """
-    from hrf_fast import seeds
-    from hrf_fast.config import load_config
-    from hrf_fast.learn import Batch, own_groups, replays
-    from hrf_fast.parts import Parts, build_engine, build_policy
-    from hrf_fast.rollout import Start, rollout
-    from hrf_fast.sample import starting_noise
-    from hrf_fast.seeds import NoiseKey
-    from hrf_fast.trajectory import Window
+    from hrf_fast.build import build_engine, build_policy
+    from hrf_fast.config.load import load_config
+    from hrf_fast.noise import NoiseKey, noise_key
+    from hrf_fast.policies.sample import starting_noise
+    from hrf_fast.training.components import Parts
+    from hrf_fast.training.rollout import Start, rollout
+    from hrf_fast.training.update import Batch, own_groups, replays
+    from hrf_fast.windows.base import Window
 
     config = load_config(words)
     policy = build_policy(config)
@@ -41,7 +41,7 @@ def four_groups(words: Sequence[str]):
     size = config.train.group_size
     trajectories = {}
     for group in own_groups(config):
-        place = NoiseKey(seeds.key(0, 0, "rollout"), torch.arange(group * size, (group + 1) * size))
+        place = NoiseKey(noise_key(0, 0, "rollout"), torch.arange(group * size, (group + 1) * size))
         start = starting_noise(policy, place)
         micro_batch_size = config.train.micro_batch_size or size
         beginning = {group: Start(windows[group], start, place)}
@@ -68,7 +68,7 @@ def four_groups(words: Sequence[str]):
 
 def gradient(words: Sequence[str]) -> tuple[torch.Tensor, float]:
     """The gradient of one optimizer step on all four groups, and its norm."""
-    from hrf_fast.learn import learn
+    from hrf_fast.training.update import learn
 
     config, parts, *groups = four_groups(words)
     # low enough not to overflow
@@ -83,7 +83,7 @@ def gradient(words: Sequence[str]) -> tuple[torch.Tensor, float]:
 
 def not_finite(words: Sequence[str]) -> list:
     """A NaN in the last group, of the second rank: what stays, and whether the next step is made."""
-    from hrf_fast.learn import learn
+    from hrf_fast.training.update import learn
 
     config, parts, batch, windows, advantages, steps = four_groups([*words, "train.on_nan=skip"])
     notes = []
@@ -112,7 +112,7 @@ def not_finite(words: Sequence[str]) -> list:
 
 def collectives() -> list:
     """gather, gather_rows, broadcast, average, main_says and what agreed raises."""
-    from hrf_fast import comm
+    from hrf_fast.distributed import comm
 
     rank = comm.rank()
     tensors = [torch.full((2,), float(rank)), torch.tensor([[10.0 * rank]])]

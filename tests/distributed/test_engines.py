@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrf_fast.run import read_log
+from hrf_fast.run.files import read_log
 from tests.distributed.ranks import run_cases
 
 pytest.importorskip("deepspeed")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.checkpoint import list_checkpoints
-from hrf_fast.run import read_log
+from hrf_fast.run.checkpoint import list_checkpoints
+from hrf_fast.run.files import read_log
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 import hrf_fast.train as train_module
-from hrf_fast.run import read_log
-from hrf_fast.writers import Progress
+from hrf_fast.run.files import read_log
+from hrf_fast.run.progress import Progress
 from tests.conftest import make_scheduler, make_unet
 
 MOMENTS = ("rollout", "update", "write", "anywhere")

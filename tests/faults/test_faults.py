@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.checkpoint import list_checkpoints
+from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.train import main
 from tests.faults.soak import compare
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-import hrf_fast.activations as activations_module
+import hrf_fast.memory.activations as activations_module
 import hrf_fast.train as train_module
-from hrf_fast.activations import memory_for
-from hrf_fast.checks import check_job
-from hrf_fast.config import load_config
-from hrf_fast.parts import build_parts, build_policy
-from hrf_fast.policy import Policy
+from hrf_fast.build import build_parts, build_policy
+from hrf_fast.config.load import load_config
+from hrf_fast.config.rules import check_job
+from hrf_fast.memory.activations import memory_for
+from hrf_fast.policies.pixel import Policy
 from hrf_fast.train import main
 from tests.invariants.test_training import assert_equal_weights, metrics, weights, with_folder
 
@@ -114,7 +114,7 @@ def test_an_interrupted_on_policy_iteration_is_finished_and_resumes_to_the_unint
     import os
     import signal
 
-    import hrf_fast.iteration as iteration_module
+    import hrf_fast.training.iteration as iteration_module
 
     words = with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", "train.activations=keep", "run.save_every=0")
     original, updates = iteration_module.learn, []

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hrf_fast.iteration as iteration_module
-import hrf_fast.learn as learn_module
-from hrf_fast.run import read_log
+import hrf_fast.training.iteration as iteration_module
+import hrf_fast.training.update as learn_module
+from hrf_fast.run.files import read_log
 from hrf_fast.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def bright(images, prompts=None):
 def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
     from diffusers import DDPMPipeline
 
-    from hrf_fast.config import load_config
+    from hrf_fast.config.load import load_config
 
     assert main(tiny_run) == 0
     run = tmp_path / "run"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hrf_fast.policy
+import hrf_fast.policies.pixel
 import hrf_kernels
-from hrf_fast.run import read_log
+from hrf_fast.run.files import read_log
 from hrf_fast.train import main
 from hrf_kernels import triton_backend
 from tests.parity.test_golden import (  # noqa: F401

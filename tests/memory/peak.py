@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from hrf_fast.config import load_config
-from hrf_fast.learn import Batch, learn
-from hrf_fast.parts import build_parts
-from hrf_fast.rollout import Start, rollout
-from hrf_fast.sample import starting_noise
-from hrf_fast.seeds import NoiseKey
-from hrf_fast.trajectory import Window
+from hrf_fast.build import build_parts
+from hrf_fast.config.load import load_config
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.sample import starting_noise
+from hrf_fast.training.rollout import Start, rollout
+from hrf_fast.training.update import Batch, learn
+from hrf_fast.windows.base import Window
 
 
 def status(field: str) -> int:

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from hrf_fast.advantages import group_advantages
-from hrf_fast.batching import replay_calls
-from hrf_fast.diffusion import build_diffusion
-from hrf_fast.dynamic import select_start
-from hrf_fast.plain_engine import PlainEngine
-from hrf_fast.policy import Policy
-from hrf_fast.trajectory import Trajectory, Window
-from hrf_fast.update import Clips, update
+from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.policies.pixel import Policy
+from hrf_fast.policies.sampler import build_diffusion
+from hrf_fast.training.advantages import group_advantages
+from hrf_fast.training.calls import replay_calls
+from hrf_fast.training.optimizer_step import Clips, update
+from hrf_fast.training.trajectory import Trajectory
+from hrf_fast.windows.base import Window
+from hrf_fast.windows.rule import select_start
 from hrf_kernels import gaussian_log_prob, gaussian_mean
 from tests.conftest import GOLDEN, GRADIENT_TOLERANCE, LOSS_TOLERANCE, make_scheduler, make_unet
 

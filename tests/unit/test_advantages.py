@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hrf_fast.advantages import group_advantages
+from hrf_fast.training.advantages import group_advantages
 
 
 def advantages(rewards, group, floor=1e-6):

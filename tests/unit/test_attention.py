@@ -7,10 +7,10 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
-from hrf_fast import attention
-from hrf_fast.attention import set_attention
-from hrf_fast.config import load_config
-from hrf_fast.loading import load_policy
+from hrf_fast.config.load import load_config
+from hrf_fast.policies import attention
+from hrf_fast.policies.attention import set_attention
+from hrf_fast.policies.load import load_policy
 from tests.conftest import make_unet
 
 

@@ -1,6 +1,6 @@
 """Which lanes share a UNet call, by hand."""
 
-from hrf_fast.batching import together
+from hrf_fast.training.calls import together
 
 
 def test_lanes_join_when_the_step_reaches_their_start():

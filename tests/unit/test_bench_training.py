@@ -16,8 +16,8 @@ from benchmarks.measure import SavedTensors
 from benchmarks.models import without_clipping
 from benchmarks.turns import Different, compare
 from hrf_fast.assets import ASSETS
-from hrf_fast.config import load_config
-from hrf_fast.run import read_log
+from hrf_fast.config.load import load_config
+from hrf_fast.run.files import read_log
 from hrf_fast.train import train
 from tests.conftest import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from tests.parity.test_golden import CASES, gradient_error, load_case

@@ -9,14 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hrf_fast.checkpoint import (
-    list_checkpoints,
-    load_newest,
-    replace_folder,
-    save_checkpoint,
-    sweep,
-    write_atomically,
-)
+from hrf_fast.run.checkpoint import list_checkpoints, load_newest, save_checkpoint, sweep
+from hrf_fast.run.files import replace_folder, write_atomically
 from tests.unit.test_update import make_engine, make_policy
 
 
@@ -111,11 +105,11 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint"):
         load_newest(folder, engine, warn=lambda text: None)
     # even with a manifest that vouches for it
-    from hrf_fast.checkpoint import _sha256
+    from hrf_fast.run.files import sha256
 
     manifest_path = folder / "iteration-000001" / "manifest.json"
     manifest = json.loads(manifest_path.read_text())
-    manifest["model/unet/diffusion_pytorch_model.safetensors"] = _sha256(path)
+    manifest["model/unet/diffusion_pytorch_model.safetensors"] = sha256(path)
     manifest_path.write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="(?i)safetensors|header"):
         load_newest(folder, engine, warn=fail)
@@ -188,7 +182,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_folder(saved, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("hrf_fast.checkpoint.save_file", full)
+    monkeypatch.setattr("hrf_fast.run.checkpoint.save_file", full)
     with pytest.raises(OSError, match="iteration-000002 can't be written: No space left"):
         save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
     assert load_newest(folder, engine, warn=fail)["iteration"] == 1

@@ -8,15 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrf_fast import compilation, doctor
-from hrf_fast.checks import check_job
-from hrf_fast.compilation import canonical, check_compile, obstacle
-from hrf_fast.config import load_config
-from hrf_fast.loading import load_policy
-from hrf_fast.parts import build_parts
-from hrf_fast.run import read_log
+from hrf_fast import doctor
+from hrf_fast.build import build_parts
+from hrf_fast.config.load import load_config
+from hrf_fast.config.rules import check_job
+from hrf_fast.policies import compilation
+from hrf_fast.policies.compilation import canonical, check_compile, obstacle
+from hrf_fast.policies.load import load_policy
+from hrf_fast.run.files import read_log
 from hrf_fast.train import train
-from hrf_fast.warm_up import batch_sizes, warm_up
+from hrf_fast.training.warm_up import batch_sizes, warm_up
 from tests.conftest import make_scheduler
 
 # a graph with gradient and one without, for each of conv-in to conv-out, or of down, mid and up

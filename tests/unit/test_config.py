@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.checks import check_job
-from hrf_fast.config import SECTIONS, describe_options, differences, load_config, to_yaml
-from hrf_fast.deepspeed_settings import complete, read_settings
-from hrf_fast.options import Config
+from hrf_fast.config.load import SECTIONS, describe_options, differences, load_config, to_yaml
+from hrf_fast.config.options import Config
+from hrf_fast.config.rules import check_job
+from hrf_fast.config.zero_settings import complete, read_settings
 from hrf_fast.rewards import RewardTerm, list_rewards
-from hrf_fast.windows import build_schedule
+from hrf_fast.windows.schedules import build_schedule
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -6,7 +6,7 @@ The oracle's alphas are the scheduler's float32 ones, continued in float64, so t
 import pytest
 import torch
 
-from hrf_fast.diffusion import build_diffusion
+from hrf_fast.policies.sampler import build_diffusion
 from hrf_kernels import gaussian_mean
 from tests.conftest import make_scheduler
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hrf_fast.diversity import (
+from hrf_fast.evaluation.diversity import (
     bootstrap_interval,
     inception_interval,
     inception_score,

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from hrf_fast.dynamic import Bandit, select_start
-from hrf_fast.trajectory import Window
+from hrf_fast.windows.bandit import Bandit
+from hrf_fast.windows.base import Window
+from hrf_fast.windows.rule import select_start
 from tests.unit.test_windows import draw, make, starts
 
 # --- the rule ---------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hrf_fast import seeds
-from hrf_fast.engine import LossScale, LossScaleOverflow
-from hrf_fast.metrics import Scores, StepStats, iteration_record, summarise
-from hrf_fast.optimizers import learning_rate_at
-from hrf_fast.plain_engine import PlainEngine
-from hrf_fast.trajectory import Trajectory, Window
+from hrf_fast.engines.base import LossScale, LossScaleOverflow
+from hrf_fast.engines.optimizers import learning_rate_at
+from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.noise import PURPOSES, noise_generator, noise_key, seed_everything
+from hrf_fast.training.metrics import Scores, StepStats, iteration_record, summarise
+from hrf_fast.training.trajectory import Trajectory
+from hrf_fast.windows.base import Window
 from hrf_kernels import StepCoefficients, Surrogate
 
 # --- engine -----------------------------------------------------------------------------------------------------------
@@ -321,8 +322,8 @@ def test_a_single_reward_term_is_not_repeated_in_the_record():
 
 
 def test_a_key_differs_by_seed_iteration_and_purpose():
-    combinations = [(seed, i, purpose) for seed in (0, 1, 2, 2**31) for i in range(50) for purpose in seeds.PURPOSES]
-    keys = {seeds.key(*combination) for combination in combinations}
+    combinations = [(seed, i, purpose) for seed in (0, 1, 2, 2**31) for i in range(50) for purpose in PURPOSES]
+    keys = {noise_key(*combination) for combination in combinations}
     assert len(keys) == len(combinations)
     assert all(0 <= key < 2**64 for key in keys) and max(keys) > 2**63
 
@@ -331,26 +332,26 @@ def test_a_seed_of_more_than_32_bits_does_not_share_another_seeds_keys():
     # numpy's SeedSequence lays its numbers end to end in 32-bit words and pads with zeros, so that
     # (3·2^32 + 5, 1, 0) and (5, 3, 1) are both the words 5, 3, 1, 0; refusing such a seed is as good
     try:
-        large = seeds.key(3 * 2**32 + 5, 1, seeds.PURPOSES[0])
+        large = noise_key(3 * 2**32 + 5, 1, PURPOSES[0])
     except ValueError:
         return
-    assert large != seeds.key(5, 3, seeds.PURPOSES[1])
+    assert large != noise_key(5, 3, PURPOSES[1])
 
 
 def test_a_key_is_the_same_on_every_machine_and_in_every_version():
     # recorded: a change here changes every result, and breaks the resumption of older runs
-    assert seeds.key(0, 0, "anchors") == 15793235383387715774
-    assert seeds.key(7, 3, "rollout") == 13330671360687115049
+    assert noise_key(0, 0, "anchors") == 15793235383387715774
+    assert noise_key(7, 3, "rollout") == 13330671360687115049
 
 
 def test_an_unknown_purpose_is_refused():
     with pytest.raises(ValueError):
-        seeds.key(0, 0, "lunch")
+        noise_key(0, 0, "lunch")
 
 
 def test_generators_repeat_and_differ_by_iteration():
     def draw(iteration):
-        return torch.randint(10**9, (4,), generator=seeds.generator(3, iteration, "windows")).tolist()
+        return torch.randint(10**9, (4,), generator=noise_generator(3, iteration, "windows")).tolist()
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
@@ -362,7 +363,7 @@ def test_the_global_generators_are_seeded_by_seed_and_iteration():
     import numpy as np
 
     def draw(seed, iteration):
-        seeds.seed_everything(seed, iteration)
+        seed_everything(seed, iteration)
         return random.random(), float(np.random.random()), float(torch.rand(()))
 
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()

@@ -1,18 +1,98 @@
-"""The traps of the source tree, each of which has stopped a start-up once."""
+"""The architecture that the folders promise, and traps of the source tree that have stopped a start-up."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import hrf_fast
 from hrf_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "hrf_fast"
+# from the top: a module imports from its own line or from lines below
+LAYERS = (
+    ("cli", "train"),
+    ("build",),
+    ("command", "stopping"),
+    ("report",),
+    ("training",),
+    ("run",),
+    ("evaluation",),
+    ("memory", "doctor"),
+    ("rewards",),
+    ("engines",),
+    ("policies",),
+    ("vision",),
+    ("windows",),
+    ("prompts",),
+    ("config",),
+    ("hub",),
+    ("devices", "stopwatch"),
+    ("distributed",),
+    ("noise", "registry", "assets", "version"),
+)
+MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
+SOURCES = sorted(
+    path for folder in ("hrf_fast", "kernels", "benchmarks", "pretraining") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of hrf_fast that a file imports anywhere, also inside functions and for type checkers."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "hrf_fast":
+            for alias in node.names:
+                inner = ROOT.joinpath(*node.module.split("."), alias.name)
+                known = inner.with_suffix(".py").is_file() or inner.is_dir()
+                names.add(f"{node.module}.{alias.name}" if known else node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "hrf_fast"}
+    return names
+
+
+def module_name(path: Path) -> str:
+    parts = MODULES[path]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+GRAPH = {module_name(path): imports(path) for path in MODULES}
+
+
+def layer(module: str) -> int:
+    part = module.split(".")[1]
+    return next(number for number, names in enumerate(LAYERS) if part in names)
+
+
+def test_every_module_has_a_layer_and_none_imports_upwards():
+    upward = {
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        if module != "hrf_fast"
+        for other in others
+        if other == "hrf_fast" or layer(other) < layer(module)
+    }
+    assert upward == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    # remove modules that import nothing but removed ones; a circle is what stays
+    left = {module: {other for other in others if other != module} for module, others in GRAPH.items()}
+    while leaves := {module for module, others in left.items() if not others & set(left)}:
+        left = {module: others for module, others in left.items() if module not in leaves}
+    assert sorted(left) == []
+
+
+def test_hrf_kernels_knows_nothing_of_the_trainer():
+    assert [path.name for path in (ROOT / "kernels").rglob("*.py") if imports(path)] == []
 
 
 def test_no_module_hides_one_of_the_standard_library():
     # a launcher puts hrf_fast/ first on sys.path
-    names = {path.stem for path in (ROOT / "hrf_fast").iterdir()} - {"__init__", "__pycache__"}
+    names = {path.stem for path in PACKAGE.iterdir()} - {"__init__", "__pycache__"}
     assert not names & set(sys.stdlib_module_names)
 
 
@@ -20,8 +100,13 @@ def test_the_kernels_folder_does_not_hide_the_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_train_stays_short():
-    assert len((ROOT / "hrf_fast" / "train.py").read_text().splitlines()) < 150
+def test_the_first_file_to_open_is_short():
+    assert len((PACKAGE / "train.py").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 305
 
 
 def test_help_imports_nothing_heavy():
@@ -33,7 +118,7 @@ def test_help_imports_nothing_heavy():
 
 def test_the_script_runs_as_a_launcher_runs_it():
     out = subprocess.run(
-        [sys.executable, str(ROOT / "hrf_fast" / "train.py"), "--local_rank=0", "train.iteratons=1"],
+        [sys.executable, str(PACKAGE / "train.py"), "--local_rank=0", "train.iteratons=1"],
         capture_output=True,
         text=True,
     )

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from hrf_fast import optimizers
-from hrf_fast.checkpoint import load_newest, save_checkpoint
-from hrf_fast.config import load_config
-from hrf_fast.optimizers import build_optimizer
-from hrf_fast.plain_engine import PlainEngine
+from hrf_fast.config.load import load_config
+from hrf_fast.engines import optimizers
+from hrf_fast.engines.optimizers import build_optimizer
+from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.run.checkpoint import load_newest, save_checkpoint
 from tests.unit.test_update import make_policy
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_torchs_adamw_has_the_options_and_does_the_arithmetic(name):
 
 
 def test_the_engine_steps_with_the_optimizer_of_the_configuration(tiny_run, tiny_model):
-    from hrf_fast.parts import build_parts
+    from hrf_fast.build import build_parts
 
     parts = build_parts(load_config([*tiny_run, "train.optimizer=fused_adamw", "train.weight_decay=0.25"]))
     (group,) = parts.engine.optimizer.param_groups

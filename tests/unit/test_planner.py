@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from hrf_fast import planner
-from hrf_fast.amounts import parse_memory
 from hrf_fast.cli import main
-from hrf_fast.config import load_config
-from hrf_fast.footprint import Footprint, Line, measure_unet
-from hrf_fast.planner import Plan, count_calls, plan
-from hrf_fast.run import read_log
-from hrf_fast.states import ENGINES, model_states
+from hrf_fast.config.amounts import parse_memory
+from hrf_fast.config.load import load_config
+from hrf_fast.memory import planner
+from hrf_fast.memory.footprint import Footprint, Line, measure_unet
+from hrf_fast.memory.planner import Plan, count_calls, plan
+from hrf_fast.memory.zero import ENGINES, model_states
+from hrf_fast.run.files import read_log
 from hrf_fast.train import main as train_main
 from tests.conftest import make_scheduler
 

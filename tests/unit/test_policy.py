@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrf_fast.loading import load_policy
-from hrf_fast.sample import sample
-from hrf_fast.seeds import NoiseKey
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.sample import sample
 from tests.conftest import make_scheduler, make_unet
 
 

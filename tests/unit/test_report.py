@@ -9,12 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hrf_fast import report
 from hrf_fast.cli import main
-from hrf_fast.comparison import at_reward, describe, findings, gain, read_runs, result_table
-from hrf_fast.config import to_yaml
-from hrf_fast.evaluation import save_grid
-from hrf_fast.options import (
+from hrf_fast.config.load import to_yaml
+from hrf_fast.config.options import (
     Config,
     EvaluationConfig,
     ModelConfig,
@@ -24,7 +21,10 @@ from hrf_fast.options import (
     TrainConfig,
     WindowConfig,
 )
-from hrf_fast.report import MID_RUN_GRIDS, summary_lines, write_report
+from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.report import page as report
+from hrf_fast.report.comparison import at_reward, describe, findings, gain, read_runs, result_table
+from hrf_fast.report.page import MID_RUN_GRIDS, summary_lines, write_report
 
 START = [0.0, 1.0, 2.0, 3.0]  # rewards of the pretrained panel, mean 1.5
 UP_BY_3 = [(1.0, 3.0), (3.0, 1.0)]  # (gain, Vendi Score) of the panels after the pretrained one, whose Vendi is 4

@@ -405,7 +405,7 @@ def shipped(monkeypatch):
         asked.append((name, device))
         return FakeScorer()
 
-    monkeypatch.setattr("hrf_fast.scorers.load_scorer", load_scorer)
+    monkeypatch.setattr("hrf_fast.vision.shipped.load_scorer", load_scorer)
     return asked
 
 
@@ -546,7 +546,7 @@ def test_a_settings_file_that_is_no_json_object_is_refused_by_name(vit_folder, t
 
 
 def test_the_shipped_fashion_scorer_rewards_its_own_classes():
-    scorers = pytest.importorskip("hrf_fast.scorers")
+    scorers = pytest.importorskip("hrf_fast.vision.shipped")
     images = scorers.load_reference("fashion")[:32]
     names = scorers.load_scorer("fashion").labels["label"]
     terms = [RewardTerm("classifier", kwargs={"target": index}) for index in range(len(names))]

@@ -2,10 +2,10 @@
 
 import torch
 
-from hrf_fast.rollout import Start, renoised, rollout
-from hrf_fast.sample import sample, starting_noise
-from hrf_fast.seeds import NoiseKey
-from hrf_fast.trajectory import Window
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.sample import sample, starting_noise
+from hrf_fast.training.rollout import Start, renoised, rollout
+from hrf_fast.windows.base import Window
 from tests.unit.test_update import T, make_policy
 
 

@@ -10,12 +10,15 @@ import types
 import pytest
 import torch
 
-from hrf_fast.config import load_config
+from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
-from hrf_fast.diversity import Interval
-from hrf_fast.evaluation import PanelScores, choose_scorer, image_grid
-from hrf_fast.run import Run, read_log
-from hrf_fast.writers import BarProgress, JsonProgress, Progress, build_progress, build_writers
+from hrf_fast.evaluation.diversity import Interval
+from hrf_fast.evaluation.grids import image_grid
+from hrf_fast.evaluation.panel import PanelScores, choose_scorer
+from hrf_fast.run.files import read_log
+from hrf_fast.run.folder import Run
+from hrf_fast.run.progress import BarProgress, JsonProgress, Progress, build_progress
+from hrf_fast.run.writers import build_writers
 
 RECORD = {"images": 8, "reward_mean": 0.5, "window_starts": [1]}
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from hrf_fast import scorers
 from hrf_fast.assets import ASSETS, SHIPPED
-from hrf_fast.diversity import vendi_interval, vendi_score
-from hrf_fast.scorers import Scorer, ScoringNetwork, load_feature_network, load_reference, load_scorer
+from hrf_fast.evaluation.diversity import vendi_interval, vendi_score
+from hrf_fast.vision import shipped as scorers
+from hrf_fast.vision.shipped import Scorer, ScoringNetwork, load_feature_network, load_reference, load_scorer
 
 TINY_VISION = dict(
     hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8

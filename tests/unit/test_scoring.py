@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hrf_fast.rewards import RewardTerm, build_reward
-from hrf_fast.scoring import Background, score_groups
 from hrf_fast.stopwatch import Stopwatch
+from hrf_fast.training.rewarding import Background, score_groups
 
 
 def images(*levels):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hrf_fast.dynamic import evaluations
-from hrf_fast.rollout import renoised
-from hrf_fast.sample import sample
-from hrf_fast.search import probe_starts
-from hrf_fast.seeds import NoiseKey
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.sample import sample
+from hrf_fast.training.probe import probe_starts
+from hrf_fast.training.rollout import renoised
+from hrf_fast.windows.base import evaluations
 from hrf_kernels import gaussian_mean
 from tests.unit.test_update import T, make_policy
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrf_fast import self_check as module
-from hrf_fast.activations import Activations
-from hrf_fast.config import load_config
+from hrf_fast.build import build_parts
+from hrf_fast.config.load import load_config
 from hrf_fast.devices import set_precision_flags
-from hrf_fast.loading import load_policy
-from hrf_fast.parts import build_parts
-from hrf_fast.self_check import self_check
+from hrf_fast.memory.activations import Activations
+from hrf_fast.policies.load import load_policy
 from hrf_fast.train import train
+from hrf_fast.training import self_check as module
+from hrf_fast.training.self_check import self_check
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -60,7 +60,7 @@ def test_a_stopped_and_resumed_channels_last_run_is_the_uninterrupted_one_bit_fo
 
 
 def test_the_optimizer_s_state_takes_the_order_of_its_weights_when_it_is_restored(tiny_run):
-    from hrf_fast.optimizers import flatten_optimizer, restore_optimizer
+    from hrf_fast.engines.optimizers import flatten_optimizer, restore_optimizer
 
     def stepped():
         engine = build_parts(load_config([*tiny_run, "train.channels_last=true"])).engine

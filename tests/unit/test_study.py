@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.config import load_config, to_yaml
+from hrf_fast.config.load import load_config, to_yaml
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "study.py"
 

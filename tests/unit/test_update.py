@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from hrf_fast.batching import replay_calls
-from hrf_fast.diffusion import build_diffusion
-from hrf_fast.plain_engine import PlainEngine
-from hrf_fast.policy import Policy
-from hrf_fast.rollout import Start, rollout
-from hrf_fast.sample import starting_noise
-from hrf_fast.seeds import NoiseKey
-from hrf_fast.trajectory import Window
-from hrf_fast.update import Clips, replay_ratio_error, update
+from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.pixel import Policy
+from hrf_fast.policies.sample import starting_noise
+from hrf_fast.policies.sampler import build_diffusion
+from hrf_fast.training.calls import replay_calls
+from hrf_fast.training.optimizer_step import Clips, replay_ratio_error, update
+from hrf_fast.training.rollout import Start, rollout
+from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_log_prob
 from tests.conftest import make_scheduler, make_unet
 

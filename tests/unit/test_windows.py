@@ -6,8 +6,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from hrf_fast.trajectory import Window
-from hrf_fast.windows import SCHEDULES, build_schedule, check_starts, load_schedule_state, schedule_state
+from hrf_fast.windows.base import Window
+from hrf_fast.windows.schedules import SCHEDULES, build_schedule, check_starts, load_schedule_state, schedule_state
 
 
 def make(name, kwargs=None, *, T=40, stop=None):

@@ -1,0 +1,202 @@
+"""`load_config(argv)`: one Config of defaults, YAML layers and `section.field=value`. The options are in options.py.
+
+The only module that imports OmegaConf. A typo answers with the nearest name. What values may be is in rules.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hrf_fast.config.options import Config
+from hrf_fast.config.rules import check_config
+from hrf_fast.registry import nearest
+
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """Defaults, then each `--config FILE` in order, then all `section.field=value` as one layer.
+
+    A YAML file may name others to start from: `base: other.yaml`, relative to itself.
+
+    Raises:
+        ValueError: an unknown option (with the nearest name), a value of the wrong type or out of range, no such file.
+    """
+    from omegaconf import OmegaConf
+
+    files, overrides = _split(argv)
+    merged = OmegaConf.structured(Config)
+    for name in files:
+        layer = _read(Path(name), ())
+        with _naming(name):
+            merged = _merge(merged, layer)
+    for override in overrides:
+        _check_override(override)
+    # one layer, so that the order of the words does not matter: options of a new schedule may come before its name
+    with _naming(" ".join(overrides)):
+        merged = _merge(merged, OmegaConf.from_dotlist(overrides))
+    with _naming("the configuration"):
+        config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """What YAML and OmegaConf raise about `source`, a word or a file, becomes a ValueError that names it."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key and not source.startswith(error.full_key) else ""
+        raise ValueError(f"{source}: {key}{str(error).splitlines()[0]}; `hrf train --help` shows its type") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    except TypeError as error:
+        # OmegaConf's own "Cannot merge incompatible container types" does not say which
+        raise ValueError(
+            f"{source} has a list where a mapping belongs, or the reverse; "
+            "write a list whole, as [a, b], and a mapping as {name: value}"
+        ) from error
+
+
+def _check_override(word: str) -> None:
+    """Refuse one `section.field=value` that is wrong by itself, so that the message names this word only."""
+    from omegaconf import OmegaConf
+
+    if "=" not in word:
+        raise ValueError(f"{word!r} is not an option; write section.field=value, or --config FILE")
+    with _naming(word):
+        layer = OmegaConf.from_dotlist([word])
+        _check_names(OmegaConf.to_container(layer), word)
+        OmegaConf.merge(_defaults(), layer)
+
+
+@functools.cache
+def _defaults() -> Any:
+    """The defaults with their types, to merge over and never to change; making them takes four times a merge."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Config)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(config files, overrides) of an argument list; the DeepSpeed launcher's --local_rank is dropped."""
+    files, overrides, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--local_rank"):
+            if word == "--local_rank":
+                if not rest:
+                    raise ValueError("--local_rank needs a number, e.g. --local_rank=0, or leave it out")
+                rest.pop(0)
+        elif word == "--config":
+            if not rest:
+                raise ValueError("--config needs a file, e.g. --config configs/smoke_cpu.yaml")
+            files.append(rest.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        elif word.startswith("-"):
+            raise ValueError(f"{word} is unknown; options are --config FILE and section.field=value")
+        else:
+            overrides.append(word)
+    return files, overrides
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Any:
+    """A YAML file merged over the `base` files that it names."""
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        others = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ValueError(f"--config {path} does not exist{nearest(str(path), others)}")
+    if path.resolve() in seen:
+        raise ValueError(f"{path} is its own base; remove the circle")
+    with _naming(str(path)):
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections such as `train:`, not a {type(values).__name__}")
+    base = values.pop("base", [])
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise ValueError(f"{path}: base is {base!r}; name a YAML file or a list of them, or leave it out")
+    _check_names(values, str(path))
+    parents = [_read(path.parent / name, (*seen, path.resolve())) for name in bases]
+    merged = OmegaConf.create({})
+    with _naming(str(path)):
+        for layer in (*parents, OmegaConf.create(values)):
+            merged = _merge(merged, layer)
+    return merged
+
+
+def _merge(config: Any, layer: Any) -> Any:
+    """`layer` over `config`; another schedule or reward starts with its own options, not with the old one's."""
+    from omegaconf import OmegaConf
+
+    for section, selector in (("window", "schedule"), ("reward", "name")):
+        new, old = layer.get(section), config.get(section)
+        if new and old and selector in new and new[selector] != old.get(selector):
+            old.kwargs = {}
+    return OmegaConf.merge(config, layer)
+
+
+def _check_names(values: Any, source: str) -> None:
+    for section, options in values.items():
+        if section not in SECTIONS:
+            raise ValueError(
+                f"{source}: no section {section!r}{nearest(str(section), SECTIONS)}; use {', '.join(SECTIONS)}"
+            )
+        if options is None:
+            continue
+        if not isinstance(options, dict):
+            raise ValueError(f"{source}: {section} is a section; write {section}.field=value")
+        names = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for name in options:
+            if name not in names:
+                raise ValueError(
+                    f"{source}: no option {section}.{name}{nearest(str(name), names)}; use {', '.join(names)}"
+                )
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as a valid `--config` file."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Options whose values differ, as {"section.field": (in a, in b)}."""
+    pairs = ((f"{s}.{name}", old, new) for s in SECTIONS for name, old, new in _fields(getattr(a, s), getattr(b, s)))
+    return {option: (old, new) for option, old, new in pairs if old != new}
+
+
+def _fields(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    return ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+
+
+def describe_options() -> str:
+    """Every option with its type, default and docstring, for `hrf train --help`."""
+    lines = []
+    for section, factory in SECTIONS.items():
+        lines.append(f"\n{section}: {factory.__doc__}")
+        tree: Any = ast.parse(inspect.getsource(factory))
+        body: list[Any] = tree.body[0].body
+        docs = {
+            node.target.id: text.value.value
+            for node, text in zip(body, body[1:], strict=False)
+            if hasattr(node, "target") and hasattr(text, "value")
+        }
+        default = factory()
+        lines += [f"  {section}.{name}={getattr(default, name)!r}\n      {doc}" for name, doc in docs.items()]
+    return "\n".join(lines)

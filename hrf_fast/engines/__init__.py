@@ -1,0 +1,1 @@
+"""Whatever owns the weights: gradients, optimizer, sharding."""

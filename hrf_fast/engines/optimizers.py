@@ -1,0 +1,144 @@
+"""Optimizers by name: torch's AdamW, its fused form, DeepSpeed's for offload, and bitsandbytes' with 8-bit state.
+
+All are AdamW with decoupled weight decay. What this machine can't run is refused when it is built, before a run begins.
+The state of an optimizer as flat tensors, and the learning rate over a run, are here too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrf_fast.config.options import LEARNING_RATE_SCHEDULES, OPTIMIZERS
+from hrf_fast.registry import nearest
+
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+# bitsandbytes keeps the state of smaller tensors in fp32
+_LEAST_8BIT = 4096
+
+
+def build_optimizer(
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """The optimizer of train.optimizer, with learning rate 0 until one is set.
+
+    Args:
+        name: adamw; fused_adamw, one kernel for all tensors; cpu_adam, DeepSpeed's for offloaded weights; adamw_8bit,
+            2 bytes of state a weight instead of 8; paged_adamw_8bit, the same in memory that CUDA may move to the host.
+        device: where the model computes.
+
+    Raises:
+        ImportError: its package is missing; says how to install it.
+        ValueError: this machine can't run it; says why and what to use.
+    """
+    settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if name in ("adamw", "fused_adamw"):
+        return torch.optim.AdamW(parameters, **settings, fused=True if name == "fused_adamw" else None)
+    if name == "cpu_adam":
+        return _deepspeed_cpu_adam(parameters, settings)
+    if name not in _BITSANDBYTES:
+        raise ValueError(f"train.optimizer is {name!r}{nearest(name, OPTIMIZERS)}; use {', '.join(OPTIMIZERS)}")
+    if name == "paged_adamw_8bit" and device.type != "cuda":
+        raise ValueError(
+            f"train.optimizer is {name!r}, whose paging is CUDA's, but the device is {device}; use adamw_8bit or adamw"
+        )
+    _require(name, "bitsandbytes")
+    import bitsandbytes
+
+    kind = getattr(bitsandbytes.optim, _BITSANDBYTES[name])
+    trial = torch.nn.Parameter(torch.zeros(_LEAST_8BIT, device=device))
+    trial.grad = torch.ones_like(trial)
+    try:
+        kind([trial]).step()
+    # whatever its native library lacks for this device
+    except Exception as error:
+        raise ValueError(
+            f"train.optimizer is {name!r}, but bitsandbytes {bitsandbytes.__version__} can't step on {device} "
+            f"({type(error).__name__}: {error}); upgrade it, or use adamw"
+        ) from error
+    return kind(parameters, **settings)
+
+
+def _deepspeed_cpu_adam(parameters: Sequence[nn.Parameter], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    _require("cpu_adam", "deepspeed")
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(parameters, **settings)
+    # its kernel is compiled on first use: no compiler, no ninja, or a compile that failed
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"train.optimizer is 'cpu_adam', but DeepSpeed can't build its kernel ({type(cause).__name__}: "
+            f"{cause}); install g++ and ninja, or use adamw"
+        ) from error
+
+
+def _require(name: str, package: str) -> None:
+    if find_spec(package) is None:
+        raise ImportError(f'train.optimizer is {name!r}: `pip install "hrf_fast[gpu]"` brings {package}; or use adamw')
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Optimizer state as flat tensors named "index.key", and its groups' numbers."""
+    # not the 8-bit optimizers' own state_dict, which nests the state for FSDP
+    state = torch.optim.Optimizer.state_dict(optimizer)
+    tensors: dict[str, Tensor] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
+            shared = key.startswith("qmap")
+            tensor = torch.as_tensor(value)
+            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
+    return tensors, state["param_groups"]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
+    # JSON has no tuples
+    groups = [group | {"betas": tuple(group["betas"])} for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            # files are contiguous, a channels_last weight and its state are not: mixed, they would round otherwise
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entry[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iterations: int) -> Callable[[int], float]:
+    """Learning rate as a function of the iteration: linear warm-up, then constant or cosine down to zero.
+
+    Args:
+        schedule: constant or cosine; peak: the rate after warm-up; iterations: length of the run.
+    """
+    if schedule not in LEARNING_RATE_SCHEDULES:
+        raise ValueError(
+            f"train.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
+        )
+
+    def rate(iteration: int) -> float:
+        if iteration < warmup_iterations:
+            return peak * (iteration + 1) / warmup_iterations
+        if schedule == "constant":
+            return peak
+        progress = (iteration - warmup_iterations) / max(1, iterations - warmup_iterations)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return rate

@@ -1,0 +1,105 @@
+"""PlainEngine: whole weights on every rank, data-parallel by one flat all_reduce of the gradients.
+
+A wrapper such as torch's DDP reduces in each backward, and is wrong when several forwards come before the first
+backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrf_fast.distributed import comm
+from hrf_fast.engines.base import Ema, LossScale, averaged
+from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
+
+
+class PlainEngine:
+    """AdamW on whole weights, one copy of them on each rank."""
+
+    lockstep = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        max_grad_norm: float,
+        ema_decay: float = 0.0,
+        precision: str = "fp32",
+        optimizer: str = "adamw",
+    ) -> None:
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_grad_norm = max_grad_norm
+        device = next(model.parameters()).device
+        self.optimizer = build_optimizer(
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+        )
+        self.loss_scale = LossScale(precision)
+        self.ema = Ema(list(model.parameters()), ema_decay)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self.optimizer.zero_grad(set_to_none=True)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.loss_scale.value).backward()
+
+    def step(self) -> Tensor:
+        """One AdamW step.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the weights are as they were.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        comm.average(gradients)
+        if self.loss_scale.value != 1:
+            torch._foreach_div_(gradients, self.loss_scale.value)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        self.loss_scale.check(norm)
+        self.optimizer.step()
+        self.ema.update(list(self.model.parameters()))
+        return norm
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @contextmanager
+    def gathered(self, *, ema: bool = False) -> Iterator[None]:
+        with averaged(list(self.model.parameters()), self.ema.parts if ema else []):
+            yield
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, groups = flatten_optimizer(self.optimizer)
+        return tensors, {"optimizer_scalars": groups, **self.loss_scale.state()}
+
+    def ema_state(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.model.named_parameters()]
+        return dict(zip(names, self.ema.parts, strict=True)) if self.ema.parts else {}
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        numbers: dict[str, Any],
+        ema: Mapping[str, Tensor],
+    ) -> None:
+        self.model.load_state_dict(dict(comm.broadcast_tensors(weights)))
+        restore_optimizer(self.optimizer, dict(comm.broadcast_tensors(optimizer)), numbers["optimizer_scalars"])
+        self.loss_scale.load(numbers)
+        saved = dict(comm.broadcast_tensors(ema))
+        for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
+            part.copy_(saved.get(name, parameter.detach()))

@@ -1,0 +1,1 @@
+"""Panels: images from fixed noise, and numbers about them."""

@@ -1,0 +1,1 @@
+"""What a configuration needs in bytes and calls, before it is spent."""

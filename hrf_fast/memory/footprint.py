@@ -1,0 +1,173 @@
+"""Footprint: how many bytes a UNet's activations take.
+
+For a plan the UNet runs on fake tensors: shapes, types and lifetimes are real, memory is not, so a model of any size
+takes seconds on any machine. At the start of a run the real one does, on three images. Every storage that an operation
+makes is counted from its birth to its death. Left out: workspaces of convolution libraries, fragmentation, the CUDA
+context (the planner keeps a reserve for them).
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from hrf_fast.config.options import PRECISIONS
+from hrf_fast.policies.network import NOT_REENTRANT
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes as a function of the images in a UNet call: all its layers are linear in them."""
+
+    fixed: float
+    per_image: float
+
+    def __call__(self, images: int) -> float:
+        return self.fixed + self.per_image * images
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one UNet call besides weights and gradients.
+
+    Attributes:
+        sampling: peak of a forward without gradients.
+        kept: what the graph of a forward holds on to until its backward.
+        update: peak of a forward and its backward.
+        tensors: elements of each parameter; image_bytes: of one image's latents in fp32.
+    """
+
+    sampling: Line
+    kept: Line
+    update: Line
+    tensors: tuple[int, ...]
+    image_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.tensors)
+
+
+def measure_unet(config: dict[str, Any], *, device: str) -> dict[tuple[str, bool], Footprint]:
+    """Count a UNet2DModel's activations, for (precision, with gradient checkpointing).
+
+    Args:
+        config: of diffusers, as in unet/config.json; device: cuda or cpu, whose autocast rules differ.
+    """
+    from diffusers import UNet2DModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: dict[tuple[str, bool], Footprint] = {}
+    # what exists by now is not looked through again by the many collections below
+    gc.freeze()
+    try:
+        with FakeTensorMode():
+            unet: Any = UNet2DModel.from_config(config)
+            if device == "cuda":
+                for module in unet.modules():
+                    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                        module.register_forward_pre_hook(_normalise_in_fp32)
+            for checkpointing in (False, True):
+                if checkpointing:
+                    unet.enable_gradient_checkpointing()
+                for precision in PRECISIONS:
+                    # fp16 takes as much as bf16
+                    known = found.get(("bf16", checkpointing)) if precision != "fp32" else None
+                    found[precision, checkpointing] = known or _footprint(unet, precision)
+    finally:
+        gc.unfreeze()
+    return found
+
+
+def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As CUDA's autocast does and the CPU's, which stands in for it here, does not."""
+    return (inputs[0].float(), *inputs[1:])
+
+
+def measure_running(unet: Any, precision: str, *, checkpointing: bool) -> Footprint:
+    """The same of a loaded UNet, by running it on three images; its gradients are left empty."""
+    if checkpointing:
+        unet.enable_gradient_checkpointing(NOT_REENTRANT)
+    try:
+        return _footprint(unet, precision)
+    finally:
+        unet.disable_gradient_checkpointing()
+        for parameter in unet.parameters():
+            parameter.grad = None
+
+
+def _footprint(unet: Any, precision: str) -> Footprint:
+    # not of 1: some layers copy what they can view when there is one image
+    two, three = (_peaks(unet, precision, images) for images in (2, 3))
+    sampling, kept, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
+    return Footprint(sampling, kept, update, tuple(p.numel() for p in unet.parameters()), _latents(unet, 1).nbytes)
+
+
+def _latents(unet: Any, images: int) -> Tensor:
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    device = next(unet.parameters()).device
+    return torch.zeros(images, unet.config.in_channels, height, width, device=device)
+
+
+def _peaks(unet: Any, precision: str, images: int) -> tuple[int, int, int]:
+    """Bytes of `sampling`, `kept` and `update` for a number of images."""
+    latents, parameters = _latents(unet, images), list(unet.parameters())
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+    def forward() -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=precision != "fp32"):
+            return unet(latents, 0).sample.float()
+
+    with _Live([*parameters, *gradients, *unet.buffers(), latents]) as live:
+        with torch.no_grad():
+            forward()
+        sampling = live.restart()
+        output = forward()
+        gc.collect()
+        kept = live.now
+        output.sum().backward()
+        return sampling, kept, live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are alive: `now`, and their highest number, `peak`."""
+
+    def __init__(self, not_counted: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.sizes = {_key(tensor): 0 for tensor in not_counted}
+        self.now = self.peak = 0
+
+    def restart(self) -> int:
+        """The peak so far; from here on another one is measured."""
+        gc.collect()
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and _key(value) not in self.sizes:
+                storage = value.untyped_storage()
+                self.sizes[_key(value)] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._drop, _key(value))
+        return result
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

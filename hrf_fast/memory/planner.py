@@ -1,0 +1,255 @@
+"""Planner: what a configuration needs per GPU, in bytes and in UNet calls, before a GPU is rented.
+
+Weights, gradients and optimizer state are arithmetic (zero.py); activations are counted on the UNet itself
+(footprint.py); UNet calls come from running the configuration's own window schedule. Left out: networks of rewards and
+panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hrf_fast.config.options import PRECISIONS, Config
+from hrf_fast.config.zero_settings import offload_device, read_settings
+from hrf_fast.memory.footprint import Footprint, measure_unet
+from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
+from hrf_fast.noise import noise_generator
+from hrf_fast.policies.load import read_configs
+from hrf_fast.policies.sampler import build_diffusion
+from hrf_fast.windows.base import evaluations
+from hrf_fast.windows.schedules import build_schedule
+
+MODES = ("keep", "replay", "checkpoint")
+"""Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
+# of the memory, left to the CUDA context, workspaces and fragmentation
+RESERVE = 0.1
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Images through the UNet per iteration over all GPUs, the mean over the run; `longest_window` in steps."""
+
+    anchors: float
+    search: float
+    rollout: float
+    update: float
+    longest_window: int
+
+    def forwards(self, mode: str, inner_epochs: int) -> float:
+        """Forwards without those that checkpointing repeats; `keep` needs none in the first epoch of the update."""
+        return self.anchors + self.search + self.rollout + self.update * (inner_epochs - (mode == "keep"))
+
+    def evaluations(self, mode: str, inner_epochs: int) -> float:
+        """Cost in forwards, a backward counting two."""
+        again = inner_epochs if mode == "checkpoint" else 0
+        return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
+
+
+def count_calls(config: Config, stop: int) -> Calls:
+    """Run a window schedule of the configuration's over the run's iterations (1000 at most) and count.
+
+    It is a schedule of its own: what it is shown here must not get into the run's memory.
+
+    The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
+    run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
+    but not the same ones.
+    """
+    train, steps = config.train, config.sample.num_inference_steps
+    schedule = build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop)
+    stand_in = torch.Generator().manual_seed(config.run.seed)
+    iterations = min(train.iterations, 1000)
+    groups, size = train.groups_per_iteration, train.group_size
+    searched, lengths, run_steps = 0, [], 0
+
+    def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
+        nonlocal searched
+        searched += sum(evaluations(start, steps, estimate) for starts in candidates for start in starts) * size
+        return [
+            (torch.rand(len(starts), generator=stand_in), torch.rand(len(starts), generator=stand_in))
+            for starts in candidates
+        ]
+
+    for iteration in range(iterations):
+        generator = noise_generator(config.run.seed, iteration, "windows")
+        for window in schedule(iteration, groups, generator=generator, probe=probe):
+            lengths.append(len(window))
+            run_steps += steps - window.start
+    return Calls(
+        anchors=float(groups * steps if schedule.needs_anchors else 0),
+        search=searched / iterations,
+        rollout=run_steps * size / iterations,
+        update=sum(lengths) * size / iterations,
+        longest_window=stop if searched else max(lengths),
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run: engine, precision, mode of activations, and the largest batches that fit; bytes per GPU."""
+
+    engine: str
+    precision: str
+    mode: str
+    micro_batch_size: int
+    sample_batch_size: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration needs on `gpus` GPUs of `memory` bytes each; all bytes are per GPU."""
+
+    config: Config
+    gpus: int
+    memory: int
+    engine: str
+    bucket: int
+    calls: Calls
+    footprints: dict[tuple[str, bool], Footprint]
+
+    @property
+    def any_footprint(self) -> Footprint:
+        """For what does not depend on precision or checkpointing."""
+        return next(iter(self.footprints.values()))
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those that the configuration's order of updates has."""
+        return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
+
+    def states(self, engine: str) -> States:
+        tensors, train = self.any_footprint.tensors, self.config.train
+        return model_states(
+            tensors,
+            engine=engine,
+            gpus=self.gpus,
+            optimizer=train.optimizer,
+            bucket=self.bucket,
+            ema=train.ema_decay > 0,
+        )
+
+    @property
+    def rolled_out(self) -> int:
+        """Images that are rolled out before the next update."""
+        train = self.config.train
+        groups = train.groups_per_step if train.order == "on_policy" else train.groups_per_iteration
+        return math.ceil(groups / self.gpus) * train.group_size
+
+    @property
+    def trajectories(self) -> int:
+        """The latents of their windows and the final images, in fp32."""
+        return self.rolled_out * (self.calls.longest_window + 2) * self.any_footprint.image_bytes
+
+    @property
+    def kept_samples(self) -> int:
+        """Images whose graphs `keep` holds at once: those of an optimizer step."""
+        train = self.config.train
+        return math.ceil(train.groups_per_step / self.gpus) * train.group_size
+
+    def batch(self, micro_batch_size: int) -> int:
+        """Images in a UNet call of a rollout."""
+        return max(micro_batch_size, min(self.config.train.max_batch, self.rolled_out))
+
+    def activations(self, mode: str, precision: str, micro_batch_size: int) -> float:
+        """Peak of the update besides states and trajectories.
+
+        `keep` holds the graphs of `kept_samples` over the longest window; the other modes hold one UNet call's.
+        """
+        train, footprint = self.config.train, self.footprints[precision, mode == "checkpoint"]
+        batch = self.batch(micro_batch_size)
+        if mode != "keep":
+            joined = train.order == "on_policy" and train.steps_per_forward == 1
+            return footprint.update(batch if joined else micro_batch_size * train.steps_per_forward)
+        calls = math.ceil(self.kept_samples / batch)
+        graphs = footprint.kept.fixed * calls + footprint.kept.per_image * self.kept_samples
+        return graphs * self.calls.longest_window + footprint.update(batch) - footprint.kept(batch)
+
+    def need(self, engine: str, precision: str, mode: str, micro_batch_size: int, sample_batch_size: int) -> float:
+        """Peak bytes of an iteration."""
+        states = self.states(engine)
+        sampling = self.footprints[precision, False].sampling(max(sample_batch_size, self.batch(micro_batch_size)))
+        most = max(self.activations(mode, precision, micro_batch_size), sampling, states.step)
+        return states.together + self.trajectories + most
+
+    def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
+        """The largest micro-batch (a group at most) and sampling batch that fit, or None."""
+        usable = self.memory * (1 - RESERVE)
+
+        def largest(limit: int, micro: bool) -> int:
+            sizes = [limit, *sorted({max(1, limit // 2**k) for k in range(1, 20)}, reverse=True)]
+            need = [self.need(engine, precision, mode, *((n, 1) if micro else (1, n))) for n in sizes]
+            return next((n for n, bytes_ in zip(sizes, need, strict=True) if bytes_ <= usable), 0)
+
+        train = self.config.train
+        micro = largest(train.samples_per_call, True)
+        sample = largest(self.config.sample.batch_size, False)
+        if not micro or not sample:
+            return None
+        return Choice(engine, precision, mode, micro, sample, self.need(engine, precision, mode, micro, sample))
+
+    def best(self, engine: str, precision: str) -> Choice | None:
+        """The fastest mode that the trainer has and that fits, or None."""
+        return next((choice for mode in self.modes if (choice := self.choose(engine, precision, mode))), None)
+
+
+def may_keep(config: Config) -> bool:
+    """Whether an update follows its rollout before the weights change, once."""
+    return config.train.order == "on_policy" and config.train.inner_epochs == 1
+
+
+def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Plan:
+    """Plan a configuration without its weights and without a GPU.
+
+    Args:
+        memory: bytes per GPU; device: cuda or cpu, whose autocast rules differ.
+
+    Raises:
+        ValueError: gpus < 1, a model or schedule that can't work, or nothing that fits (says what would).
+    """
+    import diffusers
+
+    if gpus < 1:
+        raise ValueError(f"--gpus is {gpus}; use at least 1")
+    _, unet, _, scheduler = read_configs(config.model.name, config.model.revision, weights=False)
+    sample, steps = config.sample, config.sample.num_inference_steps
+    sampler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    stop = build_diffusion(
+        sampler, sampler=sample.scheduler, num_inference_steps=steps, eta=sample.eta
+    ).stochastic_steps
+    calls = count_calls(config, stop)
+    try:
+        footprints = measure_unet(unet, device=device)
+    # diffusers checks no types: a wrong value in a config can raise nearly anything
+    except Exception as error:
+        raise ValueError(
+            f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
+        ) from error
+    engine, bucket = engine_of(config)
+    result = Plan(config, gpus, memory, engine, bucket, calls, footprints)
+    if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
+        ways = {(e, p, m): result.need(e, p, m, 1, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
+        least = min(ways, key=lambda way: ways[way])
+        need = ways[least] / (1 - RESERVE)
+        raise ValueError(
+            f"nothing fits into --memory {memory / 1e9:.3g} GB on {gpus} GPUs: the least is {need / 1e9:.3g} GB a GPU, "
+            f"with {', '.join(least)}, train.micro_batch_size=1 and sample.batch_size=1; use more --memory or more "
+            "--gpus, fewer samples an iteration, or a smaller model"
+        )
+    return result
+
+
+def engine_of(config: Config) -> tuple[str, int]:
+    """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
+    path = config.engine.deepspeed
+    if path is None:
+        return "plain", BUCKET
+    zero = read_settings(path)["zero_optimization"]
+    stage = zero.get("stage", 0)
+    offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
+    engine = f"zero{stage}{offload}" if stage else "plain"
+    return engine, int(zero.get("reduce_bucket_size", BUCKET))

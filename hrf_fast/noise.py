@@ -1,0 +1,67 @@
+"""Keys for counter-based noise: every random number of a run is a function of (seed, iteration, purpose).
+
+So there is no generator state: a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check")
+
+
+def noise_key(seed: int, iteration: int, purpose: str) -> int:
+    """An unsigned 64-bit key, independent for each combination.
+
+    Raises:
+        ValueError: a seed of more than 32 bits, which would share keys with a smaller one.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"the seed is {seed}; run.seed and evaluation.seed must be from 0 to 2^32 - 1")
+    sequence = np.random.SeedSequence([seed, iteration, PURPOSES.index(purpose)])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names the noise of a batch: a key, and a counter for each sample."""
+
+    seed: int
+    """Unsigned 64-bit."""
+    sample_id: Tensor
+    """[B] int64, on the device that the noise is wanted on."""
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def __getitem__(self, rows: slice) -> NoiseKey:
+        return NoiseKey(self.seed, self.sample_id[rows])
+
+    @staticmethod
+    def join(keys: Sequence[NoiseKey]) -> NoiseKey:
+        """One batch of several, which must have one key."""
+        if len({key.seed for key in keys}) != 1:
+            raise ValueError("samples of different keys do not share a batch: their noise is drawn under one key")
+        return keys[0] if len(keys) == 1 else NoiseKey(keys[0].seed, torch.cat([key.sample_id for key in keys]))
+
+    def split(self, size: int) -> Iterator[NoiseKey]:
+        return (NoiseKey(self.seed, ids) for ids in self.sample_id.split(size))
+
+
+def noise_generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
+    """A CPU generator on that key, for choices that are not per-sample noise."""
+    return torch.Generator().manual_seed(noise_key(seed, iteration, purpose) >> 1)
+
+
+def seed_everything(seed: int, iteration: int) -> None:
+    """Seed the global generators too, so that a user's reward that draws from them is repeatable."""
+    value = noise_key(seed, iteration, "reward") % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)

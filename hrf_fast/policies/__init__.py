@@ -1,0 +1,1 @@
+"""Diffusion models as denoising policies."""

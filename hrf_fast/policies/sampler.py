@@ -1,0 +1,199 @@
+"""StepCoefficients from a diffusers scheduler, in float64: DDIM with eta, or DDPM ancestral sampling.
+
+This is the only module that knows schedulers. What the affine form cannot express (dynamic thresholding, learned
+variances) is refused by name. Reproduces `DDIMScheduler.step` and `DDPMScheduler.step` of diffusers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrf_fast.config.options import SAMPLERS
+from hrf_kernels import StepCoefficients
+
+# schedulers whose alphas_cumprod mean the same as DDPM's, so that DDIM and DDPM steps can be made of their config
+COMPATIBLE = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
+# under this the step is deterministic to float32: diffusers floors a DDPM variance at 1e-20
+_NO_NOISE = 1e-8
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A sampler of T steps as tables; `step` 0 is the noisiest."""
+
+    timesteps: Tensor
+    """[T] int64: the scheduler's value at each step."""
+    coefficients: StepCoefficients
+    """[T] fp32: the stochastic policy that is trained."""
+    deterministic: StepCoefficients
+    """[T] fp32: DDIM with eta = 0, for the search of HRF-D."""
+    signal: Tensor
+    """[T] fp32: sqrt(ā), the factor of x0 at each step."""
+    noise: Tensor
+    """[T] fp32: sqrt(1−ā)."""
+    stochastic_steps: int
+    """Steps [0, stochastic_steps) have std > 0; the deterministic rest (DDIM's last step) is in no window."""
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def renoise(self, x0: Tensor, step: int, noise: Tensor) -> Tensor:
+        """Forward process: x_step = sqrt(ā)·x0 + sqrt(1−ā)·noise, [B, C, H, W]."""
+        return self.signal[step] * x0 + self.noise[step] * noise
+
+    def to(self, device: torch.device) -> Diffusion:
+        moved = {
+            name: getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "stochastic_steps"
+        }
+        return Diffusion(**moved, stochastic_steps=self.stochastic_steps)
+
+
+def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, eta: float) -> Diffusion:
+    """Tables of a sampler made from a diffusers scheduler's configuration.
+
+    Args:
+        scheduler: a DDPMScheduler, DDIMScheduler or PNDMScheduler.
+        sampler: "ddim" or "ddpm" (ancestral, with the scheduler's fixed variance).
+        num_inference_steps: T.
+        eta: DDIM's noise scale in (0, 1]; ancestral sampling has no eta and wants 1.
+
+    Raises:
+        ValueError: an option that the affine step cannot express, or no stochastic step at all.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    name = type(scheduler).__name__
+    if name not in COMPATIBLE:
+        raise ValueError(f"the model's scheduler is {name}; only {', '.join(COMPATIBLE)} define the steps used here")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sample.scheduler is {sampler!r}; use {' or '.join(SAMPLERS)}")
+    trained_steps = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= trained_steps:
+        raise ValueError(f"sample.num_inference_steps is {num_inference_steps}; use 1 to {trained_steps}, as trained")
+    if not 0 < eta <= 1:
+        raise ValueError(f"sample.eta is {eta}; a policy needs noise: use a value in (0, 1]")
+    if sampler == "ddpm" and eta != 1:
+        raise ValueError(f"sample.eta is {eta} but ancestral sampling has no eta; leave it at 1 or use scheduler=ddim")
+    if scheduler.config.get("thresholding", False):
+        raise ValueError(
+            "the model's scheduler has thresholding: true (dynamic thresholding), which depends on the whole image "
+            "and has no Gaussian step of fixed coefficients; use a model or scheduler_config.json without it"
+        )
+
+    maker = (DDIMScheduler if sampler == "ddim" else DDPMScheduler).from_config(scheduler.config)
+    maker.set_timesteps(num_inference_steps)
+    timesteps = maker.timesteps.long()
+    if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= trained_steps:
+        # diffusers rounds "trailing" to one step too many for some T, and steps_offset can pass the end
+        raise ValueError(
+            f"sample.num_inference_steps is {num_inference_steps}: with the scheduler's timestep_spacing "
+            f"{maker.config.timestep_spacing!r} its {len(timesteps)} timesteps run from {int(timesteps.max())} to "
+            f"{int(timesteps.min())}; use another number of steps, such as a divisor of {trained_steps}"
+        )
+    alphas = scheduler.alphas_cumprod.double()
+    alpha = alphas[timesteps]
+    alpha_ddim = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, _final_alpha(scheduler))
+    # ancestral steps go to the next timestep of the list; the last goes to the clean image
+    following = torch.cat([timesteps[1:], torch.tensor([-1])])
+    alpha_previous = alpha_ddim if sampler == "ddim" else _previous_alpha(alphas, following, 1.0)
+
+    x0_latents, x0_output = _x0_factors(scheduler.config.prediction_type, alpha)
+    clip = maker.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
+    x0 = {"x0_latents": x0_latents, "x0_output": x0_output}
+    deterministic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_ddim, 0.0)
+    if sampler == "ddim":
+        stochastic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_previous, eta)
+    else:
+        stochastic = _ancestral_step(maker.config.variance_type, alpha, alpha_previous, timesteps)
+    for key, value in (x0 | stochastic).items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{key} is not finite: the first timestep has no signal left (rescale_betas_zero_snr), which "
+                f"{scheduler.config.prediction_type} prediction can't invert; use a scheduler without it, or one of "
+                "v_prediction"
+            )
+    noisy = stochastic["std"] > 0
+    count = int(noisy.sum())
+    if count == 0 or not noisy[:count].all():
+        raise ValueError(
+            f"sample.num_inference_steps is {num_inference_steps}: no step is stochastic before the end, so nothing "
+            "can be trained; use at least 2"
+        )
+    return Diffusion(
+        timesteps=timesteps,
+        coefficients=_table(x0 | stochastic, clip),
+        deterministic=_table(x0 | deterministic, clip),
+        signal=alpha.sqrt().float(),
+        noise=(1 - alpha).sqrt().float(),
+        stochastic_steps=count,
+    )
+
+
+def _previous_alpha(alphas: Tensor, previous: Tensor, final: float) -> Tensor:
+    """ā of the next cleaner step [T]; `final` before the first trained step."""
+    return torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+
+
+def _final_alpha(scheduler: Any) -> float:
+    """ā of DDIM's clean image: 1, or that of the first trained step where set_alpha_to_one is off."""
+    return 1.0 if scheduler.config.get("set_alpha_to_one", True) else float(scheduler.alphas_cumprod[0])
+
+
+def _x0_factors(prediction: str, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    if prediction == "epsilon":
+        return alpha.rsqrt(), -((1 - alpha) / alpha).sqrt()
+    if prediction == "sample":
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction == "v_prediction":
+        return alpha.sqrt(), -(1 - alpha).sqrt()
+    raise ValueError(f"the scheduler's prediction_type is {prediction!r}; use epsilon, sample or v_prediction")
+
+
+def _ddim_step(prediction: str, alpha: Tensor, alpha_previous: Tensor, eta: float) -> dict[str, Tensor]:
+    """Equations 12 and 16 of DDIM (arXiv 2010.02502); the direction uses the unclipped noise estimate."""
+    variance = eta**2 * (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
+    direction = (1 - alpha_previous - variance).clamp(min=0).sqrt()
+    if prediction == "epsilon":
+        of_latents, of_output = torch.zeros_like(alpha), torch.ones_like(alpha)
+    elif prediction == "sample":
+        of_latents, of_output = (1 - alpha).rsqrt(), -(alpha / (1 - alpha)).sqrt()
+    else:
+        of_latents, of_output = (1 - alpha).sqrt(), alpha.sqrt()
+    return {
+        "mean_x0": alpha_previous.sqrt(),
+        "mean_latents": direction * of_latents,
+        "mean_output": direction * of_output,
+        "std": _floor(variance.clamp(min=0).sqrt()),
+    }
+
+
+def _ancestral_step(variance_type: str, alpha: Tensor, alpha_previous: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+    """Equation 7 of DDPM (arXiv 2006.11239) with a fixed variance."""
+    beta = 1 - alpha / alpha_previous
+    if variance_type in ("fixed_small", "fixed_small_log"):
+        variance = (1 - alpha_previous) / (1 - alpha) * beta
+    elif variance_type == "fixed_large":
+        variance = beta
+    else:
+        raise ValueError(
+            f"the scheduler's variance_type is {variance_type!r}; ancestral sampling here needs fixed_small, "
+            "fixed_small_log or fixed_large; sample.scheduler=ddim works with any"
+        )
+    return {
+        "mean_x0": alpha_previous.sqrt() * beta / (1 - alpha),
+        "mean_latents": (alpha / alpha_previous).sqrt() * (1 - alpha_previous) / (1 - alpha),
+        "mean_output": torch.zeros_like(alpha),
+        "std": _floor(torch.where(timesteps > 0, variance.sqrt(), 0.0)),
+    }
+
+
+def _floor(std: Tensor) -> Tensor:
+    return torch.where(std < _NO_NOISE, 0.0, std)
+
+
+def _table(values: dict[str, Tensor], clip: float | None) -> StepCoefficients:
+    return StepCoefficients(**{name: value.float() for name, value in values.items()}, x0_clip=clip)

@@ -1,0 +1,116 @@
+"""Plots of a report: each function draws one figure and returns it as PNG bytes.
+
+Values come in, pixels go out: which runs and panels they belong to is page.py's. Colours are Okabe and Ito's, which
+colour-blind readers tell apart; markers and line styles differ too, for print. No pyplot, so no display and no state.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+FONT, DPI, WIDTH, HEIGHT = 9, 144, 5.4, 3.5  # points, dots per inch, inches
+
+
+class Series(NamedTuple):
+    """One run's line: values of equal length, with the interval around each where there is one."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+def interval_curves(series: Sequence[Series], *, x_label: str, y_label: str) -> bytes:
+    """A line per run with its interval as a band."""
+    figure, axes = _axes(x_label, y_label)
+    for index, line in enumerate(series):
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(line.x, line.y, **_look(index), label=_label(line.name))
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    _legend(axes)
+    return _png(figure)
+
+
+def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: float | None = None) -> bytes:
+    """Each run's way through the plane, from a hollow start to a large end; a dotted line marks x = `level`."""
+    figure, axes = _axes(x_label, y_label)
+    for index, line in enumerate(series):
+        look = _look(index)
+        axes.plot(line.x, line.y, **{**look, "markersize": 3}, label=_label(line.name))
+        axes.plot(line.x[-1:], line.y[-1:], **{**look, "markersize": 9})
+        axes.plot(line.x[:1], line.y[:1], **{**look, "markersize": 9, "markerfacecolor": "white", "zorder": 3})
+    if level is not None:
+        axes.axvline(level, color="#666666", linestyle=":", linewidth=1)
+    _legend(axes)
+    return _png(figure)
+
+
+def diagnostics(panels: Sequence[tuple[str, Series]], *, x_label: str) -> bytes:
+    """Small panels in two columns, (title, series) each; the interval is drawn as a band."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(1.5 * WIDTH, 0.6 * HEIGHT * rows), layout="constrained")
+    for place, (title, line) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, place)
+        axes.plot(line.x, line.y, color=COLOURS[0], linewidth=1.2, marker="." if len(line.x) < 30 else None)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize=FONT)
+        axes.set_xlabel(x_label, fontsize=FONT)
+        _tidy(axes)
+    return _png(figure)
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(_label(x_label), fontsize=FONT)
+    axes.set_ylabel(_label(y_label), fontsize=FONT)
+    _tidy(axes)
+    return figure, axes
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)],
+        "markersize": 4,
+        "linewidth": 1.4,
+    }
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=FONT - 1, frameon=False)
+
+
+def _label(text: str) -> str:
+    """Text as it stands: $ would start mathematics, and a leading _ hides a line from the legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # a name in a script that the font lacks is drawn as boxes; the page's text has it
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

@@ -1,0 +1,147 @@
+"""Checkpoints: written aside, hashed, renamed into place; resumed exactly, never unpickled.
+
+A checkpoint folder holds `model/` (a diffusers pipeline), `optimizer.safetensors`, with averaged weights on
+`ema.safetensors`, `state.json` and `manifest.json` with the SHA-256 of every file. Random numbers need no state
+(noise.py): weights, optimizer and counters are all. Every engine on any number of ranks writes and reads the same
+files; only the main rank touches them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hrf_fast.distributed import comm
+from hrf_fast.engines.base import Engine
+from hrf_fast.policies.pixel import Policy
+from hrf_fast.run.files import replace_folder, sha256
+
+_PREFIX = "iteration-"
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None
+) -> Path:
+    """Save after `state["iteration"]` complete iterations; drop all but the newest `keep` checkpoints and the `best`.
+
+    Args:
+        state: JSON-able counters to hand back on resume; best: iteration of a checkpoint to keep whatever its age.
+
+    Raises:
+        OSError: the disk is full or unwritable; earlier checkpoints are intact.
+    """
+    iteration = state["iteration"]
+    optimizer, numbers = engine.optimizer_state()
+    ema = engine.ema_state()
+
+    def fill(path: Path) -> None:
+        policy.save(path / "model")
+        save_file(optimizer, path / "optimizer.safetensors")
+        if ema:
+            save_file({name: part.contiguous() for name, part in ema.items()}, path / "ema.safetensors")
+        record = {**state, **numbers}
+        (path / "state.json").write_text(json.dumps(record, indent=1))
+        manifest = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    def write() -> None:
+        replace_folder(target, fill)
+        # only what is older: a newer one was skipped as broken, and must not count as one of the kept
+        older = [path for path in list_checkpoints(folder) if _iteration(path) < iteration]
+        for old in older[keep - 1 :]:
+            if _iteration(old) != best:
+                shutil.rmtree(old)
+
+    target = folder / f"{_PREFIX}{iteration:06d}"
+    with engine.gathered():
+        comm.main_says(write)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first; unfinished ones have another name and are not listed."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.is_dir() and _iteration(path) >= 0), key=_iteration, reverse=True)
+
+
+def _iteration(path: Path) -> int:
+    """The iteration in a checkpoint's name, -1 if it is no checkpoint."""
+    match = re.fullmatch(rf"{_PREFIX}(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed save has left behind."""
+    for leftover in (*folder.glob(f".{_PREFIX}*.tmp"), *folder.glob(f".{_PREFIX}*.old")):
+        shutil.rmtree(leftover)
+
+
+def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the newest checkpoint whose hashes are right; a broken one is named through `warn` and skipped.
+
+    Returns:
+        The saved state with `iteration`, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, but every one is broken, or it is of another architecture.
+    """
+    shapes = engine.shapes()
+    tensors: list[Mapping[str, Tensor]] = [{}, {}, {}]
+
+    def read() -> dict[str, Any] | None:
+        checkpoints = list_checkpoints(folder)
+        for path in checkpoints:
+            reason = _broken(path)
+            if reason is None:
+                tensors[:] = _read(path, shapes)
+                return json.loads((path / "state.json").read_text())
+            warn(f"checkpoint {path} is skipped: {reason}")
+        if checkpoints:
+            raise ValueError(
+                f"no checkpoint in {folder} is intact; delete the folder to start again, or restore a copy"
+            )
+        return None
+
+    state = comm.main_says(read)
+    if state is not None:
+        weights, optimizer, ema = tensors
+        numbers: dict[str, Any] = {
+            name: state.pop(name) for name in ("optimizer_scalars", "loss_scale", "good_steps") if name in state
+        }
+        engine.load(weights, optimizer, numbers, ema)
+    return state
+
+
+def _broken(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        lacking = {"state.json", "optimizer.safetensors", "model/unet/config.json"} - set(manifest)
+        if lacking:
+            return f"its manifest lacks {', '.join(sorted(lacking))}"
+        for name, digest in manifest.items():
+            if sha256(path / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> list[Mapping[str, Tensor]]:
+    """Weights, optimizer tensors and averaged weights of a checkpoint."""
+    weights = load_file(path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    saved = {name: tuple(value.shape) for name, value in weights.items()}
+    if saved != shapes:
+        name = next(name for name in {**shapes, **saved} if saved.get(name) != shapes.get(name))
+        raise ValueError(
+            f"checkpoint {path} is of another architecture than model.name's: {name} is {saved.get(name)} there and "
+            f"{shapes.get(name)} here; choose another run.folder, or restore the model"
+        )
+    ema = path / "ema.safetensors"
+    return [weights, load_file(path / "optimizer.safetensors"), load_file(ema) if ema.exists() else {}]

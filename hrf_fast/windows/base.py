@@ -1,0 +1,74 @@
+"""Window, and the protocols of what chooses one: a window schedule, and the probe that it may measure starts by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Generator, Tensor
+
+from hrf_fast.registry import nearest
+
+# network evaluations per sample that measuring a start takes, by how it is measured
+_COSTS: dict[str, Callable[[int, int], int]] = {
+    "exact": lambda start, num_steps: num_steps - start,
+    "x0": lambda start, num_steps: 1,
+}
+ESTIMATES = tuple(_COSTS)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Denoising steps [start, stop), step 0 the noisiest; never empty."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"window [{self.start}, {self.stop}) is empty or negative; use 0 <= start < stop")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Probe(Protocol):
+    """(candidate starts of each group) -> per group their mean rewards and mean distances to the anchor, both [C].
+
+    On the CPU and the same on every rank. `estimate` is exact or x0, see `hrf_fast.training.probe`.
+    """
+
+    def __call__(
+        self, candidates: Sequence[Sequence[int]], *, estimate: str = "exact"
+    ) -> list[tuple[Tensor, Tensor]]: ...
+
+
+class WindowSchedule(Protocol):
+    """Chooses one window per group; `needs_anchors` is False where groups start from pure noise (DDPO).
+
+    A schedule that remembers has two more methods: `state()` gives what a checkpoint keeps as JSON-able values, and
+    `load_state(state)` restores it.
+    """
+
+    needs_anchors: bool
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]: ...
+
+
+def check_estimate(estimate: str) -> str:
+    """Return `estimate` if a probe measures by it.
+
+    Raises:
+        ValueError: no probe does; the message lists the estimates.
+    """
+    if estimate not in ESTIMATES:
+        raise ValueError(
+            f"the probe's estimate is {estimate!r}{nearest(estimate, ESTIMATES)}; use one of {', '.join(ESTIMATES)}"
+        )
+    return estimate
+
+
+def evaluations(start: int, num_steps: int, estimate: str = "exact") -> int:
+    """Network evaluations per sample that measuring one candidate takes."""
+    return _COSTS[check_estimate(estimate)](start, num_steps)

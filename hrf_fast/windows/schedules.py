@@ -1,0 +1,171 @@
+"""Window schedules: which denoising steps each group trains, this iteration.
+
+A schedule is called on every rank with equal arguments and must return equal windows: it draws from a generator that
+depends on (seed, iteration) only, and what it probes is gathered from all ranks. `register_schedule` adds one;
+`module:function` in window.schedule names a user's factory. The searched one, HRF-D, is in dynamic.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Generator
+
+from hrf_fast.registry import Registry, call_factory, check_count, load_user_function
+from hrf_fast.windows.base import Probe, Window, WindowSchedule
+from hrf_fast.windows.dynamic import dynamic
+
+Factory = Callable[..., WindowSchedule]
+SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
+register_schedule = SCHEDULES.register
+
+
+def build_schedule(name: str, kwargs: dict[str, Any], *, num_inference_steps: int, stop: int) -> WindowSchedule:
+    """Build the schedule that a config names.
+
+    Args:
+        name: a registered name or `module:function`.
+        kwargs: window.kwargs, the factory's own options.
+        num_inference_steps: T; stop: end of every window, T less the deterministic last steps.
+
+    Raises:
+        ValueError: unknown name or option, or a start that leaves no step to train.
+    """
+    factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
+    schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)
+    if not callable(schedule) or not {"generator", "probe"} <= set(inspect.signature(schedule).parameters):
+        raise ValueError(f"window.schedule {name} must return a callable (iteration, num_groups, *, generator, probe)")
+    if not isinstance(getattr(schedule, "needs_anchors", None), bool):
+        raise ValueError(
+            f"window.schedule {name} must return a callable with needs_anchors: True to re-noise an anchor per group "
+            "(HRF), False to start from pure noise (DDPO)"
+        )
+    if hasattr(schedule, "state") != hasattr(schedule, "load_state"):
+        raise ValueError(
+            f"window.schedule {name} must return a callable with both state() and load_state(state), to be saved and "
+            "resumed, or neither"
+        )
+    return schedule
+
+
+def schedule_state(schedule: WindowSchedule) -> dict[str, Any]:
+    """What a checkpoint keeps of a schedule: {"schedule": its state}, or {} where it has none."""
+    return {"schedule": schedule.state()} if hasattr(schedule, "state") else {}
+
+
+def load_schedule_state(schedule: WindowSchedule, saved: dict[str, Any]) -> None:
+    """Restore what `schedule_state` gave; a schedule without a state, or a checkpoint without one, changes nothing."""
+    if hasattr(schedule, "load_state") and "schedule" in saved:
+        schedule.load_state(saved["schedule"])
+
+
+def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int, stop: int) -> list[int]:
+    """Starts that can be trained: those in [0, stop). The steps in [stop, T) are deterministic and silently dropped.
+
+    Raises:
+        ValueError: a start outside the T steps, or none left.
+    """
+    wrong = [start for start in starts if not 0 <= start < num_inference_steps]
+    if wrong:
+        raise ValueError(
+            f"{option} has start {wrong[0]} but sample.num_inference_steps is {num_inference_steps}; "
+            f"use starts from 0 to {stop - 1}"
+        )
+    kept = [start for start in starts if start < stop]
+    if not kept:
+        raise ValueError(f"{option} is empty: {list(starts)} holds no step before the deterministic end at {stop}")
+    return kept
+
+
+def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
+    """Uniform draws with replacement, one per group."""
+    return [starts[int(i)] for i in torch.randint(len(starts), (count,), generator=generator)]
+
+
+class _Uniform:
+    """Starts drawn uniformly from a list that depends on the iteration."""
+
+    needs_anchors = True
+
+    def __init__(self, starts_at: Callable[[int], Sequence[int]], stop: int) -> None:
+        self.starts_at, self.stop = starts_at, stop
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
+        return [Window(start, self.stop) for start in _draw(self.starts_at(iteration), num_groups, generator)]
+
+
+@register_schedule("full")
+class Full:
+    """DDPO (arXiv 2305.13301): every stochastic step, from pure noise."""
+
+    needs_anchors = False
+
+    def __init__(self, *, num_inference_steps: int, stop: int) -> None:
+        self.window = Window(0, stop)
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
+        return [self.window] * num_groups
+
+
+@register_schedule("clusters")
+def clusters(
+    *, num_inference_steps: int, stop: int, clusters: list[Any] | None = None, iterations_per_cluster: int = 35
+) -> WindowSchedule:
+    """HRF (arXiv 2410.08315): uniform in one cluster of starts for some iterations, then in the next, and round again.
+
+    `clusters` lists half-open ranges [first, stop) or explicit `{steps: [...]}`; by default the two halves of the
+    trajectory. `iterations_per_cluster` is how long one is used.
+    """
+    check_count("window.kwargs.iterations_per_cluster", iterations_per_cluster)
+    if clusters is None:
+        half = num_inference_steps // 2
+        halves = [[0, half], [half, num_inference_steps]]
+        # of one or two steps a half has nothing to train
+        clusters = [bounds for bounds in halves if bounds[0] < min(bounds[1], stop)]
+    if not isinstance(clusters, (list, tuple)):
+        raise ValueError(f"window.kwargs.clusters is {clusters!r}; use a list of ranges such as [[0, 20], [20, 40]]")
+    if not clusters:
+        raise ValueError("window.kwargs.clusters is empty; list at least one range such as [0, 20]")
+    starts = []
+    for index, cluster in enumerate(clusters):
+        option = f"window.kwargs.clusters[{index}]"
+        starts.append(
+            check_starts(
+                _cluster_steps(cluster, option), option=option, num_inference_steps=num_inference_steps, stop=stop
+            )
+        )
+    return _Uniform(lambda iteration: starts[iteration // iterations_per_cluster % len(starts)], stop)
+
+
+def _cluster_steps(cluster: Any, option: str) -> list[int]:
+    explicit = isinstance(cluster, dict) and set(cluster) == {"steps"}
+    numbers = cluster["steps"] if explicit else cluster
+    if isinstance(numbers, (list, tuple)) and all(type(number) is int for number in numbers):
+        if explicit:
+            return list(numbers)
+        if len(numbers) == 2:
+            return list(range(*numbers))
+    raise ValueError(
+        f"{option} is {cluster!r}; use a half-open range [first, stop] or {{steps: [...]}} of whole numbers"
+    )
+
+
+@register_schedule("random")
+def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
+    """Uniform over every start that leaves a step to train: HRF without a hierarchy, a control for studies."""
+    return _Uniform(lambda iteration: range(stop), stop)
+
+
+@register_schedule("sliding")
+def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 1, stride: int = 1) -> WindowSchedule:
+    """All groups share a start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
+    check_count("window.kwargs.iterations_per_start", iterations_per_start)
+    check_count("window.kwargs.stride", stride)
+    starts = range(0, stop, stride)
+    return _Uniform(lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop)
+
+
+register_schedule("dynamic")(dynamic)
