@@ -1,58 +1,139 @@
-"""Parts: what a configuration builds before anything runs, so that whatever can't work is refused first."""
+"""Build: make a run's components from its configuration before anything runs, so that what can't work is refused first.
+
+The only module that opens the whole configuration for the loop: what is below it takes values.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import Config, RewardConfig, WindowConfig
+from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
+from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
-from hrf_fast.evaluation.panel import choose_scorer
+from hrf_fast.evaluation.panel import Panel, choose_network
 from hrf_fast.memory.activations import choose_activations, memory_for
+from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
-from hrf_fast.policies.pixel import Policy
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
-from hrf_fast.training.components import Parts
-from hrf_fast.training.rewarding import Background
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.components import Components, Rules
+from hrf_fast.training.groups import Groups
+from hrf_fast.training.optimizer_step import Clips
+from hrf_fast.training.rewarding import Rewarder
+from hrf_fast.windows.base import schedule_name
 from hrf_fast.windows.schedules import build_schedule
 
+Named = str | Callable[..., Any] | None
 
-def build_parts(config: Config) -> Parts:
-    """Load the model, the reward and its networks, the schedule, the optimizer and the panel's scorer.
+
+def build_components(
+    config: Config, *, reward: Named = None, schedule: Named = None
+) -> tuple[Config, Components]:
+    """Load the model, the reward and its networks, the schedule, the optimizer and the panel's network.
+
+    Args:
+        reward, schedule: a name or a callable instead of the configuration's; see `hrf_fast.train`.
+
+    Returns:
+        The configuration with those names in it, and the components.
 
     Raises:
-        ValueError, ImportError, OSError: names the option, its value and the way out.
+        ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
+    config = _with_names(config, reward, schedule)
     with comm.agreed():
+        check_job(config, comm.world_size())
         device = choose_device(config.run.device)
-        check_compile(config.train.compile, device)
+        check_compile(config.compute.compile, device)
         policy = build_policy(config)
-        reward = build_config_reward(config, device)
-        schedule = build_schedule(
-            config.window.schedule,
+        combined = build_reward([reward], device) if callable(reward) else build_config_reward(config, device)
+        windows = build_schedule(
+            schedule if callable(schedule) else config.window.schedule,
             config.window.kwargs,
             num_inference_steps=config.sample.num_inference_steps,
-            stop=policy.diffusion.stochastic_steps,
+            stop=policy.sampler.stochastic_steps,
         )
-        scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
-        auto = config.train.activations == "auto"
-        memory = memory_for(config, policy) if auto else 0
+        panel = build_panel(config, device)
+        memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # the rank with the least memory decides for all
     memory = min(comm.gather(memory))
     with comm.agreed():
-        activations = choose_activations(config, policy, memory)
+        activations = choose_activations(config, policy, memory, schedule)
     if activations.checkpoint:
         policy.checkpoint_activations()
-    # what auto has measured is the UNet as it is
-    policy.compile(config.train.compile)
-    background = Background(thread=config.reward.background, device=policy.device)
-    return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config, activations, background)
+    # what auto has measured is the network as it is
+    policy.compile(config.compute.compile)
+    return config, Components(
+        policy=policy,
+        engine=build_engine(policy, config),
+        reward=combined,
+        rewarder=Rewarder(combined, device),
+        schedule=windows,
+        groups=build_groups(config),
+        calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
+        rules=build_rules(config),
+        panel=panel,
+        notes=(activations.reason,) if activations.reason else (),
+    )
+
+
+def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
+    """The configuration that a run's folder will hold."""
+    if reward is not None:
+        name = schedule_name(reward) if callable(reward) else reward
+        config = replace(config, reward=RewardConfig(name=name))
+    if schedule is not None:
+        name = schedule_name(schedule) if callable(schedule) else schedule
+        same = name == config.window.schedule or callable(schedule)
+        config = replace(config, window=WindowConfig(schedule=name, kwargs=config.window.kwargs if same else {}))
+    return config
+
+
+def build_groups(config: Config) -> Groups:
+    """The groups of an iteration, and this rank's share."""
+    train = config.train
+    return Groups(train.groups_per_iteration, train.group_size, train.groups_per_step, comm.rank(), comm.world_size())
+
+
+def build_call_plan(config: Config) -> CallPlan:
+    """How samples are put into network calls, before any graph is kept."""
+    return CallPlan(config.train.group_size, config.compute.images_per_call, config.train.order)
+
+
+def build_rules(config: Config) -> Rules:
+    """The numbers of the algorithm."""
+    train, optimizer = config.train, config.optimizer
+    return Rules(
+        seed=config.run.seed,
+        clips=Clips(train.clip_range, train.advantage_clip, train.scale_clips_by_window),
+        inner_epochs=train.inner_epochs,
+        peers=train.advantages,
+        advantage_floor=train.advantage_floor,
+        skip_not_finite=config.stop.on_nan == "skip",
+        learning_rate=learning_rate_at(
+            optimizer.learning_rate_schedule,
+            peak=optimizer.learning_rate,
+            warmup_iterations=optimizer.warmup_iterations,
+            iterations=train.iterations,
+        ),
+    )
+
+
+def build_panel(config: Config, device: torch.device) -> Panel:
+    """The panel of the evaluation section, with its network."""
+    evaluation = config.evaluation
+    network = choose_network(evaluation.network, config.model.name, device)
+    return Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled, network)
 
 
 def build_engine(policy: Policy, config: Config) -> Engine:
@@ -61,44 +142,43 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     Raises:
         ImportError: DeepSpeed is not installed.
     """
-    train, file = config.train, config.engine.deepspeed
+    optimizer, file = config.optimizer, config.engine.deepspeed
     options: dict[str, Any] = {
-        "weight_decay": train.weight_decay,
-        "betas": (train.adam_betas[0], train.adam_betas[1]),
-        "eps": train.adam_eps,
-        "max_grad_norm": train.max_grad_norm,
-        "ema_decay": train.ema_decay,
-        "precision": train.precision,
-        "optimizer": train.optimizer,
+        "optimizer": optimizer.name,
+        "weight_decay": optimizer.weight_decay,
+        "kwargs": optimizer.kwargs,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "ema_decay": optimizer.ema_decay,
+        "precision": config.compute.precision,
     }
     if file is None:
-        return PlainEngine(policy.unet, **options)
+        return PlainEngine(policy.network, **options)
     from hrf_fast.engines.zero import DeepSpeedEngine
 
-    # DeepSpeed views weights as flat buffers, where another order is lost or fails; the UNet's inputs still carry it
-    policy.unet.to(memory_format=torch.contiguous_format)
-    engine = DeepSpeedEngine(policy.unet, policy.network, read_settings(file), **options)
+    # DeepSpeed views weights as flat buffers, where another order is lost or fails; the network's inputs still carry it
+    policy.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    engine = DeepSpeedEngine(policy.network, read_settings(file), **options)
     policy.attach(engine.forward)
     return engine
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
     """The policy of a configuration, or another model `name` under the same sampler."""
+    compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
     if device.type == "cuda":
         # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
         torch.cuda.set_device(device)
-    set_precision_flags(device, tf32=config.train.tf32, cudnn_benchmark=config.train.cudnn_benchmark)
+    set_precision_flags(device, deterministic=compute.deterministic)
     return load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
-        sampler=config.sample.scheduler,
-        num_inference_steps=config.sample.num_inference_steps,
-        eta=config.sample.eta,
-        precision=config.train.precision,
-        kernels=config.train.kernels,
-        attention=config.model.attention,
-        channels_last=config.train.channels_last,
+        sampler=sample.scheduler,
+        num_inference_steps=sample.num_inference_steps,
+        eta=sample.eta,
+        precision=compute.precision,
+        attention=compute.attention,
+        channels_last=compute.channels_last,
         device=device,
     )
 

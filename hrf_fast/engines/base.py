@@ -30,7 +30,16 @@ class Engine(Protocol):
         """Around the backwards of one optimizer step, each after its forward; kept forwards may come before."""
         ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor, *, kept: bool = False) -> None:
+        """Add the gradients of a loss; `kept` says that its forward was made in the rollout."""
+        ...
+
+    def finish(self, padding: int) -> None:
+        """End the backwards of a step; `padding` is how many forwards the busiest rank has made beyond this one's.
+
+        A no-op for an engine that is not in lockstep.
+        """
+        ...
 
     def step(self) -> Tensor:
         """Clip, check and apply the gradients; returns their norm before clipping, a scalar.
@@ -47,7 +56,11 @@ class Engine(Protocol):
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight of the model by name."""
+        """Shape of every trained weight by name."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights by name, whole where they are gathered: inside `gathered()`."""
         ...
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -141,3 +154,8 @@ def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator
 def _copy(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters if values else [], values, strict=True):
         parameter.copy_(value)
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hrf_fast.distributed import comm
-from hrf_fast.engines.base import Ema, LossScale, averaged
+from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
 
 
@@ -51,8 +51,11 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         yield
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, kept: bool = False) -> None:
         (loss * self.loss_scale.value).backward()
+
+    def finish(self, padding: int) -> None:
+        """Do nothing: no rank waits for another before `step`."""
 
     def step(self) -> Tensor:
         """One AdamW step.
@@ -80,7 +83,10 @@ class PlainEngine:
             yield
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        return {name: tuple(value.shape) for name, value in self.weights().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in trained_weights(self.model).items()}
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, groups = flatten_optimizer(self.optimizer)
@@ -97,7 +103,10 @@ class PlainEngine:
         numbers: dict[str, Any],
         ema: Mapping[str, Tensor],
     ) -> None:
-        self.model.load_state_dict(dict(comm.broadcast_tensors(weights)))
+        trained = self.weights()
+        with torch.no_grad():
+            for name, value in comm.broadcast_tensors(weights):
+                trained[name].copy_(value)
         restore_optimizer(self.optimizer, dict(comm.broadcast_tensors(optimizer)), numbers["optimizer_scalars"])
         self.loss_scale.load(numbers)
         saved = dict(comm.broadcast_tensors(ema))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hrf_fast.config.zero_settings import complete
 from hrf_fast.distributed import comm
-from hrf_fast.engines.base import Ema, LossScale, averaged
+from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
 
 # AdamW's elementwise states
@@ -30,12 +30,11 @@ _STATES = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
-    """AdamW under ZeRO; `forward` is the module to call where gradients are wanted."""
+    """AdamW under ZeRO; `forward` is what a policy calls where gradients are wanted."""
 
     def __init__(
         self,
         model: nn.Module,
-        network: nn.Module,
         settings: dict[str, Any],
         *,
         weight_decay: float,
@@ -46,7 +45,7 @@ class DeepSpeedEngine:
         precision: str = "fp32",
         optimizer: str = "adamw",
     ) -> None:
-        """Shard `model`, which `network` wraps; `settings` are those that `read_settings` has checked."""
+        """Shard `model`; `settings` are those that `read_settings` has checked."""
         deepspeed = _import_deepspeed(next(model.parameters()).device)
         self.model, self.max_grad_norm = model, max_grad_norm
         self.stage = int(settings["zero_optimization"].get("stage", 0))
@@ -57,8 +56,11 @@ class DeepSpeedEngine:
             optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
         )
         settings = complete(settings, max_grad_norm=max_grad_norm)
-        self.forward, *_ = deepspeed.initialize(model=network, optimizer=self.optimizer, config=settings)
-        self.zero: Any = self.forward.optimizer if self.stage else None
+        self.module, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
+        self.zero: Any = self.module.optimizer if self.stage else None
+        # losses of kept graphs, and the inputs of the last forward: two rows, to make padding of
+        self._kept: list[Tensor] = []
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self.loss_scale = LossScale(precision)
         self._norm = torch.zeros(())
         if not self.stage:
@@ -77,9 +79,28 @@ class DeepSpeedEngine:
             self.zero.override_loss_scale(self.loss_scale.value)
         yield
 
-    def backward(self, loss: Tensor) -> None:
-        # from stage 1 on, ZeRO multiplies by its scale itself
-        self.forward.backward(loss if self.zero else loss * self.loss_scale.value)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Call the sharded network; its hooks gather the weights that each layer needs."""
+        self._inputs = tuple(map(_two_rows, inputs)), {name: _two_rows(value) for name, value in named.items()}
+        return self.module(*inputs, **named)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, *, kept: bool = False) -> None:
+        if kept and self.lockstep:
+            # ranks keep different numbers of graphs: the backward of their sum is one on every rank
+            self._kept.append(loss)
+        else:
+            # from stage 1 on, ZeRO multiplies by its scale itself
+            self.module.backward(loss if self.zero else loss * self.loss_scale.value)
+
+    def finish(self, padding: int) -> None:
+        """Run the one backward of all kept graphs, then `padding` forwards of weight 0 with their backwards."""
+        if self._kept:
+            loss = torch.stack(self._kept).sum()
+            self._kept = []
+            self.backward(loss)
+        inputs, named = self._inputs
+        for _ in range(padding if self.lockstep else 0):
+            self.backward(0 * self.module(*inputs, **named).sum())
 
     def step(self) -> Tensor:
         """One AdamW step.
@@ -87,14 +108,14 @@ class DeepSpeedEngine:
         Raises:
             FloatingPointError: a gradient is not finite; the weights are as they were, on every rank.
         """
-        self.forward.step()
+        self.module.step()
         norm = torch.as_tensor(self.zero._global_grad_norm) if self.zero else self._norm
         self.loss_scale.check(norm)
         self.ema.update(self._held())
         return norm.float()
 
     def _before_step(self, *_: Any) -> None:
-        """Clip, or make the step one of nothing where a gradient is not finite, as ZeRO does from stage 1 on."""
+        """Clip; drop all gradients where one is not finite, so that the step is a no-op, as ZeRO does from stage 1 on."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.loss_scale.value
@@ -104,7 +125,7 @@ class DeepSpeedEngine:
                 parameter.grad = None
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self.forward.optimizer.param_groups:
+        for group in self.module.optimizer.param_groups:
             group["lr"] = learning_rate
 
     @contextmanager
@@ -133,7 +154,11 @@ class DeepSpeedEngine:
         return comm.gather_rows(part.to(parameter.device).flatten())[: parameter.ds_numel].view(parameter.ds_shape)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
+        trained = trained_weights(self.model)
+        return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in trained.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in trained_weights(self.model).items()}
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.zero:
@@ -222,6 +247,11 @@ class DeepSpeedEngine:
         if step and self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
+
+
+def _two_rows(value: Any) -> Any:
+    """The first two samples of a network's input; a batch of one would be another compiled graph."""
+    return value[:2].detach() if isinstance(value, Tensor) and value.dim() else value
 
 
 def _import_deepspeed(device: torch.device) -> Any:

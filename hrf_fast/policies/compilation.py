@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,21 +49,18 @@ def obstacle(device_type: str) -> str | None:
 
 
 def check_compile(mode: str, device: torch.device) -> None:
-    """Refuse train.compile where it can't work, so that nothing falls back to eager in silence.
+    """Refuse compute.compile where it can't work, so that nothing falls back to eager in silence.
 
     Raises:
         ValueError: says what is missing and the way out.
     """
     if mode != "none" and (reason := obstacle(device.type)):
-        raise ValueError(f"train.compile is {mode!r} on {device.type}, but {reason}; or use train.compile=none")
+        raise ValueError(f"compute.compile is {mode!r} on {device.type}, but {reason}; or use compute.compile=none")
 
 
-def compile_unet(unet: Any, mode: str) -> None:
-    """Let a diffusers UNet run compiled: `unet` as one graph, `blocks` a graph for each down, mid and up block."""
-    if mode == "none":
-        return
-    blocks = [*unet.down_blocks, *filter(None, [unet.mid_block]), *unet.up_blocks]
-    for number, module in enumerate([unet] if mode == "unet" else blocks):
+def compile_network(modules: Sequence[Any]) -> None:
+    """Let each module's forward run compiled, as one graph: a whole UNet, or its blocks one by one."""
+    for number, module in enumerate(modules):
         # as nn.Module.compile does, which would compile one code object for all blocks: torch counts graphs, and looks
         # for the right one, per code object, and gives up at 8
         module._compiled_call_impl = _compiled(module, f"{type(module).__name__}_{number}")

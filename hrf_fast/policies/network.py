@@ -1,14 +1,18 @@
-"""Network: a UNet under its precision, and the count of what was asked of it."""
+"""Network: a UNet under its precision, the count of its calls, and the policy that every UNet has in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from hrf_fast.config.options import PRECISIONS
 from hrf_fast.distributed import comm
 from hrf_fast.policies.compilation import canonical
 
@@ -17,8 +21,8 @@ NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 @dataclass
-class UNetCalls:
-    """What the run has asked of the UNet: batches, and images per forward and backward (a backward costs two)."""
+class NetworkCalls:
+    """What a run has asked of the network: calls, and images per forward and backward (a backward costs two)."""
 
     batches: int = 0
     forwards: int = 0
@@ -26,29 +30,35 @@ class UNetCalls:
 
     @property
     def evaluations(self) -> int:
-        """Cost in UNet forwards of one image."""
+        """Cost in forwards of one image."""
         return self.forwards + 2 * self.backwards
 
-    def of_all_ranks(self, before: UNetCalls) -> UNetCalls:
+    def of_all_ranks(self, before: NetworkCalls) -> NetworkCalls:
         """The calls `before`, and those that the ranks have made since."""
         counts = [astuple(calls) for calls in comm.gather(self)]
-        return UNetCalls(
+        return NetworkCalls(
             *(b + sum(count - b for count in each) for b, *each in zip(astuple(before), *counts, strict=True))
         )
 
 
 class Network(nn.Module):
-    """The UNet under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights."""
+    """A UNet under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights."""
 
     def __init__(self, unet: nn.Module, precision: str, *, channels_last: bool = False) -> None:
+        """Raises ValueError for an unknown precision."""
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"compute.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.channels_last, self.compiled = channels_last, False
         self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        if channels_last:
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, latents: Tensor, timesteps: int | Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: int | Tensor, **condition: Tensor) -> Tensor:
+        """The UNet's output [B, C, H, W] for latents of that shape; `timesteps` is one value or [B]."""
         if self.compiled:
             latents, timesteps = canonical(latents, timesteps)
         if self.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last)
         with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.unet(latents, timesteps, return_dict=False)[0].contiguous()
+            return self.unet(latents, timesteps, return_dict=False, **condition)[0].contiguous()

@@ -6,7 +6,7 @@ variances) is refused by name. Reproduces `DDIMScheduler.step` and `DDPMSchedule
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ _NO_NOISE = 1e-8
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Sampler:
     """A sampler of T steps as tables; `step` 0 is the noisiest."""
 
     timesteps: Tensor
@@ -41,42 +41,74 @@ class Diffusion:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def clean(self) -> StepCoefficients:
+        """[T] coefficients for which `hrf_kernels.gaussian_mean` returns x̂0, the estimate of the clean image."""
+        zeros = torch.zeros_like(self.deterministic.mean_x0)
+        return replace(self.deterministic, mean_x0=zeros + 1, mean_latents=zeros, mean_output=zeros)
+
     def renoise(self, x0: Tensor, step: int, noise: Tensor) -> Tensor:
         """Forward process: x_step = sqrt(ā)·x0 + sqrt(1−ā)·noise, [B, C, H, W]."""
         return self.signal[step] * x0 + self.noise[step] * noise
 
-    def to(self, device: torch.device) -> Diffusion:
+    def to(self, device: torch.device) -> Sampler:
         moved = {
             name: getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "stochastic_steps"
         }
-        return Diffusion(**moved, stochastic_steps=self.stochastic_steps)
+        return Sampler(**moved, stochastic_steps=self.stochastic_steps)
 
 
-def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, eta: float) -> Diffusion:
+def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:
     """Tables of a sampler made from a diffusers scheduler's configuration.
 
     Args:
         scheduler: a DDPMScheduler, DDIMScheduler or PNDMScheduler.
-        sampler: "ddim" or "ddpm" (ancestral, with the scheduler's fixed variance).
+        kind: "ddim" or "ddpm" (ancestral, with the scheduler's fixed variance).
         num_inference_steps: T.
         eta: DDIM's noise scale in (0, 1]; ancestral sampling has no eta and wants 1.
 
     Raises:
         ValueError: an option that the affine step cannot express, or no stochastic step at all.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler
+    _check_sampler(scheduler, kind, num_inference_steps, eta)
+    template = _template(scheduler, kind, num_inference_steps)
+    timesteps = template.timesteps.long()
+    trained_steps, prediction = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
+    alphas = scheduler.alphas_cumprod.double()
+    alpha = alphas[timesteps]
+    alpha_ddim = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, _final_alpha(scheduler))
+    if kind == "ddim":
+        stochastic = _ddim_step(prediction, alpha, alpha_ddim, eta)
+    else:
+        # ancestral steps go to the next timestep of the list; the last goes to the clean image
+        following = torch.cat([timesteps[1:], torch.tensor([-1])])
+        alpha_next = _previous_alpha(alphas, following, 1.0)
+        stochastic = _ancestral_step(template.config.variance_type, alpha, alpha_next, timesteps)
+    x0_latents, x0_output = _x0_factors(prediction, alpha)
+    x0 = {"x0_latents": x0_latents, "x0_output": x0_output}
+    _check_signal(x0 | stochastic, prediction)
+    clip = template.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
+    return Sampler(
+        timesteps=timesteps,
+        coefficients=_table(x0 | stochastic, clip),
+        deterministic=_table(x0 | _ddim_step(prediction, alpha, alpha_ddim, 0.0), clip),
+        signal=alpha.sqrt().float(),
+        noise=(1 - alpha).sqrt().float(),
+        stochastic_steps=_stochastic_steps(stochastic["std"]),
+    )
 
-    name = type(scheduler).__name__
+
+def _check_sampler(scheduler: Any, kind: str, num_inference_steps: int, eta: float) -> None:
+    name, trained_steps = type(scheduler).__name__, scheduler.config.num_train_timesteps
     if name not in COMPATIBLE:
         raise ValueError(f"the model's scheduler is {name}; only {', '.join(COMPATIBLE)} define the steps used here")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sample.scheduler is {sampler!r}; use {' or '.join(SAMPLERS)}")
-    trained_steps = scheduler.config.num_train_timesteps
+    if kind not in SAMPLERS:
+        raise ValueError(f"sample.scheduler is {kind!r}; use {' or '.join(SAMPLERS)}")
     if not 1 <= num_inference_steps <= trained_steps:
         raise ValueError(f"sample.num_inference_steps is {num_inference_steps}; use 1 to {trained_steps}, as trained")
     if not 0 < eta <= 1:
         raise ValueError(f"sample.eta is {eta}; a policy needs noise: use a value in (0, 1]")
-    if sampler == "ddpm" and eta != 1:
+    if kind == "ddpm" and eta != 1:
         raise ValueError(f"sample.eta is {eta} but ancestral sampling has no eta; leave it at 1 or use scheduler=ddim")
     if scheduler.config.get("thresholding", False):
         raise ValueError(
@@ -84,53 +116,43 @@ def build_diffusion(scheduler: Any, *, sampler: str, num_inference_steps: int, e
             "and has no Gaussian step of fixed coefficients; use a model or scheduler_config.json without it"
         )
 
-    maker = (DDIMScheduler if sampler == "ddim" else DDPMScheduler).from_config(scheduler.config)
-    maker.set_timesteps(num_inference_steps)
-    timesteps = maker.timesteps.long()
+
+def _template(scheduler: Any, kind: str, num_inference_steps: int) -> Any:
+    """The diffusers scheduler whose steps are reproduced, with its T timesteps set."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    template = (DDIMScheduler if kind == "ddim" else DDPMScheduler).from_config(scheduler.config)
+    template.set_timesteps(num_inference_steps)
+    timesteps, trained_steps = template.timesteps.long(), scheduler.config.num_train_timesteps
     if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= trained_steps:
         # diffusers rounds "trailing" to one step too many for some T, and steps_offset can pass the end
         raise ValueError(
             f"sample.num_inference_steps is {num_inference_steps}: with the scheduler's timestep_spacing "
-            f"{maker.config.timestep_spacing!r} its {len(timesteps)} timesteps run from {int(timesteps.max())} to "
+            f"{template.config.timestep_spacing!r} its {len(timesteps)} timesteps run from {int(timesteps.max())} to "
             f"{int(timesteps.min())}; use another number of steps, such as a divisor of {trained_steps}"
         )
-    alphas = scheduler.alphas_cumprod.double()
-    alpha = alphas[timesteps]
-    alpha_ddim = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, _final_alpha(scheduler))
-    # ancestral steps go to the next timestep of the list; the last goes to the clean image
-    following = torch.cat([timesteps[1:], torch.tensor([-1])])
-    alpha_previous = alpha_ddim if sampler == "ddim" else _previous_alpha(alphas, following, 1.0)
+    return template
 
-    x0_latents, x0_output = _x0_factors(scheduler.config.prediction_type, alpha)
-    clip = maker.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
-    x0 = {"x0_latents": x0_latents, "x0_output": x0_output}
-    deterministic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_ddim, 0.0)
-    if sampler == "ddim":
-        stochastic = _ddim_step(scheduler.config.prediction_type, alpha, alpha_previous, eta)
-    else:
-        stochastic = _ancestral_step(maker.config.variance_type, alpha, alpha_previous, timesteps)
-    for key, value in (x0 | stochastic).items():
+
+def _check_signal(coefficients: dict[str, Tensor], prediction: str) -> None:
+    for name, value in coefficients.items():
         if not value.isfinite().all():
             raise ValueError(
-                f"{key} is not finite: the first timestep has no signal left (rescale_betas_zero_snr), which "
-                f"{scheduler.config.prediction_type} prediction can't invert; use a scheduler without it, or one of "
-                "v_prediction"
+                f"{name} is not finite: the first timestep has no signal left (rescale_betas_zero_snr), which "
+                f"{prediction} prediction can't invert; use a scheduler without it, or one of v_prediction"
             )
-    noisy = stochastic["std"] > 0
+
+
+def _stochastic_steps(std: Tensor) -> int:
+    """The number of steps before the deterministic end."""
+    noisy = std > 0
     count = int(noisy.sum())
     if count == 0 or not noisy[:count].all():
         raise ValueError(
-            f"sample.num_inference_steps is {num_inference_steps}: no step is stochastic before the end, so nothing "
-            "can be trained; use at least 2"
+            f"sample.num_inference_steps is {len(std)}: no step is stochastic before the end, so nothing can be "
+            "trained; use at least 2"
         )
-    return Diffusion(
-        timesteps=timesteps,
-        coefficients=_table(x0 | stochastic, clip),
-        deterministic=_table(x0 | deterministic, clip),
-        signal=alpha.sqrt().float(),
-        noise=(1 - alpha).sqrt().float(),
-        stochastic_steps=count,
-    )
+    return count
 
 
 def _previous_alpha(alphas: Tensor, previous: Tensor, final: float) -> Tensor:

@@ -1,9 +1,9 @@
 """Checkpoints: written aside, hashed, renamed into place; resumed exactly, never unpickled.
 
-A checkpoint folder holds `model/` (a diffusers pipeline), `optimizer.safetensors`, with averaged weights on
+A checkpoint folder holds the trained tensors (`weights.safetensors`), `optimizer.safetensors`, with averaged weights on
 `ema.safetensors`, `state.json` and `manifest.json` with the SHA-256 of every file. Random numbers need no state
 (noise.py): weights, optimizer and counters are all. Every engine on any number of ranks writes and reads the same
-files; only the main rank touches them.
+files; only the main rank touches them. `hrf export` makes a diffusers folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
-from hrf_fast.policies.pixel import Policy
 from hrf_fast.run.files import replace_folder, sha256
 
 _PREFIX = "iteration-"
+WEIGHTS = "weights.safetensors"
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None
+    folder: Path, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None
 ) -> Path:
     """Save after `state["iteration"]` complete iterations; drop all but the newest `keep` checkpoints and the `best`.
 
@@ -42,7 +42,7 @@ def save_checkpoint(
     ema = engine.ema_state()
 
     def fill(path: Path) -> None:
-        policy.save(path / "model")
+        save_file({name: value.contiguous() for name, value in engine.weights().items()}, path / WEIGHTS)
         save_file(optimizer, path / "optimizer.safetensors")
         if ema:
             save_file({name: part.contiguous() for name, part in ema.items()}, path / "ema.safetensors")
@@ -122,7 +122,7 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
 def _broken(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        lacking = {"state.json", "optimizer.safetensors", "model/unet/config.json"} - set(manifest)
+        lacking = {"state.json", "optimizer.safetensors", WEIGHTS} - set(manifest)
         if lacking:
             return f"its manifest lacks {', '.join(sorted(lacking))}"
         for name, digest in manifest.items():
@@ -135,7 +135,7 @@ def _broken(path: Path) -> str | None:
 
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> list[Mapping[str, Tensor]]:
     """Weights, optimizer tensors and averaged weights of a checkpoint."""
-    weights = load_file(path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(path / WEIGHTS)
     saved = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != shapes:
         name = next(name for name in {**shapes, **saved} if saved.get(name) != shapes.get(name))

@@ -6,33 +6,28 @@ import json
 import sys
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from hrf_fast.run.listeners import Listener
 
-class Progress:
-    """Says nothing: the quiet display, and the interface of the others."""
+
+class Progress(Listener):
+    """Shows notes only: the quiet display, and the interface of the others."""
 
     def start(self, unit: str, first: int, total: int) -> None:
         """The run ends when the record's `unit` (iterations or evaluations), now at `first`, has reached `total`."""
 
     def phase(self, name: str) -> None:
-        """What the iteration is doing now."""
-
-    def iteration(self, iteration: int, record: dict[str, Any]) -> None:
-        """An iteration is done."""
-
-    def panel(self, iteration: int, record: dict[str, Any]) -> None:
-        """A panel was scored after `iteration` iterations."""
+        """The iteration enters a phase."""
 
     def note(self, text: str) -> None:
-        """Something that a user must see."""
+        """A line that a user must see."""
         print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None: ...
 
 
 class Silence(Progress):
-    """Of the ranks for which the main one speaks."""
+    """Silent display of all ranks but the main one."""
 
     def note(self, text: str) -> None: ...
 
@@ -40,10 +35,10 @@ class Silence(Progress):
 class JsonProgress(Progress):
     """One JSON line per event on standard output, for logs."""
 
-    def iteration(self, iteration: int, record: dict[str, Any]) -> None:
+    def iteration(self, record: dict[str, Any]) -> None:
         print(json.dumps(record), flush=True)
 
-    def panel(self, iteration: int, record: dict[str, Any]) -> None:
+    def panel(self, record: dict[str, Any], images: Tensor) -> None:
         print(json.dumps({"panel": {k: v for k, v in record.items() if k != "rewards"}}), flush=True)
 
     def note(self, text: str) -> None:
@@ -66,27 +61,27 @@ class BarProgress(Progress):
         if self._bar is not None:
             self._bar.set_description(f"{name:>8}")
 
-    def iteration(self, iteration: int, record: dict[str, Any]) -> None:
+    def iteration(self, record: dict[str, Any]) -> None:
         if self._bar is not None:
             rate, overhead = (record["speed"][name] for name in ("images_per_second", "overhead"))
-            said = f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s, {overhead:.2f}x its UNet calls"
-            self._bar.set_postfix_str(said, refresh=False)
+            postfix = f"reward {record['reward_mean']:.4f}, {rate:.1f} images/s, {overhead:.2f}x its UNet calls"
+            self._bar.set_postfix_str(postfix, refresh=False)
             # never past the total: the last iteration may overshoot its budget
-            reached = record["evaluations"] if self._unit == "evaluations" else iteration + 1
+            reached = record["evaluations"] if self._unit == "evaluations" else record["iteration"] + 1
             self._bar.update(min(reached, self._bar.total) - self._bar.n)
 
-    def panel(self, iteration: int, record: dict[str, Any]) -> None:
+    def panel(self, record: dict[str, Any], images: Tensor) -> None:
         parts = [
             f"{name} {record[name][0]:.4g} [{record[name][1]:.4g}, {record[name][2]:.4g}]"
             for name in ("reward", "vendi", "inception")
             if name in record
         ]
-        self.note(f"panel after {iteration} iterations: " + "   ".join(parts))
+        self.note(f"panel after {record['iteration']} iterations: " + "   ".join(parts))
 
     def note(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def finished(self, reason: str) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -1,28 +1,46 @@
-"""Where a run's numbers go besides its files: the terminal, TensorBoard, Weights & Biases.
+"""Writers: send a run's numbers to TensorBoard or Weights & Biases.
 
-The last two are optional packages and take no credential from a config: W&B uses what `wandb login` stored.
+Both are optional packages and take no credential from a config: W&B uses what `wandb login` stored.
 """
 
 from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
+from hrf_fast.evaluation.grids import image_grid
+from hrf_fast.run.listeners import Listener
 
-class Writer(Protocol):
-    """A place for scalars and images of an iteration."""
-
-    def scalars(self, iteration: int, values: dict[str, float]) -> None: ...
-
-    def images(self, iteration: int, name: str, images: Tensor) -> None: ...
-
-    def close(self) -> None: ...
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-class TensorBoardWriter:
+class Writer(Listener):
+    """Sends an iteration's numbers and a panel's numbers and images to a service; a subclass says how."""
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def image(self, iteration: int, name: str, picture: Image) -> None:
+        raise NotImplementedError
+
+    def iteration(self, record: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        timed = {f"{name}/{k}": v for name in ("seconds", "speed") for k, v in record[name].items()}
+        numbers.pop("iteration")
+        self.scalars(record["iteration"], numbers | timed)
+
+    def panel(self, record: dict[str, Any], images: Tensor) -> None:
+        intervals = {name: value for name, value in record.items() if isinstance(value, list) and name != "rewards"}
+        self.scalars(record["iteration"], {f"panel/{name}": interval[0] for name, interval in intervals.items()})
+        self.image(record["iteration"], "panel", image_grid(images))
+
+
+class TensorBoardWriter(Writer):
     """Event files in run_dir/tensorboard."""
 
     def __init__(self, folder: Path, done: int) -> None:
@@ -36,16 +54,14 @@ class TensorBoardWriter:
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
 
-    def images(self, iteration: int, name: str, images: Tensor) -> None:
-        from hrf_fast.evaluation.grids import image_grid
+    def image(self, iteration: int, name: str, picture: Image) -> None:
+        self._writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
 
-        self._writer.add_image(name, _array(image_grid(images)), iteration, dataformats="HWC")
-
-    def close(self) -> None:
+    def finished(self, reason: str) -> None:
         self._writer.close()
 
 
-class WandbWriter:
+class WandbWriter(Writer):
     """A W&B run named after the folder, gone on with after a resume.
 
     Log in once with `wandb login`, or set WANDB_MODE=offline.
@@ -71,19 +87,11 @@ class WandbWriter:
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         self._run.log({"iteration": iteration, **values})
 
-    def images(self, iteration: int, name: str, images: Tensor) -> None:
-        from hrf_fast.evaluation.grids import image_grid
+    def image(self, iteration: int, name: str, picture: Image) -> None:
+        self._run.log({"iteration": iteration, name: self._wandb.Image(picture)})
 
-        self._run.log({"iteration": iteration, name: self._wandb.Image(image_grid(images))})
-
-    def close(self) -> None:
+    def finished(self, reason: str) -> None:
         self._run.finish()
-
-
-def _array(picture: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(picture)
 
 
 def build_writers(names: list[str], folder: Path, done: int = 0) -> list[Writer]:

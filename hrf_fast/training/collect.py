@@ -1,4 +1,4 @@
-"""Collect: one iteration's anchors and windows, and the rollouts of its groups.
+"""Collect: an iteration's anchors and windows, and the rollouts of its groups.
 
 Every rank does this for its own groups, under the group and sample numbers of the whole iteration.
 """
@@ -7,132 +7,84 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hrf_fast.config.options import Config
-from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_generator, noise_key
-from hrf_fast.policies.pixel import Policy
-from hrf_fast.policies.sample import sample, starting_noise
-from hrf_fast.run.folder import Run
-from hrf_fast.training.calls import packs_of
-from hrf_fast.training.components import Parts
-from hrf_fast.training.probe import probe_starts
-from hrf_fast.training.rewarding import GroupScore, score_groups
-from hrf_fast.training.rollout import Start, renoised, rollout
-from hrf_fast.training.update import Batch, own_groups
-from hrf_fast.windows.base import Window
+from hrf_fast.policies.base import Condition
+from hrf_fast.policies.sample import sample
+from hrf_fast.run.session import Run
+from hrf_fast.training.components import Components
+from hrf_fast.training.groups import Group
+from hrf_fast.training.probe import StartProbe
+from hrf_fast.training.rewarding import GroupRewards
+from hrf_fast.training.rollout import Rollout, rollout
+from hrf_fast.windows.base import Window, schedule_name
 
 
-@dataclass(frozen=True)
-class Plan:
-    """An iteration before its rollouts."""
+def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window], dict[int, Group]]:
+    """Draw anchors, where the schedule needs them, and let it choose a window for every group.
 
-    windows: list[Window]
-    """Of all groups."""
-    anchors: dict[int, Tensor]
-    """[C, H, W] of each group of this rank; empty where groups start from pure noise."""
+    Returns:
+        The windows of all groups, and by number the groups of this rank.
 
-
-def plan(parts: Parts, config: Config, run: Run, iteration: int) -> Plan:
-    """One window per group, chosen by the schedule, and the anchor that a group is re-noised from (HRF)."""
-    policy, batch_size = parts.policy, config.sample.batch_size
-    groups, own = config.train.groups_per_iteration, own_groups(config)
+    Raises:
+        ValueError: a schedule of the user's has returned or probed what can't be.
+    """
+    policy, groups, schedule = components.policy, components.groups, components.schedule
+    own, seed = groups.own(), components.rules.seed
     anchors: dict[int, Tensor] = {}
-    if parts.schedule.needs_anchors:
+    if schedule.needs_anchors:
         with run.phase("anchors"):
-            place = NoiseKey(noise_key(config.run.seed, iteration, "anchors"), torch.tensor(own, device=policy.device))
-            anchors = dict(zip(own, sample(policy, place, batch_size=batch_size), strict=True))
-
-    def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
-        """Of every group, measured by the rank that holds it."""
-        with comm.agreed():
-            _check_candidates(candidates, groups, bool(anchors), len(policy.diffusion), config.window.schedule)
-            measured = probe_starts(
-                policy,
-                parts.reward,
-                [anchors[group] for group in own],
-                [candidates[group] for group in own],
-                [_noise(config, policy, iteration, "search", group) for group in own],
-                estimate=estimate,
-                batch_size=batch_size,
-            )
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for part in comm.gather(dict(zip(own, measured, strict=True))):
-            found |= part
-        return [found[group] for group in range(groups)]
-
+            noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(own, device=policy.device))
+            anchors = dict(zip(own, sample(policy, noise, images_per_call=components.calls.sampled), strict=True))
     with run.phase("search"):
-        generator = noise_generator(config.run.seed, iteration, "windows")
-        windows = parts.schedule(iteration, groups, generator=generator, probe=probe)
-        _check_windows(windows, groups, policy.diffusion.stochastic_steps, config.window.schedule)
-    return Plan(windows, anchors)
+        generator = noise_generator(seed, iteration, "windows")
+        noises = {number: group_noise(components, iteration, "search", number) for number in own}
+        probe = StartProbe(components, anchors, noises)
+        windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
+        _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, schedule_name(schedule))
+    condition: Condition = policy.condition([None] * groups.size)
+    return windows, {
+        number: Group(
+            number,
+            windows[number],
+            group_noise(components, iteration, "rollout", number),
+            condition,
+            anchors.get(number),
+        )
+        for number in own
+    }
 
 
 def collect(
-    parts: Parts, config: Config, run: Run, iteration: int, plan: Plan, groups: Sequence[int]
-) -> tuple[Batch, list[Future[dict[int, GroupScore]]]]:
-    """Roll out groups of this rank, each from its anchor re-noised to its window's start, or from pure noise.
-
-    Groups that fit into `train.max_batch` images advance together; the rewards of one pack are computed while the next
-    one denoises.
-    """
-    policy, train = parts.policy, config.train
-    windows = {group: plan.windows[group] for group in groups}
-    keep_from = parts.activations.keep_from(windows, train.group_size)
-    batch, scores = Batch({}, []), []
-    for pack in packs_of(windows, train.group_size, train.max_batch):
+    components: Components, run: Run, groups: Sequence[Group]
+) -> tuple[Rollout, list[Future[dict[int, GroupRewards]]]]:
+    """Roll out groups of this rank; the rewards of one pack are computed while the next one denoises."""
+    plan = components.calls
+    windows = {group.number: group.window for group in groups}
+    by_number = {group.number: group for group in groups}
+    keep_from = plan.keep_from(windows.values())
+    rolled_out, rewards = Rollout(), []
+    for pack in plan.packs(windows):
         with run.phase("rollout"):
-            starts = {}
-            for group, window in pack.items():
-                place = _noise(config, policy, iteration, "rollout", group)
-                if group in plan.anchors:
-                    latents = renoised(policy, plan.anchors[group], window.start, place)
-                else:
-                    latents = starting_noise(policy, place)
-                starts[group] = Start(window, latents, place)
-            trajectories, calls = rollout(
-                policy,
-                starts,
-                micro_batch_size=train.samples_per_call,
-                max_batch=train.max_batch,
-                keep_from=keep_from,
-            )
-        batch.trajectories |= trajectories
-        batch.calls += calls
-        images = {group: trajectory.images for group, trajectory in trajectories.items()}
-        scores.append(parts.background.submit(score_groups, parts.reward, images))
-    return batch, scores
+            part = rollout(components.policy, [by_number[number] for number in pack], plan, keep_from=keep_from)
+        rolled_out.join(part)
+        images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
+        rewards.append(components.rewarder.submit(images))
+    return rolled_out, rewards
 
 
-def _noise(config: Config, policy: Policy, iteration: int, purpose: str, group: int) -> NoiseKey:
+def group_noise(components: Components, iteration: int, purpose: str, group: int) -> NoiseKey:
     """The noise of a group's samples, which are numbered over the whole iteration."""
-    size = config.train.group_size
-    ids = torch.arange(group * size, (group + 1) * size, device=policy.device)
-    return NoiseKey(noise_key(config.run.seed, iteration, purpose), ids)
-
-
-def _check_candidates(candidates: Any, groups: int, anchors: bool, steps: int, name: str) -> None:
-    """A schedule of the user's may ask for anything."""
-    if not anchors:
-        raise ValueError(
-            f"window.schedule {name} probes starts, for which groups need anchors; let its needs_anchors be True"
-        )
-    if len(candidates) != groups:
-        raise ValueError(
-            f"window.schedule {name} probes {candidates!r} for {groups} groups; give one list of starts per group"
-        )
-    wrong = [start for starts in candidates for start in starts if not 0 <= start < steps]
-    if wrong:
-        raise ValueError(f"window.schedule {name} probes start {wrong[0]}; use starts from 0 to {steps - 1}")
+    ids = torch.tensor(components.groups.sample_ids(group), device=components.policy.device)
+    return NoiseKey(noise_key(components.rules.seed, iteration, purpose), ids)
 
 
 def _check_windows(windows: Any, groups: int, stop: int, name: str) -> None:
-    """A schedule of the user's may return anything."""
+    """Refuse what a user's schedule may have returned."""
     if not isinstance(windows, list) or not all(isinstance(window, Window) for window in windows):
         raise ValueError(f"window.schedule {name} returned {windows!r}; return a list of Window(start, stop)")
     if len(windows) != groups:

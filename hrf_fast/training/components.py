@@ -1,43 +1,70 @@
-"""Components: the model and everything that acts on it."""
+"""Components: the model and everything that acts on it, as values; build.py makes them from a configuration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from hrf_fast.config.options import Config
 from hrf_fast.engines.base import Engine
-from hrf_fast.evaluation.panel import PanelScores, evaluate
-from hrf_fast.memory.activations import Activations
-from hrf_fast.policies.pixel import Policy
-from hrf_fast.rewards import CombinedReward
-from hrf_fast.training.rewarding import Background
-from hrf_fast.vision.shipped import FeatureNetwork
+from hrf_fast.evaluation.panel import Panel, PanelMetrics
+from hrf_fast.policies.base import Policy
+from hrf_fast.policies.network import NetworkCalls
+from hrf_fast.rewards import Reward
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.groups import Groups
+from hrf_fast.training.optimizer_step import Clips
+from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import WindowSchedule
+from hrf_fast.windows.schedules import load_schedule_state, schedule_state
 
 
-@dataclass
-class Parts:
-    """The model and everything that acts on it."""
+@dataclass(frozen=True)
+class Rules:
+    """Numbers of the algorithm."""
+
+    seed: int
+    """Of all randomness in training."""
+    clips: Clips
+    inner_epochs: int
+    """Passes over an iteration's rollouts."""
+    peers: str
+    """Samples that a reward is standardised against: group, or batch for the whole iteration."""
+    advantage_floor: float
+    """Least standard deviation to divide by, in units of the reward."""
+    skip_not_finite: bool
+    """Skip optimizer steps of a reward or gradient that is not finite, instead of stopping."""
+    learning_rate: Callable[[int], float]
+    """By iteration."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """One run's parts."""
 
     policy: Policy
-    reward: CombinedReward
-    schedule: WindowSchedule
     engine: Engine
-    scorer: FeatureNetwork | None
-    config: Config
-    activations: Activations = field(default_factory=lambda: Activations(0))
-    background: Background = field(default_factory=lambda: Background(thread=False))
+    reward: Reward
+    rewarder: Rewarder
+    schedule: WindowSchedule
+    groups: Groups
+    calls: CallPlan
+    rules: Rules
+    panel: Panel
+    notes: tuple[str, ...] = ()
+    """Choices that were made for the user, to be printed at the start."""
 
-    def evaluate_panel(self) -> PanelScores:
-        """Score the fixed panel with the current weights, or the averaged ones; its UNet calls are not training's."""
-        evaluation = self.config.evaluation
+    def evaluate_panel(self) -> PanelMetrics:
+        """Evaluate the panel with the current weights, or the averaged ones; its calls are not training's."""
         with self.policy.uncounted(), self.engine.gathered(ema=True):
-            return evaluate(
-                self.policy,
-                self.reward,
-                self.scorer,
-                panel_size=evaluation.panel_size,
-                seed=evaluation.seed,
-                batch_size=self.config.sample.batch_size,
-                resamples=evaluation.resamples,
-            )
+            return self.panel.evaluate(self.policy, self.reward)
+
+    def state(self, iteration: int) -> dict[str, Any]:
+        """What a checkpoint after `iteration` iterations holds beside the weights and the optimizer, JSON-able."""
+        return {"iteration": iteration, "calls": asdict(self.policy.calls), **schedule_state(self.schedule)}
+
+    def restore(self, state: dict[str, Any] | None) -> int:
+        """Restore what `state` gave, or start anew; returns how many iterations are done."""
+        self.policy.calls = NetworkCalls(**state["calls"]) if state else NetworkCalls()
+        load_schedule_state(self.schedule, state or {})
+        return state["iteration"] if state else 0

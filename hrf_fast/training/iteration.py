@@ -6,66 +6,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hrf_fast.config.options import Config
+from torch import Tensor
+
+from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.distributed import comm
+from hrf_fast.noise import seed_everything
 from hrf_fast.rewards import RewardError
-from hrf_fast.run.folder import Run
-from hrf_fast.training.collect import collect, plan
-from hrf_fast.training.components import Parts
-from hrf_fast.training.metrics import Scores, StepStats
-from hrf_fast.training.rewarding import gather_scores
-from hrf_fast.training.update import groups_of, learn
+from hrf_fast.run.session import Run
+from hrf_fast.training.collect import begin, collect
+from hrf_fast.training.components import Components
+from hrf_fast.training.metrics import StepStats, iteration_record
+from hrf_fast.training.rewarding import GroupRewards, gather_rewards, standardise
+from hrf_fast.training.update import update
 from hrf_fast.windows.base import Window
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What an iteration did, over all ranks."""
 
-    steps: list[StepStats]
-    skipped: int
-    scores: Scores
     windows: list[Window]
+    """Of all groups."""
+    rewards: dict[int, GroupRewards] = field(default_factory=dict)
+    """By group."""
+    advantages: dict[int, Tensor] = field(default_factory=dict)
+    """[B] by group; a skipped group has none."""
+    steps: list[StepStats] = field(default_factory=list)
+    """One per optimizer step that was made."""
+    skipped: int = 0
+    """Optimizer steps that were not made."""
 
 
-def iterate(parts: Parts, config: Config, run: Run, iteration: int) -> Outcome:
-    """One iteration.
+def iterate(components: Components, run: Run, iteration: int) -> str | None:
+    """Run one iteration and log it.
+
+    Returns:
+        A listener's reason to end the run.
 
     Raises:
         RewardError, FloatingPointError: a reward or a gradient is not finite; no step was made of it.
     """
-    where: Any = {"iteration": iteration, "note": run.progress.note}
-    with parts.engine.gathered():
-        planned = plan(parts, config, run, iteration)
-    steps: list[StepStats] = []
-    scores, skipped = Scores({}, {}, {}), 0
-    batches = _batches(config)
-    for batch in batches:
-        own = [group for step in batch for group in groups_of(comm.rank(), step, config.train.groups_per_step)]
-        with parts.engine.gathered():
-            rolled_out, pending = collect(parts, config, run, iteration, planned, own)
+    policy, groups = components.policy, components.groups
+    before = replace(policy.calls)
+    # a user's reward or schedule may draw from the global generators
+    seed_everything(components.rules.seed, iteration)
+    run.begin_iteration()
+    policy.stopwatch.restart()
+    outcome = learn(components, run, iteration)
+    policy.calls = policy.calls.of_all_ranks(before)
+    if not any(bool(values.any()) for values in outcome.advantages.values()):
+        run.note_once(
+            f"iteration {iteration}: {components.reward} is the same for all samples of every group, so their "
+            "advantages are 0 and nothing is learnt; use a reward that varies, or a larger train.group_size",
+            key="no spread",
+        )
+    record = {
+        "iteration": iteration,
+        **iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows),
+        **_counters(components, iteration),
+        "skipped_steps": outcome.skipped,
+    }
+    images = groups.per_iteration * groups.size
+    return run.log(record, images=images, network_seconds=policy.stopwatch.restart())
+
+
+def _counters(components: Components, iteration: int) -> dict[str, Any]:
+    """Totals of all ranks after an iteration."""
+    policy, groups = components.policy, components.groups
+    return {
+        "learning_rate": components.rules.learning_rate(iteration),
+        "images": (iteration + 1) * groups.per_iteration * groups.size,
+        **asdict(policy.calls),
+        "evaluations": policy.calls.evaluations,
+        "peak_memory_bytes": max(comm.gather(peak_memory_bytes(policy.device))),
+    }
+
+
+def learn(components: Components, run: Run, iteration: int) -> Outcome:
+    """Draw the groups of an iteration, then roll out, reward and update round by round."""
+    rules, engine, note = components.rules, components.engine, run.note
+    engine.set_learning_rate(rules.learning_rate(iteration))
+    with engine.gathered():
+        windows, groups = begin(components, run, iteration)
+    outcome = Outcome(windows)
+    rounds = components.groups.rounds(components.calls.order)
+    for steps in rounds:
+        own = [groups[number] for number in components.groups.own(steps)]
+        with engine.gathered():
+            rolled_out, pending = collect(components, run, own)
         with run.phase("reward"):
-            new = gather_scores(config, pending, device=parts.policy.device, **where)
-        scores = scores.join(new)
-        if batch == batches[-1] and not scores.terms:
+            rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
+            advantages = standardise(
+                rewards, peers=rules.peers, floor=rules.advantage_floor, device=components.policy.device
+            )
+        outcome.rewards |= rewards
+        outcome.advantages |= advantages
+        for group in rewards.keys() - advantages.keys():
+            note(f"iteration {iteration}, group {group}: its optimizer step is skipped: {rewards[group].problem}")
+        if steps == rounds[-1] and not outcome.advantages:
             raise comm.on_all_ranks(
                 RewardError(f"iteration {iteration}: no group has finite rewards, so there is nothing to learn from")
             )
         run.unbroken()
         with run.phase("update"):
-            made, lost = learn(parts, config, rolled_out, planned.windows, new.advantages, batch, **where)
-        steps += made
-        skipped += lost
+            made, skipped = update(components, rolled_out, windows, advantages, steps, iteration=iteration, note=note)
+        outcome.steps += made
+        outcome.skipped += skipped
         # graphs of a skipped step are still kept: they must not outlive the next rollout's
         del rolled_out
-    return Outcome(steps, skipped, scores, planned.windows)
-
-
-def _batches(config: Config) -> list[Sequence[int]]:
-    """Which optimizer steps are rolled out together."""
-    steps = range(config.train.groups_per_iteration // config.train.groups_per_step)
-    return [steps] if config.train.order == "collect" else [[step] for step in steps]
+    return outcome

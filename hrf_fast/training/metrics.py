@@ -1,8 +1,8 @@
-"""StepStats: what one optimizer step says about itself, kept on the device until the iteration's one log line."""
+"""StepStats: statistics of one optimizer step, kept on the device until the iteration's one log line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.distributed import comm
+from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.windows.base import Window
 from hrf_kernels import Surrogate
 
@@ -36,7 +37,7 @@ class StepStats:
         return cls(*(torch.zeros((), device=device) for _ in fields(cls)))
 
     def add(self, loss: Tensor, surrogate: Surrogate) -> StepStats:
-        """Include one forward's surrogate, as sums: `finish` divides, so that a mean of ones is exactly one."""
+        """Include one call's surrogate, as sums: `finish` divides, so that a mean of ones is exactly one."""
         return StepStats(
             loss=self.loss + loss,
             approx_kl=self.approx_kl + surrogate.approx_kl.sum(),
@@ -48,25 +49,10 @@ class StepStats:
         )
 
     def finish(self, pairs: int, grad_norm: Tensor) -> StepStats:
-        """The stats of a whole optimizer step of `pairs` samples × steps on all ranks."""
+        """Divide the sums: the stats of a whole optimizer step of `pairs` samples × steps on all ranks."""
         sums = ("approx_kl", "clip_fraction", "clipped_fraction", "ratio_mean")
         means = {name: getattr(self, name) / pairs for name in sums}
         return replace(self, **means, grad_norm=grad_norm)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Rewards of an iteration's groups, or of some of them, by group and on every rank."""
-
-    rewards: dict[int, Tensor]
-    """[group_size] each; NaN in a group to skip."""
-    advantages: dict[int, Tensor | None]
-    """[group_size] each; None for one to skip: a reward of its is not finite and train.on_nan is skip."""
-    terms: dict[int, dict[str, float]]
-    """Mean of each reward term, of the groups that are not skipped."""
-
-    def join(self, other: Scores) -> Scores:
-        return Scores(self.rewards | other.rewards, self.advantages | other.advantages, self.terms | other.terms)
 
 
 def summarise(steps: Sequence[StepStats]) -> dict[str, float | None]:
@@ -77,40 +63,41 @@ def summarise(steps: Sequence[StepStats]) -> dict[str, float | None]:
     names = [f.name for f in fields(StepStats)]
     if not steps:
         return dict.fromkeys(names)
-    own = torch.stack([torch.stack([getattr(step, name).float() for name in names]) for step in steps])
-    ranks = comm.gather_rows(own[None])
+    here = torch.stack([torch.stack([getattr(step, name).float() for name in names]) for step in steps])
+    ranks = comm.gather_rows(here[None])
     largest, mean = ranks.amax((0, 1)), ranks.sum(0).mean(0)
-    values = torch.stack([mean, largest, own.mean(0)]).tolist()
+    values = torch.stack([mean, largest, here.mean(0)]).tolist()
     row = {"ratio_max": 1, "grad_norm": 2}
     return {name: values[row.get(name, 0)][i] for i, name in enumerate(names)}
 
 
 def iteration_record(
-    steps: Sequence[StepStats], scores: Scores, windows: Sequence[Window], counters: dict[str, float]
+    steps: Sequence[StepStats],
+    rewards: Mapping[int, GroupRewards],
+    advantages: Mapping[int, Tensor],
+    windows: Sequence[Window],
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl for one iteration, less the seconds.
+    """The numbers of one iteration's line of metrics.jsonl, less its counters and seconds.
 
     Args:
-        steps: one per optimizer step that was made; scores: of all groups, as the windows.
-        counters: numbers known outside (images, evaluations, learning rate, …).
+        steps: one per optimizer step that was made; rewards: of all groups; windows: in the order of the groups.
+        advantages: of the groups that were not skipped.
     """
-    known = torch.cat([group for group in scores.advantages.values() if group is not None])
-    spread = torch.stack([group.std() for group in scores.rewards.values()])
-    rewards = torch.cat(list(scores.rewards.values()))
-    rewards = rewards[rewards.isfinite()]
-    groups = list(scores.terms.values())
-    terms = {name: sum(group[name] for group in groups) / len(groups) for name in groups[0]}
+    all_advantages = torch.cat(list(advantages.values()))
+    by_group = [group.rewards for group in rewards.values() if group.rewards is not None]
+    all_rewards = torch.cat(by_group)
+    terms = [group.terms for group in rewards.values() if group.rewards is not None]
+    term_means = {name: sum(group[name] for group in terms) / len(terms) for name in terms[0]}
     return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "reward_min": float(rewards.min()),
-        "reward_max": float(rewards.max()),
-        **({f"reward/{name}": value for name, value in terms.items()} if len(terms) > 1 else {}),
-        "advantage_std": float(known.std()),
-        "advantage_max": float(known.abs().max()),
-        "group_reward_std": float(spread[spread.isfinite()].mean()),
+        "reward_mean": float(all_rewards.mean()),
+        "reward_std": float(all_rewards.std()),
+        "reward_min": float(all_rewards.min()),
+        "reward_max": float(all_rewards.max()),
+        **({f"reward/{name}": value for name, value in term_means.items()} if len(term_means) > 1 else {}),
+        "advantage_std": float(all_advantages.std()),
+        "advantage_max": float(all_advantages.abs().max()),
+        "group_reward_std": float(torch.stack([values.std() for values in by_group]).mean()),
         **summarise(steps),
         "window_starts": [window.start for window in windows],
         "window_steps": sum(len(window) for window in windows),
-        **counters,
     }

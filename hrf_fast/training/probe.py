@@ -1,30 +1,81 @@
-"""Search: what HRF-D measures of candidate starts, for all groups of a rank at once.
+"""Probe: measure candidate starts for HRF-D, for all groups of a rank at once.
 
 `exact` is the published measurement: the group is re-noised to a candidate and denoised deterministically to the end,
-T − start UNet evaluations a sample. `x0` scores the one-step estimate of the clean image at the candidate instead, one
-evaluation a sample. Which candidates are asked for, and what is chosen, is in `hrf_fast.windows`.
+T − start network evaluations a sample. `x0` rewards the one-step estimate of the clean image at the candidate instead,
+one evaluation a sample. Which candidates are asked for, and what is chosen, is in `hrf_fast.windows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.pixel import Policy
+from hrf_fast.policies.base import Condition, Policy
+from hrf_fast.policies.sample import renoised
 from hrf_fast.rewards import Reward
 from hrf_fast.training.calls import together
-from hrf_fast.training.rollout import renoised
-from hrf_fast.windows.base import check_estimate
+from hrf_fast.training.components import Components
+from hrf_fast.windows.base import check_estimate, schedule_name
 from hrf_kernels import gaussian_mean
+
+
+class StartProbe:
+    """The `Probe` of one iteration: every group's candidates, measured by the rank that holds the group."""
+
+    def __init__(
+        self, components: Components, anchors: Mapping[int, Tensor], noises: Mapping[int, NoiseKey]
+    ) -> None:
+        """`anchors` and `noises` are those of this rank's groups, by number."""
+        self._components, self._anchors, self._noises = components, anchors, noises
+
+    def __call__(
+        self, candidates: Sequence[Sequence[int]], *, estimate: str = "exact"
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Mean rewards and mean distances of each group's candidates; collective.
+
+        Raises:
+            ValueError: groups without anchors, another number of lists than groups, or a start that is no step.
+        """
+        components = self._components
+        groups, own = components.groups, components.groups.own()
+        with comm.agreed():
+            self._check(candidates)
+            measured = probe_starts(
+                components.policy,
+                components.reward,
+                [self._anchors[group] for group in own],
+                [candidates[group] for group in own],
+                [self._noises[group] for group in own],
+                estimate=estimate,
+                images_per_call=components.calls.sampled,
+            )
+        by_group: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in comm.gather(dict(zip(own, measured, strict=True))):
+            by_group |= part
+        return [by_group[group] for group in range(groups.per_iteration)]
+
+    def _check(self, candidates: Any) -> None:
+        """Refuse what a user's schedule may have asked for."""
+        option = f"window.schedule {schedule_name(self._components.schedule)}"
+        groups, steps = self._components.groups.per_iteration, len(self._components.policy.sampler)
+        if not self._anchors:
+            raise ValueError(f"{option} probes starts, for which groups need anchors; let its needs_anchors be True")
+        if len(candidates) != groups:
+            raise ValueError(f"{option} probes {candidates!r} for {groups} groups; give one list of starts per group")
+        wrong = [start for starts in candidates for start in starts if not 0 <= start < steps]
+        if wrong:
+            raise ValueError(f"{option} probes start {wrong[0]}; use starts from 0 to {steps - 1}")
 
 
 @dataclass(frozen=True)
 class _Lane:
-    """Samples of one group at one candidate start, at most sample.batch_size."""
+    """Samples of one group at one candidate start, at most as many as share a call."""
 
     group: int
     start: int
@@ -40,17 +91,17 @@ def probe_starts(
     noises: Sequence[NoiseKey],
     *,
     estimate: str = "exact",
-    batch_size: int,
+    images_per_call: int,
 ) -> list[tuple[Tensor, Tensor]]:
     """Reward and distance of each group at each of its candidate starts.
 
     Args:
-        anchors: clean latents [C, H, W], one per group; candidates: the starts to measure, a list per group.
+        anchors: clean latents [*latent_shape], one per group; candidates: the starts to measure, a list per group.
         noises: re-noise each group's anchor, one number per sample, the same at every candidate.
-        estimate: exact or x0; batch_size: images per UNet call at most.
+        estimate: exact or x0; images_per_call: at most.
 
     Returns:
-        Per group the mean reward and the mean distance 1 − cos(x̃0, x0) on flattened pixels over all its samples, each
+        Per group the mean reward and the mean distance 1 − cos(x̃0, x0) on flattened latents over all its samples, each
         [C] fp32 on the CPU in the order of its candidates.
 
     Raises:
@@ -61,22 +112,22 @@ def probe_starts(
         _Lane(group, start, part)
         for group, starts in enumerate(candidates)
         for start in starts
-        for part in noises[group].split(batch_size)
+        for part in noises[group].split(images_per_call)
     ]
     rewards, distances = [], []
-    for call, clean in measure(policy, anchors, lanes, batch_size):
-        own = torch.stack([anchors[lanes[index].group] for index in call for _ in lanes[index].noise.sample_id])
-        rewards.append(reward(policy.images(clean)))
-        distances.append(1 - torch.cosine_similarity(clean.flatten(1), own.flatten(1)))
+    for call, clean in measure(policy, anchors, lanes, images_per_call):
+        origins = torch.stack([anchors[lanes[index].group] for index in call for _ in lanes[index].noise.sample_id])
+        rewards.append(reward(policy.decode(clean)).total)
+        distances.append(1 - torch.cosine_similarity(clean.flatten(1), origins.flatten(1)))
     if not lanes:
         return [(torch.zeros(0), torch.zeros(0)) for _ in candidates]
     samples = torch.stack([torch.cat(rewards), torch.cat(distances)])
-    found = []
+    group_means = []
     counts = [len(starts) * len(noise) for starts, noise in zip(candidates, noises, strict=True)]
     for part, noise in zip(samples.split(counts, dim=1), noises, strict=True):
-        found.append(part.reshape(2, -1, len(noise)).mean(2))
+        group_means.append(part.reshape(2, -1, len(noise)).mean(2))
     # one copy from the device
-    means = torch.cat(found, dim=1).cpu().split([len(starts) for starts in candidates], dim=1)
+    means = torch.cat(group_means, dim=1).cpu().split([len(starts) for starts in candidates], dim=1)
     return [(group[0], group[1]) for group in means]
 
 
@@ -84,37 +135,37 @@ def probe_starts(
 _Clean = Iterator[tuple[list[int], Tensor]]
 
 
-def _denoised(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane], batch_size: int) -> _Clean:
+def _denoised(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane], images_per_call: int) -> _Clean:
     """The deterministic rollout of every lane; each joins the calls when the step reaches its start."""
     if not lanes:
         return
-    sizes, steps = [len(lane.noise) for lane in lanes], len(policy.diffusion)
+    sizes, steps = [len(lane.noise) for lane in lanes], len(policy.sampler)
     latents: dict[int, Tensor] = {}
-    for step, call in together([lane.start for lane in lanes], sizes, steps, max_batch=batch_size):
+    for step, call in together([lane.start for lane in lanes], sizes, steps, images_per_call=images_per_call):
         for index in call:
             if lanes[index].start == step:
                 latents[index] = renoised(policy, anchors[lanes[index].group], step, lanes[index].noise)
         batch = torch.cat([latents[index] for index in call])
-        output = policy.model_output(batch, policy.timestep_list[step])
-        batch = gaussian_mean(output, batch, policy.diffusion.deterministic[step])
+        prediction = policy.predict(batch, step, _condition(policy, len(batch)))
+        batch = gaussian_mean(prediction.combined, batch, policy.sampler.deterministic[step])
         latents |= zip(call, batch.split([sizes[index] for index in call]), strict=True)
         if step == steps - 1:
             yield call, batch
 
 
-def _estimated(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane], batch_size: int) -> _Clean:
-    """x̂0 of every lane by one UNet evaluation, clamped where the scheduler clips its own."""
-    table = policy.diffusion.deterministic
-    none = torch.zeros_like(table.mean_x0)
-    # the step whose mean is its x0
-    estimate = replace(table, mean_x0=none + 1, mean_latents=none, mean_output=none)
+def _estimated(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane], images_per_call: int) -> _Clean:
+    """x̂0 of every lane by one network evaluation, clamped where the scheduler clips its own."""
     sizes = [len(lane.noise) for lane in lanes]
     # packed as lanes of a single step
-    for _, call in together([0] * len(lanes), sizes, 1, max_batch=batch_size) if lanes else ():
+    for _, call in together([0] * len(lanes), sizes, 1, images_per_call=images_per_call) if lanes else ():
         steps = torch.tensor([lanes[index].start for index in call for _ in range(sizes[index])], device=policy.device)
         batch = torch.cat([renoised(policy, anchors[lanes[i].group], lanes[i].start, lanes[i].noise) for i in call])
-        output = policy.model_output(batch, policy.diffusion.timesteps[steps])
-        yield call, gaussian_mean(output, batch, estimate[steps])
+        prediction = policy.predict(batch, steps, _condition(policy, len(batch)))
+        yield call, gaussian_mean(prediction.combined, batch, policy.sampler.clean[steps])
+
+
+def _condition(policy: Policy, count: int) -> Condition:
+    return policy.condition([None] * count)
 
 
 _MEASURES: dict[str, Callable[..., _Clean]] = {"exact": _denoised, "x0": _estimated}

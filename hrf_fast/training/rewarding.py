@@ -1,8 +1,8 @@
-"""Scoring: rewards of rolled-out groups, in a thread beside the next rollout, and their advantages."""
+"""Rewarding: rewards of rolled-out groups, in a thread beside the next rollout, and their advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,117 +10,100 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
-from hrf_fast.rewards import CombinedReward, NotFiniteError
+from hrf_fast.rewards import NotFiniteError, Reward
 from hrf_fast.training.advantages import group_advantages
-from hrf_fast.training.metrics import Scores
 
 
 @dataclass(frozen=True)
-class GroupScore:
+class GroupRewards:
     """A group's rewards, or why it has none."""
 
     rewards: Tensor | None
-    """[group_size] on the CPU."""
+    """[B] fp32 on the CPU; None where one is not finite."""
     terms: dict[str, float]
     """Mean of each reward term."""
     problem: str = ""
     """What is not finite."""
 
 
-class Background:
-    """Calls one after the other in a thread of their own; without one, at once. The results are the same."""
+class Rewarder:
+    """Rewards groups one after the other in a thread, so that the next groups can denoise meanwhile."""
 
-    def __init__(self, *, thread: bool, device: torch.device | None = None) -> None:
-        """`device`: the thread's current one, if it is a GPU; CUDA starts every thread on the first."""
+    def __init__(self, reward: Reward, device: torch.device) -> None:
+        """`device` becomes the thread's current one if it is a GPU: CUDA starts every thread on the first."""
+        self.reward = reward
         start: dict[str, Any] = {}
-        if device is not None and device.type == "cuda":
+        if device.type == "cuda":
             start = {"initializer": torch.cuda.set_device, "initargs": (device,)}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward", **start) if thread else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward", **start)
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """The result to be, or the error that asking for it raises."""
-        if self._pool is not None:
-            return self._pool.submit(function, *arguments)
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def submit(self, images: Mapping[int, Tensor]) -> Future[dict[int, GroupRewards]]:
+        """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises."""
+        return self._pool.submit(reward_groups, self.reward, images)
 
     def close(self) -> None:
         """Drop what has not begun: Python would wait for it before it exits."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def score_groups(reward: CombinedReward, images: Mapping[int, Tensor]) -> dict[int, GroupScore]:
-    """Score groups' images [B, 3, H, W] as one batch; if that is not finite, each group by itself."""
+def reward_groups(reward: Reward, images: Mapping[int, Tensor]) -> dict[int, GroupRewards]:
+    """Reward groups' images [B, 3, H, W] as one batch; if that is not finite, each group by itself."""
     try:
-        values, terms = _score(reward, torch.cat(list(images.values())))
-        parts = values.split(len(values) // len(images))
-        return {group: GroupScore(part, terms) for group, part in zip(images, parts, strict=True)}
+        together = _reward(reward, torch.cat(list(images.values())))
+        assert together.rewards is not None
+        parts = together.rewards.split(len(together.rewards) // len(images))
+        return {group: GroupRewards(part, together.terms) for group, part in zip(images, parts, strict=True)}
     except NotFiniteError as error:
-        whole = str(error)
-    scores = {}
-    for group, own in images.items():
+        problem = str(error)
+    rewards = {}
+    for group, group_images in images.items():
         try:
-            scores[group] = GroupScore(*_score(reward, own))
+            rewards[group] = _reward(reward, group_images)
         except NotFiniteError as error:
-            scores[group] = GroupScore(None, {}, str(error))
-    if all(score.rewards is not None for score in scores.values()):
+            rewards[group] = GroupRewards(None, {}, str(error))
+    if all(group.rewards is not None for group in rewards.values()):
         # finite at the second time of asking, which is no better
-        return dict.fromkeys(images, GroupScore(None, {}, whole))
-    return scores
+        return dict.fromkeys(images, GroupRewards(None, {}, problem))
+    return rewards
 
 
-def _score(reward: CombinedReward, images: Tensor) -> tuple[Tensor, dict[str, float]]:
-    values = reward(images).cpu()
-    return values, {name: float(value) for name, value in reward.last_terms.items()}
+def _reward(reward: Reward, images: Tensor) -> GroupRewards:
+    total, terms = reward(images)
+    return GroupRewards(total.cpu(), {name: float(value) for name, value in terms.items()})
 
 
-def gather_scores(
-    config: Config,
-    own: Iterable[Future[dict[int, GroupScore]]],
-    *,
-    device: torch.device,
-    iteration: int,
-    note: Callable[[str], None],
-) -> Scores:
-    """Wait for the scores of every rank, and standardise the rewards against their peers.
-
-    Args:
-        own: of this rank's groups; device: of the advantages.
+def gather_rewards(
+    pending: Iterable[Future[dict[int, GroupRewards]]], *, iteration: int, skip_not_finite: bool
+) -> dict[int, GroupRewards]:
+    """Wait for the rewards of this rank's groups, and gather every rank's, by group in ascending order.
 
     Raises:
-        RewardError: a reward failed on some rank, or is not finite and train.on_nan is stop.
+        RewardError: a reward failed on some rank, or is not finite and is not to be skipped; on all ranks.
     """
-    train = config.train
     with comm.agreed():
-        found = {group: score for future in own for group, score in future.result().items()}
-        for group, score in found.items():
-            if score.rewards is None and train.on_nan == "stop":
-                raise NotFiniteError(f"iteration {iteration}, group {group}: {score.problem}")
-    everybody = {group: score for part in comm.gather(found) for group, score in part.items()}
-    rewards: dict[int, Tensor] = {}
-    for group in sorted(everybody):
-        values = everybody[group].rewards
-        if values is None:
-            note(f"iteration {iteration}, group {group}: its optimizer step is skipped: {everybody[group].problem}")
-        else:
-            rewards[group] = values
-    advantages: dict[int, Tensor | None] = dict.fromkeys(sorted(everybody))
-    if rewards:
-        peers = torch.arange(len(rewards)).repeat_interleave(train.group_size)
-        if train.advantages == "batch":
-            peers = torch.zeros_like(peers)
-        values = group_advantages(torch.cat(list(rewards.values())), peers, floor=train.advantage_floor)
-        advantages |= dict(zip(rewards, values.to(device).split(train.group_size), strict=True))
-    lost = torch.full((train.group_size,), torch.nan)
-    return Scores(
-        {group: rewards.get(group, lost) for group in advantages},
-        advantages,
-        {group: everybody[group].terms for group in rewards},
+        rewards = {group: result for future in pending for group, result in future.result().items()}
+        for group, result in rewards.items():
+            if result.rewards is None and not skip_not_finite:
+                raise NotFiniteError(f"iteration {iteration}, group {group}: {result.problem}")
+    everybody = {group: result for part in comm.gather(rewards) for group, result in part.items()}
+    return {group: everybody[group] for group in sorted(everybody)}
+
+
+def standardise(
+    rewards: Mapping[int, GroupRewards], *, peers: str, floor: float, device: torch.device
+) -> dict[int, Tensor]:
+    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others.
+
+    Args:
+        peers: group or batch, the samples that a reward is compared with; floor: see `group_advantages`.
+    """
+    finite = {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
+    if not finite:
+        return {}
+    sizes = [len(values) for values in finite.values()]
+    index = torch.arange(len(finite)).repeat_interleave(torch.tensor(sizes))
+    advantages = group_advantages(
+        torch.cat(list(finite.values())), index if peers == "group" else torch.zeros_like(index), floor=floor
     )
+    return dict(zip(finite, advantages.to(device).split(sizes), strict=True))

@@ -1,106 +1,99 @@
 """Rollout: denoise and keep the window.
 
-Anchors and panels run all T steps; a group starts where its window starts. Nothing outside the window is kept, and
-nothing there runs with gradient. The policy that samples here is the "old" policy of the ratio. All noise is
+A group starts where its window starts, and its samples run on to the clean image. Nothing outside the window is kept,
+and nothing there runs with gradient. The policy that samples here is the "old" policy of the ratio. All noise is
 counter-based (seed, sample, step), so that a result does not depend on how a batch is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.pixel import Policy
-from hrf_fast.policies.sample import advance, starting_noise
-from hrf_fast.training.calls import Call, Piece, rollout_calls
+from hrf_fast.policies.base import Condition, Policy
+from hrf_fast.policies.sample import advance, renoised, starting_noise
+from hrf_fast.training.calls import Call, CallPlan, Piece
+from hrf_fast.training.groups import Group
 from hrf_fast.training.trajectory import Trajectory
-from hrf_fast.windows.base import Window
 
 
-def renoised(policy: Policy, anchor: Tensor, step: int, noise: NoiseKey) -> Tensor:
-    """The anchor [C, H, W] taken back to `step` with each sample's own noise, [B, C, H, W]."""
-    return policy.diffusion.renoise(anchor, step, starting_noise(policy, noise))
+@dataclass
+class Rollout:
+    """What a rank has rolled out together."""
 
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)
+    """By group."""
+    calls: list[Call] = field(default_factory=list)
+    """The calls inside the windows in the order in which they were made, with the predictions that were kept."""
 
-@dataclass(frozen=True)
-class Start:
-    """Where a group's rollout begins."""
-
-    window: Window
-    """Steps to keep; those after it run and are not kept."""
-    latents: Tensor
-    """[B, C, H, W] at step window.start."""
-    noise: NoiseKey
-    """Of the group's samples."""
+    def join(self, other: Rollout) -> None:
+        """Add another pack's."""
+        self.trajectories |= other.trajectories
+        self.calls += other.calls
 
 
 @torch.no_grad()
-def rollout(
-    policy: Policy,
-    starts: Mapping[int, Start],
-    *,
-    micro_batch_size: int,
-    max_batch: int = 0,
-    keep_from: int | None = None,
-) -> tuple[dict[int, Trajectory], list[Call]]:
-    """Denoise groups from their windows' starts to the clean image.
+def rollout(policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from: int | None = None) -> Rollout:
+    """Denoise groups that share calls from their windows' starts to the clean image.
 
     Args:
-        starts: by group, of equal sizes; they advance together.
-        micro_batch_size, max_batch: see `rollout_calls`.
+        pack: groups of equal sizes; they advance together.
         keep_from: window steps from this one on run with gradient and keep their graphs; None for no step.
 
     Returns:
-        The trajectories by group, and the UNet calls inside the windows in the order in which they were made. Replayed
-        as they are they see the batches of the rollout, and the on-policy ratio is 1 to the bit.
+        The trajectories and the calls. Replayed as they are the calls see the batches of the rollout, and the on-policy
+        ratio is 1 to the bit.
     """
-    windows = {group: start.window for group, start in starts.items()}
-    trajectories = {group: _empty(policy, start) for group, start in starts.items()}
-    size = len(next(iter(starts.values())).latents)
+    groups = {group.number: group for group in pack}
+    starts = {group.number: _start(policy, group) for group in pack}
+    stored = {group.number: _storage(group, starts[group.number]) for group in pack}
     # apart from what is stored: a tensor that a kept graph has seen must not be written to
-    now: dict[Piece, Tensor] = {}
-    made = []
-    batches: dict[str, Any] = {"micro_batch_size": micro_batch_size, "max_batch": max_batch}
-    for call in rollout_calls(windows, group_size=size, num_steps=len(policy.diffusion), **batches):
+    current: dict[Piece, Tensor] = {}
+    trained = []
+    for call in plan.rollout({group.number: group.window for group in pack}, len(policy.sampler)):
         step = call.steps.start
-        latents = [now.get(piece, starts[piece.group].latents[piece.samples]) for piece in call.pieces]
-        batch = latents[0] if len(latents) == 1 else torch.cat(latents)
-        keep = call.inside and keep_from is not None and step >= keep_from
+        latents = _cat([current.get(piece, starts[piece.group][piece.samples]) for piece in call.pieces])
+        condition = Condition.join([groups[piece.group].condition[piece.samples] for piece in call.pieces])
+        noise = NoiseKey.join([groups[piece.group].noise[piece.samples] for piece in call.pieces])
+        keep = call.trained and keep_from is not None and step >= keep_from
         with torch.set_grad_enabled(keep):
-            output = policy.model_output(batch, policy.timestep_list[step])
-        noise = NoiseKey.join([starts[piece.group].noise[piece.samples] for piece in call.pieces])
-        following, log_prob = advance(policy, output.detach(), batch, step, noise)
-        sizes = [piece.last - piece.first for piece in call.pieces]
-        for piece, latent, score in zip(call.pieces, following.split(sizes), log_prob.split(sizes), strict=True):
-            now[piece] = latent
-            if call.inside:
-                trajectory, index = trajectories[piece.group], step - windows[piece.group].start
-                trajectory.latents[index + 1, piece.samples] = latent
-                trajectory.old_log_prob[index, piece.samples] = score
-        if call.inside:
-            call.output = output if keep else None
-            made.append(call)
-    for piece, latent in now.items():
-        trajectories[piece.group].images[piece.samples] = policy.images(latent)
-    return trajectories, made
+            prediction = policy.predict(latents, step, condition)
+        next_latents, log_prob = advance(policy, prediction.detach(), latents, step, noise)
+        sizes = [piece.size for piece in call.pieces]
+        current |= zip(call.pieces, next_latents.split(sizes), strict=True)
+        if call.trained:
+            for piece, piece_log_prob in zip(call.pieces, log_prob.split(sizes), strict=True):
+                window_latents, old_log_prob = stored[piece.group]
+                index = step - groups[piece.group].window.start
+                window_latents[index + 1, piece.samples] = current[piece]
+                old_log_prob[index, piece.samples] = piece_log_prob
+            call.prediction = prediction if keep else None
+            trained.append(call)
+    images = {piece: policy.decode(latents) for piece, latents in sorted(current.items())}
+    trajectories = {}
+    for group in pack:
+        parts = [part for piece, part in images.items() if piece.group == group.number]
+        trajectories[group.number] = Trajectory(group, *stored[group.number], _cat(parts))
+    return Rollout(trajectories, trained)
 
 
-def _empty(policy: Policy, start: Start) -> Trajectory:
-    """A trajectory that holds its first latents, for the rollout to fill."""
-    window, latents = start.window, start.latents
-    kept = slice(window.start, window.stop)
-    stored = latents.new_empty(len(window) + 1, *latents.shape)
-    stored[0] = latents
-    return Trajectory(
-        window=window,
-        latents=stored,
-        old_log_prob=latents.new_empty(len(window), len(latents)),
-        timesteps=policy.diffusion.timesteps[kept],
-        coefficients=policy.diffusion.coefficients[kept],
-        images=latents.new_empty(len(latents), 3, *latents.shape[2:]),
-    )
+def _start(policy: Policy, group: Group) -> Tensor:
+    """Latents [B, *latent_shape] at the window's first step: pure noise, or the anchor taken back there."""
+    if group.anchor is None:
+        return starting_noise(policy, group.noise)
+    return renoised(policy, group.anchor, group.window.start, group.noise)
+
+
+def _storage(group: Group, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [S+1, B, *latent_shape], of which the first are set, and log-probs [S, B], for the rollout to fill."""
+    latents = start.new_empty(len(group.window) + 1, *start.shape)
+    latents[0] = start
+    return latents, start.new_empty(len(group.window), group.size)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))

@@ -1,85 +1,87 @@
 """The self-check before training: is the ratio of an on-policy replay 1, and far enough within the clip range?
 
-A rollout and its update score the same step twice. If the two disagree by as much as the clip range, the clip acts on
-rounding noise instead of on policy change.
+A rollout and its update compute the log-prob of a step twice. If the two disagree by as much as the clip range, the
+clip acts on rounding noise instead of on policy change.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
-from hrf_fast.policies.sample import starting_noise
-from hrf_fast.training.components import Parts
+from hrf_fast.training.components import Components
+from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import replay_ratio_error
-from hrf_fast.training.rollout import Start, rollout
-from hrf_fast.training.update import Batch, calls_of
+from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 
-# steps to replay: the least that a chunk of steps_per_forward needs, and cheap
+# steps to replay: the least that several steps to a call need, and cheap
 _STEPS = 2
 # under this the fp32 gradients of a step lose digits (measured: 6e-4 relative at 1e-4)
 _SMALL_STD = 1e-3
 
 
-def self_check(parts: Parts, config: Config) -> str:
+def self_check(components: Components) -> str:
     """Roll out and replay a few late steps, where std is least and the ratio most sensitive.
 
     Returns:
         One line for the user: which implementation runs, the largest |ratio − 1| and the smallest clip range.
-
-    Raises:
-        ValueError: the clip would act on rounding noise and train.self_check is strict; on all ranks.
     """
-    policy, train = parts.policy, config.train
-    table = policy.diffusion
-    window = Window(max(0, table.stochastic_steps - max(_STEPS, train.steps_per_forward)), table.stochastic_steps)
-    windows = dict.fromkeys(range(_joined(config)), window)
-    starts = {}
-    for group in windows:
-        ids = torch.arange(group * train.group_size, (group + 1) * train.group_size, device=policy.device)
-        noise = NoiseKey(noise_key(config.run.seed, 0, "self_check"), ids)
-        starts[group] = Start(window, starting_noise(policy, noise), noise)
+    policy, plan = components.policy, components.calls
+    stop = policy.sampler.stochastic_steps
+    window = Window(max(0, stop - max(_STEPS, plan.steps_per_call)), stop)
+    numbers = range(_joined(components))
+    pack = [_group(components, number, window) for number in numbers]
     # where only some steps are kept, those that are replayed are the ones to check
-    keep_from = window.start if math.isinf(parts.activations.kept_pairs) else None
-    batches: Any = {"micro_batch_size": train.samples_per_call, "max_batch": train.max_batch}
+    keeps_all = math.isinf(plan.kept_pairs)
     with policy.uncounted():
-        batch = Batch(*rollout(policy, starts, keep_from=keep_from, **batches))
-        error = replay_ratio_error(policy, batch.trajectories, calls_of(config, batch, windows))
+        result = rollout(policy, pack, plan, keep_from=window.start if keeps_all else None)
+        calls = plan.update(result.calls, dict.fromkeys(numbers, window))
+        error = replay_ratio_error(policy, result.trajectories, calls)
     # one rank's device may round otherwise; all ranks must come to one verdict
     error = max(comm.gather(error), key=lambda value: math.inf if math.isnan(value) else value)
+    return _verdict(components, error, len(numbers) > 1)
+
+
+def _verdict(components: Components, error: float, joined: bool) -> str:
+    policy, plan, clips = components.policy, components.calls, components.rules.clips
+    steps, stop = len(policy.sampler), policy.sampler.stochastic_steps
     # the least window that any schedule can choose is the last stochastic step
-    scale = (len(table) - table.stochastic_steps + 1) / len(table) if train.scale_clips_by_window else 1.0
-    smallest = train.clip_range * scale
-    verdict = "exact" if error == 0 else "well inside it" if error < smallest / 10 else "NOT well inside it"
-    line = [
+    smallest = clips.clip_range * ((steps - stop + 1) / steps if clips.scale_by_window else 1.0)
+    inside = error < smallest / 10
+    verdict = "exact" if error == 0 else "well inside it" if inside else "NOT well inside it"
+    line = (
         f"self-check: kernels {policy.kernels} ({policy.kernels_reason}), {policy.precision}, "
         f"on-policy |ratio - 1| {error:.2g}, smallest clip range {smallest:.2g}: {verdict}"
-    ]
-    if verdict.startswith("NOT"):
+    )
+    if not inside:
+        regrouped = not math.isinf(plan.kept_pairs) and (joined or plan.steps_per_call > 1)
+        least_clip = 10 * error * clips.clip_range / smallest
         ways_out = [
-            "train.steps_per_forward=1" if train.steps_per_forward > 1 else "",
-            "train.max_batch=0" if len(windows) > 1 and keep_from is None else "",
-            "train.compile=none" if train.compile != "none" else "",
-            "train.precision=fp32" if policy.precision != "fp32" else "",
-            f"a train.clip_range of at least {10 * error / scale:.2g}" if math.isfinite(error) else "",
+            "compute.images_per_call=0" if regrouped else "",
+            "compute.compile=none" if policy.compiled != "none" else "",
+            "compute.precision=fp32" if policy.precision != "fp32" else "",
+            f"a train.clip_range of at least {least_clip:.2g}" if math.isfinite(error) else "",
         ]
-        line.append(f"the clip will act on rounding noise: use {' or '.join(filter(None, ways_out))}")
-        if train.self_check == "strict":
-            raise comm.on_all_ranks(ValueError("; ".join(["train.self_check is strict", *line])))
-    least_std = float(table.coefficients.std[: table.stochastic_steps].min())
+        line += f"; the clip will act on rounding noise: use {' or '.join(filter(None, ways_out))}"
+    least_std = float(policy.sampler.coefficients.std[:stop].min())
     if least_std < _SMALL_STD:
-        line.append(f"std falls to {least_std:.2g}, under which fp32 gradients lose digits")
-    return "; ".join(line)
+        line += f"; std falls to {least_std:.2g}, under which fp32 gradients lose digits"
+    return line
 
 
-def _joined(config: Config) -> int:
-    """How many groups share the UNet calls of a rollout."""
-    train = config.train
-    groups = train.groups_per_iteration if train.order == "collect" else train.groups_per_step
-    return min(groups // comm.world_size(), max(1, train.max_batch // train.group_size))
+def _joined(components: Components) -> int:
+    """How many groups share calls: as many as a rank rolls out together and as fit into a call."""
+    groups = components.groups
+    together = min(len(groups.own(steps)) for steps in groups.rounds(components.calls.order))
+    return max(1, min(components.calls.groups_per_call, together))
+
+
+def _group(components: Components, number: int, window: Window) -> Group:
+    policy, groups = components.policy, components.groups
+    ids = torch.tensor(groups.sample_ids(number), device=policy.device)
+    noise = NoiseKey(noise_key(components.rules.seed, 0, "self_check"), ids)
+    return Group(number, window, noise, policy.condition([None] * groups.size))

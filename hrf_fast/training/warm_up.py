@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
-from hrf_fast.policies.pixel import Policy
+from hrf_fast.policies.base import Policy
+from hrf_fast.training.components import Components
 
 
-def batch_sizes(config: Config) -> list[int]:
-    """A batch for every graph that a run will need: the update's, and one image where a split leaves a single one."""
-    train, group, most = config.train, config.train.group_size, config.sample.batch_size
-    micro = min(train.samples_per_call, group)
-    anchors = train.groups_per_iteration // comm.world_size()
-    splits = [(group, micro), (group, most), (anchors, most), (config.evaluation.panel_size, most)]
-    single = any(size == 1 or count % size == 1 for count, size in splits)
-    return [max(2, micro * train.steps_per_forward), *([1] if single else [])]
-
-
-def warm_up(policy: Policy, config: Config, note: Callable[[str], None]) -> None:
-    """Compile all graphs before training, uncounted and without a gradient left behind.
+def warm_up(components: Components, note: Callable[[str], None]) -> None:
+    """Compile all graphs that a run needs, uncounted and without a gradient left behind; a no-op without compiling.
 
     Raises:
         ValueError: this model does not compile here.
     """
-    if config.train.compile == "none":
-        return
-    note(f"torch.compile ({config.train.compile}) on {policy.device.type}: compiling, which can take minutes")
-    began, sizes = time.perf_counter(), batch_sizes(config)
+    groups, panel = components.groups, components.panel
+    if components.policy.compiled != "none":
+        # what is sampled: anchors, groups, panels
+        splits = (groups.per_iteration // groups.ranks, groups.size, panel.size)
+        compile_graphs(components.policy, components.calls.sizes(splits), note)
+
+
+def compile_graphs(policy: Policy, sizes: Sequence[int], note: Callable[[str], None]) -> None:
+    """Run batches of the given sizes with and without gradient.
+
+    Raises:
+        ValueError: this model does not compile here; on all ranks.
+    """
+    note(f"torch.compile ({policy.compiled}) on {policy.device.type}: compiling, which can take minutes")
+    began = time.perf_counter()
     with comm.agreed(), warnings.catch_warnings():
         # diffusers asks a cached function for torch's version, which torch's compiler finds worth a warning
         warnings.filterwarnings("ignore", message=".*lru_cache")
@@ -43,21 +44,21 @@ def warm_up(policy: Policy, config: Config, note: Callable[[str], None]) -> None
             # the first paragraph: advice to developers of torch follows
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
             raise ValueError(
-                f"train.compile is {config.train.compile!r}, but this model does not compile here "
-                f"({type(error).__name__}: {reason}); use train.compile=none"
+                f"compute.compile is {policy.compiled!r}, but this model does not compile here "
+                f"({type(error).__name__}: {reason}); use compute.compile=none"
             ) from error
     for_one = " and batches of one" if 1 in sizes else ""
     note(f"torch.compile: graphs for any batch{for_one} took {time.perf_counter() - began:.1f} s")
 
 
 def _run(policy: Policy, size: int) -> None:
-    """A forward without gradient; a forward and a backward whose gradients are thrown away."""
-    # the network itself: model_output would count the calls, and an engine would wait for a step
-    latents = torch.zeros(size, *policy.image_shape, device=policy.device)
-    timestep = policy.timestep_list[0]
+    """Run a forward without gradient, then a forward and a backward whose gradients are thrown away."""
+    # the network itself: predict would count the calls, and an engine would wait for a step
+    latents = torch.zeros(size, *policy.latent_shape, device=policy.device)
+    named = policy.condition([None] * size).conditional
     with torch.no_grad():
-        policy.network(latents, timestep)
-    weights = [parameter for parameter in policy.unet.parameters() if parameter.requires_grad]
+        policy.network(latents, 0, **named)
+    weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        output = policy.network(latents, timestep)
+        output = policy.network(latents, 0, **named)
     torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)

@@ -23,18 +23,21 @@ SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
 register_schedule = SCHEDULES.register
 
 
-def build_schedule(name: str, kwargs: dict[str, Any], *, num_inference_steps: int, stop: int) -> WindowSchedule:
+def build_schedule(name: str | Factory, kwargs: dict[str, Any], *, num_inference_steps: int, stop: int) -> WindowSchedule:
     """Build the schedule that a config names.
 
     Args:
-        name: a registered name or `module:function`.
+        name: a registered name, `module:function`, or a factory itself.
         kwargs: window.kwargs, the factory's own options.
         num_inference_steps: T; stop: end of every window, T less the deterministic last steps.
 
     Raises:
         ValueError: unknown name or option, or a start that leaves no step to train.
     """
-    factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
+    if callable(name):
+        factory, name = name, f"{name.__module__}:{name.__qualname__}"
+    else:
+        factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
     schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)
     if not callable(schedule) or not {"generator", "probe"} <= set(inspect.signature(schedule).parameters):
         raise ValueError(f"window.schedule {name} must return a callable (iteration, num_groups, *, generator, probe)")

@@ -1,0 +1,144 @@
+"""Policy: a diffusion model as the agent of an MDP, and what samples are conditioned on.
+
+The MDP: the state is (x_t, t), the action x_{t-1}, the policy the network's Gaussian denoising step, and only x_0 is
+rewarded. The loop knows this protocol and no image size, no timestep and no model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hrf_fast.policies.network import NetworkCalls
+from hrf_fast.policies.sampler import Sampler
+from hrf_fast.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What B samples are conditioned on, a row per sample under the network's argument names.
+
+    Both mappings are empty for an unconditional model; the second one is empty without guidance.
+    """
+
+    conditional: dict[str, Tensor] = field(default_factory=dict)
+    """[B, …] each: encoder_hidden_states, pooled embeddings, …"""
+    unconditional: dict[str, Tensor] = field(default_factory=dict)
+    """[B, …] each, of the negative prompt."""
+
+    def __getitem__(self, rows: slice) -> Condition:
+        return self._map(lambda tensor: tensor[rows])
+
+    def repeat(self, steps: int) -> Condition:
+        """The rows once per step, time-major: all samples of the first step, then all of the next."""
+        return self if steps == 1 else self._map(lambda tensor: tensor.repeat(steps, *[1] * (tensor.dim() - 1)))
+
+    @staticmethod
+    def join(parts: Sequence[Condition]) -> Condition:
+        """One condition of several, in their order; all have equal names."""
+        if len(parts) == 1:
+            return parts[0]
+        return Condition(
+            {name: torch.cat([part.conditional[name] for part in parts]) for name in parts[0].conditional},
+            {name: torch.cat([part.unconditional[name] for part in parts]) for name in parts[0].unconditional},
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        conditional, unconditional = (
+            {name: function(tensor) for name, tensor in tensors.items()}
+            for tensors in (self.conditional, self.unconditional)
+        )
+        return Condition(conditional, unconditional)
+
+
+class Prediction(NamedTuple):
+    """The network's outputs for B latents, under the argument names of `hrf_kernels`."""
+
+    model_output: Tensor
+    """[B, …] in the network's own dtype."""
+    unconditional_output: Tensor | None = None
+    """[B, …] of the unconditional branch of guidance."""
+    guidance_scale: float = 1.0
+
+    @property
+    def combined(self) -> Tensor:
+        """The output under guidance: unconditional + scale·(conditional − unconditional)."""
+        if self.unconditional_output is None:
+            return self.model_output
+        return self.unconditional_output + self.guidance_scale * (self.model_output - self.unconditional_output)
+
+    def detach(self) -> Prediction:
+        unconditional = None if self.unconditional_output is None else self.unconditional_output.detach()
+        return Prediction(self.model_output.detach(), unconditional, self.guidance_scale)
+
+
+class Policy(Protocol):
+    """What the loop asks of a model: pixel.py and latent.py are two."""
+
+    sampler: Sampler
+    """T steps as tables of coefficients."""
+    latent_shape: tuple[int, ...]
+    """Of one sample; the loop never looks inside."""
+    network: nn.Module
+    """What an engine owns; parameters with requires_grad are trained."""
+    device: torch.device
+    precision: str
+    kernels: str
+    """The backend of `hrf_kernels` that computes log-probs: eager or triton."""
+    kernels_reason: str
+    compiled: str
+    """How the network runs: none, unet or blocks, see `compile`."""
+    calls: NetworkCalls
+    stopwatch: Stopwatch
+
+    def condition(self, prompts: Sequence[str | None]) -> Condition:
+        """The condition of one sample per prompt, without gradient; None for a model that takes no prompt."""
+        ...
+
+    def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
+        """The network's outputs for latents [B, *latent_shape] at one step, or at [B] steps.
+
+        The call is counted and timed. With gradient enabled it goes through what `attach` was given.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of clean latents, without gradient.
+
+        Raises:
+            FloatingPointError: a latent is NaN or infinite.
+        """
+        ...
+
+    def attach(self, forward: Callable[..., Tensor]) -> None:
+        """Let calls with gradient go through an engine's wrapper of the network.
+
+        Calls without gradient go to the network itself, whose weights must be whole: inside `Engine.gathered()`.
+        """
+        ...
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """A block whose calls are not counted: panels and checks are no part of what training costs."""
+        ...
+
+    def blocks(self) -> list[nn.Module]:
+        """The network's blocks in their order, for compiling and for checkpointing activations."""
+        ...
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the blocks and run each block again in the backward."""
+        ...
+
+    def compile(self, mode: str) -> None:
+        """Run the network compiled: none, unet (one graph) or blocks (a graph each)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
+        ...

@@ -1,0 +1,45 @@
+"""LatentPolicy: an unconditional latent diffusion model (diffusers' LDMPipeline), whose VQModel makes the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrf_fast.policies.unconditional import UnconditionalPolicy, check_finite, contiguous, saved_scheduler
+
+# images that the decoder takes at once: its activations are those of full-size images
+_DECODED_AT_ONCE = 8
+
+
+class LatentPolicy(UnconditionalPolicy):
+    """The policy of an LDMPipeline such as CompVis/ldm-celebahq-256; the VQModel is frozen."""
+
+    def __init__(self, unet: Any, scheduler: Any, sampler: Any, vqvae: Any, **options: Any) -> None:
+        """Add the decoder `vqvae`, a VQModel on the UNet's device; the other arguments are UnconditionalPolicy's."""
+        super().__init__(unet, scheduler, sampler, **options)
+        self.vqvae = vqvae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode clean latents [B, C, h, w] in fp32 to images [B, 3, H, W] in [0, 1], as LDMPipeline does.
+
+        Raises:
+            FloatingPointError: a latent is NaN or infinite.
+        """
+        check_finite(latents)
+        latents = latents.float() / self.vqvae.config.scaling_factor
+        with torch.autocast(latents.device.type, enabled=False):
+            images = torch.cat([self.vqvae.decode(part).sample for part in latents.split(_DECODED_AT_ONCE)])
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+    def save(self, folder: Path) -> None:
+        """Write a diffusers folder (safetensors) that `LDMPipeline.from_pretrained` loads and runs."""
+        from diffusers import LDMPipeline
+
+        with contiguous(self.unet):
+            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=self.unet, scheduler=saved_scheduler(self.scheduler))
+            pipeline.save_pretrained(folder, safe_serialization=True)

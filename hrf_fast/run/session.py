@@ -1,0 +1,225 @@
+"""Run: one training run from its start to its end, on all ranks alike: time, interrupts, logs, checkpoints, listeners.
+
+What a checkpoint may hold is said by two calls: `unbroken()` before the first update of an iteration, `commit(state)`
+after its last. In between the weights stand for no iteration, so Ctrl-C waits and nothing is saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrf_fast.config.options import Config
+from hrf_fast.distributed import comm
+from hrf_fast.engines.base import Engine
+from hrf_fast.evaluation.panel import PanelMetrics
+from hrf_fast.policies.base import Policy
+from hrf_fast.run.checkpoint import load_newest, save_checkpoint
+from hrf_fast.run.folder import RunFolder
+from hrf_fast.run.interrupts import Interrupts
+from hrf_fast.run.listeners import Listener, check_listeners
+from hrf_fast.run.progress import Progress, Silence, build_progress
+from hrf_fast.run.writers import build_writers
+
+# images of the panel that grids and listeners are shown
+_SHOWN = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves behind."""
+
+    folder: Path
+    """config.yaml, metrics.jsonl, evaluations.jsonl, samples/, checkpoints/ and model/, the tuned model."""
+    reason: str
+    """Why the run ended."""
+    last_panel: dict[str, Any]
+    """Line of evaluations.jsonl after the last iteration."""
+    best_panel: dict[str, Any]
+    """Line of evaluations.jsonl with the highest mean reward."""
+
+
+class Run:
+    """One run's session; use as a context manager."""
+
+    def __init__(self, config: Config, listeners: Sequence[Listener] = ()) -> None:
+        self.config = config
+        self.folder = RunFolder(config)
+        self.reason = "an error"
+        self._listeners = check_listeners(listeners)
+        comm.main_says(self.folder.claim)
+        self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
+        self.interrupts = Interrupts(self.progress.note)
+        self._seconds: dict[str, float] = {}
+        self._began = 0.0
+        # iterations in the newest checkpoint
+        self._saved = 0
+        # what a checkpoint would hold beside the weights; None while these stand for no iteration
+        self._state: dict[str, Any] | None = None
+        self._unbroken = False
+        self._noted: set[str] = set()
+
+    def __enter__(self) -> Run:
+        self.interrupts.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._unbroken:
+            self._unbroken = False
+            self.interrupts.release()
+        self.interrupts.__exit__(kind)
+        if comm.is_main():
+            if kind is not None:
+                self.reason = "Ctrl-C" if kind is KeyboardInterrupt else f"an error ({kind.__name__})"
+            for listener in self._listeners:
+                listener.finished(self.reason)
+            self.folder.release()
+
+    def note(self, text: str) -> None:
+        """Show the user a line."""
+        self.progress.note(text)
+
+    def note_once(self, text: str, key: str) -> None:
+        """Show a line unless one of this key was shown before."""
+        if key not in self._noted:
+            self._noted.add(key)
+            self.note(text)
+
+    def load(self, engine: Engine) -> dict[str, Any] | None:
+        """Restore the newest intact checkpoint; returns the state that was committed, or None without one."""
+        return load_newest(self.folder.checkpoints, engine, warn=self.note)
+
+    def begin(self, done: int) -> None:
+        """Start, or go on after `done` iterations: from here on the folder is this configuration's.
+
+        Raises:
+            ValueError: more iterations are done than asked for, or a finished run has lost its checkpoints.
+            ImportError: the package of a writer is missing.
+        """
+        self._saved = done
+
+        def begin() -> None:
+            self.folder.begin(done)
+            writers = build_writers(self.config.run.writers, self.folder.path, done)
+            # the display comes last: a line that is shown has been written
+            self._listeners = [*writers, *self._listeners, self.progress]
+
+        comm.main_says(begin)
+
+    def begin_iteration(self) -> None:
+        """Let time belong to the next line of the log from here on; panels and checkpoints belong to none."""
+        self._seconds, self._began = {}, time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's time to the iteration's `seconds` and show its name."""
+        self.interrupts.stop_if_asked()
+        self.progress.phase(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def unbroken(self) -> None:
+        """Let Ctrl-C wait and nothing be saved until `commit`: the weights stand for no iteration."""
+        if not self._unbroken:
+            self._unbroken, self._state = True, None
+            self.interrupts.hold()
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Let the weights stand for `state`, JSON-able and with `iteration`; a Ctrl-C that has waited stops the run."""
+        self._state = state
+        if self._unbroken:
+            self._unbroken = False
+            self.interrupts.release()
+            self.interrupts.stop_if_asked()
+
+    def save(self, policy: Policy, engine: Engine) -> None:
+        """Write a checkpoint of the committed state; a no-op where there is none, or where it is saved already."""
+        if self._state is None or self._state["iteration"] in (0, self._saved):
+            return
+        run = self.config.run
+        with self.interrupts.held():
+            best = self.best() if run.keep_best else None
+            save_checkpoint(self.folder.checkpoints, engine, self._state, keep=run.keep_checkpoints, best=best)
+            self._saved = self._state["iteration"]
+
+    def log(self, record: dict[str, Any], *, images: int, network_seconds: float) -> str | None:
+        """Write the metrics line of a finished iteration and tell the listeners.
+
+        `overhead` is the iteration's time over that of its network calls, forwards and backwards.
+
+        Args:
+            record: the line less its times; images: how many were trained on.
+
+        Returns:
+            A listener's reason to end the run, on all ranks.
+        """
+        total = time.perf_counter() - self._began
+        times = {
+            "seconds": self._seconds | {"other": total - sum(self._seconds.values())},
+            "speed": {
+                "images_per_second": images / total,
+                "unet_seconds": network_seconds,
+                "overhead": total / network_seconds,
+            },
+        }
+        rounded = {name: {k: round(v, 4) for k, v in values.items()} for name, values in times.items()}
+        line = record | rounded
+
+        def write() -> str | None:
+            self.folder.append("metrics.jsonl", line)
+            return self._tell(lambda listener: listener.iteration(line))
+
+        return comm.main_says(write)
+
+    def log_panel(self, iteration: int, evaluations: int, panel: PanelMetrics) -> str | None:
+        """Write the evaluation line and the panel's PNG grid, and tell the listeners; returns as `log`."""
+        line = {"iteration": iteration, "evaluations": evaluations, **panel.record()}
+        shown = panel.images[:_SHOWN]
+
+        def write() -> str | None:
+            self.folder.append_panel(line, shown)
+            return self._tell(lambda listener: listener.panel(line, shown))
+
+        return comm.main_says(write)
+
+    def _tell(self, call: Callable[[Listener], str | None]) -> str | None:
+        """Call every listener; returns the first reason to end the run."""
+        reasons = [call(listener) for listener in self._listeners]
+        return next((reason for reason in reasons if reason), None)
+
+    def panels(self) -> list[dict[str, Any]]:
+        """The lines of evaluations.jsonl, on all ranks."""
+        return comm.main_says(self.folder.panels)
+
+    def has_panel(self, iteration: int) -> bool:
+        """Whether the panel after `iteration` iterations has been evaluated and logged."""
+        return any(record["iteration"] == iteration for record in self.panels())
+
+    def best(self) -> int | None:
+        """After how many iterations the panel's reward was highest; None before the first that is not the start's."""
+        tuned = [record for record in self.panels() if record["iteration"] > 0]
+        return highest(tuned)["iteration"] if tuned else None
+
+    def finish(self, policy: Policy, engine: Engine, reason: str) -> RunResult:
+        """Write the tuned model, averaged if there is an average, as a diffusers folder."""
+        self.reason = reason
+        with engine.gathered(ema=True):
+            comm.main_says(lambda: self.folder.save_model(policy))
+        panels = self.panels()
+        return RunResult(self.folder.path, reason, panels[-1], highest(panels))
+
+
+def highest(panels: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first panel of the highest mean reward."""
+    return max(panels, key=lambda record: record["reward"][0])
