@@ -31,7 +31,7 @@ def build_parts(config: Config) -> Parts:
     """
     with comm.agreed():
         device = choose_device(config.run.device)
-        check_compile(config.train.compile, device)
+        check_compile(config.compute.compile, device)
         policy = build_policy(config)
         reward = build_config_reward(config, device)
         schedule = build_schedule(
@@ -40,8 +40,8 @@ def build_parts(config: Config) -> Parts:
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.diffusion.stochastic_steps,
         )
-        scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
-        auto = config.train.activations == "auto"
+        scorer = choose_scorer(config.evaluation.network, config.model.name, device)
+        auto = config.compute.activations == "auto"
         memory = memory_for(config, policy) if auto else 0
     # the rank with the least memory decides for all
     memory = min(comm.gather(memory))
@@ -50,8 +50,8 @@ def build_parts(config: Config) -> Parts:
     if activations.checkpoint:
         policy.checkpoint_activations()
     # what auto has measured is the UNet as it is
-    policy.compile(config.train.compile)
-    background = Background(thread=config.reward.background, device=policy.device)
+    policy.compile(config.compute.compile)
+    background = Background(thread=True, device=policy.device)
     return Parts(policy, reward, schedule, build_engine(policy, config), scorer, config, activations, background)
 
 
@@ -61,15 +61,15 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     Raises:
         ImportError: DeepSpeed is not installed.
     """
-    train, file = config.train, config.engine.deepspeed
+    optimizer, file = config.optimizer, config.engine.deepspeed
     options: dict[str, Any] = {
-        "weight_decay": train.weight_decay,
-        "betas": (train.adam_betas[0], train.adam_betas[1]),
-        "eps": train.adam_eps,
-        "max_grad_norm": train.max_grad_norm,
-        "ema_decay": train.ema_decay,
-        "precision": train.precision,
-        "optimizer": train.optimizer,
+        "weight_decay": optimizer.weight_decay,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "ema_decay": optimizer.ema_decay,
+        "precision": config.compute.precision,
+        "optimizer": optimizer.name,
     }
     if file is None:
         return PlainEngine(policy.unet, **options)
@@ -88,17 +88,16 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     if device.type == "cuda":
         # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
         torch.cuda.set_device(device)
-    set_precision_flags(device, tf32=config.train.tf32, cudnn_benchmark=config.train.cudnn_benchmark)
+    set_precision_flags(device, deterministic=config.compute.deterministic)
     return load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
         sampler=config.sample.scheduler,
         num_inference_steps=config.sample.num_inference_steps,
         eta=config.sample.eta,
-        precision=config.train.precision,
-        kernels=config.train.kernels,
-        attention=config.model.attention,
-        channels_last=config.train.channels_last,
+        precision=config.compute.precision,
+        attention=config.compute.attention,
+        channels_last=config.compute.channels_last,
         device=device,
     )
 

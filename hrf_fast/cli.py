@@ -41,7 +41,7 @@ def sample(arguments: argparse.Namespace) -> None:
     settings |= {key: value for key, value in given.items() if value is not None}
     device = choose_device(arguments.device)
     # the same seed draws the same grid
-    set_precision_flags(device, tf32=False, cudnn_benchmark=False)
+    set_precision_flags(device, deterministic=True)
     policy = load_policy(name, **settings, device=device)
     noise = panel_noise(policy, arguments.seed, arguments.count)
     latents = denoise(policy, noise, batch_size=arguments.batch_size)
@@ -85,7 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = load_config(["--config", str(run / "config.yaml"), *arguments.overrides])
     device = choose_device(config.run.device)
     reward = build_config_reward(config, device)
-    scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
+    scorer = choose_scorer(config.evaluation.network, config.model.name, device)
     result: dict[str, Any] = {"sample": asdict(config.sample), "reward": asdict(config.reward)}
     result["evaluation"] = asdict(config.evaluation)
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
@@ -95,8 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             scorer,
             panel_size=config.evaluation.panel_size,
             seed=config.evaluation.seed,
-            batch_size=config.sample.batch_size,
-            resamples=config.evaluation.resamples,
+            batch_size=config.compute.batch_size,
         )
         result[title] = scores.record()
         shown = {k: v for k, v in result[title].items() if k != "rewards"}
@@ -206,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["train"]:
         # options of training are section.field=value and --config, which config.py parses
         if not words[1:] or {"-h", "--help"} & set(words[1:]):
-            from hrf_fast.config.load import describe_options
+            from hrf_fast.config.describe import describe_options
 
             print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
             return 0

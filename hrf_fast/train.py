@@ -52,9 +52,9 @@ def train(config: Config) -> Path:
 def _train(config: Config) -> Path:
     parts = build_parts(config)
     policy, engine = parts.policy, parts.engine
-    iterations, budget = config.train.iterations, config.train.max_evaluations
-    peak, warmup = config.train.learning_rate, config.train.warmup_iterations
-    schedule = config.train.learning_rate_schedule
+    iterations, budget = config.train.iterations, config.stop.max_evaluations
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_iterations
+    schedule = config.optimizer.learning_rate_schedule
     rate = learning_rate_at(schedule, peak=peak, warmup_iterations=warmup, iterations=iterations)
     with Run(config) as run, closing(parts.background):
         state = load_newest(run.checkpoints, engine, warn=run.progress.note)

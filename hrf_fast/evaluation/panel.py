@@ -44,7 +44,7 @@ class PanelScores:
 
 
 def choose_scorer(spec: str, model_name: str, device: torch.device) -> FeatureNetwork | None:
-    """The feature network of evaluation.scorer; `auto` is the shipped model's own, and none for other models."""
+    """The feature network of evaluation.network; `auto` is the shipped model's own, and none for other models."""
     if spec == "auto":
         spec = model_name if model_name in SHIPPED else "none"
     if spec == "none":
@@ -65,7 +65,6 @@ def evaluate(
     panel_size: int,
     seed: int,
     batch_size: int,
-    resamples: int = 1000,
 ) -> PanelScores:
     """Sample the panel and score it: reward, Vendi Score, and Inception Score where the network is a classifier.
 
@@ -76,22 +75,20 @@ def evaluate(
     # a reward that draws random numbers draws the same for every panel
     seed_everything(seed, 0)
     images = policy.images(_sample_panel(policy, panel_noise(policy, seed, panel_size), batch_size))
-    return comm.main_says(lambda: _score_panel(images, reward, scorer, seed=seed, resamples=resamples))
+    return comm.main_says(lambda: _score_panel(images, reward, scorer, seed=seed))
 
 
-def _score_panel(
-    images: Tensor, reward: Reward, scorer: FeatureNetwork | None, *, seed: int, resamples: int
-) -> PanelScores:
+def _score_panel(images: Tensor, reward: Reward, scorer: FeatureNetwork | None, *, seed: int) -> PanelScores:
     rewards = reward(images).cpu()
     vendi = inception = None
     if scorer is not None:
-        vendi = vendi_interval(scorer.features(images).cpu(), resamples=resamples, seed=seed)
+        vendi = vendi_interval(scorer.features(images).cpu(), seed=seed)
     if isinstance(scorer, Scorer) and "label" in scorer.labels:
-        inception = inception_interval(scorer.log_probs(images)["label"].cpu(), resamples=resamples, seed=seed)
+        inception = inception_interval(scorer.log_probs(images)["label"].cpu(), seed=seed)
     return PanelScores(
         images=images.cpu(),
         rewards=rewards.tolist(),
-        reward=mean_interval(rewards, resamples=resamples, seed=seed),
+        reward=mean_interval(rewards, seed=seed),
         vendi=vendi,
         inception=inception,
     )

@@ -53,7 +53,7 @@ class Activations:
 
 
 def choose_activations(config: Config, policy: Policy, memory: int) -> Activations:
-    """The mode of train.activations; for auto by the bytes of a UNet call, measured, and the memory that there is.
+    """The mode of compute.activations; for auto by the bytes of a UNet call, measured, and the memory that there is.
 
     Args:
         memory: bytes for this process, the least of all ranks; for auto only.
@@ -61,20 +61,21 @@ def choose_activations(config: Config, policy: Policy, memory: int) -> Activatio
     Raises:
         ValueError: nothing fits; says what would.
     """
-    mode = config.train.activations
+    mode = config.compute.activations
     if mode != "auto":
         return Activations(math.inf if mode == "keep" else 0, checkpoint=mode == "checkpoint")
-    train, precision = config.train, config.train.precision
+    compute, precision = config.compute, config.compute.precision
     name, bucket = engine_of(config)
     footprints = {(precision, False): measure_running(policy.unet, precision, checkpointing=False)}
     calls = count_calls(config, policy.diffusion.stochastic_steps)
     plan = Plan(config, comm.world_size(), memory, name, bucket, calls, footprints)
-    micro, usable = train.samples_per_call, memory * (1 - RESERVE)
+    micro, usable = config.samples_per_call, memory * (1 - RESERVE)
 
     def need(mode: str) -> float:
-        return plan.need(name, precision, mode, micro, config.sample.batch_size)
+        return plan.need(name, precision, mode, micro, compute.batch_size)
 
-    of = f"of {show_bytes(memory)} ({'train.memory_budget' if train.memory_budget else 'free'}, 10 % of it in reserve)"
+    source = "compute.memory_budget" if compute.memory_budget else "free"
+    of = f"of {show_bytes(memory)} ({source}, 10 % of it in reserve)"
     if "keep" in plan.modes and need("keep") <= usable:
         return Activations(math.inf, reason=f"activations: keep, {show_bytes(need('keep'))} {of}")
     if need("replay") <= usable:
@@ -90,32 +91,32 @@ def choose_activations(config: Config, policy: Policy, memory: int) -> Activatio
     if need("checkpoint") <= usable:
         reason = f"activations: checkpoint, {show_bytes(need('checkpoint'))} {of}"
         return Activations(0, checkpoint=True, reason=reason)
-    apart = "train.max_batch=0, " if train.max_batch else ""
+    apart = "compute.max_batch=0, " if compute.max_batch else ""
     if apart:
-        plan = replace(plan, config=replace(config, train=replace(train, max_batch=0)))
+        plan = replace(plan, config=replace(config, compute=replace(compute, max_batch=0)))
     least = plan.need(name, precision, "checkpoint", 1, 1) / (1 - RESERVE)
     smaller = plan.choose(name, precision, "checkpoint")
     way = (
-        f"{apart}train.micro_batch_size={smaller.micro_batch_size} and sample.batch_size={smaller.sample_batch_size} "
-        "would fit"
+        f"{apart}compute.micro_batch_size={smaller.micro_batch_size} and "
+        f"compute.batch_size={smaller.sample_batch_size} would fit"
         if smaller
         else f"even one image at a time needs {show_bytes(least)}; use a GPU with more, a smaller model, or ZeRO with "
         "offload (engine.deepspeed=configs/deepspeed/zero3_offload.json)"
     )
     raise ValueError(
-        "train.activations is auto and nothing fits: the least, checkpoint, needs "
+        "compute.activations is auto and nothing fits: the least, checkpoint, needs "
         f"{show_bytes(need('checkpoint'))} {of}; {way}"
     )
 
 
 def memory_for(config: Config, policy: Policy) -> int:
-    """Bytes that this process may take in all: train.memory_budget, or what is free and what its weights take already.
+    """Bytes that this process may take in all: compute.memory_budget, or free ones and those of its weights.
 
     Raises:
         ValueError: no amount, or a system that does not say what is free.
     """
-    if config.train.memory_budget:
-        return parse_memory(config.train.memory_budget, "train.memory_budget")
+    if config.compute.memory_budget:
+        return parse_memory(config.compute.memory_budget, "compute.memory_budget")
     weights = sum(parameter.nbytes for parameter in policy.unet.parameters())
     if policy.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(policy.device)
@@ -123,8 +124,8 @@ def memory_for(config: Config, policy: Policy) -> int:
         return free + cached + weights
     if not _MEMINFO.is_file():
         raise ValueError(
-            "train.activations is auto, but this system does not say how much memory is free; set train.memory_budget, "
-            "such as 8GB"
+            "compute.activations is auto, but this system does not say how much memory is free; set "
+            "compute.memory_budget, such as 8GB"
         )
     kib = {line.split(":")[0]: int(line.split()[1]) for line in _MEMINFO.read_text().splitlines()}
     # a container may have less than the machine

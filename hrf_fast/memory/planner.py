@@ -123,14 +123,14 @@ class Plan:
         return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
 
     def states(self, engine: str) -> States:
-        tensors, train = self.any_footprint.tensors, self.config.train
+        tensors, optimizer = self.any_footprint.tensors, self.config.optimizer
         return model_states(
             tensors,
             engine=engine,
             gpus=self.gpus,
-            optimizer=train.optimizer,
+            optimizer=optimizer.name,
             bucket=self.bucket,
-            ema=train.ema_decay > 0,
+            ema=optimizer.ema_decay > 0,
         )
 
     @property
@@ -153,18 +153,18 @@ class Plan:
 
     def batch(self, micro_batch_size: int) -> int:
         """Images in a UNet call of a rollout."""
-        return max(micro_batch_size, min(self.config.train.max_batch, self.rolled_out))
+        return max(micro_batch_size, min(self.config.compute.max_batch, self.rolled_out))
 
     def activations(self, mode: str, precision: str, micro_batch_size: int) -> float:
         """Peak of the update besides states and trajectories.
 
         `keep` holds the graphs of `kept_samples` over the longest window; the other modes hold one UNet call's.
         """
-        train, footprint = self.config.train, self.footprints[precision, mode == "checkpoint"]
+        compute, footprint = self.config.compute, self.footprints[precision, mode == "checkpoint"]
         batch = self.batch(micro_batch_size)
         if mode != "keep":
-            joined = train.order == "on_policy" and train.steps_per_forward == 1
-            return footprint.update(batch if joined else micro_batch_size * train.steps_per_forward)
+            joined = self.config.train.order == "on_policy" and compute.steps_per_forward == 1
+            return footprint.update(batch if joined else micro_batch_size * compute.steps_per_forward)
         calls = math.ceil(self.kept_samples / batch)
         graphs = footprint.kept.fixed * calls + footprint.kept.per_image * self.kept_samples
         return graphs * self.calls.longest_window + footprint.update(batch) - footprint.kept(batch)
@@ -185,9 +185,8 @@ class Plan:
             need = [self.need(engine, precision, mode, *((n, 1) if micro else (1, n))) for n in sizes]
             return next((n for n, bytes_ in zip(sizes, need, strict=True) if bytes_ <= usable), 0)
 
-        train = self.config.train
-        micro = largest(train.samples_per_call, True)
-        sample = largest(self.config.sample.batch_size, False)
+        micro = largest(self.config.samples_per_call, True)
+        sample = largest(self.config.compute.batch_size, False)
         if not micro or not sample:
             return None
         return Choice(engine, precision, mode, micro, sample, self.need(engine, precision, mode, micro, sample))
@@ -237,8 +236,8 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         need = ways[least] / (1 - RESERVE)
         raise ValueError(
             f"nothing fits into --memory {memory / 1e9:.3g} GB on {gpus} GPUs: the least is {need / 1e9:.3g} GB a GPU, "
-            f"with {', '.join(least)}, train.micro_batch_size=1 and sample.batch_size=1; use more --memory or more "
-            "--gpus, fewer samples an iteration, or a smaller model"
+            f"with {', '.join(least)}, compute.micro_batch_size=1 and compute.batch_size=1; use more --memory or "
+            "more --gpus, fewer samples an iteration, or a smaller model"
         )
     return result
 

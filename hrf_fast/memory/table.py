@@ -22,8 +22,7 @@ _TITLES = {
 
 def describe(plan: Plan) -> str:
     """States per GPU, activations per mode, what fits, UNet calls, and a verdict on the configuration itself."""
-    train, sample = plan.config.train, plan.config.sample
-    micro = train.samples_per_call
+    compute, micro = plan.config.compute, plan.config.samples_per_call
     side = f"{plan.config.model.name}: {plan.any_footprint.parameters / 1e6:.1f} M parameters"
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     states = [["per GPU", "parameters", "gradients", "optimizer", "together", "on the host"]]
@@ -32,8 +31,8 @@ def describe(plan: Plan) -> str:
         states.append([_TITLES[engine], *map(show_bytes, (s.parameters, s.gradients, s.optimizer, s.together, s.host))])
     calls = {
         "keep": plan.calls.longest_window,
-        "replay": train.steps_per_forward,
-        "checkpoint": train.steps_per_forward,
+        "replay": compute.steps_per_forward,
+        "checkpoint": compute.steps_per_forward,
     }
     images = {mode: micro for mode in MODES}
     images["keep"] = plan.kept_samples
@@ -41,8 +40,8 @@ def describe(plan: Plan) -> str:
     for mode in MODES:
         sizes = [show_bytes(plan.activations(mode, precision, micro)) for precision in PRECISIONS]
         acts.append([f"{mode}, {images[mode]} images x {calls[mode]} step{'s' * (calls[mode] > 1)}", *sizes])
-    sizes = [show_bytes(plan.footprints[precision, False].sampling(sample.batch_size)) for precision in PRECISIONS]
-    acts.append([f"sampling, {sample.batch_size} images", *sizes])
+    sizes = [show_bytes(plan.footprints[precision, False].sampling(compute.batch_size)) for precision in PRECISIONS]
+    acts.append([f"sampling, {compute.batch_size} images", *sizes])
     acts.append(["trajectories", *[show_bytes(plan.trajectories)] * len(PRECISIONS)])
     fits = [["fits (micro-batch)", *(f"{p} {m}" for p in PRECISIONS for m in MODES)]]
     for engine in ENGINES:
@@ -66,8 +65,8 @@ def _calls(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    train, precision = plan.config.train, plan.config.train.precision
-    micro, sample = train.samples_per_call, plan.config.sample.batch_size
+    compute, micro = plan.config.compute, plan.config.samples_per_call
+    precision, sample = compute.precision, compute.batch_size
     usable = plan.memory * (1 - RESERVE)
 
     def need_of(mode: str) -> float:
@@ -75,15 +74,15 @@ def _verdict(plan: Plan) -> str:
 
     # auto takes the first that fits
     fastest = next((mode for mode in plan.modes if need_of(mode) <= usable), "checkpoint")
-    mode = fastest if train.activations == "auto" else train.activations
+    mode = fastest if compute.activations == "auto" else compute.activations
     need, fits = need_of(mode), need_of(mode) <= usable
-    named = f"{_TITLES[plan.engine]}, {precision}, {mode}, micro-batch {micro}, sample.batch_size {sample}"
+    named = f"{_TITLES[plan.engine]}, {precision}, {mode}, micro-batch {micro}, compute.batch_size {sample}"
     verdict = f"this configuration ({named}) needs {show_bytes(need)} a GPU: it {'fits' if fits else 'does not fit'}"
     ways = (plan.best(engine, p) for p in dict.fromkeys((precision, *PRECISIONS)) for engine in (plan.engine, *ENGINES))
     best = next(choice for choice in ways if choice)
     return (
-        f"{verdict}\nfastest that fits: {_TITLES[best.engine]}, train.precision={best.precision}, activations "
-        f"{best.mode}, train.micro_batch_size={best.micro_batch_size}, sample.batch_size={best.sample_batch_size}: "
+        f"{verdict}\nfastest that fits: {_TITLES[best.engine]}, compute.precision={best.precision}, activations "
+        f"{best.mode}, compute.micro_batch_size={best.micro_batch_size}, compute.batch_size={best.sample_batch_size}: "
         f"{show_bytes(best.bytes)} a GPU"
     )
 

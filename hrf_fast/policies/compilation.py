@@ -49,13 +49,13 @@ def obstacle(device_type: str) -> str | None:
 
 
 def check_compile(mode: str, device: torch.device) -> None:
-    """Refuse train.compile where it can't work, so that nothing falls back to eager in silence.
+    """Refuse compute.compile where it can't work, so that nothing falls back to eager in silence.
 
     Raises:
         ValueError: says what is missing and the way out.
     """
     if mode != "none" and (reason := obstacle(device.type)):
-        raise ValueError(f"train.compile is {mode!r} on {device.type}, but {reason}; or use train.compile=none")
+        raise ValueError(f"compute.compile is {mode!r} on {device.type}, but {reason}; or use compute.compile=none")
 
 
 def compile_unet(unet: Any, mode: str) -> None:

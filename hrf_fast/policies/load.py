@@ -6,6 +6,7 @@ Left out: text conditioning and latent decoders; a model that needs them is refu
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ def load_policy(
     num_inference_steps: int = 40,
     eta: float = 1.0,
     precision: str = "fp32",
-    kernels: str = "auto",
     attention: str = "sdpa",
     channels_last: bool = False,
     device: str | torch.device = "cpu",
@@ -39,11 +39,15 @@ def load_policy(
             google/ddpm-celebahq-256; revision: of a hub id.
         sampler, num_inference_steps, eta: see `build_diffusion`.
         precision: fp32, or bf16 or fp16 for autocast with fp32 weights.
-        kernels: see `choose_backend`; attention: see `set_attention`.
+        attention: see `set_attention`.
         channels_last: weights and inputs of the UNet in that memory format.
 
+    The environment variable HRF_KERNELS chooses what computes log-probs and their gradients, as `choose_backend` does:
+    triton (fused), eager (plain torch), or auto.
+
     Raises:
-        ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
+        ValueError: no such model, no UNet in it, or one that this trainer cannot drive; or an HRF_KERNELS that can't
+            run here.
     """
     import diffusers
     from diffusers.utils import logging
@@ -91,6 +95,7 @@ def load_policy(
     set_attention(unet, attention)
     diffusion = build_diffusion(scheduler, sampler=sampler, num_inference_steps=num_inference_steps, eta=eta)
     # dropout would make the policy that samples another one than the policy that is scored
+    kernels = os.environ.get("HRF_KERNELS") or "auto"
     return Policy(unet.eval(), scheduler, diffusion, precision=precision, kernels=kernels, channels_last=channels_last)
 
 

@@ -38,7 +38,7 @@ class Policy:
         channels_last: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
-            raise ValueError(f"train.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+            raise ValueError(f"compute.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.unet, self.scheduler, self.precision = unet, scheduler, precision
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
@@ -47,7 +47,7 @@ class Policy:
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
         except ValueError as error:
-            raise ValueError(f"train.kernels is {kernels!r}: {error}") from error
+            raise ValueError(f"HRF_KERNELS is {kernels!r}: {error}") from error
         self.diffusion = diffusion.to(self.device)
         # one list, so that choosing a step's timestep needs no copy from the device
         self.timestep_list = diffusion.timesteps.tolist()
@@ -98,7 +98,7 @@ class Policy:
         if not torch.isfinite(latents).all():
             raise FloatingPointError(
                 "the images are not finite: the model's weights have diverged or were NaN when loaded; "
-                "lower train.learning_rate and resume from the last checkpoint, or check model.name"
+                "lower optimizer.learning_rate and resume from the last checkpoint, or check model.name"
             )
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import FACTS, Config
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.evaluation.grids import save_grid
@@ -37,22 +37,8 @@ from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.run.progress import Progress, Silence, build_progress
 from hrf_fast.run.writers import Writer, build_writers
 
-# options that may change between a run and its resume without changing what it computes
-_FREE = (
-    "run.progress",
-    "run.writers",
-    "run.save_every",
-    "run.keep_checkpoints",
-    "run.keep_best",
-    "run.folder",
-    "train.max_evaluations",
-    "train.activations",
-    "train.memory_budget",
-    "reward.background",
-    "train.self_check",
-    "train.on_nan",
-    "engine.deepspeed",
-)
+# images of the panel that its PNG grids show
+_GRID_IMAGES = 64
 
 
 class Run:
@@ -143,8 +129,8 @@ class Run:
     def _may_change(self, option: str) -> bool:
         if option == "train.iterations":
             # a cosine learning rate depends on the length, so another length is another run
-            return self.config.train.learning_rate_schedule == "constant"
-        return option in _FREE
+            return self.config.optimizer.learning_rate_schedule == "constant"
+        return FACTS[option].resumable
 
     def __enter__(self) -> Run:
         self.interrupts.__enter__()
@@ -264,7 +250,7 @@ class Run:
         comm.main_says(lambda: self._log_panel(iteration, scores, record))
 
     def _log_panel(self, iteration: int, scores: PanelScores, record: dict[str, Any]) -> None:
-        grid = scores.images[: self.config.evaluation.grid_size]
+        grid = scores.images[:_GRID_IMAGES]
         save_grid(grid, self.folder / "samples" / f"iteration-{iteration:06d}.png")
         line = {"iteration": iteration, **record, **scores.record()}
         self._append("evaluations.jsonl", line)

@@ -40,7 +40,7 @@ class Plan:
 
 def plan(parts: Parts, config: Config, run: Run, iteration: int) -> Plan:
     """One window per group, chosen by the schedule, and the anchor that a group is re-noised from (HRF)."""
-    policy, batch_size = parts.policy, config.sample.batch_size
+    policy, batch_size = parts.policy, config.compute.batch_size
     groups, own = config.train.groups_per_iteration, own_groups(config)
     anchors: dict[int, Tensor] = {}
     if parts.schedule.needs_anchors:
@@ -78,14 +78,14 @@ def collect(
 ) -> tuple[Batch, list[Future[dict[int, GroupScore]]]]:
     """Roll out groups of this rank, each from its anchor re-noised to its window's start, or from pure noise.
 
-    Groups that fit into `train.max_batch` images advance together; the rewards of one pack are computed while the next
-    one denoises.
+    Groups that fit into `compute.max_batch` images advance together; the rewards of one pack are computed while the
+    next one denoises.
     """
-    policy, train = parts.policy, config.train
+    policy, train, compute = parts.policy, config.train, config.compute
     windows = {group: plan.windows[group] for group in groups}
     keep_from = parts.activations.keep_from(windows, train.group_size)
     batch, scores = Batch({}, []), []
-    for pack in packs_of(windows, train.group_size, train.max_batch):
+    for pack in packs_of(windows, train.group_size, compute.max_batch):
         with run.phase("rollout"):
             starts = {}
             for group, window in pack.items():
@@ -98,8 +98,8 @@ def collect(
             trajectories, calls = rollout(
                 policy,
                 starts,
-                micro_batch_size=train.samples_per_call,
-                max_batch=train.max_batch,
+                micro_batch_size=config.samples_per_call,
+                max_batch=compute.max_batch,
                 keep_from=keep_from,
             )
         batch.trajectories |= trajectories

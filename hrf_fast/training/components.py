@@ -38,6 +38,5 @@ class Parts:
                 self.scorer,
                 panel_size=evaluation.panel_size,
                 seed=evaluation.seed,
-                batch_size=self.config.sample.batch_size,
-                resamples=evaluation.resamples,
+                batch_size=self.config.compute.batch_size,
             )

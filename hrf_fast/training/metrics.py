@@ -61,7 +61,7 @@ class Scores:
     rewards: dict[int, Tensor]
     """[group_size] each; NaN in a group to skip."""
     advantages: dict[int, Tensor | None]
-    """[group_size] each; None for one to skip: a reward of its is not finite and train.on_nan is skip."""
+    """[group_size] each; None for one to skip: a reward of its is not finite and stop.on_nan is skip."""
     terms: dict[int, dict[str, float]]
     """Mean of each reward term, of the groups that are not skipped."""
 

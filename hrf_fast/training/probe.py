@@ -24,7 +24,7 @@ from hrf_kernels import gaussian_mean
 
 @dataclass(frozen=True)
 class _Lane:
-    """Samples of one group at one candidate start, at most sample.batch_size."""
+    """Samples of one group at one candidate start, at most compute.batch_size."""
 
     group: int
     start: int

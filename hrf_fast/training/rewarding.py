@@ -95,13 +95,13 @@ def gather_scores(
         own: of this rank's groups; device: of the advantages.
 
     Raises:
-        RewardError: a reward failed on some rank, or is not finite and train.on_nan is stop.
+        RewardError: a reward failed on some rank, or is not finite and stop.on_nan is stop.
     """
     train = config.train
     with comm.agreed():
         found = {group: score for future in own for group, score in future.result().items()}
         for group, score in found.items():
-            if score.rewards is None and train.on_nan == "stop":
+            if score.rewards is None and config.stop.on_nan == "stop":
                 raise NotFiniteError(f"iteration {iteration}, group {group}: {score.problem}")
     everybody = {group: score for part in comm.gather(found) for group, score in part.items()}
     rewards: dict[int, Tensor] = {}

@@ -32,13 +32,10 @@ def self_check(parts: Parts, config: Config) -> str:
 
     Returns:
         One line for the user: which implementation runs, the largest |ratio − 1| and the smallest clip range.
-
-    Raises:
-        ValueError: the clip would act on rounding noise and train.self_check is strict; on all ranks.
     """
-    policy, train = parts.policy, config.train
+    policy, train, compute = parts.policy, config.train, config.compute
     table = policy.diffusion
-    window = Window(max(0, table.stochastic_steps - max(_STEPS, train.steps_per_forward)), table.stochastic_steps)
+    window = Window(max(0, table.stochastic_steps - max(_STEPS, compute.steps_per_forward)), table.stochastic_steps)
     windows = dict.fromkeys(range(_joined(config)), window)
     starts = {}
     for group in windows:
@@ -47,7 +44,7 @@ def self_check(parts: Parts, config: Config) -> str:
         starts[group] = Start(window, starting_noise(policy, noise), noise)
     # where only some steps are kept, those that are replayed are the ones to check
     keep_from = window.start if math.isinf(parts.activations.kept_pairs) else None
-    batches: Any = {"micro_batch_size": train.samples_per_call, "max_batch": train.max_batch}
+    batches: Any = {"micro_batch_size": config.samples_per_call, "max_batch": compute.max_batch}
     with policy.uncounted():
         batch = Batch(*rollout(policy, starts, keep_from=keep_from, **batches))
         error = replay_ratio_error(policy, batch.trajectories, calls_of(config, batch, windows))
@@ -63,15 +60,13 @@ def self_check(parts: Parts, config: Config) -> str:
     ]
     if verdict.startswith("NOT"):
         ways_out = [
-            "train.steps_per_forward=1" if train.steps_per_forward > 1 else "",
-            "train.max_batch=0" if len(windows) > 1 and keep_from is None else "",
-            "train.compile=none" if train.compile != "none" else "",
-            "train.precision=fp32" if policy.precision != "fp32" else "",
+            "compute.steps_per_forward=1" if compute.steps_per_forward > 1 else "",
+            "compute.max_batch=0" if len(windows) > 1 and keep_from is None else "",
+            "compute.compile=none" if compute.compile != "none" else "",
+            "compute.precision=fp32" if policy.precision != "fp32" else "",
             f"a train.clip_range of at least {10 * error / scale:.2g}" if math.isfinite(error) else "",
         ]
         line.append(f"the clip will act on rounding noise: use {' or '.join(filter(None, ways_out))}")
-        if train.self_check == "strict":
-            raise comm.on_all_ranks(ValueError("; ".join(["train.self_check is strict", *line])))
     least_std = float(table.coefficients.std[: table.stochastic_steps].min())
     if least_std < _SMALL_STD:
         line.append(f"std falls to {least_std:.2g}, under which fp32 gradients lose digits")
@@ -82,4 +77,4 @@ def _joined(config: Config) -> int:
     """How many groups share the UNet calls of a rollout."""
     train = config.train
     groups = train.groups_per_iteration if train.order == "collect" else train.groups_per_step
-    return min(groups // comm.world_size(), max(1, train.max_batch // train.group_size))
+    return min(groups // comm.world_size(), max(1, config.compute.max_batch // train.group_size))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hrf_fast.config.options import Config, TrainConfig
+from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import LossScaleOverflow
 from hrf_fast.training.calls import Call, packs_of, replay_calls, rollout_calls
@@ -92,7 +92,7 @@ def learn(
             except FloatingPointError as error:
                 groups = f"groups {first} to {together[-1]}" if len(together) > 1 else f"group {first}"
                 where = f"iteration {iteration}, {groups}"
-                if train.on_nan == "stop" and not isinstance(error, LossScaleOverflow):
+                if config.stop.on_nan == "stop" and not isinstance(error, LossScaleOverflow):
                     raise comm.on_all_ranks(FloatingPointError(f"{where}: {error}")) from error
                 note(f"{where}: optimizer step skipped: {error}")
                 skipped += 1
@@ -105,7 +105,7 @@ def calls_of(config: Config, batch: Batch, windows: dict[int, Window]) -> list[C
     """Which UNet calls an optimizer step consists of: what the rollout kept, and the rest replayed."""
     if config.train.order == "collect":
         return replays(config, windows)
-    if config.train.steps_per_forward == 1:
+    if config.compute.steps_per_forward == 1:
         return batch.calls
     kept = [call for call in batch.calls if call.output is not None]
     if not kept:
@@ -117,21 +117,21 @@ def calls_of(config: Config, batch: Batch, windows: dict[int, Window]) -> list[C
 
 def replays(config: Config, windows: dict[int, Window]) -> list[Call]:
     """The UNet calls that replay windows: those of the rollout in the order on_policy, else group by group."""
-    train = config.train
-    split = _split(train)
-    if train.order == "collect" or train.steps_per_forward > 1:
+    train, compute = config.train, config.compute
+    split = _split(config)
+    if train.order == "collect" or compute.steps_per_forward > 1:
         del split["max_batch"]
-        return replay_calls(windows, steps_per_forward=train.steps_per_forward, **split)
+        return replay_calls(windows, steps_per_forward=compute.steps_per_forward, **split)
     last = max(window.stop for window in windows.values())
-    packs = packs_of(windows, train.group_size, train.max_batch)
+    packs = packs_of(windows, train.group_size, compute.max_batch)
     calls = [call for pack in packs for call in rollout_calls(pack, num_steps=last, **split)]
     return [call for call in calls if call.inside]
 
 
-def _split(train: TrainConfig) -> dict[str, int]:
+def _split(config: Config) -> dict[str, int]:
     """How rollouts are split into UNet calls."""
-    micro = train.samples_per_call
-    return {"group_size": train.group_size, "micro_batch_size": micro, "max_batch": train.max_batch}
+    micro, most = config.samples_per_call, config.compute.max_batch
+    return {"group_size": config.train.group_size, "micro_batch_size": micro, "max_batch": most}
 
 
 def _most_replays(config: Config, step: int, windows: Sequence[Window]) -> int:

@@ -15,12 +15,12 @@ from hrf_fast.policies.pixel import Policy
 
 def batch_sizes(config: Config) -> list[int]:
     """A batch for every graph that a run will need: the update's, and one image where a split leaves a single one."""
-    train, group, most = config.train, config.train.group_size, config.sample.batch_size
-    micro = min(train.samples_per_call, group)
+    train, group, most = config.train, config.train.group_size, config.compute.batch_size
+    micro = min(config.samples_per_call, group)
     anchors = train.groups_per_iteration // comm.world_size()
     splits = [(group, micro), (group, most), (anchors, most), (config.evaluation.panel_size, most)]
     single = any(size == 1 or count % size == 1 for count, size in splits)
-    return [max(2, micro * train.steps_per_forward), *([1] if single else [])]
+    return [max(2, micro * config.compute.steps_per_forward), *([1] if single else [])]
 
 
 def warm_up(policy: Policy, config: Config, note: Callable[[str], None]) -> None:
@@ -29,9 +29,9 @@ def warm_up(policy: Policy, config: Config, note: Callable[[str], None]) -> None
     Raises:
         ValueError: this model does not compile here.
     """
-    if config.train.compile == "none":
+    if config.compute.compile == "none":
         return
-    note(f"torch.compile ({config.train.compile}) on {policy.device.type}: compiling, which can take minutes")
+    note(f"torch.compile ({config.compute.compile}) on {policy.device.type}: compiling, which can take minutes")
     began, sizes = time.perf_counter(), batch_sizes(config)
     with comm.agreed(), warnings.catch_warnings():
         # diffusers asks a cached function for torch's version, which torch's compiler finds worth a warning
@@ -43,8 +43,8 @@ def warm_up(policy: Policy, config: Config, note: Callable[[str], None]) -> None
             # the first paragraph: advice to developers of torch follows
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
             raise ValueError(
-                f"train.compile is {config.train.compile!r}, but this model does not compile here "
-                f"({type(error).__name__}: {reason}); use train.compile=none"
+                f"compute.compile is {config.compute.compile!r}, but this model does not compile here "
+                f"({type(error).__name__}: {reason}); use compute.compile=none"
             ) from error
     for_one = " and batches of one" if 1 in sizes else ""
     note(f"torch.compile: graphs for any batch{for_one} took {time.perf_counter() - began:.1f} s")
