@@ -1,4 +1,4 @@
-"""Training memory: peak over the window's length and over T, for every train.activations mode.
+"""Training memory: peak over the window's length and over T, for every compute.activations mode.
 
     hrf bench memory                          # the shipped model
     hrf bench memory --model cifar --lengths 1 4 16 39
@@ -33,11 +33,11 @@ from benchmarks.workers import Worker, WorkerError
 from hrf_fast.devices import choose_device
 from hrf_fast.registry import nearest
 
-# train.activations, each in the order of updates that it needs
+# compute.activations, each in the order of updates that it needs
 MODES = {
-    "keep": {"train.activations": "keep", "train.order": "on_policy"},
-    "replay": {"train.activations": "replay", "train.order": "collect"},
-    "checkpoint": {"train.activations": "checkpoint", "train.order": "collect"},
+    "keep": {"compute.activations": "keep", "train.order": "on_policy"},
+    "replay": {"compute.activations": "replay", "train.order": "collect"},
+    "checkpoint": {"compute.activations": "checkpoint", "train.order": "collect"},
 }
 # the window of the sweep over T
 _LENGTH = 4

@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = ["reward.name=jpeg_compressibility", *arguments.overrides]
         config = load_config([*base_words(model, **given), *chosen])
         policy, reward = build_policy(config), build_config_reward(config, device)
-    batch_size, size = config.sample.batch_size, arguments.group_size
+    batch_size, size = config.compute.batch_size, arguments.group_size
     measured = Measurements(arguments, list(range(0, policy.diffusion.stochastic_steps, arguments.stride)))
     ids = torch.arange(arguments.noises * size, device=device)
     anchor_noise = NoiseKey(noise_key(arguments.seed, 0, "anchors"), torch.arange(arguments.anchors, device=device))

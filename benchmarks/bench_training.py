@@ -130,7 +130,7 @@ def add_utilisation(rows: Sequence[dict[str, Any]], unet: Path, device: torch.de
     without, with_gradient = unet_flops(unet)
     speeds: dict[str, float] = {}
     for row in rows:
-        precision = row["options"].get("train.precision", "fp32")
+        precision = row["options"].get("compute.precision", "fp32")
         if precision not in speeds:
             speeds[precision] = matmul_speed(device, precision)
         row["mfu"] = statistics.median(

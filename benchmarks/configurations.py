@@ -50,7 +50,7 @@ def base_words(
         f"train.group_size={group_size}",
         "evaluation.every=0",
         "evaluation.panel_size=2",
-        "evaluation.scorer=none",
+        "evaluation.network=none",
         "run.save_every=0",
         "run.progress=quiet",
         f"run.device={device}",
@@ -69,40 +69,40 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
     Args:
         groups: per iteration; group_size: samples in each.
     """
-    collect = {"train.order": "collect", "train.activations": "replay"}
-    keep = {"train.order": "on_policy", "train.activations": "keep"}
+    collect = {"train.order": "collect", "compute.activations": "replay"}
+    keep = {"train.order": "on_policy", "compute.activations": "keep"}
     # all groups of an iteration make one optimizer step, so that they can share UNet calls
-    together = keep | {"train.groups_per_step": groups, "train.max_batch": groups * group_size}
-    bf16 = {"train.precision": "bf16", "train.channels_last": True}
+    together = keep | {"train.groups_per_step": groups, "compute.max_batch": groups * group_size}
+    bf16 = {"compute.precision": "bf16", "compute.channels_last": True}
     exact = {"window.kwargs.search": "exact"} if method == "hrf_d" else {}
-    batched = {"train.max_batch": groups * group_size, "train.steps_per_forward": 8}
+    batched = {"compute.max_batch": groups * group_size, "compute.steps_per_forward": 8}
     table = [
-        Row("collect, one group and step a call", collect | exact | {"train.max_batch": group_size}, equal=True),
+        Row("collect, one group and step a call", collect | exact | {"compute.max_batch": group_size}, equal=True),
         Row(
             "collect, 8 steps a call",
-            collect | exact | {"train.max_batch": group_size, "train.steps_per_forward": 8},
+            collect | exact | {"compute.max_batch": group_size, "compute.steps_per_forward": 8},
             equal=True,
         ),
         Row("collect, groups and 8 steps a call", collect | exact | batched, equal=True),
-        Row("collect, checkpoint", collect | exact | batched | {"train.activations": "checkpoint"}, equal=True),
-        Row("on_policy, keep", keep | exact | {"train.max_batch": group_size}),
+        Row("collect, checkpoint", collect | exact | batched | {"compute.activations": "checkpoint"}, equal=True),
+        Row("on_policy, keep", keep | exact | {"compute.max_batch": group_size}),
     ]
     if method != "hrf_d":
         return [
             *table,
             Row("on_policy, keep, one step", together),
-            Row("on_policy, keep, one step, channels_last", together | {"train.channels_last": True}),
-            Row("on_policy, keep, one step, compile unet", together | {"train.compile": "unet"}),
+            Row("on_policy, keep, one step, channels_last", together | {"compute.channels_last": True}),
+            Row("on_policy, keep, one step, compile unet", together | {"compute.compile": "unet"}),
             Row("on_policy, keep, one step, bf16", together | bf16),
-            Row("on_policy, keep, one step, bf16, compile unet", together | bf16 | {"train.compile": "unet"}),
-            Row("on_policy, keep, one step, bf16, compile blocks", together | bf16 | {"train.compile": "blocks"}),
+            Row("on_policy, keep, one step, bf16, compile unet", together | bf16 | {"compute.compile": "unet"}),
+            Row("on_policy, keep, one step, bf16, compile blocks", together | bf16 | {"compute.compile": "blocks"}),
         ]
     for search in ("x0", "bandit"):
         cheap = together | {"window.kwargs.search": search}
         table += [
             Row(f"{search}: on_policy, keep, one step", cheap),
-            Row(f"{search}: on_policy, keep, one step, channels_last", cheap | {"train.channels_last": True}),
+            Row(f"{search}: on_policy, keep, one step, channels_last", cheap | {"compute.channels_last": True}),
             Row(f"{search}: on_policy, keep, one step, bf16", cheap | bf16),
-            Row(f"{search}: on_policy, keep, one step, bf16, compile unet", cheap | bf16 | {"train.compile": "unet"}),
+            Row(f"{search}: on_policy, keep, one step, bf16, compile unet", cheap | bf16 | {"compute.compile": "unet"}),
         ]
     return table

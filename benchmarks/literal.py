@@ -60,16 +60,16 @@ class LiteralTrainer:
 
     def __init__(self, config: Config) -> None:
         """Load what `config` names; a ValueError names an option that the published loop does not have."""
-        schedule, train = config.window.schedule, config.train
+        schedule, train, optimizer = config.window.schedule, config.train, config.optimizer
         if schedule not in METHODS:
             raise ValueError(f"window.schedule is {schedule!r}; the literal loop knows {', '.join(METHODS)}")
         for option, value, published in (
-            ("train.precision", train.precision, "fp32"),
+            ("compute.precision", config.compute.precision, "fp32"),
             ("sample.scheduler", config.sample.scheduler, "ddim"),
             ("train.inner_epochs", train.inner_epochs, 1),
             ("train.groups_per_step", train.groups_per_step, 1),
-            ("train.warmup_iterations", train.warmup_iterations, 0),
-            ("train.learning_rate_schedule", train.learning_rate_schedule, "constant"),
+            ("optimizer.warmup_iterations", optimizer.warmup_iterations, 0),
+            ("optimizer.learning_rate_schedule", optimizer.learning_rate_schedule, "constant"),
         ):
             if value != published:
                 raise ValueError(f"{option} is {value!r}; the literal loop is published with {published!r}")
@@ -89,10 +89,10 @@ class LiteralTrainer:
         self.noise = Noise(config.run.seed, policy.image_shape, policy.device)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(),
-            lr=train.learning_rate,
-            betas=(train.adam_betas[0], train.adam_betas[1]),
-            eps=train.adam_eps,
-            weight_decay=train.weight_decay,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
         )
 
     def _set_alphas(self, scheduler: Any) -> None:
@@ -203,8 +203,8 @@ class LiteralTrainer:
         """One optimizer step on one group."""
         self.optimizer.zero_grad()
         loss = self.accumulate(start, latents, old, advantages)
-        if self.config.train.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.train.max_grad_norm)
+        if self.config.optimizer.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         return loss
 

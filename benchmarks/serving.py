@@ -65,7 +65,7 @@ def _run_ours(config: Any, server: Server) -> None:
                 return output(latents, timestep)
 
         server.watch(policy.unet, bare, policy.device)
-        if getattr(config.train, "compile", "none") != "none":
+        if config.compute.compile != "none":
             # a hook on a compiled module would be compiled too: calls are seen one layer above it
             policy.model_output = server.calls.around(output)
         else:

@@ -49,7 +49,7 @@ def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
     """What one seed says; Vendi Scores as shares of the pretrained model's."""
     ours, theirs = read_runs([hrf, ddpo])
     before, after = ours.score("vendi", 0), ours.score("vendi")
-    assert before is not None and after is not None, "the config's evaluation.scorer must give features"
+    assert before is not None and after is not None, "the config's evaluation.network must give features"
     level = ours.rewards()[-1]
     there = at_reward(theirs, level)
     end = theirs.score("vendi")

@@ -24,21 +24,19 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
+from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.rewarding import Rewarder
-from hrf_fast.windows.base import schedule_name
 from hrf_fast.windows.schedules import build_schedule
 
 Named = str | Callable[..., Any] | None
 
 
-def build_components(
-    config: Config, *, reward: Named = None, schedule: Named = None
-) -> tuple[Config, Components]:
+def build_components(config: Config, *, reward: Named = None, schedule: Named = None) -> tuple[Config, Components]:
     """Load the model, the reward and its networks, the schedule, the optimizer and the panel's network.
 
     Args:
@@ -56,7 +54,7 @@ def build_components(
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config)
-        combined = build_reward([reward], device) if callable(reward) else build_config_reward(config, device)
+        combined = build_reward(reward, device) if callable(reward) else build_config_reward(config, device)
         windows = build_schedule(
             schedule if callable(schedule) else config.window.schedule,
             config.window.kwargs,
@@ -70,7 +68,7 @@ def build_components(
     with comm.agreed():
         activations = choose_activations(config, policy, memory, schedule)
     if activations.checkpoint:
-        policy.checkpoint_activations()
+        policy.network.checkpoint_activations()
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
     return config, Components(
@@ -90,10 +88,10 @@ def build_components(
 def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
     """The configuration that a run's folder will hold."""
     if reward is not None:
-        name = schedule_name(reward) if callable(reward) else reward
+        name = qualified_name(reward) if callable(reward) else reward
         config = replace(config, reward=RewardConfig(name=name))
     if schedule is not None:
-        name = schedule_name(schedule) if callable(schedule) else schedule
+        name = qualified_name(schedule) if callable(schedule) else schedule
         same = name == config.window.schedule or callable(schedule)
         config = replace(config, window=WindowConfig(schedule=name, kwargs=config.window.kwargs if same else {}))
     return config
@@ -146,7 +144,8 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     options: dict[str, Any] = {
         "optimizer": optimizer.name,
         "weight_decay": optimizer.weight_decay,
-        "kwargs": optimizer.kwargs,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
         "max_grad_norm": optimizer.max_grad_norm,
         "ema_decay": optimizer.ema_decay,
         "precision": config.compute.precision,

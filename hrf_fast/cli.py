@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,91 +19,41 @@ def train(arguments: argparse.Namespace) -> None:
     from hrf_fast.config.load import load_config
     from hrf_fast.train import train as run_training
 
-    folder = run_training(load_config(arguments.words))
-    print(f"done: {folder} (hrf report {folder})", file=sys.stderr)
+    result = run_training(load_config(arguments.words))
+    print(f"done, {result.reason}: {result.folder} (hrf report {result.folder})", file=sys.stderr)
 
 
 def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
-    from hrf_fast.devices import choose_device, set_precision_flags
-    from hrf_fast.evaluation.grids import save_grid
-    from hrf_fast.evaluation.panel import panel_noise
-    from hrf_fast.policies.load import load_policy
-    from hrf_fast.policies.sample import sample as denoise
+    from hrf_fast.commands import draw
 
-    if arguments.count < 1 or arguments.batch_size < 1:
-        raise ValueError(
-            f"--count is {arguments.count} and --batch-size {arguments.batch_size}; both must be at least 1"
-        )
-    name, settings = _model_and_sampler(arguments.model)
-    given = {"sampler": arguments.scheduler, "num_inference_steps": arguments.steps, "eta": arguments.eta}
-    settings |= {key: value for key, value in given.items() if value is not None}
-    device = choose_device(arguments.device)
-    # the same seed draws the same grid
-    set_precision_flags(device, tf32=False, cudnn_benchmark=False)
-    policy = load_policy(name, **settings, device=device)
-    noise = panel_noise(policy, arguments.seed, arguments.count)
-    latents = denoise(policy, noise, batch_size=arguments.batch_size)
-    save_grid(policy.images(latents).cpu(), Path(arguments.out))
+    draw(
+        arguments.model,
+        Path(arguments.out),
+        count=arguments.count,
+        images_per_call=arguments.images_per_call,
+        seed=arguments.seed,
+        device=arguments.device,
+        sampler=arguments.scheduler,
+        num_inference_steps=arguments.steps,
+        eta=arguments.eta,
+    )
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
 
 
-def _model_and_sampler(name: str) -> tuple[str, dict[str, Any]]:
-    """A run folder stands for the model that it tuned, sampled as it was trained."""
-    if not (Path(name) / "config.yaml").is_file():
-        return name, {}
-    from hrf_fast.config.load import load_config
-
-    run = _finished_run(name)
-    sampler = load_config(["--config", str(run / "config.yaml")]).sample
-    steps = sampler.num_inference_steps
-    return str(run / "model"), {"sampler": sampler.scheduler, "num_inference_steps": steps, "eta": sampler.eta}
-
-
-def _finished_run(name: str) -> Path:
-    run = Path(name)
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
-    if not (run / "model").is_dir():
-        raise ValueError(f"{run} has no model/ yet; let its training finish (the same `hrf train` command resumes it)")
-    return run
-
-
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Score a run's tuned model against its pretrained one on a fixed panel."""
-    from dataclasses import asdict
+    """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
+    from hrf_fast.commands import evaluate as evaluate_run
 
-    from hrf_fast.build import build_config_reward, build_policy
-    from hrf_fast.config.load import load_config
-    from hrf_fast.devices import choose_device
-    from hrf_fast.evaluation.panel import choose_scorer
-    from hrf_fast.evaluation.panel import evaluate as score_panel
-    from hrf_fast.run.files import write_atomically
+    print(f"written to {evaluate_run(Path(arguments.run), arguments.overrides)} (95 % bootstrap intervals)")
 
-    run = _finished_run(arguments.run)
-    config = load_config(["--config", str(run / "config.yaml"), *arguments.overrides])
-    device = choose_device(config.run.device)
-    reward = build_config_reward(config, device)
-    scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
-    result: dict[str, Any] = {"sample": asdict(config.sample), "reward": asdict(config.reward)}
-    result["evaluation"] = asdict(config.evaluation)
-    for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
-        scores = score_panel(
-            build_policy(config, name),
-            reward,
-            scorer,
-            panel_size=config.evaluation.panel_size,
-            seed=config.evaluation.seed,
-            batch_size=config.sample.batch_size,
-            resamples=config.evaluation.resamples,
-        )
-        result[title] = scores.record()
-        shown = {k: v for k, v in result[title].items() if k != "rewards"}
-        print(
-            f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items())
-        )
-    write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
-    print(f"written to {run / 'evaluation.json'} (95 % bootstrap intervals)")
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint as a diffusers folder."""
+    from hrf_fast.commands import export as export_checkpoint
+
+    export_checkpoint(Path(arguments.checkpoint), Path(arguments.out))
+    print(f"written to {arguments.out}")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -172,18 +121,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(train, add_help=False)
     command = add(sample)
-    command.add_argument("model", help="fashion, portraits, a run folder, a diffusers folder or a hub id")
+    models = "fashion, portraits, a run folder, one of its checkpoints, a diffusers folder or a hub id"
+    command.add_argument("model", help=models)
     command.add_argument("--out", default="samples.png")
     command.add_argument("--count", type=int, default=64)
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
     command.add_argument("--seed", type=int, default=1234)
-    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--images-per-call", type=int, default=64)
     command.add_argument("--device", default="auto")
     command = add(evaluate)
     command.add_argument("run", help="a run folder")
     command.add_argument("overrides", nargs="*", help="such as evaluation.panel_size=512")
+    command = add(export)
+    command.add_argument("checkpoint", help="such as RUN/checkpoints/iteration-000010")
+    command.add_argument("--out", required=True, help="a new folder")
     command = add(report)
     command.add_argument("runs", nargs="+", help="run folders; several are compared")
     command.add_argument("--out", help="HTML file; by default report.html in the first run")
@@ -206,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["train"]:
         # options of training are section.field=value and --config, which config.py parses
         if not words[1:] or {"-h", "--help"} & set(words[1:]):
-            from hrf_fast.config.load import describe_options
+            from hrf_fast.config.describe import describe_options
 
             print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
             return 0

@@ -19,23 +19,25 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def set_precision_flags(device: torch.device, *, tf32: bool, cudnn_benchmark: bool) -> None:
-    """What torch leaves open on CUDA, said explicitly: TF32, and how cudnn chooses its convolutions.
+def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
+    """Set what torch leaves open on CUDA: TF32, and how cudnn chooses its convolutions.
 
-    Without `cudnn_benchmark` convolutions are deterministic, so that the same seed gives the same bits.
+    Args:
+        deterministic: the same seed gives the same bits, and fp32 is fp32; False takes TF32 and cudnn's fastest.
 
     Raises:
-        ValueError: one of them is asked for without CUDA.
+        ValueError: False without CUDA.
     """
     if device.type != "cuda":
-        for name, value in (("tf32", tf32), ("cudnn_benchmark", cudnn_benchmark)):
-            if value:
-                raise ValueError(f"train.{name} is true, which needs CUDA, but the device is {device}; set it to false")
+        if not deterministic:
+            raise ValueError(
+                f"compute.deterministic is false, which needs CUDA, but the device is {device}; set it to true"
+            )
         return
     # torch's own default is TF32 in convolutions and not in matrix products
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = cudnn_benchmark
-    torch.backends.cudnn.deterministic = not cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def choose_device(name: str) -> torch.device:

@@ -102,7 +102,7 @@ def _cpu_bf16() -> str:
         return f"unknown: this system has no {CPU_FLAGS}"
     words = set(CPU_FLAGS.read_text().split())
     found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in words]
-    return f"ok {', '.join(found)}" if found else "no avx512_bf16 or amx_bf16: train.precision=bf16 is emulated"
+    return f"ok {', '.join(found)}" if found else "no avx512_bf16 or amx_bf16: compute.precision=bf16 is emulated"
 
 
 def _memory() -> str:
@@ -186,7 +186,7 @@ def _kernels() -> str:
 
 
 def _optimizers() -> str:
-    """What train.optimizer can be here."""
+    """What optimizer.name can be here."""
     usable = ["adamw", "fused_adamw"]
     if _usable("deepspeed") and shutil.which("g++") and shutil.which("ninja"):
         usable.append("cpu_adam (with ZeRO offload)")
@@ -198,14 +198,14 @@ def _optimizers() -> str:
 
 
 def _attention() -> str:
-    """What model.attention can be here."""
+    """What compute.attention can be here."""
     if _usable("xformers") and _has_gpu():
         return "ok sdpa, xformers"
     return "ok sdpa; xformers needs " + ("a GPU" if _usable("xformers") else "its package and a GPU")
 
 
 def _compile() -> str:
-    """Whether train.compile works here."""
+    """Whether compute.compile works here."""
     from hrf_fast.policies.compilation import obstacle
 
     device = "cuda" if _has_gpu() else "cpu"

@@ -87,6 +87,12 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     return function
 
 
+def qualified_name(thing: Any) -> str:
+    """module:name of a function, a class or an instance's class."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any], **given: Any) -> T:
     """Call `factory(**given, **kwargs)` after checking the user's `kwargs` against its signature.
 

@@ -2,8 +2,8 @@
 
     deepspeed hrf_fast/train.py --config configs/smoke_cpu.yaml train.iterations=3
 
-DDPO, HRF and HRF-D are one loop; they differ in the window schedule. What an iteration does is in training/iteration.py:
-how its groups are made in collect.py, how a group is denoised in rollout.py, how groups are learnt from in update.py.
+DDPO, HRF and HRF-D are one loop; they differ in the window schedule. In training/, iteration.py
+has the order of an iteration, collect.py makes groups, rollout.py denoises them, update.py learns from them.
 """
 
 from __future__ import annotations

@@ -1,24 +1,22 @@
 """`load_config(argv)`: one Config of defaults, YAML layers and `section.field=value`. The options are in options.py.
 
-The only module that imports OmegaConf. A typo answers with the nearest name. What values may be is in rules.py.
+The only module that imports OmegaConf. A typo answers with the nearest name, an old name with the new one. What values
+may be is in rules.py.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import SECTIONS, Config
+from hrf_fast.config.renamed import refuse_old_names
 from hrf_fast.config.rules import check_config
 from hrf_fast.registry import nearest
-
-SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -151,6 +149,7 @@ def _merge(config: Any, layer: Any) -> Any:
 
 
 def _check_names(values: Any, source: str) -> None:
+    refuse_old_names(values, source)
     for section, options in values.items():
         if section not in SECTIONS:
             raise ValueError(
@@ -183,20 +182,3 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 def _fields(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
     return ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-
-
-def describe_options() -> str:
-    """Every option with its type, default and docstring, for `hrf train --help`."""
-    lines = []
-    for section, factory in SECTIONS.items():
-        lines.append(f"\n{section}: {factory.__doc__}")
-        tree: Any = ast.parse(inspect.getsource(factory))
-        body: list[Any] = tree.body[0].body
-        docs = {
-            node.target.id: text.value.value
-            for node, text in zip(body, body[1:], strict=False)
-            if hasattr(node, "target") and hasattr(text, "value")
-        }
-        default = factory()
-        lines += [f"  {section}.{name}={getattr(default, name)!r}\n      {doc}" for name, doc in docs.items()]
-    return "\n".join(lines)

@@ -1,57 +1,54 @@
 """Every option, as dataclasses with a docstring under each field; `hrf train --help` prints them.
 
-How they are read and layered is load.py, what they may be together rules.py.
+A field carries its range, its choices and what a change means (facts.py). How options are read and layered is load.py,
+what they may be together rules.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from hrf_fast.config.facts import Facts, option
 
 SAMPLERS = ("ddim", "ddpm")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
-ACTIVATIONS = ("auto", "keep", "replay", "checkpoint")
-ORDERS = ("collect", "on_policy")
-COMPILES = ("none", "unet", "blocks")
-KERNELS = ("auto", "eager", "triton")
 ATTENTIONS = ("sdpa", "xformers")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
+# noise.py makes keys of 32 bits
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass
 class ModelConfig:
     """The pretrained model to fine-tune."""
 
-    name: str = "fashion"
+    name: str = option("fashion", panel=True)
     """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
-    revision: str | None = None
+    revision: str | None = option(None, panel=True)
     """Branch, tag or commit of a hub id."""
-    attention: str = "sdpa"
-    """sdpa (torch's own), or xformers (CUDA)."""
 
 
 @dataclass
 class SampleConfig:
-    """How images are denoised, in training and in evaluation."""
+    """The sampler, in training and in evaluation."""
 
-    scheduler: str = "ddim"
-    """ddim, or ddpm for ancestral sampling."""
-    num_inference_steps: int = 40
-    """T; the paper uses 40."""
-    eta: float = 1.0
-    """DDIM's noise scale in (0, 1]; 1 for ddpm."""
-    batch_size: int = 64
-    """Images per UNet call where nothing is trained: anchors, search, panels."""
+    scheduler: str = option("ddim", choices=SAMPLERS, panel=True)
+    """DDIM, or DDPM's ancestral sampling."""
+    num_inference_steps: int = option(40, at_least=1, panel=True)
+    """Denoising steps, T; the paper uses 40."""
+    eta: float = option(1.0, above=0, at_most=1, panel=True)
+    """Noise scale of DDIM; leave it at 1 for ddpm."""
 
 
 @dataclass
 class WindowConfig:
     """Which denoising steps are trained."""
 
-    schedule: str = "clusters"
+    schedule: str = option("clusters")
     """full (DDPO), clusters (HRF), dynamic (HRF-D), random, sliding, or module:function."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = option({})
     """The schedule's own options, e.g. {clusters: [[0, 20], [20, 40]], iterations_per_cluster: 35}."""
 
 
@@ -62,151 +59,162 @@ class RewardTerm:
     name: str = ""
     """A registered name (see `hrf rewards`) or "module:function" for a function of your own."""
     weight: float = 1.0
-    """What the term is multiplied by; negative to minimise it, 0 to log it without training on it."""
+    """Factor of the term; negative to minimise it, 0 to log it without training on it."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the reward, by name."""
 
 
 @dataclass
 class RewardConfig:
-    """What is maximised: one reward by name, or a weighted sum of `terms`."""
+    """The reward that is maximised: one by name, or a weighted sum of `terms`."""
 
-    name: str | None = "jpeg_compressibility"
+    name: str | None = option("jpeg_compressibility", panel=True)
     """A name from `hrf rewards` or module:function; null when `terms` are given."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = option({}, panel=True)
     """The reward's own options."""
-    terms: list[RewardTerm] = field(default_factory=list)
+    terms: list[RewardTerm] = option([], panel=True)
     """Terms {name, weight, kwargs} of a weighted sum."""
-    background: bool = True
-    """Score groups in a thread while the next ones denoise; the results are the same."""
 
 
 @dataclass
 class TrainConfig:
-    """The RL update. Defaults are those of the HRF authors' code where it has them."""
+    """The RL algorithm. Defaults are those of the HRF authors' code where it has them."""
 
-    iterations: int = 70
-    """Rollout and update, this many times."""
-    groups_per_iteration: int = 4
-    """Anchors, and so groups, per iteration."""
-    group_size: int = 5
-    """Samples that share an anchor; at least 2."""
-    groups_per_step: int = 1
+    iterations: int = option(70, at_least=1, resumable=True)
+    """Rollout and update, this many times. A resume may raise it where the learning rate is constant."""
+    groups_per_iteration: int = option(4, at_least=1)
+    """Groups per iteration; in HRF each has an anchor."""
+    group_size: int = option(5, at_least=2)
+    """Samples of a group; they share an anchor."""
+    groups_per_step: int = option(1, at_least=1)
     """Groups averaged into one optimizer step; 1 as published. Must divide groups_per_iteration."""
-    inner_epochs: int = 1
+    inner_epochs: int = option(1, at_least=1)
     """Passes over an iteration's rollouts."""
-    advantages: str = "group"
-    """Peers that rewards are standardised against: group, or batch for the whole iteration."""
-    advantage_floor: float = 1e-6
-    """Least standard deviation to divide by, in units of the reward."""
-    advantage_clip: float = 2.5
-    """Bound on |advantage|."""
-    clip_range: float = 1e-4
-    """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
-    scale_clips_by_window: bool = True
-    """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
-    optimizer: str = "adamw"
-    """adamw, fused_adamw, cpu_adam (ZeRO offload), adamw_8bit, or paged_adamw_8bit (CUDA; paged until a resume)."""
-    learning_rate: float = 5e-6
-    """Peak learning rate of AdamW."""
-    learning_rate_schedule: str = "constant"
-    """constant or cosine (to zero at the last iteration)."""
-    warmup_iterations: int = 0
-    """Iterations of linear warm-up."""
-    weight_decay: float = 1e-3
-    """AdamW's decoupled weight decay."""
-    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's two averaging factors."""
-    adam_eps: float = 1e-8
-    """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 turns it off."""
-    micro_batch_size: int = 0
-    """Samples per UNet call of a window, in rollout and update alike; 0 is the whole group."""
-    steps_per_forward: int = 1
-    """Consecutive window steps that the update puts into one UNet call; more than 1 round unlike the rollout."""
-    precision: str = "fp32"
-    """fp32, or bf16 or fp16 for autocast with fp32 weights; fp16 scales the loss and is for CUDA."""
-    kernels: str = "auto"
-    """What computes log-probs and their gradients: triton (fused), eager, or auto: triton on a GPU that has it."""
-    order: str = "collect"
+    order: str = option("collect", choices=("collect", "on_policy"))
     """collect rolls out all groups, then makes the optimizer steps, as published; on_policy rolls out one step's groups
     at a time, so that each step learns from the current policy."""
-    activations: str = "replay"
-    """Of window steps: keep those of the rollout for the update (order on_policy), replay them, or checkpoint: replay
-    with each UNet block run again in the backward, for least memory. auto keeps as many as fit into memory."""
-    memory_budget: str | None = None
-    """What auto may plan for, per process, such as 24GB; null for what is free at the start."""
-    max_batch: int = 0
-    """Images up to which groups share the UNet calls of a rollout, each joining at its start; 0 for one by one."""
-    channels_last: bool = False
-    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
-    compile: str = "none"
-    """torch.compile for the UNet: none, unet (one graph) or blocks (a graph for each down, mid and up block)."""
-    tf32: bool = False
-    """CUDA: matrix products and convolutions of fp32 in TF32; false means that fp32 is fp32."""
-    cudnn_benchmark: bool = False
-    """CUDA: let cudnn time its convolutions and take the fastest; the same seed then no longer gives the same bits."""
-    self_check: str = "warn"
-    """When replay's rounding is not well below the smallest clip range: warn, or strict to refuse to train."""
-    ema_decay: float = 0.0
-    """Per optimizer step, of averaged weights that panels and the final model use; 0 turns them off."""
-    on_nan: str = "stop"
-    """A reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
-    max_evaluations: int = 0
-    """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
+    advantages: str = option("group", choices=("group", "batch"))
+    """Peers that rewards are standardised against: the group, or all groups of the iteration (batch)."""
+    advantage_floor: float = option(1e-6, above=0)
+    """Least standard deviation to divide by, in units of the reward."""
+    advantage_clip: float = option(2.5, above=0)
+    """Bound on |advantage|."""
+    clip_range: float = option(1e-4, above=0)
+    """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
+    scale_clips_by_window: bool = option(True)
+    """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW: the implementation, the learning rate and the averaging of weights."""
+
+    name: str = option("adamw", choices=OPTIMIZERS)
+    """torch's AdamW, its fused form, DeepSpeed's for ZeRO offload (cpu_adam), or bitsandbytes' with 8-bit state. The
+    paged form needs CUDA and is paged until a resume."""
+    learning_rate: float = option(5e-6, above=0)
+    """Peak learning rate."""
+    learning_rate_schedule: str = option("constant", choices=LEARNING_RATE_SCHEDULES)
+    """Learning rate after the warm-up; cosine falls to zero at the last iteration."""
+    warmup_iterations: int = option(0, at_least=0)
+    """Iterations of linear warm-up."""
+    weight_decay: float = option(1e-3, at_least=0)
+    """Decoupled weight decay."""
+    kwargs: dict[str, Any] = option({})
+    """AdamW's own options: betas, its two averaging factors ([0.9, 0.999]), and eps (1e-8)."""
+    max_grad_norm: float = option(1.0, at_least=0)
+    """Gradients are scaled down to this norm; 0 turns it off."""
+    ema_decay: float = option(0.0, at_least=0, below=1)
+    """Decay, per optimizer step, of averaged weights that panels and the final model use, such as 0.999; 0 for none."""
 
     @property
-    def samples_per_call(self) -> int:
-        """Samples of a group in a UNet call of its window: micro_batch_size, where 0 is the whole group."""
-        return self.micro_batch_size or self.group_size
+    def betas(self) -> tuple[float, float]:
+        first, second = self.kwargs.get("betas", (0.9, 0.999))
+        return first, second
+
+    @property
+    def eps(self) -> float:
+        return float(self.kwargs.get("eps", 1e-8))
+
+
+@dataclass
+class ComputeConfig:
+    """How the machine computes the algorithm: precision, memory, compilation, batches."""
+
+    precision: str = option("fp32", choices=PRECISIONS, panel=True)
+    """fp32, or autocast to bf16 or fp16 over fp32 weights; fp16 scales the loss and is for CUDA."""
+    activations: str = option("replay", choices=("auto", "keep", "replay", "checkpoint"), resumable=True)
+    """Activations of window steps. keep holds those of the rollout for the update (order on_policy); replay runs the
+    steps again; checkpoint also runs each UNet block again in the backward, for least memory; auto keeps as many as fit
+    into memory."""
+    memory_budget: str | None = option(None, resumable=True)
+    """Memory that activations=auto may plan for, per process, such as 24GB; null for all that is free at the start."""
+    images_per_call: int = option(0, at_least=0)
+    """Most images in a network call: larger groups are split, smaller ones share calls, and an update of the order
+    collect replays several steps at once. 0: a group and a step to a call, as published, and 64 images where nothing is
+    trained. Another number rounds otherwise."""
+    attention: str = option("sdpa", choices=ATTENTIONS)
+    """Implementation of attention: torch's own, or xformers (CUDA)."""
+    channels_last: bool = option(False)
+    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
+    compile: str = option("none", choices=("none", "unet", "blocks"))
+    """torch.compile for the UNet: none, unet (one graph) or blocks (a graph for each down, mid and up block)."""
+    deterministic: bool = option(True)
+    """Equal seeds give equal bits, and fp32 is fp32. false is faster and for CUDA: matrix products and convolutions in
+    TF32, and cudnn times its convolutions and takes the fastest."""
+
+
+@dataclass
+class StopConfig:
+    """What ends a run before its last iteration."""
+
+    max_evaluations: int = option(0, at_least=0, resumable=True)
+    """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
+    on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)
+    """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
 
 
 @dataclass
 class EvaluationConfig:
     """The panel: images from fixed noise, scored before, during and after."""
 
-    every: int = 10
+    every: int = option(10, at_least=0, resumable=True)
     """Iterations between panels; 0 for only the first and last."""
-    panel_size: int = 128
+    panel_size: int = option(128, at_least=2, panel=True)
     """Images in the panel."""
-    seed: int = 1234
-    """Of the panel's noise; independent of run.seed."""
-    scorer: str = "auto"
+    seed: int = option(1234, at_least=0, at_most=LARGEST_SEED, panel=True)
+    """Seed of the panel's noise; independent of run.seed."""
+    network: str = option("auto", panel=True)
     """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
-    grid_size: int = 64
-    """Images of the panel that the PNG grids show."""
-    resamples: int = 1000
-    """Bootstrap resamples behind the 95 % intervals."""
 
 
 @dataclass
 class RunConfig:
     """Where and how the run happens."""
 
-    folder: str = "runs/default"
-    """Everything is written below it; the same command resumes from it."""
-    seed: int = 0
-    """Of all randomness in training."""
-    device: str = "auto"
+    folder: str = option("runs/default", resumable=True)
+    """Folder that everything is written to; the same command resumes from it."""
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
+    """Seed of all randomness in training."""
+    device: str = option("auto")
     """auto (cuda if there is one), cpu, cuda or cuda:N."""
-    save_every: int = 10
+    save_every: int = option(10, at_least=0, resumable=True)
     """Iterations between checkpoints; 0 for only the last."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = option(2, at_least=1, resumable=True)
     """Newest checkpoints to keep."""
-    keep_best: bool = False
+    keep_best: bool = option(False, resumable=True)
     """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
-    writers: list[str] = field(default_factory=list)
-    """Besides metrics.jsonl: tensorboard, wandb (logged in by `wandb login`)."""
-    progress: str = "auto"
-    """auto (bar on a terminal, else json), bar, json or quiet."""
+    writers: list[str] = option([], choices=("tensorboard", "wandb"), resumable=True)
+    """Logs besides metrics.jsonl; for wandb log in by `wandb login`."""
+    progress: str = option("auto", choices=("auto", "bar", "json", "quiet"), resumable=True)
+    """Progress on the terminal; auto is bar on a terminal, else json."""
 
 
 @dataclass
 class EngineConfig:
     """What owns the weights: one process, data-parallel ranks, or DeepSpeed."""
 
-    deepspeed: str | None = None
+    deepspeed: str | None = option(None, resumable=True)
     """A DeepSpeed JSON file such as configs/deepspeed/zero3.json; null for the plain engine."""
 
 
@@ -219,6 +227,19 @@ class Config:
     window: WindowConfig = field(default_factory=WindowConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(Config)}
+"""The dataclass of every section."""
+FACTS: dict[str, Facts] = {
+    f"{section}.{entry.name}": entry.metadata["facts"]
+    for section, factory in SECTIONS.items()
+    for entry in fields(factory)
+}
+"""The facts of every option, by "section.field"."""

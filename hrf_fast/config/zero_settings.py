@@ -1,7 +1,7 @@
 """Settings of DeepSpeed: its JSON file checked against our configuration, and what we fill in.
 
 A user writes the file's name in `engine.deepspeed`. Batch sizes, clipping, optimizer, precision and learning rate are
-options of `train`; a file that says them too would say them twice, so it is refused.
+options of `train`, `optimizer` and `compute`; a file that says them too would say them twice, so it is refused.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 STAGES = (0, 1, 2, 3)
 _OURS = {
     "train_batch_size": "train.groups_per_step and train.group_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "compute.images_per_call",
     "gradient_accumulation_steps": "train.groups_per_step",
     "managed_gradient_accumulation": "nothing: it must be off, since windows change the number of backwards",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.learning_rate, train.weight_decay and train.adam_betas",
-    "scheduler": "train.learning_rate_schedule",
-    "fp16": "train.precision=fp16 (fp32 weights under autocast)",
-    "bf16": "train.precision=bf16 (fp32 weights under autocast; DeepSpeed's own bf16 is 25 % off at stage 0)",
-    "torch_autocast": "train.precision",
-    "amp": "train.precision",
-    "activation_checkpointing": "train.activations",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.learning_rate, optimizer.weight_decay and optimizer.kwargs",
+    "scheduler": "optimizer.learning_rate_schedule",
+    "fp16": "compute.precision=fp16 (fp32 weights under autocast)",
+    "bf16": "compute.precision=bf16 (fp32 weights under autocast; DeepSpeed's own bf16 is 25 % off at stage 0)",
+    "torch_autocast": "compute.precision",
+    "amp": "compute.precision",
+    "activation_checkpointing": "compute.activations",
     "zero_allow_untested_optimizer": "nothing: it is set",
     "zero_force_ds_cpu_optimizer": "nothing: it is set",
 }

@@ -110,8 +110,8 @@ class LossScale:
                 raise comm.on_all_ranks(LossScaleOverflow(message))
             raise comm.on_all_ranks(
                 FloatingPointError(
-                    f"the gradient norm is {float(norm)}: this optimizer step was not made; lower train.learning_rate "
-                    "or use train.precision=fp32, and go on from the last checkpoint"
+                    f"the gradient norm is {float(norm)}: this optimizer step was not made; lower "
+                    "optimizer.learning_rate or use compute.precision=fp32, and go on from the last checkpoint"
                 )
             )
         self.good_steps += 1

@@ -31,7 +31,7 @@ def build_optimizer(
     weight_decay: float,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """The optimizer of train.optimizer, with learning rate 0 until one is set.
+    """The optimizer that optimizer.name names, with learning rate 0 until one is set.
 
     Args:
         name: adamw; fused_adamw, one kernel for all tensors; cpu_adam, DeepSpeed's for offloaded weights; adamw_8bit,
@@ -48,10 +48,10 @@ def build_optimizer(
     if name == "cpu_adam":
         return _deepspeed_cpu_adam(parameters, settings)
     if name not in _BITSANDBYTES:
-        raise ValueError(f"train.optimizer is {name!r}{nearest(name, OPTIMIZERS)}; use {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"optimizer.name is {name!r}{nearest(name, OPTIMIZERS)}; use {', '.join(OPTIMIZERS)}")
     if name == "paged_adamw_8bit" and device.type != "cuda":
         raise ValueError(
-            f"train.optimizer is {name!r}, whose paging is CUDA's, but the device is {device}; use adamw_8bit or adamw"
+            f"optimizer.name is {name!r}, whose paging is CUDA's, but the device is {device}; use adamw_8bit or adamw"
         )
     _require(name, "bitsandbytes")
     import bitsandbytes
@@ -64,7 +64,7 @@ def build_optimizer(
     # whatever its native library lacks for this device
     except Exception as error:
         raise ValueError(
-            f"train.optimizer is {name!r}, but bitsandbytes {bitsandbytes.__version__} can't step on {device} "
+            f"optimizer.name is {name!r}, but bitsandbytes {bitsandbytes.__version__} can't step on {device} "
             f"({type(error).__name__}: {error}); upgrade it, or use adamw"
         ) from error
     return kind(parameters, **settings)
@@ -80,14 +80,14 @@ def _deepspeed_cpu_adam(parameters: Sequence[nn.Parameter], settings: dict[str, 
     except Exception as error:
         cause = error.__cause__ or error
         raise ValueError(
-            f"train.optimizer is 'cpu_adam', but DeepSpeed can't build its kernel ({type(cause).__name__}: "
+            f"optimizer.name is 'cpu_adam', but DeepSpeed can't build its kernel ({type(cause).__name__}: "
             f"{cause}); install g++ and ninja, or use adamw"
         ) from error
 
 
 def _require(name: str, package: str) -> None:
     if find_spec(package) is None:
-        raise ImportError(f'train.optimizer is {name!r}: `pip install "hrf_fast[gpu]"` brings {package}; or use adamw')
+        raise ImportError(f'optimizer.name is {name!r}: `pip install "hrf_fast[gpu]"` brings {package}; or use adamw')
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -130,7 +130,7 @@ def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iter
     """
     if schedule not in LEARNING_RATE_SCHEDULES:
         raise ValueError(
-            f"train.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
+            f"optimizer.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
         )
 
     def rate(iteration: int) -> float:

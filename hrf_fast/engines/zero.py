@@ -115,7 +115,7 @@ class DeepSpeedEngine:
         return norm.float()
 
     def _before_step(self, *_: Any) -> None:
-        """Clip; drop all gradients where one is not finite, so that the step is a no-op, as ZeRO does from stage 1 on."""
+        """Clip; drop all gradients where one is not finite, so that the step is a no-op, as from stage 1 on."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.loss_scale.value

@@ -17,7 +17,7 @@ from hrf_fast.evaluation.diversity import Interval, inception_interval, mean_int
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.sample import sample
-from hrf_fast.rewards import Reward
+from hrf_fast.rewards import CombinedReward
 from hrf_fast.vision.shipped import FeatureNetwork, Scorer, load_feature_network, load_scorer
 
 
@@ -52,7 +52,7 @@ class Panel:
     network: FeatureNetwork | None = None
     """Features for the Vendi Score, and for the Inception Score where it is a classifier."""
 
-    def evaluate(self, policy: Policy, reward: Reward) -> PanelMetrics:
+    def evaluate(self, policy: Policy, reward: CombinedReward) -> PanelMetrics:
         """Sample the panel and compute its metrics, on all ranks together."""
         # a reward that draws random numbers draws the same for every panel
         seed_everything(self.seed, 0)
@@ -72,7 +72,7 @@ class Panel:
         part = sample(policy, NoiseKey(noise.seed, ids), images_per_call=self.images_per_call)
         return comm.gather_rows(part)[: len(noise)]
 
-    def _measure(self, images: Tensor, reward: Reward) -> PanelMetrics:
+    def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         rewards = reward(images).total.cpu()
         vendi = inception = None
         if self.network is not None:

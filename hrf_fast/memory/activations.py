@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,7 @@ from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.memory.footprint import measure_running
 from hrf_fast.memory.planner import RESERVE, Plan, count_calls, engine_of
-from hrf_fast.policies.pixel import Policy
-from hrf_fast.windows.base import Window
+from hrf_fast.policies.base import Policy
 
 _MEMINFO = Path("/proc/meminfo")
 # of this process, where it is in a container
@@ -38,93 +38,94 @@ class Activations:
     checkpoint: bool = False
     """Whether UNet blocks run again in the backward."""
     reason: str = ""
-    """For the user, of a choice that was made for him."""
-
-    def keep_from(self, windows: Mapping[int, Window], group_size: int) -> int | None:
-        """The first step whose graphs are kept, so that those of all groups from there on are; None to keep none."""
-        last = max(window.stop for window in windows.values())
-        first = last
-        while first > 0 and self._pairs(windows, group_size, first - 1) <= self.kept_pairs:
-            first -= 1
-        return first if first < last else None
-
-    def _pairs(self, windows: Mapping[int, Window], group_size: int, first: int) -> int:
-        return group_size * sum(max(0, w.stop - max(w.start, first)) for w in windows.values())
+    """Why `auto` chose this mode; printed at the start."""
 
 
-def choose_activations(config: Config, policy: Policy, memory: int) -> Activations:
-    """The mode of train.activations; for auto by the bytes of a UNet call, measured, and the memory that there is.
+def choose_activations(
+    config: Config, policy: Policy, memory: int, schedule: str | Callable[..., Any] | None = None
+) -> Activations:
+    """The mode of compute.activations; for auto by the bytes of a network call, measured, and the memory that there is.
 
     Args:
         memory: bytes for this process, the least of all ranks; for auto only.
+        schedule: instead of window.schedule, a name or a factory.
 
     Raises:
         ValueError: nothing fits; says what would.
     """
-    mode = config.train.activations
+    mode = config.compute.activations
     if mode != "auto":
         return Activations(math.inf if mode == "keep" else 0, checkpoint=mode == "checkpoint")
-    train, precision = config.train, config.train.precision
     name, bucket = engine_of(config)
-    footprints = {(precision, False): measure_running(policy.unet, precision, checkpointing=False)}
-    calls = count_calls(config, policy.diffusion.stochastic_steps)
-    plan = Plan(config, comm.world_size(), memory, name, bucket, calls, footprints)
-    micro, usable = train.samples_per_call, memory * (1 - RESERVE)
+    footprints = {(policy.precision, False): measure_running(policy, checkpointing=False)}
+    counts = count_calls(config, policy.sampler.stochastic_steps, schedule)
+    plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints)
+    return _fitting(plan, policy)
+
+
+def _fitting(plan: Plan, policy: Policy) -> Activations:
+    """The fastest mode that fits into a plan's memory."""
+    name, precision, usable = plan.engine, policy.precision, plan.memory * (1 - RESERVE)
+    compute = plan.config.compute
 
     def need(mode: str) -> float:
-        return plan.need(name, precision, mode, micro, config.sample.batch_size)
+        return plan.need(name, precision, mode, compute.images_per_call)
 
-    of = f"of {show_bytes(memory)} ({'train.memory_budget' if train.memory_budget else 'free'}, 10 % of it in reserve)"
+    source = "compute.memory_budget" if compute.memory_budget else "free"
+    of = f"of {show_bytes(plan.memory)} ({source}, 10 % of it in reserve)"
     if "keep" in plan.modes and need("keep") <= usable:
         return Activations(math.inf, reason=f"activations: keep, {show_bytes(need('keep'))} {of}")
     if need("replay") <= usable:
-        per_pair = footprints[precision, False].kept(plan.batch(micro)) / plan.batch(micro)
-        # ranks in lockstep must make equally many forwards: all of a window is kept, or none
-        mixes = "keep" in plan.modes and not name.startswith("zero2")
-        pairs = int((usable - need("replay")) / per_pair) if mixes else 0
+        pairs = _pairs_that_fit(plan, precision, usable - need("replay"))
         if pairs >= plan.kept_samples:
-            kept = f"keep for up to {pairs} samples x steps of {plan.kept_samples * calls.longest_window}, replay for"
-            return Activations(pairs, reason=f"activations: {kept} the rest, {show_bytes(usable)} {of}")
+            limit = f"keep for up to {pairs} samples x steps of {plan.kept_samples * plan.counts.longest_window}"
+            reason = f"activations: {limit}, replay for the rest, {show_bytes(usable)} {of}"
+            return Activations(pairs, reason=reason)
         return Activations(0, reason=f"activations: replay, {show_bytes(need('replay'))} {of}")
-    footprints[precision, True] = measure_running(policy.unet, precision, checkpointing=True)
+    plan.footprints[precision, True] = measure_running(policy, checkpointing=True)
     if need("checkpoint") <= usable:
         reason = f"activations: checkpoint, {show_bytes(need('checkpoint'))} {of}"
         return Activations(0, checkpoint=True, reason=reason)
-    apart = "train.max_batch=0, " if train.max_batch else ""
-    if apart:
-        plan = replace(plan, config=replace(config, train=replace(train, max_batch=0)))
-    least = plan.need(name, precision, "checkpoint", 1, 1) / (1 - RESERVE)
+    least = plan.need(name, precision, "checkpoint", 1) / (1 - RESERVE)
     smaller = plan.choose(name, precision, "checkpoint")
     way = (
-        f"{apart}train.micro_batch_size={smaller.micro_batch_size} and sample.batch_size={smaller.sample_batch_size} "
-        "would fit"
+        f"compute.images_per_call={smaller.images_per_call} would fit"
         if smaller
         else f"even one image at a time needs {show_bytes(least)}; use a GPU with more, a smaller model, or ZeRO with "
         "offload (engine.deepspeed=configs/deepspeed/zero3_offload.json)"
     )
     raise ValueError(
-        "train.activations is auto and nothing fits: the least, checkpoint, needs "
+        "compute.activations is auto and nothing fits: the least, checkpoint, needs "
         f"{show_bytes(need('checkpoint'))} {of}; {way}"
     )
 
 
+def _pairs_that_fit(plan: Plan, precision: str, spare: float) -> int:
+    """Samples × steps whose graphs fit into `spare` bytes beside a replay; 0 where steps can't be kept in part."""
+    # ranks in lockstep must make equally many forwards: all of a window is kept, or none
+    if "keep" not in plan.modes or plan.engine.startswith("zero2"):
+        return 0
+    images = plan.rollout_images(plan.config.compute.images_per_call)
+    return int(spare * images / plan.footprints[precision, False].kept(images))
+
+
 def memory_for(config: Config, policy: Policy) -> int:
-    """Bytes that this process may take in all: train.memory_budget, or what is free and what its weights take already.
+    """Bytes that this process may take in all: compute.memory_budget, or free ones and those of its weights.
 
     Raises:
         ValueError: no amount, or a system that does not say what is free.
     """
-    if config.train.memory_budget:
-        return parse_memory(config.train.memory_budget, "train.memory_budget")
-    weights = sum(parameter.nbytes for parameter in policy.unet.parameters())
+    if config.compute.memory_budget:
+        return parse_memory(config.compute.memory_budget, "compute.memory_budget")
+    weights = sum(parameter.nbytes for parameter in policy.network.parameters())
     if policy.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(policy.device)
         cached = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
         return free + cached + weights
     if not _MEMINFO.is_file():
         raise ValueError(
-            "train.activations is auto, but this system does not say how much memory is free; set train.memory_budget, "
-            "such as 8GB"
+            "compute.activations is auto, but this system does not say how much memory is free; set "
+            "compute.memory_budget, such as 8GB"
         )
     kib = {line.split(":")[0]: int(line.split()[1]) for line in _MEMINFO.read_text().splitlines()}
     # a container may have less than the machine

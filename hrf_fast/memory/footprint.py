@@ -9,6 +9,7 @@ context (the planner keeps a reserve for them).
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from hrf_fast.config.options import PRECISIONS
-from hrf_fast.policies.network import NOT_REENTRANT
+from hrf_fast.policies.base import Policy
+from hrf_fast.policies.load import ModelFiles, untrained_network
+from hrf_fast.policies.network import Network
 
 
 @dataclass(frozen=True)
@@ -56,84 +59,72 @@ class Footprint:
         return sum(self.tensors)
 
 
-def measure_unet(config: dict[str, Any], *, device: str) -> dict[tuple[str, bool], Footprint]:
-    """Count a UNet2DModel's activations, for (precision, with gradient checkpointing).
+def measure_model(files: ModelFiles, *, device: str) -> dict[tuple[str, bool], Footprint]:
+    """Count a model's activations without its weights, for (precision, with gradient checkpointing).
 
     Args:
-        config: of diffusers, as in unet/config.json; device: cuda or cpu, whose autocast rules differ.
+        device: cuda or cpu, whose autocast rules differ.
     """
-    from diffusers import UNet2DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    found: dict[tuple[str, bool], Footprint] = {}
+    footprints: dict[tuple[str, bool], Footprint] = {}
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:
         with FakeTensorMode():
-            unet: Any = UNet2DModel.from_config(config)
+            network, shape = untrained_network(files)
             if device == "cuda":
-                for module in unet.modules():
+                for module in network.modules():
                     if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                         module.register_forward_pre_hook(_normalise_in_fp32)
             for checkpointing in (False, True):
-                if checkpointing:
-                    unet.enable_gradient_checkpointing()
+                network.checkpoint_activations(checkpointing)
                 for precision in PRECISIONS:
                     # fp16 takes as much as bf16
-                    known = found.get(("bf16", checkpointing)) if precision != "fp32" else None
-                    found[precision, checkpointing] = known or _footprint(unet, precision)
+                    known = footprints.get(("bf16", checkpointing)) if precision != "fp32" else None
+                    footprints[precision, checkpointing] = known or _footprint(Network(network.unet, precision), shape)
     finally:
         gc.unfreeze()
-    return found
+    return footprints
 
 
 def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """As CUDA's autocast does and the CPU's, which stands in for it here, does not."""
+    """Cast a normalisation's input as CUDA's autocast does and the CPU's, which stands in for CUDA's here, does not."""
     return (inputs[0].float(), *inputs[1:])
 
 
-def measure_running(unet: Any, precision: str, *, checkpointing: bool) -> Footprint:
-    """The same of a loaded UNet, by running it on three images; its gradients are left empty."""
-    if checkpointing:
-        unet.enable_gradient_checkpointing(NOT_REENTRANT)
+def measure_running(policy: Policy, *, checkpointing: bool) -> Footprint:
+    """Like `measure_model`, for a loaded policy in its own precision, on three images; clears its gradients."""
+    policy.network.checkpoint_activations(checkpointing)
     try:
-        return _footprint(unet, precision)
+        return _footprint(policy.network, policy.latent_shape)
     finally:
-        unet.disable_gradient_checkpointing()
-        for parameter in unet.parameters():
+        policy.network.checkpoint_activations(False)
+        for parameter in policy.network.parameters():
             parameter.grad = None
 
 
-def _footprint(unet: Any, precision: str) -> Footprint:
+def _footprint(network: nn.Module, shape: tuple[int, ...]) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
-    two, three = (_peaks(unet, precision, images) for images in (2, 3))
+    two, three = (_peaks(network, shape, images) for images in (2, 3))
     sampling, kept, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
-    return Footprint(sampling, kept, update, tuple(p.numel() for p in unet.parameters()), _latents(unet, 1).nbytes)
+    image_bytes = 4 * math.prod(shape)
+    return Footprint(sampling, kept, update, tuple(p.numel() for p in network.parameters()), image_bytes)
 
 
-def _latents(unet: Any, images: int) -> Tensor:
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    device = next(unet.parameters()).device
-    return torch.zeros(images, unet.config.in_channels, height, width, device=device)
-
-
-def _peaks(unet: Any, precision: str, images: int) -> tuple[int, int, int]:
+def _peaks(network: nn.Module, shape: tuple[int, ...], images: int) -> tuple[int, int, int]:
     """Bytes of `sampling`, `kept` and `update` for a number of images."""
-    latents, parameters = _latents(unet, images), list(unet.parameters())
+    parameters = list(network.parameters())
+    latents = torch.zeros(images, *shape, device=parameters[0].device)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 
-    def forward() -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=precision != "fp32"):
-            return unet(latents, 0).sample.float()
-
-    with _Live([*parameters, *gradients, *unet.buffers(), latents]) as live:
+    with _Live([*parameters, *gradients, *network.buffers(), latents]) as live:
         with torch.no_grad():
-            forward()
+            network(latents, 0).float()
         sampling = live.restart()
-        output = forward()
+        output = network(latents, 0).float()
         gc.collect()
         kept = live.now
         output.sum().backward()

@@ -8,19 +8,20 @@ panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hrf_fast.config.options import PRECISIONS, Config
 from hrf_fast.config.zero_settings import offload_device, read_settings
-from hrf_fast.memory.footprint import Footprint, measure_unet
+from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
 from hrf_fast.noise import noise_generator
-from hrf_fast.policies.load import read_configs
-from hrf_fast.policies.sampler import build_diffusion
+from hrf_fast.policies.load import plan_sampler, read_model
+from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule
 
@@ -31,8 +32,8 @@ RESERVE = 0.1
 
 
 @dataclass(frozen=True)
-class Calls:
-    """Images through the UNet per iteration over all GPUs, the mean over the run; `longest_window` in steps."""
+class CallCounts:
+    """Images through the network per iteration over all GPUs, the mean over the run; `longest_window` in steps."""
 
     anchors: float
     search: float
@@ -50,8 +51,8 @@ class Calls:
         return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
 
 
-def count_calls(config: Config, stop: int) -> Calls:
-    """Run a window schedule of the configuration's over the run's iterations (1000 at most) and count.
+def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | None = None) -> CallCounts:
+    """Run a window schedule of the configuration's (or another one) over the run's iterations, 1000 at most, and count.
 
     It is a schedule of its own: what it is shown here must not get into the run's memory.
 
@@ -60,7 +61,9 @@ def count_calls(config: Config, stop: int) -> Calls:
     but not the same ones.
     """
     train, steps = config.train, config.sample.num_inference_steps
-    schedule = build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop)
+    windows = build_schedule(
+        schedule or config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop
+    )
     stand_in = torch.Generator().manual_seed(config.run.seed)
     iterations = min(train.iterations, 1000)
     groups, size = train.groups_per_iteration, train.group_size
@@ -76,11 +79,11 @@ def count_calls(config: Config, stop: int) -> Calls:
 
     for iteration in range(iterations):
         generator = noise_generator(config.run.seed, iteration, "windows")
-        for window in schedule(iteration, groups, generator=generator, probe=probe):
+        for window in windows(iteration, groups, generator=generator, probe=probe):
             lengths.append(len(window))
             run_steps += steps - window.start
-    return Calls(
-        anchors=float(groups * steps if schedule.needs_anchors else 0),
+    return CallCounts(
+        anchors=float(groups * steps if windows.needs_anchors else 0),
         search=searched / iterations,
         rollout=run_steps * size / iterations,
         update=sum(lengths) * size / iterations,
@@ -90,13 +93,12 @@ def count_calls(config: Config, stop: int) -> Calls:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run: engine, precision, mode of activations, and the largest batches that fit; bytes per GPU."""
+    """A way to run: engine, precision, mode of activations, and the largest calls that fit; bytes per GPU."""
 
     engine: str
     precision: str
     mode: str
-    micro_batch_size: int
-    sample_batch_size: int
+    images_per_call: int
     bytes: float
 
 
@@ -109,7 +111,7 @@ class Plan:
     memory: int
     engine: str
     bucket: int
-    calls: Calls
+    counts: CallCounts
     footprints: dict[tuple[str, bool], Footprint]
 
     @property
@@ -123,14 +125,14 @@ class Plan:
         return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
 
     def states(self, engine: str) -> States:
-        tensors, train = self.any_footprint.tensors, self.config.train
+        tensors, optimizer = self.any_footprint.tensors, self.config.optimizer
         return model_states(
             tensors,
             engine=engine,
             gpus=self.gpus,
-            optimizer=train.optimizer,
+            optimizer=optimizer.name,
             bucket=self.bucket,
-            ema=train.ema_decay > 0,
+            ema=optimizer.ema_decay > 0,
         )
 
     @property
@@ -143,7 +145,7 @@ class Plan:
     @property
     def trajectories(self) -> int:
         """The latents of their windows and the final images, in fp32."""
-        return self.rolled_out * (self.calls.longest_window + 2) * self.any_footprint.image_bytes
+        return self.rolled_out * (self.counts.longest_window + 2) * self.any_footprint.image_bytes
 
     @property
     def kept_samples(self) -> int:
@@ -151,46 +153,49 @@ class Plan:
         train = self.config.train
         return math.ceil(train.groups_per_step / self.gpus) * train.group_size
 
-    def batch(self, micro_batch_size: int) -> int:
-        """Images in a UNet call of a rollout."""
-        return max(micro_batch_size, min(self.config.train.max_batch, self.rolled_out))
+    def call_plan(self, images_per_call: int) -> CallPlan:
+        train = self.config.train
+        return CallPlan(train.group_size, images_per_call, train.order)
 
-    def activations(self, mode: str, precision: str, micro_batch_size: int) -> float:
+    def rollout_images(self, images_per_call: int) -> int:
+        """Most images in a call of a rollout."""
+        return max(self.call_plan(images_per_call).piece, min(images_per_call, self.rolled_out))
+
+    def update_images(self, images_per_call: int) -> int:
+        """Most images in a call of a replay."""
+        plan = self.call_plan(images_per_call)
+        return self.rollout_images(images_per_call) if plan.order == "on_policy" else plan.piece * plan.steps_per_call
+
+    def activations(self, mode: str, precision: str, images_per_call: int) -> float:
         """Peak of the update besides states and trajectories.
 
-        `keep` holds the graphs of `kept_samples` over the longest window; the other modes hold one UNet call's.
+        `keep` holds the graphs of `kept_samples` over the longest window; the other modes hold one call's.
         """
-        train, footprint = self.config.train, self.footprints[precision, mode == "checkpoint"]
-        batch = self.batch(micro_batch_size)
+        footprint = self.footprints[precision, mode == "checkpoint"]
         if mode != "keep":
-            joined = train.order == "on_policy" and train.steps_per_forward == 1
-            return footprint.update(batch if joined else micro_batch_size * train.steps_per_forward)
-        calls = math.ceil(self.kept_samples / batch)
+            return footprint.update(self.update_images(images_per_call))
+        images = self.rollout_images(images_per_call)
+        calls = math.ceil(self.kept_samples / images)
         graphs = footprint.kept.fixed * calls + footprint.kept.per_image * self.kept_samples
-        return graphs * self.calls.longest_window + footprint.update(batch) - footprint.kept(batch)
+        return graphs * self.counts.longest_window + footprint.update(images) - footprint.kept(images)
 
-    def need(self, engine: str, precision: str, mode: str, micro_batch_size: int, sample_batch_size: int) -> float:
+    def need(self, engine: str, precision: str, mode: str, images_per_call: int) -> float:
         """Peak bytes of an iteration."""
         states = self.states(engine)
-        sampling = self.footprints[precision, False].sampling(max(sample_batch_size, self.batch(micro_batch_size)))
-        most = max(self.activations(mode, precision, micro_batch_size), sampling, states.step)
+        sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
+        sampling = self.footprints[precision, False].sampling(sampled)
+        most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
         return states.together + self.trajectories + most
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
-        """The largest micro-batch (a group at most) and sampling batch that fit, or None."""
-        usable = self.memory * (1 - RESERVE)
-
-        def largest(limit: int, micro: bool) -> int:
-            sizes = [limit, *sorted({max(1, limit // 2**k) for k in range(1, 20)}, reverse=True)]
-            need = [self.need(engine, precision, mode, *((n, 1) if micro else (1, n))) for n in sizes]
-            return next((n for n, bytes_ in zip(sizes, need, strict=True) if bytes_ <= usable), 0)
-
-        train = self.config.train
-        micro = largest(train.samples_per_call, True)
-        sample = largest(self.config.sample.batch_size, False)
-        if not micro or not sample:
-            return None
-        return Choice(engine, precision, mode, micro, sample, self.need(engine, precision, mode, micro, sample))
+        """The configuration's calls, or the largest smaller ones, if any fit."""
+        most = self.config.compute.images_per_call
+        halves = {(most or SAMPLED_TOGETHER) // 2**k for k in range(1, 20)} - {0}
+        for images_per_call in (most, *sorted(halves, reverse=True)):
+            need = self.need(engine, precision, mode, images_per_call)
+            if need <= self.memory * (1 - RESERVE):
+                return Choice(engine, precision, mode, images_per_call, need)
+        return None
 
     def best(self, engine: str, precision: str) -> Choice | None:
         """The fastest mode that the trainer has and that fits, or None."""
@@ -211,33 +216,28 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     Raises:
         ValueError: gpus < 1, a model or schedule that can't work, or nothing that fits (says what would).
     """
-    import diffusers
-
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; use at least 1")
-    _, unet, _, scheduler = read_configs(config.model.name, config.model.revision, weights=False)
-    sample, steps = config.sample, config.sample.num_inference_steps
-    sampler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
-    stop = build_diffusion(
-        sampler, sampler=sample.scheduler, num_inference_steps=steps, eta=sample.eta
-    ).stochastic_steps
-    calls = count_calls(config, stop)
+    files = read_model(config.model.name, config.model.revision, weights=False)
+    sample = config.sample
+    sampler = plan_sampler(files, kind=sample.scheduler, num_inference_steps=sample.num_inference_steps, eta=sample.eta)
+    counts = count_calls(config, sampler.stochastic_steps)
     try:
-        footprints = measure_unet(unet, device=device)
+        footprints = measure_model(files, device=device)
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
             f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
-    result = Plan(config, gpus, memory, engine, bucket, calls, footprints)
+    result = Plan(config, gpus, memory, engine, bucket, counts, footprints)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
-        ways = {(e, p, m): result.need(e, p, m, 1, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
+        ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
         least = min(ways, key=lambda way: ways[way])
         need = ways[least] / (1 - RESERVE)
         raise ValueError(
             f"nothing fits into --memory {memory / 1e9:.3g} GB on {gpus} GPUs: the least is {need / 1e9:.3g} GB a GPU, "
-            f"with {', '.join(least)}, train.micro_batch_size=1 and sample.batch_size=1; use more --memory or more "
+            f"with {', '.join(least)}, compute.images_per_call=1; use more --memory or more "
             "--gpus, fewer samples an iteration, or a smaller model"
         )
     return result

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hrf_fast.config.amounts import show_bytes
 from hrf_fast.config.options import PRECISIONS
-from hrf_fast.memory.planner import MODES, RESERVE, Plan
+from hrf_fast.memory.planner import MODES, RESERVE, Choice, Plan
 from hrf_fast.memory.zero import ENGINES
 
 _TITLES = {
@@ -21,70 +21,91 @@ _TITLES = {
 
 
 def describe(plan: Plan) -> str:
-    """States per GPU, activations per mode, what fits, UNet calls, and a verdict on the configuration itself."""
-    train, sample = plan.config.train, plan.config.sample
-    micro = train.samples_per_call
+    """States per GPU, activations per mode, what fits, network calls, and a verdict on the configuration itself."""
     side = f"{plan.config.model.name}: {plan.any_footprint.parameters / 1e6:.1f} M parameters"
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
-    states = [["per GPU", "parameters", "gradients", "optimizer", "together", "on the host"]]
+    tables = (_states(plan), _activations(plan), _fits(plan))
+    return "\n\n".join([head, *map(_table, tables), _calls(plan), _verdict(plan)])
+
+
+def _states(plan: Plan) -> list[list[str]]:
+    rows = [["per GPU", "parameters", "gradients", "optimizer", "together", "on the host"]]
     for engine in ENGINES:
         s = plan.states(engine)
-        states.append([_TITLES[engine], *map(show_bytes, (s.parameters, s.gradients, s.optimizer, s.together, s.host))])
-    calls = {
-        "keep": plan.calls.longest_window,
-        "replay": train.steps_per_forward,
-        "checkpoint": train.steps_per_forward,
+        rows.append([_TITLES[engine], *map(show_bytes, (s.parameters, s.gradients, s.optimizer, s.together, s.host))])
+    return rows
+
+
+def _activations(plan: Plan) -> list[list[str]]:
+    images = plan.config.compute.images_per_call
+    calls = plan.call_plan(images)
+    titles = {
+        "keep": f"keep, {plan.kept_samples} images x {_steps(plan.counts.longest_window)}",
+        **dict.fromkeys(("replay", "checkpoint"), f"{plan.update_images(images)} images a call"),
     }
-    images = {mode: micro for mode in MODES}
-    images["keep"] = plan.kept_samples
-    acts = [["activations", *PRECISIONS]]
+    rows = [["activations", *PRECISIONS]]
     for mode in MODES:
-        sizes = [show_bytes(plan.activations(mode, precision, micro)) for precision in PRECISIONS]
-        acts.append([f"{mode}, {images[mode]} images x {calls[mode]} step{'s' * (calls[mode] > 1)}", *sizes])
-    sizes = [show_bytes(plan.footprints[precision, False].sampling(sample.batch_size)) for precision in PRECISIONS]
-    acts.append([f"sampling, {sample.batch_size} images", *sizes])
-    acts.append(["trajectories", *[show_bytes(plan.trajectories)] * len(PRECISIONS)])
-    fits = [["fits (micro-batch)", *(f"{p} {m}" for p in PRECISIONS for m in MODES)]]
+        sizes = [show_bytes(plan.activations(mode, precision, images)) for precision in PRECISIONS]
+        rows.append([titles[mode] if mode == "keep" else f"{mode}, {titles[mode]}", *sizes])
+    sizes = [show_bytes(plan.footprints[precision, False].sampling(calls.sampled)) for precision in PRECISIONS]
+    rows.append([f"sampling, {calls.sampled} images a call", *sizes])
+    rows.append(["trajectories", *[show_bytes(plan.trajectories)] * len(PRECISIONS)])
+    return rows
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count > 1)}"
+
+
+def _fits(plan: Plan) -> list[list[str]]:
+    """yes, or the images_per_call that would fit, or no."""
+    rows = [["fits", *(f"{p} {m}" for p in PRECISIONS for m in MODES)]]
     for engine in ENGINES:
         choices = [plan.choose(engine, p, m) for p in PRECISIONS for m in MODES]
-        fits.append([_TITLES[engine], *(str(c.micro_batch_size) if c else "no" for c in choices)])
-    return "\n\n".join([head, _table(states), _table(acts), _table(fits), _calls(plan), _verdict(plan)])
+        rows.append([_TITLES[engine], *(_fit(plan, choice) for choice in choices)])
+    return rows
+
+
+def _fit(plan: Plan, choice: Choice | None) -> str:
+    if choice is None:
+        return "no"
+    same = choice.images_per_call == plan.config.compute.images_per_call
+    return "yes" if same else f"{choice.images_per_call} a call"
 
 
 def _calls(plan: Plan) -> str:
-    calls, epochs = plan.calls, plan.config.train.inner_epochs
-    parts = {name: getattr(calls, name) for name in ("anchors", "search", "rollout")}
-    lines = [
-        f"UNet calls per iteration on all GPUs, in images: {', '.join(f'{n} {v:,.0f}' for n, v in parts.items())}; "
-        f"update {calls.update * epochs:,.0f} forwards and backwards"
-    ]
+    counts, epochs = plan.counts, plan.config.train.inner_epochs
+    parts = {name: getattr(counts, name) for name in ("anchors", "search", "rollout")}
+    line = (
+        f"network calls per iteration on all GPUs, in images: {', '.join(f'{n} {v:,.0f}' for n, v in parts.items())}; "
+        f"update {counts.update * epochs:,.0f} forwards and backwards"
+    )
     rows = [["", "forwards", "backwards", "cost in forwards"]]
     for mode in MODES:
-        numbers = calls.forwards(mode, epochs), calls.update * epochs, calls.evaluations(mode, epochs)
+        numbers = counts.forwards(mode, epochs), counts.update * epochs, counts.evaluations(mode, epochs)
         rows.append([mode, *(f"{n:,.0f}" for n in numbers)])
-    return "\n".join([*lines, _table(rows)])
+    return "\n".join([line, _table(rows)])
 
 
 def _verdict(plan: Plan) -> str:
-    train, precision = plan.config.train, plan.config.train.precision
-    micro, sample = train.samples_per_call, plan.config.sample.batch_size
-    usable = plan.memory * (1 - RESERVE)
+    compute, usable = plan.config.compute, plan.memory * (1 - RESERVE)
+    precision, images = compute.precision, compute.images_per_call
 
     def need_of(mode: str) -> float:
-        return plan.need(plan.engine, precision, mode, micro, sample)
+        return plan.need(plan.engine, precision, mode, images)
 
     # auto takes the first that fits
     fastest = next((mode for mode in plan.modes if need_of(mode) <= usable), "checkpoint")
-    mode = fastest if train.activations == "auto" else train.activations
-    need, fits = need_of(mode), need_of(mode) <= usable
-    named = f"{_TITLES[plan.engine]}, {precision}, {mode}, micro-batch {micro}, sample.batch_size {sample}"
-    verdict = f"this configuration ({named}) needs {show_bytes(need)} a GPU: it {'fits' if fits else 'does not fit'}"
+    mode = fastest if compute.activations == "auto" else compute.activations
+    need = need_of(mode)
+    named = f"{_TITLES[plan.engine]}, {precision}, {mode}, compute.images_per_call {images}"
+    fits = "it fits" if need <= usable else "it does not fit"
     ways = (plan.best(engine, p) for p in dict.fromkeys((precision, *PRECISIONS)) for engine in (plan.engine, *ENGINES))
     best = next(choice for choice in ways if choice)
     return (
-        f"{verdict}\nfastest that fits: {_TITLES[best.engine]}, train.precision={best.precision}, activations "
-        f"{best.mode}, train.micro_batch_size={best.micro_batch_size}, sample.batch_size={best.sample_batch_size}: "
-        f"{show_bytes(best.bytes)} a GPU"
+        f"this configuration ({named}) needs {show_bytes(need)} a GPU: {fits}\n"
+        f"fastest that fits: {_TITLES[best.engine]}, compute.precision={best.precision}, compute.activations="
+        f"{best.mode}, compute.images_per_call={best.images_per_call}: {show_bytes(best.bytes)} a GPU"
     )
 
 

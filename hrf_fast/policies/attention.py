@@ -15,7 +15,7 @@ from hrf_fast.registry import nearest
 
 
 def set_attention(unet: Any, name: str) -> None:
-    """Let a diffusers UNet compute its attention as model.attention says; sdpa is what it does by itself.
+    """Let a diffusers UNet compute its attention as compute.attention says; sdpa is what it does by itself.
 
     Args:
         unet: on the device that it will run on.
@@ -25,11 +25,11 @@ def set_attention(unet: Any, name: str) -> None:
         ValueError: an unknown name, or xformers without a CUDA device or without an attention to serve.
     """
     if name not in ATTENTIONS:
-        raise ValueError(f"model.attention is {name!r}{nearest(name, ATTENTIONS)}; use {', '.join(ATTENTIONS)}")
+        raise ValueError(f"compute.attention is {name!r}{nearest(name, ATTENTIONS)}; use {', '.join(ATTENTIONS)}")
     if name == "sdpa":
         return
     device = next(unet.parameters()).device
-    refusal = "model.attention is 'xformers', but {}; use sdpa"
+    refusal = "compute.attention is 'xformers', but {}; use sdpa"
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(refusal.format(f"xformers has no operator for the device {device}"))
     layers = [module for module in unet.modules() if hasattr(module, "set_use_memory_efficient_attention_xformers")]
@@ -37,7 +37,7 @@ def set_attention(unet: Any, name: str) -> None:
     if not layers:
         raise ValueError(refusal.format("this UNet has no attention"))
     if find_spec("xformers") is None:
-        raise ImportError("model.attention is 'xformers': `pip install \"hrf_fast[gpu]\"` brings it; or use sdpa")
+        raise ImportError("compute.attention is 'xformers': `pip install \"hrf_fast[gpu]\"` brings it; or use sdpa")
     try:
         # runs its operator once
         unet.enable_xformers_memory_efficient_attention()

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from hrf_fast.policies.network import NetworkCalls
+from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.stopwatch import Stopwatch
 
@@ -85,7 +85,7 @@ class Policy(Protocol):
     """T steps as tables of coefficients."""
     latent_shape: tuple[int, ...]
     """Of one sample; the loop never looks inside."""
-    network: nn.Module
+    network: Network
     """What an engine owns; parameters with requires_grad are trained."""
     device: torch.device
     precision: str
@@ -129,10 +129,6 @@ class Policy(Protocol):
 
     def blocks(self) -> list[nn.Module]:
         """The network's blocks in their order, for compiling and for checkpointing activations."""
-        ...
-
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the blocks and run each block again in the backward."""
         ...
 
     def compile(self, mode: str) -> None:

@@ -6,6 +6,7 @@ The pipeline's class in model_index.json decides which policy it is; a class tha
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.latent import LatentPolicy
+from hrf_fast.policies.network import Network
 from hrf_fast.policies.pixel import PixelPolicy
-from hrf_fast.policies.sampler import COMPATIBLE, build_sampler
+from hrf_fast.policies.sampler import COMPATIBLE, Sampler, build_sampler
+from hrf_fast.policies.unconditional import latent_shape
 from hrf_fast.registry import nearest
 
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
@@ -52,7 +55,6 @@ def load_policy(
     num_inference_steps: int = 40,
     eta: float = 1.0,
     precision: str = "fp32",
-    kernels: str = "auto",
     attention: str = "sdpa",
     channels_last: bool = False,
     device: str | torch.device = "cpu",
@@ -63,16 +65,21 @@ def load_policy(
         name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
         sampler, num_inference_steps, eta: see `build_sampler`.
-        precision, kernels, channels_last: see `UnconditionalPolicy`; attention: see `set_attention`.
+        precision, channels_last: see `UnconditionalPolicy`; attention: see `set_attention`.
+
+    The environment variable HRF_KERNELS chooses what computes log-probs and their gradients, as `choose_backend` does:
+    triton (fused), eager (plain torch), or auto.
 
     Raises:
-        ValueError: no such model, no UNet in it, or one that this trainer cannot drive.
+        ValueError: no such model, no UNet in it, or one that this trainer cannot drive; or an HRF_KERNELS that can't
+            run here.
     """
     files = read_model(name, revision)
     unet, scheduler, vqvae = _load_parts(files)
     _check_unet(name, unet.config, latent=vqvae is not None)
     unet = _aligned(unet.to(device).float())
     set_attention(unet, attention)
+    kernels = os.environ.get("HRF_KERNELS") or "auto"
     steps = build_sampler(scheduler, kind=sampler, num_inference_steps=num_inference_steps, eta=eta)
     options: dict[str, Any] = {"precision": precision, "kernels": kernels, "channels_last": channels_last}
     # dropout would make the policy that samples another one than the policy that is trained
@@ -80,6 +87,13 @@ def load_policy(
     if vqvae is None:
         return PixelPolicy(unet, scheduler, steps, **options)
     return LatentPolicy(unet, scheduler, steps, _aligned(vqvae.to(device).float()), **options)
+
+
+def untrained_network(files: ModelFiles) -> tuple[Network, tuple[int, int, int]]:
+    """The model's network in fp32 with random weights, and the shape of its latents; for planning."""
+    from diffusers import UNet2DModel
+
+    return Network(UNet2DModel.from_config(files.unet.config), "fp32"), latent_shape(files.unet.config)
 
 
 def _load_parts(files: ModelFiles) -> tuple[Any, Any, Any]:
@@ -171,6 +185,14 @@ def read_model(name: str, revision: str | None = None, *, weights: bool = True) 
             f"model.name is {name!r}, whose vqvae is a {vqvae.config.get('_class_name')}; an LDMPipeline has a VQModel"
         )
     return ModelFiles(name, unet, scheduler, vqvae)
+
+
+def plan_sampler(files: ModelFiles, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:
+    """The sampler of a model, made from its scheduler's config alone; see `build_sampler`."""
+    import diffusers
+
+    scheduler = getattr(diffusers, files.scheduler.config["_class_name"]).from_config(files.scheduler.config)
+    return build_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, eta=eta)
 
 
 def _pipeline(folder: Path, name: str) -> str:

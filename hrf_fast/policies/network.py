@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +51,14 @@ class Network(nn.Module):
         self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Keep only the inputs of the UNet's blocks and run each block again in the backward; or stop doing so."""
+        unet: Any = self.unet
+        if enabled:
+            unet.enable_gradient_checkpointing(NOT_REENTRANT)
+        else:
+            unet.disable_gradient_checkpointing()
 
     def forward(self, latents: Tensor, timesteps: int | Tensor, **condition: Tensor) -> Tensor:
         """The UNet's output [B, C, H, W] for latents of that shape; `timesteps` is one value or [B]."""

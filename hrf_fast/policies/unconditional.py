@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.compilation import compile_network
-from hrf_fast.policies.network import NOT_REENTRANT, Network, NetworkCalls
+from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
@@ -55,9 +55,7 @@ class UnconditionalPolicy:
         self.compiled = "none"
         self.calls = NetworkCalls()
         self.stopwatch = Stopwatch(self.device)
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        self.latent_shape: tuple[int, ...] = (unet.config.in_channels, height, width)
+        self.latent_shape: tuple[int, ...] = latent_shape(unet.config)
 
     def condition(self, prompts: Sequence[str | None]) -> Condition:
         """The empty condition: nothing steers the model."""
@@ -89,14 +87,17 @@ class UnconditionalPolicy:
         """The down, mid and up blocks."""
         return [*self.unet.down_blocks, *filter(None, [self.unet.mid_block]), *self.unet.up_blocks]
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the UNet's blocks and run each block again in the backward."""
-        self.unet.enable_gradient_checkpointing(NOT_REENTRANT)
-
     def compile(self, mode: str) -> None:
         """Run the UNet compiled, see `compile_network`; `warm_up` makes the graphs before training."""
         compile_network({"none": [], "unet": [self.unet], "blocks": self.blocks()}[mode])
         self.compiled, self.network.compiled = mode, mode != "none"
+
+
+def latent_shape(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) that a UNet2DModel of this configuration takes."""
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
 
 
 def check_finite(latents: Tensor) -> None:

@@ -15,17 +15,11 @@ from typing import Any
 import torch
 
 from hrf_fast.config.load import differences, load_config
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.files import read_log
 
 METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
-# panels show the same images, scored the same way, only where all of these are equal
-SAME_PANEL = (
-    *("model.name", "model.revision", "reward.name", "reward.kwargs", "reward.terms"),
-    *("sample.scheduler", "sample.num_inference_steps", "sample.eta", "train.precision"),
-    *("evaluation.seed", "evaluation.panel_size", "evaluation.scorer"),
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def _read(folder: Path) -> RunLog:
             f"{folder} has no finished iteration in metrics.jsonl; wait for the first, "
             "or resume the run with the same `hrf train` command"
         )
-    done, budget = metrics[-1]["iteration"] + 1, config.train.max_evaluations
+    done, budget = metrics[-1]["iteration"] + 1, config.stop.max_evaluations
     complete = done >= config.train.iterations or 0 < budget <= metrics[-1]["evaluations"]
     # a run that is being extended still has the model/ of its earlier end
     finished = (folder / "model").is_dir() and complete and panels[-1]["iteration"] == done
@@ -115,7 +109,7 @@ def _read(folder: Path) -> RunLog:
 
 def _check_comparable(first: RunLog, other: RunLog) -> None:
     both = f"{first.folder} and {other.folder} can't be compared"
-    unequal = {key: pair for key, pair in differences(first.config, other.config).items() if key in SAME_PANEL}
+    unequal = {key: pair for key, pair in differences(first.config, other.config).items() if FACTS[key].panel}
     if unequal:
         listed = "; ".join(f"{key} is {one!r} and {two!r}" for key, (one, two) in unequal.items())
         raise ValueError(
@@ -133,8 +127,7 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
 def gain(log: RunLog, pretrained: RunLog) -> Interval:
     """Mean reward of the last panel less that of the pretrained one, paired image by image."""
     before, after = (torch.tensor(p["rewards"], dtype=torch.float64) for p in (pretrained.panels[0], log.panels[-1]))
-    evaluation = log.config.evaluation
-    return paired_difference_interval(before, after, resamples=evaluation.resamples, seed=evaluation.seed)
+    return paired_difference_interval(before, after, seed=log.config.evaluation.seed)
 
 
 def lowest_end(logs: Sequence[RunLog]) -> float:
@@ -196,7 +189,7 @@ def findings(logs: Sequence[RunLog]) -> list[str]:
         elif change.high < 0:
             said.append(f"{log.name}: the reward fell.")
     if logs[0].score("vendi", 0) is None:
-        said.append("No Vendi Score: evaluation.scorer has no network for this model, so diversity was not measured.")
+        said.append("No Vendi Score: evaluation.network has no network for this model, so diversity was not measured.")
     elif len(logs) > 1 and equal_reward_table(logs) is None:
         said.append(f"No comparison at equal reward: {weakest.name} did not end above the pretrained model.")
     elif len(logs) > 1:
@@ -225,7 +218,7 @@ def describe(log: RunLog) -> str:
     """A run in one line."""
     config, last = log.config, log.metrics[-1]
     # where a budget of evaluations ends the run, its iterations are only a ceiling
-    planned = "" if config.train.max_evaluations else f" of {config.train.iterations}"
+    planned = "" if config.stop.max_evaluations else f" of {config.train.iterations}"
     parts = [
         run_title(log),
         config.model.name,

@@ -13,6 +13,7 @@ from hrf_fast.rewards.registry import (
     RewardArgument,
     RewardError,
     RewardInfo,
+    Rewards,
     list_rewards,
     register_reward,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "RewardError",
     "RewardInfo",
     "RewardTerm",
+    "Rewards",
     "build_reward",
     "check_images",
     "check_rewards",

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from hrf_fast.registry import Registry, call_factory
 
@@ -27,6 +27,15 @@ class Reward(Protocol):
     """Images [B, 3, H, W] in [0, 1] and optionally B prompts -> [B], higher is better."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor: ...
+
+
+class Rewards(NamedTuple):
+    """The rewards of a batch, and what its terms contribute."""
+
+    total: Tensor
+    """[B] fp32 on the images' device: the weighted sum of the terms."""
+    terms: dict[str, Tensor]
+    """Batch mean of each term before its weight, 0-dim, by name; a name used twice gets `_2` the second time."""
 
 
 class RewardError(RuntimeError):

@@ -26,9 +26,7 @@ _PREFIX = "iteration-"
 WEIGHTS = "weights.safetensors"
 
 
-def save_checkpoint(
-    folder: Path, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None
-) -> Path:
+def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None) -> Path:
     """Save after `state["iteration"]` complete iterations; drop all but the newest `keep` checkpoints and the `best`.
 
     Args:

@@ -20,29 +20,12 @@ from typing import IO, Any
 from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.checkpoint import list_checkpoints, sweep
 from hrf_fast.run.files import read_log, replace_folder, write_atomically
-
-# options that may change between a run and its resume without changing what it computes
-_FREE = (
-    "run.progress",
-    "run.writers",
-    "run.save_every",
-    "run.keep_checkpoints",
-    "run.keep_best",
-    "run.folder",
-    "train.max_evaluations",
-    "train.activations",
-    "train.memory_budget",
-    "reward.background",
-    "train.self_check",
-    "train.on_nan",
-    "engine.deepspeed",
-)
 
 
 class RunFolder:
@@ -124,8 +107,8 @@ class RunFolder:
     def _may_change(self, option: str) -> bool:
         if option == "train.iterations":
             # a cosine learning rate depends on the length, so another length is another run
-            return self.config.train.learning_rate_schedule == "constant"
-        return option in _FREE
+            return self.config.optimizer.learning_rate_schedule == "constant"
+        return FACTS[option].resumable
 
     def rewind(self, iteration: int) -> None:
         """Drop log lines of iterations that a resumed run will do again."""

@@ -15,13 +15,14 @@ from torch import Tensor
 from hrf_fast.noise import NoiseKey, noise_generator, noise_key
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.sample import sample
+from hrf_fast.registry import qualified_name
 from hrf_fast.run.session import Run
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Group
 from hrf_fast.training.probe import StartProbe
 from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.training.rollout import Rollout, rollout
-from hrf_fast.windows.base import Window, schedule_name
+from hrf_fast.windows.base import Window
 
 
 def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window], dict[int, Group]]:
@@ -45,7 +46,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         noises = {number: group_noise(components, iteration, "search", number) for number in own}
         probe = StartProbe(components, anchors, noises)
         windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
-        _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, schedule_name(schedule))
+        _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, qualified_name(schedule))
     condition: Condition = policy.condition([None] * groups.size)
     return windows, {
         number: Group(

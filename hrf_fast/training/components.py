@@ -10,7 +10,7 @@ from hrf_fast.engines.base import Engine
 from hrf_fast.evaluation.panel import Panel, PanelMetrics
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.network import NetworkCalls
-from hrf_fast.rewards import Reward
+from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
@@ -44,7 +44,7 @@ class Components:
 
     policy: Policy
     engine: Engine
-    reward: Reward
+    reward: CombinedReward
     rewarder: Rewarder
     schedule: WindowSchedule
     groups: Groups

@@ -18,25 +18,22 @@ from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.sample import renoised
-from hrf_fast.rewards import Reward
+from hrf_fast.registry import qualified_name
+from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import together
 from hrf_fast.training.components import Components
-from hrf_fast.windows.base import check_estimate, schedule_name
+from hrf_fast.windows.base import check_estimate
 from hrf_kernels import gaussian_mean
 
 
 class StartProbe:
     """The `Probe` of one iteration: every group's candidates, measured by the rank that holds the group."""
 
-    def __init__(
-        self, components: Components, anchors: Mapping[int, Tensor], noises: Mapping[int, NoiseKey]
-    ) -> None:
+    def __init__(self, components: Components, anchors: Mapping[int, Tensor], noises: Mapping[int, NoiseKey]) -> None:
         """`anchors` and `noises` are those of this rank's groups, by number."""
         self._components, self._anchors, self._noises = components, anchors, noises
 
-    def __call__(
-        self, candidates: Sequence[Sequence[int]], *, estimate: str = "exact"
-    ) -> list[tuple[Tensor, Tensor]]:
+    def __call__(self, candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
         """Mean rewards and mean distances of each group's candidates; collective.
 
         Raises:
@@ -62,7 +59,7 @@ class StartProbe:
 
     def _check(self, candidates: Any) -> None:
         """Refuse what a user's schedule may have asked for."""
-        option = f"window.schedule {schedule_name(self._components.schedule)}"
+        option = f"window.schedule {qualified_name(self._components.schedule)}"
         groups, steps = self._components.groups.per_iteration, len(self._components.policy.sampler)
         if not self._anchors:
             raise ValueError(f"{option} probes starts, for which groups need anchors; let its needs_anchors be True")
@@ -85,7 +82,7 @@ class _Lane:
 @torch.no_grad()
 def probe_starts(
     policy: Policy,
-    reward: Reward,
+    reward: CombinedReward,
     anchors: Sequence[Tensor],
     candidates: Sequence[Sequence[int]],
     noises: Sequence[NoiseKey],

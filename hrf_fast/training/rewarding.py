@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.distributed import comm
-from hrf_fast.rewards import NotFiniteError, Reward
+from hrf_fast.rewards import CombinedReward, NotFiniteError
 from hrf_fast.training.advantages import group_advantages
 
 
@@ -30,7 +30,7 @@ class GroupRewards:
 class Rewarder:
     """Rewards groups one after the other in a thread, so that the next groups can denoise meanwhile."""
 
-    def __init__(self, reward: Reward, device: torch.device) -> None:
+    def __init__(self, reward: CombinedReward, device: torch.device) -> None:
         """`device` becomes the thread's current one if it is a GPU: CUDA starts every thread on the first."""
         self.reward = reward
         start: dict[str, Any] = {}
@@ -47,7 +47,7 @@ class Rewarder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def reward_groups(reward: Reward, images: Mapping[int, Tensor]) -> dict[int, GroupRewards]:
+def reward_groups(reward: CombinedReward, images: Mapping[int, Tensor]) -> dict[int, GroupRewards]:
     """Reward groups' images [B, 3, H, W] as one batch; if that is not finite, each group by itself."""
     try:
         together = _reward(reward, torch.cat(list(images.values())))
@@ -68,7 +68,7 @@ def reward_groups(reward: Reward, images: Mapping[int, Tensor]) -> dict[int, Gro
     return rewards
 
 
-def _reward(reward: Reward, images: Tensor) -> GroupRewards:
+def _reward(reward: CombinedReward, images: Tensor) -> GroupRewards:
     total, terms = reward(images)
     return GroupRewards(total.cpu(), {name: float(value) for name, value in terms.items()})
 

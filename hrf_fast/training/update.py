@@ -85,6 +85,7 @@ def _padding(components: Components, windows: Sequence[Window], step: int) -> in
     if not components.engine.lockstep:
         return 0
     counts = [
-        len(plan.replay({group: windows[group] for group in groups.of_rank(step, rank)})) for rank in range(groups.ranks)
+        len(plan.replay({group: windows[group] for group in groups.of_rank(step, rank)}))
+        for rank in range(groups.ranks)
     ]
     return max(counts) - counts[groups.rank]

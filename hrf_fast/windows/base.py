@@ -72,9 +72,3 @@ def check_estimate(estimate: str) -> str:
 def evaluations(start: int, num_steps: int, estimate: str = "exact") -> int:
     """Network evaluations per sample that measuring one candidate takes."""
     return _COSTS[check_estimate(estimate)](start, num_steps)
-
-
-def schedule_name(schedule: WindowSchedule) -> str:
-    """module:name of a schedule's class or function, for messages."""
-    named = schedule if hasattr(schedule, "__qualname__") else type(schedule)
-    return f"{named.__module__}:{named.__qualname__}"  # type: ignore[union-attr]

@@ -23,7 +23,9 @@ SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
 register_schedule = SCHEDULES.register
 
 
-def build_schedule(name: str | Factory, kwargs: dict[str, Any], *, num_inference_steps: int, stop: int) -> WindowSchedule:
+def build_schedule(
+    name: str | Factory, kwargs: dict[str, Any], *, num_inference_steps: int, stop: int
+) -> WindowSchedule:
     """Build the schedule that a config names.
 
     Args:

@@ -35,7 +35,7 @@ def four_groups(words: Sequence[str]):
 
     config = load_config(words)
     policy = build_policy(config)
-    if config.train.activations == "checkpoint":
+    if config.compute.activations == "checkpoint":
         policy.checkpoint_activations()
     windows = [Window(start, 5) for start in (0, 4, 2, 3)]
     size = config.train.group_size
@@ -43,12 +43,12 @@ def four_groups(words: Sequence[str]):
     for group in own_groups(config):
         place = NoiseKey(noise_key(0, 0, "rollout"), torch.arange(group * size, (group + 1) * size))
         start = starting_noise(policy, place)
-        micro_batch_size = config.train.micro_batch_size or size
+        micro_batch_size = config.compute.micro_batch_size or size
         beginning = {group: Start(windows[group], start, place)}
         trajectories |= rollout(policy, beginning, micro_batch_size=micro_batch_size)[0]
     engine = build_engine(policy, config)
     calls = replays(config, {group: windows[group] for group in trajectories})
-    for call in calls if config.train.activations == "keep" else []:
+    for call in calls if config.compute.activations == "keep" else []:
         # as the rollout keeps them, on latents that are equal for every engine
         assert len(call.pieces) == 1
         (piece,), step = call.pieces, call.steps.start
@@ -72,7 +72,7 @@ def gradient(words: Sequence[str]) -> tuple[torch.Tensor, float]:
 
     config, parts, *groups = four_groups(words)
     # low enough not to overflow
-    parts.engine.loss_scale.value = 1024.0 if config.train.precision == "fp16" else 1.0
+    parts.engine.loss_scale.value = 1024.0 if config.compute.precision == "fp16" else 1.0
     steps, _ = learn(parts, config, *groups, iteration=0, note=print)
     tensors, _ = parts.engine.optimizer_state()
     count = sum(name.endswith("exp_avg") for name in tensors)
@@ -85,7 +85,7 @@ def not_finite(words: Sequence[str]) -> list:
     """A NaN in the last group, of the second rank: what stays, and whether the next step is made."""
     from hrf_fast.training.update import learn
 
-    config, parts, batch, windows, advantages, steps = four_groups([*words, "train.on_nan=skip"])
+    config, parts, batch, windows, advantages, steps = four_groups([*words, "stop.on_nan=skip"])
     notes = []
 
     def weights():
@@ -101,7 +101,7 @@ def not_finite(words: Sequence[str]) -> list:
     again, _ = learn(parts, config, batch, windows, advantages, steps, **where)
     after = weights()
     finite = bool(after.isfinite().all()) and not torch.equal(after, before)
-    config.train.on_nan = "stop"
+    config.stop.on_nan = "stop"
     try:
         learn(parts, config, batch, windows, broken, steps, **where)
         error = ""

@@ -38,7 +38,7 @@ def words(model, **options):
         "model.name": model,
         "sample.num_inference_steps": 6,
         # the panel and the anchors in batches of one, whatever a rank's share
-        "sample.batch_size": 1,
+        "compute.batch_size": 1,
         "window.schedule": "random",
         "reward.name": f"{CASES}:coarse",
         "train.iterations": 3,
@@ -46,12 +46,10 @@ def words(model, **options):
         "train.groups_per_step": 2,
         "train.group_size": 3,
         # steps so large that their fp32 rounding is below the tolerance, and no division by tiny gradients
-        "train.learning_rate": 0.02,
-        "train.adam_eps": 0.01,
+        "optimizer.learning_rate": 0.02,
+        "optimizer.kwargs.eps": 0.01,
         "evaluation.every": 0,
         "evaluation.panel_size": 2,
-        "evaluation.grid_size": 2,
-        "evaluation.resamples": 100,
         "run.progress": "quiet",
         **options,
     }
@@ -86,16 +84,16 @@ def results(tiny_model, tmp_path_factory):
                 *words(tiny_model),
                 "train.groups_per_iteration=4",
                 "train.groups_per_step=4",
-                "train.max_grad_norm=0",
+                "optimizer.max_grad_norm=0",
                 *more,
             ],
         )
 
-    checkpoint, ema, split = "train.activations=checkpoint", "train.ema_decay=0.5", "train.micro_batch_size=1"
+    checkpoint, ema, split = "compute.activations=checkpoint", "optimizer.ema_decay=0.5", "compute.micro_batch_size=1"
     one = {
         "gradient": step(),
         "gradient micro": step(split),
-        **{f"gradient {precision}": step(f"train.precision={precision}") for precision in LOW},
+        **{f"gradient {precision}": step(f"compute.precision={precision}") for precision in LOW},
         "weights": run("one", ema),
         # the search draws rewards of small windows: one rank's groups must reach the other's
         "weights dynamic": run("one-dynamic", *SEARCH["dynamic"], "train.iterations=1"),
@@ -104,10 +102,10 @@ def results(tiny_model, tmp_path_factory):
     two = {f"gradient {name}": step(*engine) for name, engine in ENGINES.items()}
     two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in CHECKPOINTED}
     two |= {f"gradient {name} micro": step(*engine, split) for name, engine in ENGINES.items()}
-    keep = ("train.order=on_policy", "train.activations=keep")
+    keep = ("train.order=on_policy", "compute.activations=keep")
     two |= {f"gradient {name} keep": step(*ENGINES[name], *keep) for name in KEPT}
     for precision, name in ((precision, name) for precision in LOW for name in ("zero0", "zero2")):
-        two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"train.precision={precision}")
+        two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"compute.precision={precision}")
     two |= {f"weights {name}": run(name, *engine, ema) for name, engine in ENGINES.items()}
     two["weights dynamic"] = run("dynamic", *SEARCH["dynamic"], "train.iterations=1")
     two["weights bandit"] = run("bandit", *SEARCH["bandit"])

@@ -111,10 +111,14 @@ def soak(folder: Path, *, kills: int, seed: int, overrides: list[str]) -> dict[s
 
     torch.set_num_threads(1)
     DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder / "model")
-    words = [f"model.name={folder / 'model'}", "sample.num_inference_steps=6", "sample.batch_size=8"]
+    words = [f"model.name={folder / 'model'}", "sample.num_inference_steps=6", "compute.batch_size=8"]
     words += [f"train.iterations={ITERATIONS}", "train.groups_per_iteration=2", "train.group_size=3"]
-    words += ["train.learning_rate=1e-4", "evaluation.every=3", "evaluation.panel_size=6", "evaluation.resamples=100"]
-    words += ["evaluation.scorer=none", "run.save_every=1", "run.device=cpu", "run.progress=quiet", *overrides]
+    words += [
+        "optimizer.learning_rate=1e-4",
+        "evaluation.every=3",
+        "evaluation.panel_size=6",
+    ]
+    words += ["evaluation.network=none", "run.save_every=1", "run.device=cpu", "run.progress=quiet", *overrides]
     log, phase, dice = folder / "log.txt", mmap.mmap(-1, 1), random.Random(seed)
     whole = folder / "whole"
     if end_of(live([*words, f"run.folder={whole}"], log, phase), log):

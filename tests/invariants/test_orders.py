@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hrf_fast.build as build_module
 import hrf_fast.memory.activations as activations_module
 import hrf_fast.train as train_module
 from hrf_fast.build import build_parts, build_policy
@@ -11,6 +12,7 @@ from hrf_fast.config.rules import check_job
 from hrf_fast.memory.activations import memory_for
 from hrf_fast.policies.pixel import Policy
 from hrf_fast.train import main
+from hrf_fast.training.rewarding import Background
 from tests.invariants.test_training import assert_equal_weights, metrics, weights, with_folder
 
 ON_POLICY = ["train.order=on_policy", "evaluation.every=0", "window.schedule=random", "train.iterations=3"]
@@ -27,13 +29,13 @@ def largest_difference(a, b):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train.groups_per_step=2"], ["train.groups_per_step=2", "train.max_batch=6"]], ids=" ".join
+    "words", [[], ["train.groups_per_step=2"], ["train.groups_per_step=2", "compute.max_batch=6"]], ids=" ".join
 )
 def test_keep_is_replay_is_checkpoint(tiny_run, tmp_path, words):
-    kept = run(tiny_run, tmp_path / "keep", "train.activations=keep", *words)
+    kept = run(tiny_run, tmp_path / "keep", "compute.activations=keep", *words)
     replayed = run(tiny_run, tmp_path / "replay", *words)
     assert_equal_weights(tmp_path / "keep", tmp_path / "replay")
-    run(tiny_run, tmp_path / "checkpoint", "train.activations=checkpoint", *words)
+    run(tiny_run, tmp_path / "checkpoint", "compute.activations=checkpoint", *words)
     assert largest_difference(tmp_path / "keep", tmp_path / "checkpoint") < 1e-6
     for keep, replay in zip(kept, replayed, strict=True):
         # no window step is forwarded again
@@ -56,8 +58,8 @@ def test_only_window_steps_run_with_gradient(tiny_run, tmp_path, monkeypatch):
     # which replays with gradient too
     monkeypatch.setattr(train_module, "self_check", lambda *_: "")
     # 6 steps, window [3, 5) of both groups
-    words = ["window.schedule=clusters", "window.kwargs.clusters=[{steps: [3]}]", "train.activations=keep"]
-    run(tiny_run, tmp_path / "run", *words, "train.iterations=1", "train.max_batch=6", "train.groups_per_step=2")
+    words = ["window.schedule=clusters", "window.kwargs.clusters=[{steps: [3]}]", "compute.activations=keep"]
+    run(tiny_run, tmp_path / "run", *words, "train.iterations=1", "compute.max_batch=6", "train.groups_per_step=2")
     timesteps = build_parts(load_config(with_folder(tiny_run, tmp_path / "other"))).policy.timestep_list
     with_gradient = {timesteps.index(timestep) for timestep, gradient in seen if gradient}
     assert with_gradient == {3, 4}
@@ -82,10 +84,10 @@ def test_on_policy_learns_each_step_from_the_policy_that_the_step_before_left(ti
 def test_groups_that_share_calls_have_the_numbers_of_groups_alone(tiny_run, tmp_path):
     # fp32: a UNet's sums depend on the batch in the last digits; a large epsilon, so that AdamW doesn't magnify them
     for order, steps in (("collect", 1), ("collect", 2), ("on_policy", 1)):
-        words = [f"train.order={order}", f"train.steps_per_forward={steps}", "train.groups_per_step=2"]
-        words += ["train.iterations=1", "train.adam_eps=0.01"]
+        words = [f"train.order={order}", f"compute.steps_per_forward={steps}", "train.groups_per_step=2"]
+        words += ["train.iterations=1", "optimizer.kwargs.eps=0.01"]
         alone = run(tiny_run, tmp_path / f"alone-{order}-{steps}", *words)
-        shared = run(tiny_run, tmp_path / f"shared-{order}-{steps}", *words, "train.max_batch=6")
+        shared = run(tiny_run, tmp_path / f"shared-{order}-{steps}", *words, "compute.max_batch=6")
         assert [record["forwards"] for record in shared] == [record["forwards"] for record in alone]
         assert shared[0]["batches"] < alone[0]["batches"]
         assert shared[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4)
@@ -100,10 +102,11 @@ def test_inner_epochs_of_an_on_policy_step_replay(tiny_run, tmp_path):
     assert record["backwards"] == 9 * record["window_steps"]
 
 
-def test_rewards_in_the_background_are_those_in_line(tiny_run, tmp_path):
+def test_rewards_in_the_background_are_those_in_line(tiny_run, tmp_path, monkeypatch):
     words = ["train.order=collect"]
     run(tiny_run, tmp_path / "background", *words)
-    run(tiny_run, tmp_path / "inline", *words, "reward.background=false")
+    monkeypatch.setattr(build_module, "Background", lambda **_: Background(thread=False))
+    run(tiny_run, tmp_path / "inline", *words)
     assert metrics(tmp_path / "background") == metrics(tmp_path / "inline")
     assert_equal_weights(tmp_path / "background", tmp_path / "inline")
 
@@ -116,7 +119,7 @@ def test_an_interrupted_on_policy_iteration_is_finished_and_resumes_to_the_unint
 
     import hrf_fast.training.iteration as iteration_module
 
-    words = with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", "train.activations=keep", "run.save_every=0")
+    words = with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", "compute.activations=keep", "run.save_every=0")
     original, updates = iteration_module.learn, []
 
     def learn(*arguments, **options):
@@ -130,7 +133,7 @@ def test_an_interrupted_on_policy_iteration_is_finished_and_resumes_to_the_unint
     assert main(words) == 130
     assert len(metrics(tmp_path / "run")) == 2 and len(updates) == 4
     assert main(words) == 0
-    run(tiny_run, tmp_path / "whole", "train.activations=keep")
+    run(tiny_run, tmp_path / "whole", "compute.activations=keep")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert_equal_weights(tmp_path / "run", tmp_path / "whole")
 
@@ -159,9 +162,9 @@ def parts_with(tiny_run, tmp_path, *words):
 
 
 def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys, measured_once):
-    words = ["train.activations=auto", "train.group_size=8"]
+    words = ["compute.activations=auto", "train.group_size=8"]
     chosen = [
-        parts_with(tiny_run, tmp_path, *words, f"train.memory_budget={budget}").activations
+        parts_with(tiny_run, tmp_path, *words, f"compute.memory_budget={budget}").activations
         for budget in ("1GB", "16MB", "8MB", "5MB")
     ]
     assert chosen[0].kept_pairs == float("inf") and "activations: keep, " in chosen[0].reason
@@ -171,16 +174,16 @@ def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys, measured_o
     assert "activations: replay, " in chosen[2].reason and "activations: checkpoint, " in chosen[3].reason
     assert [choice.checkpoint for choice in chosen] == [False, False, False, True]
     # the choice reaches the user, and the numbers do not depend on it
-    run(tiny_run, tmp_path / "whole", *words, "train.memory_budget=1GB")
+    run(tiny_run, tmp_path / "whole", *words, "compute.memory_budget=1GB")
     assert "activations: keep, " in capsys.readouterr().out
-    run(tiny_run, tmp_path / "mixed", *words, "train.memory_budget=16MB")
+    run(tiny_run, tmp_path / "mixed", *words, "compute.memory_budget=16MB")
     assert_equal_weights(tmp_path / "whole", tmp_path / "mixed")
 
 
 def test_several_steps_a_call_are_replayed_beside_kept_ones(tiny_run, tmp_path, capsys, measured_once):
-    words = ["train.group_size=8", "train.steps_per_forward=2", "train.iterations=1", "train.adam_eps=0.01"]
+    words = ["train.group_size=8", "compute.steps_per_forward=2", "train.iterations=1", "optimizer.kwargs.eps=0.01"]
     words += ["window.schedule=full"]
-    mixed = run(tiny_run, tmp_path / "mixed", *words, "train.activations=auto", "train.memory_budget=18MB")[0]
+    mixed = run(tiny_run, tmp_path / "mixed", *words, "compute.activations=auto", "compute.memory_budget=18MB")[0]
     assert "replay for the rest" in capsys.readouterr().out
     replayed = run(tiny_run, tmp_path / "replay", *words)[0]
     assert 0 < replayed["forwards"] - mixed["forwards"] < replayed["backwards"] == mixed["backwards"]
@@ -189,25 +192,25 @@ def test_several_steps_a_call_are_replayed_beside_kept_ones(tiny_run, tmp_path, 
 
 
 def test_auto_says_what_would_fit(tiny_run, tmp_path, measured_once):
-    words = ["train.activations=auto", "train.group_size=64", "sample.batch_size=64"]
+    words = ["compute.activations=auto", "train.group_size=64", "compute.batch_size=64"]
     with pytest.raises(ValueError, match=r"nothing fits: the least, checkpoint, needs .* of 3 MB .*micro_batch_size="):
-        parts_with(tiny_run, tmp_path, *words, "train.memory_budget=3MB")
+        parts_with(tiny_run, tmp_path, *words, "compute.memory_budget=3MB")
     with pytest.raises(ValueError, match=r"nothing fits.*even one image at a time needs .*offload"):
-        parts_with(tiny_run, tmp_path, *words, "train.memory_budget=10KB")
+        parts_with(tiny_run, tmp_path, *words, "compute.memory_budget=10KB")
 
 
 def test_auto_looks_for_free_memory_where_no_budget_is_given(tiny_run, tmp_path, monkeypatch, measured_once):
-    chosen = parts_with(tiny_run, tmp_path, "train.activations=auto").activations
+    chosen = parts_with(tiny_run, tmp_path, "compute.activations=auto").activations
     assert chosen.kept_pairs == float("inf") and "(free, " in chosen.reason
     # published order: nothing can be kept
-    assert parts_with(tiny_run, tmp_path, "train.activations=auto", "train.order=collect").activations.kept_pairs == 0
+    assert parts_with(tiny_run, tmp_path, "compute.activations=auto", "train.order=collect").activations.kept_pairs == 0
     monkeypatch.setattr(activations_module, "_MEMINFO", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="does not say how much memory is free; set train.memory_budget"):
-        parts_with(tiny_run, tmp_path, "train.activations=auto")
+    with pytest.raises(ValueError, match="does not say how much memory is free; set compute.memory_budget"):
+        parts_with(tiny_run, tmp_path, "compute.activations=auto")
 
 
 def test_measuring_leaves_no_trace(tiny_run, tmp_path):
-    parts = parts_with(tiny_run, tmp_path, "train.activations=auto")
+    parts = parts_with(tiny_run, tmp_path, "compute.activations=auto")
     assert parts.policy.calls.forwards == 0
     assert all(parameter.grad is None for parameter in parts.policy.unet.parameters())
     assert not parts.policy.unet.is_gradient_checkpointing
@@ -216,22 +219,22 @@ def test_measuring_leaves_no_trace(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.activations=keep"], "train.activations is keep but train.order is collect"),
+        (["compute.activations=keep"], "compute.activations is keep but train.order is collect"),
         (
-            ["train.activations=keep", "train.order=on_policy", "train.inner_epochs=2"],
+            ["compute.activations=keep", "train.order=on_policy", "train.inner_epochs=2"],
             "train.inner_epochs is 2: a kept graph serves one epoch; use train.inner_epochs=1",
         ),
         (["train.order=on_policy", "train.advantages=batch"], "peers must be rolled out together; .*groups_per_step=2"),
-        (["train.max_batch=2"], "train.max_batch is 2 but train.group_size is 3: .*use at least that, 0"),
-        (["train.max_batch=6", "train.micro_batch_size=2"], "train.max_batch is 6, which joins groups, but"),
-        (["train.max_batch=-1"], "train.max_batch is -1; use at least 0"),
+        (["compute.max_batch=2"], "compute.max_batch is 2 but train.group_size is 3: .*use at least that, 0"),
+        (["compute.max_batch=6", "compute.micro_batch_size=2"], "compute.max_batch is 6, which joins groups, but"),
+        (["compute.max_batch=-1"], "compute.max_batch is -1; use at least 0"),
         (["train.order=onpolicy"], "train.order is 'onpolicy'.*on_policy"),
         (
-            ["train.activations=keep", "train.order=on_policy", "train.steps_per_forward=2"],
-            "train.steps_per_forward is 2, .*kept steps are not replayed; use train.steps_per_forward=1",
+            ["compute.activations=keep", "train.order=on_policy", "compute.steps_per_forward=2"],
+            "compute.steps_per_forward is 2, .*kept steps are not replayed; use compute.steps_per_forward=1",
         ),
-        (["train.memory_budget=8GB"], "train.activations is replay, which plans nothing"),
-        (["train.activations=auto", "train.memory_budget=much"], "train.memory_budget is 'much'; use a number"),
+        (["compute.memory_budget=8GB"], "compute.activations is replay, which plans nothing"),
+        (["compute.activations=auto", "compute.memory_budget=much"], "compute.memory_budget is 'much'; use a number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -241,17 +244,17 @@ def test_what_can_t_work_together_is_refused(tiny_run, words, message):
 
 
 def test_max_batch_is_refused_where_a_rank_rolls_out_one_group_at_a_time(tiny_run):
-    words = [*tiny_run, "train.order=on_policy", "train.groups_per_iteration=4", "train.max_batch=6"]
+    words = [*tiny_run, "train.order=on_policy", "train.groups_per_iteration=4", "compute.max_batch=6"]
     for world_size, per_step in ((1, 1), (2, 2)):
-        with pytest.raises(ValueError, match="train.max_batch is 6, .* that is one; use more groups per step"):
+        with pytest.raises(ValueError, match="compute.max_batch is 6, .* that is one; use more groups per step"):
             check_job(load_config([*words, f"train.groups_per_step={per_step}"]), world_size)
     check_job(load_config([*words, "train.groups_per_step=2"]), 1)
     # what holds one group joins none
-    check_job(load_config([*words, "train.max_batch=3"]), 1)
+    check_job(load_config([*words, "compute.max_batch=3"]), 1)
 
 
 def test_keep_is_refused_where_the_weights_go_away(tiny_run, tmp_path, capsys):
-    words = ["train.activations=keep", "engine.deepspeed=configs/deepspeed/zero3.json"]
+    words = ["compute.activations=keep", "engine.deepspeed=configs/deepspeed/zero3.json"]
     assert main(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", *words)) == 1
     assert "is ZeRO-3, which takes the weights away after each forward; use replay" in capsys.readouterr().err
 
@@ -267,7 +270,7 @@ def test_kept_graphs_are_gone_after_the_update(tiny_run, tmp_path):
         assert saved.live == 0
         return saved.peak
 
-    words = ["window.schedule=full", "train.activations=keep"]
+    words = ["window.schedule=full", "compute.activations=keep"]
     assert peak(*words, "train.groups_per_iteration=3") < 1.1 * peak(*words, "train.groups_per_iteration=1")
 
 
@@ -284,7 +287,7 @@ def test_a_skipped_step_s_graphs_are_gone_before_the_next_rollout(tiny_run, tmp_
     monkeypatch.syspath_prepend(tmp_path)
     import holey
 
-    words = ["window.schedule=full", "train.activations=keep", "train.on_nan=skip", "reward.name=holey:score"]
+    words = ["window.schedule=full", "compute.activations=keep", "stop.on_nan=skip", "reward.name=holey:score"]
     words += ["train.iterations=1", "train.groups_per_iteration=3"]
     peaks, records = [], []
     for bad in ((), (2, 3)):
@@ -304,12 +307,12 @@ def test_a_skipped_step_s_graphs_are_gone_before_the_next_rollout(tiny_run, tmp_
 
 def test_counting_calls_leaves_the_bandit_s_memory_empty(tiny_run, tmp_path, measured_once):
     words = ["window.schedule=dynamic", "window.kwargs.search=bandit", "window.kwargs.stride=1"]
-    parts = parts_with(tiny_run, tmp_path, *words, "train.activations=auto")
+    parts = parts_with(tiny_run, tmp_path, *words, "compute.activations=auto")
     assert parts.schedule.counts == [0.0] * 4
 
 
 def test_auto_plans_for_a_container_that_has_less_than_the_machine(tiny_run, tmp_path, monkeypatch):
-    config = load_config(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", "train.activations=auto"))
+    config = load_config(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", "compute.activations=auto"))
     policy = build_policy(config)
     weights = sum(parameter.nbytes for parameter in policy.unet.parameters())
     monkeypatch.setattr(activations_module, "_CGROUP", tmp_path)
@@ -332,8 +335,8 @@ def test_a_window_that_ends_early_leaves_nothing_after_it(tiny_run, tmp_path, mo
         "        return [Window(1, 3), Window(2, 5)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    words = ["window.schedule=early:Early", "train.groups_per_step=2", "train.max_batch=6", "train.iterations=1"]
-    kept = run(tiny_run, tmp_path / "keep", *words, "train.activations=keep")[0]
+    words = ["window.schedule=early:Early", "train.groups_per_step=2", "compute.max_batch=6", "train.iterations=1"]
+    kept = run(tiny_run, tmp_path / "keep", *words, "compute.activations=keep")[0]
     run(tiny_run, tmp_path / "replay", *words)
     assert_equal_weights(tmp_path / "keep", tmp_path / "replay")
     # 3 samples x (2 + 3 window steps)

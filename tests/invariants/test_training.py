@@ -216,26 +216,26 @@ def test_inner_epochs_and_groups_per_step_make_the_optimizer_steps_they_say(tiny
 
 
 def test_the_budget_of_evaluations_ends_a_run_after_the_iteration_that_passes_it(tiny_run, tmp_path):
-    assert main([*tiny_run, "train.iterations=50", "train.max_evaluations=1", "evaluation.every=0"]) == 0
+    assert main([*tiny_run, "train.iterations=50", "stop.max_evaluations=1", "evaluation.every=0"]) == 0
     assert len(metrics(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "model").is_dir()
     assert [record["iteration"] for record in read_log(tmp_path / "run" / "evaluations.jsonl")] == [0, 1]
 
 
 def test_the_cosine_schedule_and_warm_up_reach_the_optimizer(tiny_run, tmp_path):
-    words = ["train.learning_rate_schedule=cosine", "train.warmup_iterations=1", "train.learning_rate=1e-3"]
+    words = ["optimizer.learning_rate_schedule=cosine", "optimizer.warmup_iterations=1", "optimizer.learning_rate=1e-3"]
     assert main([*tiny_run, *words, "train.iterations=3"]) == 0
     # warm-up (0+1)/1, then cosine over 2 iterations: 1, (1 + cos(pi/2))/2 = 0.5
     assert [r["learning_rate"] for r in metrics(tmp_path / "run")] == pytest.approx([1e-3, 1e-3, 5e-4])
 
 
 def test_bf16_trains(tiny_run, tmp_path):
-    assert main([*tiny_run, "train.precision=bf16", "train.iterations=1"]) == 0
+    assert main([*tiny_run, "compute.precision=bf16", "train.iterations=1"]) == 0
     assert weights(tmp_path / "run")["conv_in.weight"].dtype == torch.float32
 
 
 def test_fp16_and_checkpointed_activations_train(tiny_run, tmp_path):
-    options = ["train.precision=fp16", "train.activations=checkpoint", "train.iterations=1", "evaluation.every=0"]
+    options = ["compute.precision=fp16", "compute.activations=checkpoint", "train.iterations=1", "evaluation.every=0"]
     assert main([*tiny_run, *options]) == 0
     record = metrics(tmp_path / "run")[0]
     # the first loss scale may be too large for one of the two steps
@@ -243,7 +243,7 @@ def test_fp16_and_checkpointed_activations_train(tiny_run, tmp_path):
 
 
 def test_a_run_with_averaged_weights_resumes_exactly(tiny_run, tmp_path):
-    options = ["train.ema_decay=0.9", "evaluation.every=0"]
+    options = ["optimizer.ema_decay=0.9", "evaluation.every=0"]
     assert main(with_folder([*tiny_run, *options], tmp_path / "whole")) == 0
     assert main(with_folder([*tiny_run, *options], tmp_path / "halves", "train.iterations=1")) == 0
     assert main(with_folder([*tiny_run, *options], tmp_path / "halves")) == 0
@@ -278,7 +278,7 @@ def test_a_reward_that_is_not_finite_skips_its_groups_step_and_is_counted(tiny_r
     )
     monkeypatch.chdir(tmp_path)
     # calls: panel, both groups, then each group again
-    assert main([*tiny_run, "reward.name=holey:score", "train.on_nan=skip", "evaluation.every=0"]) == 0
+    assert main([*tiny_run, "reward.name=holey:score", "stop.on_nan=skip", "evaluation.every=0"]) == 0
     first, second = metrics(tmp_path / "run")
     assert (first["skipped_steps"], second["skipped_steps"]) == (1, 0)
     assert all(value == value for value in first.values() if isinstance(value, float))
@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_run, tmp_path
         return original(engine, policy, trajectories, advantages, *rest, **options)
 
     monkeypatch.setattr(learn_module, "update", poison)
-    assert main([*tiny_run, "train.on_nan=skip", "evaluation.every=0"]) == 0
+    assert main([*tiny_run, "stop.on_nan=skip", "evaluation.every=0"]) == 0
     assert [record["skipped_steps"] for record in metrics(tmp_path / "run")] == [1, 0]
     assert all(bool(value.isfinite().all()) for value in weights(tmp_path / "run").values())
 
@@ -308,7 +308,7 @@ def test_rewards_without_any_spread_are_said_and_leave_the_weights_alone(
 ):
     (tmp_path / "flat_reward.py").write_text("def flat(images, prompts=None):\n    return [1.0] * len(images)\n")
     monkeypatch.chdir(tmp_path)
-    assert main([*tiny_run, "reward.name=flat_reward:flat", "train.weight_decay=0"]) == 0
+    assert main([*tiny_run, "reward.name=flat_reward:flat", "optimizer.weight_decay=0"]) == 0
     assert "is the same for all samples of every group" in capsys.readouterr().out
     before = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
@@ -412,7 +412,7 @@ def test_an_unwritable_folder_is_named(tiny_run, tmp_path, capsys):
         (["sample.eta=0"], "sample.eta is 0.0"),
         (["run.device=tpu"], "run.device is 'tpu'"),
         (["run.device=cuda:99"], "torch sees"),
-        (["evaluation.scorer=fashon"], "fashion"),
+        (["evaluation.network=fashon"], "fashion"),
     ],
 )
 def test_what_can_not_work_is_refused_before_a_folder_is_made(tiny_run, tmp_path, capsys, words, message):

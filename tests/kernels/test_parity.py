@@ -61,11 +61,12 @@ def weights(folder):
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
 
 
-def test_a_run_on_triton_is_the_run_on_eager(tiny_run, tiny_model, tmp_path, capsys):
+def test_a_run_on_triton_is_the_run_on_eager(tiny_run, tiny_model, tmp_path, capsys, monkeypatch):
     logs, changes = {}, {}
     for kernels in ("eager", "triton"):
         folder = tmp_path / kernels
-        assert main([*tiny_run, f"run.folder={folder}", f"train.kernels={kernels}", "evaluation.every=0"]) == 0
+        monkeypatch.setenv("HRF_KERNELS", kernels)
+        assert main([*tiny_run, f"run.folder={folder}", "evaluation.every=0"]) == 0
         notes = [json.loads(line).get("note", "") for line in capsys.readouterr().out.splitlines()]
         assert any(f"kernels {kernels} (asked for)" in note and note.endswith("exact") for note in notes)
         logs[kernels] = read_log(folder / "metrics.jsonl")

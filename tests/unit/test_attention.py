@@ -54,7 +54,7 @@ def test_xformers_takes_every_attention_of_the_unet(cuda):
 
 
 def test_without_cuda_it_is_refused_when_the_model_is_loaded(tiny_model):
-    with pytest.raises(ValueError, match="model.attention is 'xformers'.*no operator for the device cpu; use sdpa"):
+    with pytest.raises(ValueError, match="compute.attention is 'xformers'.*no operator for the device cpu; use sdpa"):
         load_policy(str(tiny_model), attention="xformers")
 
 
@@ -85,7 +85,7 @@ def test_an_enabling_that_changes_nothing_is_not_believed(cuda):
 
 
 def test_an_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="model.attention is 'flash'; use sdpa, xformers"):
+    with pytest.raises(ValueError, match="compute.attention is 'flash'; use sdpa, xformers"):
         set_attention(make_unet(), "flash")
     with pytest.raises(ValueError, match="did you mean 'xformers'"):
-        load_config(["model.attention=xformer"])
+        load_config(["compute.attention=xformer"])

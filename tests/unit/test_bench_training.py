@@ -71,13 +71,15 @@ def test_the_literal_loop_reproduces_the_authors_numbers(golden, literal_of, nam
         ["window.schedule=full", "train.advantages=batch"],
         ["window.kwargs.iterations_per_cluster=1"],
         ["window.schedule=dynamic", "window.kwargs.stride=1", "window.kwargs.search=exact"],
-        ["window.kwargs.iterations_per_cluster=1", "train.max_batch=6", "train.steps_per_forward=3"],
-        ["window.kwargs.iterations_per_cluster=1", "train.max_batch=6", "train.activations=checkpoint"],
+        ["window.kwargs.iterations_per_cluster=1", "compute.max_batch=6", "compute.steps_per_forward=3"],
+        ["window.kwargs.iterations_per_cluster=1", "compute.max_batch=6", "compute.activations=checkpoint"],
     ],
     ids=["ddpo", "ddpo-batch", "hrf", "hrf_d", "hrf-batched", "hrf-checkpoint"],
 )
 def test_hrf_fast_has_the_literal_loop_s_weights_after_three_iterations(tiny_run, tmp_path, options):
-    config = load_config([*tiny_run, "train.iterations=3", "train.learning_rate=5e-6", "evaluation.every=0", *options])
+    config = load_config(
+        [*tiny_run, "train.iterations=3", "optimizer.learning_rate=5e-6", "evaluation.every=0", *options]
+    )
     literal = LiteralTrainer(config)
     start = {name: value.clone() for name, value in literal.unet.state_dict().items()}
     own = []
@@ -103,7 +105,7 @@ def test_hrf_fast_has_the_literal_loop_s_weights_after_three_iterations(tiny_run
 
 @pytest.mark.parametrize(
     "option",
-    ["window.schedule=random", "train.precision=bf16", "sample.scheduler=ddpm", "train.groups_per_step=2"],
+    ["window.schedule=random", "compute.precision=bf16", "sample.scheduler=ddpm", "train.groups_per_step=2"],
 )
 def test_the_literal_loop_refuses_what_was_not_published(literal_of, option):
     with pytest.raises(ValueError, match=option.split("=")[0]):
@@ -227,7 +229,7 @@ def test_a_row_that_is_not_the_literal_loop_stops_the_benchmark():
 
 
 def test_every_row_is_a_valid_configuration_and_only_the_published_order_promises_the_literal_weights():
-    assert Row("a", {"train.precision": "bf16"}).words == ["train.precision=bf16"]
+    assert Row("a", {"compute.precision": "bf16"}).words == ["compute.precision=bf16"]
     for method in ("ddpo", "hrf", "hrf_d"):
         table = rows(method, groups=4, group_size=5)
         assert len({row.name for row in table}) == len(table)
@@ -235,7 +237,7 @@ def test_every_row_is_a_valid_configuration_and_only_the_published_order_promise
             load_config([f"window.schedule={METHODS[method]}", "train.groups_per_iteration=4", *row.words])
         # only the published order in fp32 promises the literal loop's weights
         assert all(row.options.get("train.order") == "collect" for row in table if row.equal)
-        assert not any(row.equal and row.options.get("train.precision") == "bf16" for row in table)
+        assert not any(row.equal and row.options.get("compute.precision") == "bf16" for row in table)
 
 
 def test_saved_tensors_are_counted_once_while_they_live():

@@ -64,16 +64,14 @@ def words(model, folder, **options):
     values = {
         "model.name": model,
         "sample.num_inference_steps": 6,
-        "sample.batch_size": 4,
+        "compute.batch_size": 4,
         "window.schedule": "random",
         "train.iterations": 3,
         "train.groups_per_iteration": 2,
         "train.group_size": 3,
-        "train.learning_rate": 1e-3,
-        "train.adam_eps": 0.01,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.kwargs.eps": 0.01,
         "evaluation.panel_size": 6,
-        "evaluation.grid_size": 2,
-        "evaluation.resamples": 100,
         "run.progress": "json",
         "run.folder": folder,
         **options,
@@ -89,7 +87,7 @@ def weights(folder):
 def test_a_run_of_many_window_lengths_steps_and_batches_compiles_its_graphs_once(
     mode, smallest_model, tmp_path, graphs, capsys
 ):
-    options = {"train.compile": mode, "train.channels_last": True, "train.steps_per_forward": 2}
+    options = {"compute.compile": mode, "compute.channels_last": True, "compute.steps_per_forward": 2}
     train(load_config(words(smallest_model, tmp_path / "compiled", **options)))
     notes = capsys.readouterr().out
     assert notes.index("compiling, which can take minutes") < notes.index("graphs for any batch took")
@@ -98,7 +96,7 @@ def test_a_run_of_many_window_lengths_steps_and_batches_compiles_its_graphs_once
     assert len(graphs) == 2 * PARTS[mode]
     assert len({tuple(record["window_starts"]) for record in read_log(tmp_path / "compiled" / "metrics.jsonl")}) > 1
     eager = tmp_path / "eager"
-    train(load_config(words(smallest_model, eager, **options | {"train.compile": "none"})))
+    train(load_config(words(smallest_model, eager, **options | {"compute.compile": "none"})))
     assert len(graphs) == 2 * PARTS[mode]
     # the same names and, as this backend computes what eager does, the same weights and counts
     ours, theirs = weights(tmp_path / "compiled" / "model"), weights(eager / "model")
@@ -154,7 +152,7 @@ def test_activations_checkpoint_has_the_gradient_of_eager_in_the_real_tracer(sma
 
 
 def test_the_warm_up_leaves_no_gradient_and_no_count(smallest_model, graphs, tmp_path):
-    config = load_config(words(smallest_model, tmp_path, **{"train.compile": "unet"}))
+    config = load_config(words(smallest_model, tmp_path, **{"compute.compile": "unet"}))
     parts = build_parts(config)
     warm_up(parts.policy, config, lambda note: None)
     assert len(graphs) == 2
@@ -167,17 +165,17 @@ def test_a_model_that_does_not_compile_is_refused_by_the_warm_up(smallest_model,
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(compilation, "BACKEND", backend)
-    with pytest.raises(ValueError, match="train.compile is 'unet', but .* does not compile.*no such instruction"):
-        train(load_config(words(smallest_model, tmp_path / "run", **{"train.compile": "unet"})))
+    with pytest.raises(ValueError, match="compute.compile is 'unet', but .* does not compile.*no such instruction"):
+        train(load_config(words(smallest_model, tmp_path / "run", **{"compute.compile": "unet"})))
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ([], [5]),
-        (["train.micro_batch_size=2", "train.steps_per_forward=3"], [6, 1]),
-        (["train.micro_batch_size=1"], [2, 1]),
-        (["sample.batch_size=1"], [5, 1]),
+        (["compute.micro_batch_size=2", "compute.steps_per_forward=3"], [6, 1]),
+        (["compute.micro_batch_size=1"], [2, 1]),
+        (["compute.batch_size=1"], [5, 1]),
         (["evaluation.panel_size=65"], [5, 1]),
         (["train.groups_per_iteration=1"], [5, 1]),
     ],
@@ -212,7 +210,7 @@ def cuda(monkeypatch, *, major=9, tools=("gcc",), triton=True):
 )
 def test_what_a_gpu_needs(monkeypatch, missing, reason):
     cuda(monkeypatch, **missing)
-    with pytest.raises(ValueError, match=f"train.compile is 'blocks' on cuda, but {reason}.*train.compile=none"):
+    with pytest.raises(ValueError, match=f"compute.compile is 'blocks' on cuda, but {reason}.*compute.compile=none"):
         check_compile("blocks", torch.device("cuda"))
     check_compile("none", torch.device("cuda"))
 
@@ -234,7 +232,7 @@ def test_the_compiler_is_tried(monkeypatch, code, expected):
 
 def test_a_cpu_without_a_compiler_is_refused_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = load_config(["model.name=no-such-folder", "train.compile=unet", "run.device=cpu"])
+    config = load_config(["model.name=no-such-folder", "compute.compile=unet", "run.device=cpu"])
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler on PATH.*in CXX"):
         build_parts(config)
     assert doctor._compile().startswith("no: on cpu it needs a C++ compiler")
@@ -248,12 +246,12 @@ def test_a_cpu_with_a_compiler_can(monkeypatch):
 
 def test_zero_3_and_unknown_modes_are_refused():
     zero = "engine.deepspeed=configs/deepspeed/zero{}.json"
-    with pytest.raises(ValueError, match="train.compile is 'unet', but .*zero3.json is ZeRO-3.*use ZeRO 0 to 2"):
-        check_job(load_config(["train.compile=unet", zero.format(3)]), 1)
+    with pytest.raises(ValueError, match="compute.compile is 'unet', but .*zero3.json is ZeRO-3.*use ZeRO 0 to 2"):
+        check_job(load_config(["compute.compile=unet", zero.format(3)]), 1)
     for stage in (0, 1, 2):
-        check_job(load_config(["train.compile=unet", zero.format(stage)]), 1)
-    with pytest.raises(ValueError, match="train.compile is 'block' .did you mean 'blocks'"):
-        load_config(["train.compile=block"])
+        check_job(load_config(["compute.compile=unet", zero.format(stage)]), 1)
+    with pytest.raises(ValueError, match="compute.compile is 'block' .did you mean 'blocks'"):
+        load_config(["compute.compile=block"])
 
 
 def test_another_way_of_compiling_is_another_run(smallest_model, graphs, tmp_path):
@@ -270,7 +268,7 @@ def test_another_way_of_compiling_is_another_run(smallest_model, graphs, tmp_pat
 def test_a_compiled_run_resumes_to_the_weights_of_an_unbroken_one(smallest_model, tmp_path):
     for folder, stops in (("unbroken", [2]), ("resumed", [1, 2])):
         for iterations in stops:
-            options = {"train.compile": "unet", "train.iterations": iterations, "run.save_every": 1}
+            options = {"compute.compile": "unet", "train.iterations": iterations, "run.save_every": 1}
             train(load_config(words(smallest_model, tmp_path / folder, **options)))
     assert len(read_log(tmp_path / "resumed" / "metrics.jsonl")) == 2
     ours, theirs = weights(tmp_path / "resumed" / "model"), weights(tmp_path / "unbroken" / "model")

@@ -1,11 +1,10 @@
 """Configuration: layers, typos, ranges, and every shipped YAML."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from hrf_fast.config.load import SECTIONS, describe_options, differences, load_config, to_yaml
+from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import complete, read_settings
@@ -24,12 +23,12 @@ def test_later_layers_win_over_earlier_ones(tmp_path):
 
 
 def test_a_base_is_read_relative_to_its_file_and_is_overridden(tmp_path):
-    (tmp_path / "base.yaml").write_text("train: {iterations: 5, learning_rate: 1e-5}\n")
+    (tmp_path / "base.yaml").write_text("train: {iterations: 5}\noptimizer: {learning_rate: 1e-5}\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "child.yaml").write_text("base: ../base.yaml\ntrain: {iterations: 9}\n")
     config = load_config(["--config", str(tmp_path / "sub" / "child.yaml")])
     # 1e-5 is a number: plain YAML would read a string
-    assert (config.train.iterations, config.train.learning_rate) == (9, 1e-5)
+    assert (config.train.iterations, config.optimizer.learning_rate) == (9, 1e-5)
 
 
 def test_another_schedule_or_reward_starts_with_its_own_options(tmp_path):
@@ -61,7 +60,7 @@ def test_a_demo_and_its_ddpo_layer_differ_in_method_only():
         "train.advantages",
         "train.groups_per_iteration",
         "train.groups_per_step",
-        "train.learning_rate",
+        "optimizer.learning_rate",
         "evaluation.every",
     }
 
@@ -79,15 +78,20 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["train.iteratons=3"], r"no option train.iteratons \(did you mean 'iterations'\?\)"),
         (["tarin.iterations=3"], r"no section 'tarin' \(did you mean 'train'\?\)"),
         (["train.iterations=many"], "train.iterations.*many"),
-        (["train.iterations=0"], "train.iterations is 0; use at least 1"),
-        (["train.group_size=1"], "train.group_size is 1; use at least 2"),
-        (["train.learning_rate=-1"], "train.learning_rate is -1.0; use a finite number above 0"),
-        (["train.learning_rate=nan"], "train.learning_rate is nan"),
-        (["train.clip_range=0"], "train.clip_range is 0.0"),
-        (["train.precision=fp8"], "train.precision is 'fp8'.*use fp32, bf16"),
+        (["train.iterations=0"], "train.iterations is 0.* 1"),
+        (["optimizer.learning_rate=-1"], "optimizer.learning_rate is -1.0.* 0"),
+        (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0.* 0 .* 1"),
+        (["compute.precision=fp8"], "compute.precision is 'fp8'.*fp32, bf16, fp16"),
         (["train.groups_per_iteration=4", "train.groups_per_step=3"], "does not divide"),
-        (["train.adam_betas=[0.9]"], "train.adam_betas is"),
-        (["train.adam_betas=[0.9,1.0]"], "train.adam_betas is"),
+        (["optimizer.kwargs.betas=[0.9]"], r"optimizer.kwargs.betas is \[0.9\]"),
+        (["optimizer.kwargs.betas=[0.9,1.0]"], r"optimizer.kwargs.betas is \[0.9, 1.0\]"),
+        (["optimizer.kwargs.betas=[true,0.9]"], r"optimizer.kwargs.betas is \[True, 0.9\]"),
+        (["optimizer.kwargs.betas=0.9"], "optimizer.kwargs.betas is 0.9"),
+        (["optimizer.kwargs.betas=[.nan,0.9]"], r"optimizer.kwargs.betas is \[nan, 0.9\]"),
+        (["optimizer.kwargs.eps=0"], "optimizer.kwargs.eps is 0"),
+        (["optimizer.kwargs.eps=.inf"], "optimizer.kwargs.eps is inf"),
+        (["optimizer.kwargs.eps=small"], "optimizer.kwargs.eps is 'small'"),
+        (["optimizer.kwargs.epsilon=1e-8"], "optimizer.kwargs.epsilon .*did you mean 'eps'"),
         (["sample.scheduler=dim"], r"did you mean 'ddim'\?"),
         (["run.writers=[tensorbord]"], r"did you mean 'tensorboard'\?"),
         (["reward.name=null"], "either reward.name or reward.terms"),
@@ -105,10 +109,10 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\]: Invalid type assigned"),
         (["reward.terms=[{nam: x}]"], r"^reward.terms=\[\{nam: x\}\]: .*Did you mean: 'name'"),
         (["run.seed=1", "--local_rank"], "^--local_rank needs a number"),
-        (["train.max_grad_norm=nan"], "train.max_grad_norm is nan; use at least 0"),
-        (["train.weight_decay=inf"], "train.weight_decay is inf; use a finite number"),
-        (["run.seed=4294967296"], r"run.seed is 4294967296; use at most 4294967295 \(2\^32 - 1\)"),
-        (["evaluation.seed=18446744073709551616"], "evaluation.seed is 18446744073709551616; use at most 4294967295"),
+        (["optimizer.max_grad_norm=nan"], "optimizer.max_grad_norm is nan.* 0"),
+        (["optimizer.weight_decay=inf"], "optimizer.weight_decay is inf"),
+        (["run.seed=4294967296"], "run.seed is 4294967296.* 4294967295"),
+        (["evaluation.seed=18446744073709551616"], "evaluation.seed is 18446744073709551616.* 4294967295"),
     ],
 )
 def test_a_wrong_option_names_itself_and_the_way_out(words, message):
@@ -186,11 +190,11 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param needs stage 3"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "device is 'nvme'; use cpu"),
         ('{"zero_optimization": {"stage": 1, "overlap_comm": true}}', "overlap_comm needs stage 2 or 3"),
-        ('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": true}}', "bf16 is .*train.precision=bf16"),
+        ('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": true}}', "bf16 is .*compute.precision=bf16"),
         ('{"zero_optimization": {"stage": 1}, "train_batch_size": 8}', "train_batch_size is 8, .*train.group_size"),
-        ('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}', "said by train.max_grad_norm; remove it"),
+        ('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}', "said by optimizer.max_grad_norm; remove it"),
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer is {}"),
-        ('{"zero_optimization": {"stage": 1}, "scheduler": {}}', "train.learning_rate_schedule"),
+        ('{"zero_optimization": {"stage": 1}, "scheduler": {}}', "optimizer.learning_rate_schedule"),
     ],
 )
 def test_deepspeed_settings_that_can_not_work_name_themselves(tmp_path, settings, message):
@@ -224,26 +228,15 @@ def test_deepspeeds_own_parser_takes_every_shipped_file(file, monkeypatch):
     assert parsed.gradient_clipping == (1.0 if parsed.zero_config.stage else 0.0)
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("train.ema_decay=1", r"train.ema_decay is 1.0; use a number in \[0, 1\)"),
-        ("train.activations=offload", "train.activations is 'offload'.*replay, checkpoint"),
-        ("train.on_nan=ignore", "train.on_nan is 'ignore'.*stop, skip"),
-    ],
-)
-def test_options_of_the_engine_are_checked(word, message):
-    with pytest.raises(ValueError, match=message):
-        load_config([word])
-
-
 def test_weighted_terms_become_reward_terms():
     config = load_config(["reward.name=null", "reward.terms=[{name: jpeg_compressibility, weight: 2}]"])
     assert config.reward.terms == [RewardTerm("jpeg_compressibility", 2.0, {})]
 
 
 def test_the_written_configuration_reads_back_equal(tmp_path):
-    config = load_config(["window.kwargs.clusters=[[0,5],{steps: [6,7]}]", "train.learning_rate=3e-5", "run.seed=4"])
+    config = load_config(
+        ["window.kwargs.clusters=[[0,5],{steps: [6,7]}]", "optimizer.learning_rate=3e-5", "run.seed=4"]
+    )
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert differences(load_config(["--config", str(path)]), config) == {}
@@ -270,14 +263,7 @@ def test_the_authors_hyperparameters_are_in_the_celebahq_files():
     for method in ("ddpo", "hrf", "hrf_d"):
         for reward in ("compressibility", "incompressibility", "aesthetic"):
             config = load_config(["--config", str(CONFIGS / "celebahq" / f"{method}_{reward}.yaml")])
-            train = config.train
-            assert (train.learning_rate, train.clip_range, train.advantage_clip) == (5e-6, 1e-4, 2.5)
-            assert (train.weight_decay, train.max_grad_norm, train.group_size) == (1e-3, 1.0, 5)
+            train, optimizer = config.train, config.optimizer
+            assert (optimizer.learning_rate, train.clip_range, train.advantage_clip) == (5e-6, 1e-4, 2.5)
+            assert (optimizer.weight_decay, optimizer.max_grad_norm, train.group_size) == (1e-3, 1.0, 5)
             assert (config.sample.num_inference_steps, config.sample.eta) == (40, 1.0)
-
-
-def test_every_option_has_a_docstring_and_a_line_of_help():
-    text = describe_options()
-    for section, factory in SECTIONS.items():
-        for field in dataclasses.fields(factory):
-            assert f"  {section}.{field.name}=" in text

@@ -113,7 +113,7 @@ def test_the_launcher_on_and_off_the_path(monkeypatch):
     ("flags", "expected"),
     [
         ("fpu avx512_bf16 amx_bf16", "ok avx512_bf16, amx_bf16"),
-        ("fpu avx2", "no avx512_bf16 or amx_bf16: train.precision=bf16 is emulated"),
+        ("fpu avx2", "no avx512_bf16 or amx_bf16: compute.precision=bf16 is emulated"),
     ],
 )
 def test_bf16_of_the_cpu_is_read_from_its_flags(monkeypatch, tmp_path, flags, expected):

@@ -71,7 +71,7 @@ def test_torchs_adamw_has_the_options_and_does_the_arithmetic(name):
 def test_the_engine_steps_with_the_optimizer_of_the_configuration(tiny_run, tiny_model):
     from hrf_fast.build import build_parts
 
-    parts = build_parts(load_config([*tiny_run, "train.optimizer=fused_adamw", "train.weight_decay=0.25"]))
+    parts = build_parts(load_config([*tiny_run, "optimizer.name=fused_adamw", "optimizer.weight_decay=0.25"]))
     (group,) = parts.engine.optimizer.param_groups
     assert group["fused"] is True and group["weight_decay"] == 0.25
 
@@ -118,10 +118,10 @@ def test_the_real_8_bit_state_resumes_exactly(tmp_path):
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="train.optimizer is 'adam_8bit'.*did you mean 'adamw_8bit'"):
+    with pytest.raises(ValueError, match="optimizer.name is 'adam_8bit'.*did you mean 'adamw_8bit'"):
         build("adam_8bit")
-    with pytest.raises(ValueError, match="train.optimizer is 'sgd'"):
-        load_config(["train.optimizer=sgd"])
+    with pytest.raises(ValueError, match="optimizer.name is 'sgd'"):
+        load_config(["optimizer.name=sgd"])
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_a_bitsandbytes_that_can_t_step_here_is_refused_before_anything_runs(bit
 
 def test_cpu_adam_is_for_weights_that_zero_offloads(tmp_path):
     with pytest.raises(ValueError, match="cpu_adam.*engine.deepspeed is null; set it to a file that offloads"):
-        load_config(["train.optimizer=cpu_adam"])
+        load_config(["optimizer.name=cpu_adam"])
     path = tmp_path / "zero.json"
-    words = ["train.optimizer=cpu_adam", f"engine.deepspeed={path}"]
+    words = ["optimizer.name=cpu_adam", f"engine.deepspeed={path}"]
     with pytest.raises(ValueError, match="zero.json': no such file"):
         load_config(words)
     for offload in ({}, {"offload_optimizer": {"device": "none"}}):
@@ -160,18 +160,18 @@ def test_cpu_adam_is_for_weights_that_zero_offloads(tmp_path):
         with pytest.raises(ValueError, match="has no zero_optimization.offload_optimizer with device cpu"):
             load_config(words)
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
-    assert load_config(words).train.optimizer == "cpu_adam"
+    assert load_config(words).optimizer.name == "cpu_adam"
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8_bit_state_is_not_sharded(tmp_path, name):
     path = tmp_path / "zero.json"
-    words = [f"train.optimizer={name}", f"engine.deepspeed={path}"]
+    words = [f"optimizer.name={name}", f"engine.deepspeed={path}"]
     path.write_text('{"zero_optimization": {"stage": 1}}')
     with pytest.raises(ValueError, match="quantised shards can't be gathered into a checkpoint; use adamw"):
         load_config(words)
     path.write_text('{"zero_optimization": {"stage": 0}}')
-    assert load_config(words).train.optimizer == name
+    assert load_config(words).optimizer.name == name
 
 
 def test_a_cpu_adam_that_does_not_compile_says_what_it_needs(monkeypatch):

@@ -98,7 +98,7 @@ def make_plan(memory, *words, gpus=1):
     saving = Footprint(Line(5, 10), Line(1, 20), Line(1, 40), (1000,), 4)
     footprints = {(precision, saves): saving if saves else whole for precision in ("fp32", "bf16") for saves in (0, 1)}
     config = load_config(
-        ["train.groups_per_iteration=2", "train.group_size=8", "sample.batch_size=64", "sample.num_inference_steps=4"]
+        ["train.groups_per_iteration=2", "train.group_size=8", "compute.batch_size=64", "sample.num_inference_steps=4"]
         + ["window.schedule=full", *words]
     )
     calls = count_calls(config, 3)
@@ -106,7 +106,7 @@ def make_plan(memory, *words, gpus=1):
 
 
 def test_what_each_mode_holds_by_hand():
-    made = make_plan(10**9, "train.steps_per_forward=2")
+    made = make_plan(10**9, "compute.steps_per_forward=2")
     # keep: 8 images x 3 steps x 100, a fixed byte per step and call, and the update's 20 an image on top
     assert made.activations("keep", "fp32", 8) == 8 * 3 * 100 + 3 + 8 * 20
     assert made.activations("keep", "fp32", 4) == 8 * 3 * 100 + 2 * 3 + 4 * 20
@@ -119,11 +119,11 @@ def test_what_each_mode_holds_by_hand():
     assert make_plan(10**9, "train.groups_per_step=2").kept_samples == 16
     assert make_plan(10**9, "train.groups_per_step=2", gpus=2).kept_samples == 8
     # joined they share a call: one fixed byte a step instead of two
-    joined = make_plan(10**9, "train.groups_per_step=2", "train.order=on_policy", "train.max_batch=16")
+    joined = make_plan(10**9, "train.groups_per_step=2", "train.order=on_policy", "compute.max_batch=16")
     assert joined.activations("keep", "fp32", 8) == 16 * 3 * 100 + 3 + 16 * 20
     assert joined.activations("replay", "fp32", 8) == 1 + 16 * 120
     # the published order joins the groups of a whole iteration in its rollouts, and not in its replays
-    published = make_plan(10**9, "train.max_batch=64")
+    published = make_plan(10**9, "compute.max_batch=64")
     assert published.batch(8) == 16 and published.activations("replay", "fp32", 8) == 1 + 8 * 120
 
 
@@ -146,7 +146,7 @@ def test_the_fastest_mode_that_fits_and_its_largest_batches_are_chosen():
 def test_a_smaller_micro_batch_is_found_when_the_whole_group_does_not_fit():
     # states 16 000; trajectories 2 x 64 x 5 x 4 = 2560; 64 images x 8 steps x 120 = 61 440 is too much, and so are 32
     # and 16 with 15 360, but 8 take 1 + 7680
-    made = make_plan((18560 + 7681) / 0.9 + 1, "train.steps_per_forward=8", "train.group_size=64")
+    made = make_plan((18560 + 7681) / 0.9 + 1, "compute.steps_per_forward=8", "train.group_size=64")
     choice = made.choose("plain", "fp32", "replay")
     assert choice and choice.micro_batch_size == 8 and choice.bytes == 18560 + 7681
     assert made.choose("plain", "fp32", "keep") is None
@@ -201,7 +201,7 @@ def test_the_command_prints_the_tables(tiny_run, capsys, tmp_path):
     assert main(["plan", "--gpus", "8", "--memory", "80GB", *tiny_run, f"engine.deepspeed={zero}"]) == 0
     out = capsys.readouterr().out
     assert "8 x 80 GB, 10% of it left" in out and "this configuration (ZeRO-2, fp32, replay, micro-batch 3" in out
-    assert "it fits\nfastest that fits: ZeRO-2, train.precision=fp32, activations replay" in out
+    assert "it fits\nfastest that fits: ZeRO-2, compute.precision=fp32, activations replay" in out
     assert out.count("ZeRO-3, offload") == 2 and "cost in forwards" in out
 
 
@@ -244,10 +244,10 @@ def test_every_engine_has_states():
 @pytest.mark.parametrize("mode", ["keep", "replay", "checkpoint"])
 def test_planned_bytes_against_the_memory_of_a_process(tiny_model, model, mode, precision):
     words = ["sample.num_inference_steps=4", "train.groups_per_iteration=1", "train.group_size=8"]
-    words += ["window.schedule=full", "sample.batch_size=8", f"train.precision={precision}"]
+    words += ["window.schedule=full", "compute.batch_size=8", f"compute.precision={precision}"]
     # freed tensors go back to the system at once, so that the resident set is what is alive
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    words += [f"train.activations={mode}", "train.order=on_policy"]
+    words += [f"compute.activations={mode}", "train.order=on_policy"]
     command = [sys.executable, "-m", "tests.memory.peak", str(tiny_model), str(model), *words]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
     measured = json.loads(result.stdout.splitlines()[-1])

@@ -233,8 +233,20 @@ def test_an_image_size_that_the_unet_can_not_halve_is_refused(copy):
 
 
 def test_an_unknown_precision_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="train.precision is 'fp8'"):
+    with pytest.raises(ValueError, match="compute.precision is 'fp8'"):
         load(tiny_model, precision="fp8")
+
+
+def test_the_environment_chooses_the_kernels_and_a_wrong_choice_is_refused_by_name(tiny_model, monkeypatch):
+    monkeypatch.setenv("HRF_KERNELS", "eager")
+    policy = load(tiny_model)
+    assert (policy.kernels, policy.kernels_reason) == ("eager", "asked for")
+    # unset and empty are one
+    monkeypatch.setenv("HRF_KERNELS", "")
+    assert load(tiny_model).kernels_reason != "asked for"
+    monkeypatch.setenv("HRF_KERNELS", "fused")
+    with pytest.raises(ValueError, match="HRF_KERNELS is 'fused'.*auto, eager, triton"):
+        load(tiny_model)
 
 
 def test_calls_inside_uncounted_are_not_counted(tiny_model):
@@ -253,6 +265,6 @@ def test_images_that_are_not_finite_stop_the_run(tiny_model, value):
     latents = torch.zeros(2, 3, 16, 16)
     latents[1, 0, 0, 0] = value
     with pytest.raises(
-        FloatingPointError, match="the images are not finite: .*lower train.learning_rate .* model.name"
+        FloatingPointError, match="the images are not finite: .*lower optimizer.learning_rate .* model.name"
     ):
         load(tiny_model).images(latents)

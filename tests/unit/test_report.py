@@ -15,9 +15,11 @@ from hrf_fast.config.options import (
     Config,
     EvaluationConfig,
     ModelConfig,
+    OptimizerConfig,
     RewardConfig,
     RewardTerm,
     RunConfig,
+    StopConfig,
     TrainConfig,
     WindowConfig,
 )
@@ -35,7 +37,7 @@ def write_run(folder, schedule="clusters", later=UP_BY_3, *, start=START, vendi=
     """A run whose panel i after the first adds later[i][0] to every reward, with 100 UNet evaluations a panel."""
     folder.mkdir(parents=True)
     config = Config(window=WindowConfig(schedule=schedule), train=TrainConfig(iterations=len(later) or 1))
-    config.evaluation = EvaluationConfig(panel_size=len(start), resamples=100)
+    config.evaluation = EvaluationConfig(panel_size=len(start))
     config.run = RunConfig(folder=str(folder))
     (folder / "config.yaml").write_text(to_yaml(replace(config, **sections)))
     panels = []
@@ -166,7 +168,7 @@ def test_without_vendi_scores_the_page_has_no_diversity_and_says_so(tmp_path):
     folders = [write_run(tmp_path / name, name, vendi=False) for name in ("full", "clusters")]
     assert result_table(read_runs(folders)).rows[0] == ["", "reward", "gain", "UNet evaluations"]
     text = write_report(folders, tmp_path / "new" / "page.html").read_text()
-    assert "No Vendi Score: evaluation.scorer has no network for this model" in text and "<th>Vendi" not in text
+    assert "No Vendi Score: evaluation.network has no network for this model" in text and "<th>Vendi" not in text
     assert Page(text).tags.count("img") == 1 + 3 + 2 + 2
 
 
@@ -180,11 +182,11 @@ def test_a_classifier_s_inception_score_gets_a_column(tmp_path):
 def test_an_unfinished_run_is_labelled_also_while_it_is_extended_or_young(tmp_path):
     stopped = write_run(tmp_path / "a", finished=False)
     extended = write_run(tmp_path / "b", train=TrainConfig(iterations=9))
-    young, budget = write_run(tmp_path / "c", later=[]), TrainConfig(iterations=9, max_evaluations=200)
+    young, budget = write_run(tmp_path / "c", later=[]), StopConfig(max_evaluations=200)
     for folder in (stopped, extended, young):
         assert describe(read_runs([folder])[0]).startswith("HRF (unfinished) ·")
     assert "HRF: no panel after the pretrained one yet." in findings(read_runs([young]))
-    assert read_runs([write_run(tmp_path / "d", train=budget)])[0].finished
+    assert read_runs([write_run(tmp_path / "d", train=TrainConfig(iterations=9), stop=budget)])[0].finished
 
 
 def test_runs_of_one_method_are_told_apart_by_folder(tmp_path):
@@ -228,8 +230,8 @@ def test_runs_whose_panels_differ_are_refused(tmp_path):
     first = write_run(tmp_path / "a")
     other = write_run(
         tmp_path / "b",
-        evaluation=EvaluationConfig(seed=7, panel_size=4, resamples=300),
-        train=TrainConfig(learning_rate=1e-3),
+        evaluation=EvaluationConfig(seed=7, panel_size=4, every=5),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
     )
     with pytest.raises(ValueError, match=r"a and .*b can't be compared.*: evaluation.seed is 1234 and 7\. Report each"):
         write_report([first, other])

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from PIL import Image
 
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
@@ -25,7 +26,7 @@ RECORD = {"images": 8, "reward_mean": 0.5, "window_starts": [1]}
 
 @pytest.fixture
 def config(tmp_path):
-    return load_config([f"run.folder={tmp_path / 'run'}", "run.progress=quiet", "evaluation.grid_size=4"])
+    return load_config([f"run.folder={tmp_path / 'run'}", "run.progress=quiet"])
 
 
 def scores(count=6):
@@ -91,10 +92,10 @@ def test_a_free_option_may_change_on_resume_and_the_length_only_under_a_constant
             run.begin(0)
             run.log(0, RECORD, unet_seconds=1.0)
 
-    words = [f"run.folder={tmp_path / 'run'}", "evaluation.grid_size=4", "run.progress=quiet"]
+    words = [f"run.folder={tmp_path / 'run'}", "run.progress=quiet"]
     begin(words)
     Run(load_config([*words, "run.save_every=3", "run.progress=json", "train.iterations=99"]))
-    cosine = [f"run.folder={tmp_path / 'cosine'}", "train.learning_rate_schedule=cosine", "run.progress=quiet"]
+    cosine = [f"run.folder={tmp_path / 'cosine'}", "optimizer.learning_rate_schedule=cosine", "run.progress=quiet"]
     begin(cosine)
     with pytest.raises(ValueError, match="train.iterations was 70 and is 99"):
         Run(load_config([*cosine, "train.iterations=99"]))
@@ -176,6 +177,13 @@ def test_a_missing_writer_says_how_to_install_it(tmp_path, monkeypatch, name, mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"hrf_fast\[writers\]"):
         build_writers([name], tmp_path)
+
+
+def test_a_grid_shows_the_first_64_images_of_a_large_panel(config, tmp_path):
+    with Run(config) as run:
+        run.log_panel(0, scores(70), {})
+    # 8 x 8 images of 8 pixels, enlarged 8 times
+    assert Image.open(tmp_path / "run" / "samples" / "iteration-000000.png").size == (512, 512)
 
 
 def test_the_grid_has_a_white_cell_where_no_image_is():

@@ -45,7 +45,13 @@ def test_saving_leaves_the_weights_where_and_as_they_are(tiny_model, tmp_path):
 
 
 def test_a_stopped_and_resumed_channels_last_run_is_the_uninterrupted_one_bit_for_bit(tiny_run, tmp_path):
-    words = [*tiny_run, "train.channels_last=true", "train.ema_decay=0.5", "train.iterations=3", "evaluation.every=0"]
+    words = [
+        *tiny_run,
+        "compute.channels_last=true",
+        "optimizer.ema_decay=0.5",
+        "train.iterations=3",
+        "evaluation.every=0",
+    ]
     train(load_config(words))
     for iterations in (1, 3):
         train(load_config([*words, f"train.iterations={iterations}", f"run.folder={tmp_path / 'halves'}"]))
@@ -63,7 +69,7 @@ def test_the_optimizer_s_state_takes_the_order_of_its_weights_when_it_is_restore
     from hrf_fast.engines.optimizers import flatten_optimizer, restore_optimizer
 
     def stepped():
-        engine = build_parts(load_config([*tiny_run, "train.channels_last=true"])).engine
+        engine = build_parts(load_config([*tiny_run, "compute.channels_last=true"])).engine
         for parameter in engine.parameters:
             parameter.grad = torch.ones_like(parameter)
         engine.optimizer.step()
@@ -86,19 +92,17 @@ def flags(monkeypatch):
     cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("benchmark", [False, True])
-def test_precision_flags_on_cuda_are_all_said(flags, tf32, benchmark):
-    set_precision_flags(CUDA, tf32=tf32, cudnn_benchmark=benchmark)
-    assert flags() == (tf32, tf32, benchmark, not benchmark)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_sets_every_flag_on_cuda(flags, deterministic):
+    set_precision_flags(CUDA, deterministic=deterministic)
+    assert flags() == (not deterministic, not deterministic, not deterministic, deterministic)
 
 
-def test_on_a_cpu_no_flag_is_touched_and_none_can_be_asked_for(flags, tiny_run):
+def test_on_a_cpu_no_flag_is_touched_and_the_fast_ones_are_refused(flags, tiny_run):
     before = flags()
-    set_precision_flags(CPU, tf32=False, cudnn_benchmark=False)
-    for name in ("tf32", "cudnn_benchmark"):
-        with pytest.raises(ValueError, match=f"train.{name} is true, which needs CUDA, but the device is cpu; set it"):
-            build_parts(load_config([*tiny_run, "run.device=cpu", f"train.{name}=true"]))
+    set_precision_flags(CPU, deterministic=True)
+    with pytest.raises(ValueError, match="compute.deterministic is false.* cpu"):
+        build_parts(load_config([*tiny_run, "run.device=cpu", "compute.deterministic=false"]))
     assert flags() == before
 
 
@@ -109,24 +113,21 @@ def check(tiny_run, monkeypatch, error, *words):
 
 
 @pytest.mark.parametrize("error", [1e-4, float("nan")])
-def test_the_strict_self_check_refuses_what_the_other_warns_of(tiny_run, monkeypatch, error):
-    words = ["train.precision=bf16", "train.steps_per_forward=2"]
+def test_the_self_check_warns_of_a_clip_on_rounding_noise_and_names_the_ways_out(tiny_run, monkeypatch, error):
+    line = check(tiny_run, monkeypatch, error, "compute.precision=bf16", "compute.steps_per_forward=2")
     # 2 of 6 steps are the least window: 1e-4 * 2/6
-    assert "smallest clip range 3.3e-05: NOT well inside it" in check(tiny_run, monkeypatch, error, *words)
-    with pytest.raises(
-        ValueError, match="train.self_check is strict; .*NOT well.*train.steps_per_forward=1 or train.precision=fp32"
-    ) as caught:
-        check(tiny_run, monkeypatch, error, *words, "train.self_check=strict")
-    assert ("clip_range of at least 0.003" in str(caught.value)) == (error == 1e-4)
+    assert "smallest clip range 3.3e-05: NOT well inside it" in line
+    assert "compute.steps_per_forward=1 or compute.precision=fp32" in line
+    assert ("clip_range of at least 0.003" in line) == (error == 1e-4)
 
 
 @pytest.mark.parametrize(
     ("words", "rolled_out", "replayed"),
     [
         (["train.order=collect"], 3, 3),
-        (["train.order=collect", "train.max_batch=6"], 6, 3),
-        (["train.order=on_policy", "train.max_batch=6", "train.groups_per_step=2"], 6, 6),
-        (["train.order=collect", "train.max_batch=6", "train.steps_per_forward=2"], 6, 6),
+        (["train.order=collect", "compute.max_batch=6"], 6, 3),
+        (["train.order=on_policy", "compute.max_batch=6", "train.groups_per_step=2"], 6, 6),
+        (["train.order=collect", "compute.max_batch=6", "compute.steps_per_forward=2"], 6, 6),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -152,7 +153,5 @@ def test_the_self_check_replays_where_only_some_steps_are_kept(tiny_run):
         assert gradients == expected
 
 
-def test_the_strict_self_check_passes_an_exact_replay_and_is_checked_itself(tiny_run, monkeypatch):
-    assert check(tiny_run, monkeypatch, 0.0, "train.self_check=strict").endswith(": exact")
-    with pytest.raises(ValueError, match="train.self_check is 'loud'; use warn, strict"):
-        load_config(["train.self_check=loud"])
+def test_the_self_check_calls_an_exact_replay_exact(tiny_run, monkeypatch):
+    assert check(tiny_run, monkeypatch, 0.0).endswith(": exact")

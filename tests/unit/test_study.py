@@ -22,7 +22,7 @@ def study():
 def write_run(folder, schedule, panels):
     """panels: (iteration, evaluations, rewards per image, vendi)."""
     folder.mkdir()
-    words = [f"window.schedule={schedule}", "evaluation.panel_size=2", "evaluation.resamples=100"]
+    words = [f"window.schedule={schedule}", "evaluation.panel_size=2"]
     (folder / "config.yaml").write_text(to_yaml(load_config(words)))
     lines = []
     for iteration, evaluations, rewards, vendi in panels:

@@ -1,0 +1,142 @@
+"""Commands on finished models: draw a grid, evaluate a run's tuned model, export a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hrf_fast.build import build_config_reward, build_panel, build_policy
+from hrf_fast.config.load import load_config
+from hrf_fast.config.options import Config
+from hrf_fast.devices import choose_device, set_precision_flags
+from hrf_fast.engines.base import trained_weights
+from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.evaluation.panel import Panel
+from hrf_fast.policies.base import Policy
+from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.sample import sample
+from hrf_fast.run.checkpoint import WEIGHTS
+from hrf_fast.run.files import replace_folder, write_atomically
+
+
+def draw(model: str, out: Path, *, count: int, images_per_call: int, seed: int, device: str, **sampler: Any) -> None:
+    """Write a grid of images of a model, a run or one of its checkpoints.
+
+    Args:
+        sampler: scheduler, steps and eta; None for a run's own, or the defaults of `load_policy`.
+
+    Raises:
+        ValueError: no such model, a run that is not finished, or a count below 1.
+    """
+    if count < 1 or images_per_call < 1:
+        raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
+    # the same seed draws the same grid
+    set_precision_flags(choose_device(device), deterministic=True)
+    policy = _policy(model, device, {name: value for name, value in sampler.items() if value is not None})
+    noise = Panel(count, seed, images_per_call).noise(policy)
+    save_grid(policy.decode(sample(policy, noise, images_per_call=images_per_call)).cpu(), out)
+
+
+def _policy(model: str, device: str, sampler: dict[str, Any]) -> Policy:
+    """A model by name, or a run's tuned model or checkpoint under the sampler that it was trained with."""
+    path = Path(model)
+    if _is_checkpoint(path):
+        config = _with_sampler(_config(path.parents[1]), device, sampler)
+        policy = build_policy(config)
+        load_weights(policy, path)
+        return policy
+    if not (path / "config.yaml").is_file():
+        return load_policy(model, **sampler, device=choose_device(device))
+    finished_run(path)
+    config = _with_sampler(_config(path), device, sampler)
+    return build_policy(config, str(path / "model"))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / WEIGHTS).is_file() and (path.parents[1] / "config.yaml").is_file()
+
+
+def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
+    return load_config(["--config", str(run / "config.yaml"), *words])
+
+
+def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
+    """The configuration with fields of its sample section replaced, in fp32 on `device`."""
+    names = {"sampler": "scheduler", "num_inference_steps": "num_inference_steps", "eta": "eta"}
+    for name, value in sampler.items():
+        setattr(config.sample, names[name], value)
+    config.run.device, config.compute.precision, config.compute.channels_last = device, "fp32", False
+    return config
+
+
+def load_weights(policy: Policy, checkpoint: Path) -> None:
+    """Put a checkpoint's trained weights into a policy.
+
+    Raises:
+        ValueError: the weights are of another architecture.
+    """
+    weights, trained = load_file(checkpoint / WEIGHTS), trained_weights(policy.network)
+    wrong = [
+        name
+        for name in {**trained, **weights}
+        if name not in weights or name not in trained or weights[name].shape != trained[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{checkpoint / WEIGHTS} is of another architecture than model.name's: {wrong[0]} differs")
+    with torch.no_grad():
+        for name, value in weights.items():
+            trained[name].copy_(value)
+
+
+def finished_run(run: Path) -> Path:
+    """The run folder, if its training has finished.
+
+    Raises:
+        ValueError: not a run folder, or a run without a tuned model yet.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
+    if not (run / "model").is_dir():
+        raise ValueError(f"{run} has no model/ yet; let its training finish (the same `hrf train` command resumes it)")
+    return run
+
+
+def evaluate(run: Path, words: list[str]) -> Path:
+    """Evaluate a run's tuned model and its pretrained one on a fixed panel; prints both and writes evaluation.json.
+
+    Args:
+        words: options to change, such as evaluation.panel_size=512.
+    """
+    config = _config(finished_run(run), tuple(words))
+    device = choose_device(config.run.device)
+    reward, panel = build_config_reward(config, device), build_panel(config, device)
+    result: dict[str, Any] = {name: asdict(getattr(config, name)) for name in ("sample", "reward", "evaluation")}
+    for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
+        result[title] = panel.evaluate(build_policy(config, name), reward).record()
+        shown = {k: v for k, v in result[title].items() if k != "rewards"}
+        print(
+            f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items())
+        )
+    write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
+    return run / "evaluation.json"
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint as a diffusers folder.
+
+    Raises:
+        ValueError: not a checkpoint of a run, or a folder that is there already.
+    """
+    if not _is_checkpoint(checkpoint):
+        raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/iteration-…")
+    if out.exists():
+        raise ValueError(f"--out is {out}, which is there already; name a new folder")
+    policy = build_policy(_with_sampler(_config(checkpoint.parents[1]), "cpu", {}))
+    load_weights(policy, checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(out, policy.save)
