@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from types import ModuleType
 from typing import Any
 
 from hrf_fast.build import build_components
@@ -57,11 +58,8 @@ def train(
         config, components = build_components(config, reward=reward, schedule=schedule)
         with Run(config, listeners) as run, closing(components.rewarder):
             budget = Budget(config.train.iterations, config.stop.max_evaluations)
-            try:
+            with run.saving_on_error(components.engine):
                 reason = _loop(components, run, _resume(components, run, budget), budget)
-            except BaseException as error:
-                _save_after(error, components, run)
-                raise
             return run.finish(components.policy, components.engine, reason)
 
 
@@ -88,7 +86,7 @@ def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
         if _due(config.evaluation.every, done, end) and not run.has_panel(done):
             asked = run.log_panel(done, policy.calls.evaluations, components.evaluate_panel())
         if _due(config.run.save_every, done, end) or (config.run.keep_best and run.best() == done):
-            run.save(policy, engine)
+            run.save(engine)
         if end:
             return end
         if not asked:
@@ -97,15 +95,16 @@ def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
             run.commit(components.state(done))
 
 
-def _save_after(error: BaseException, components: Components, run: Run) -> None:
-    """Keep what was learnt, unless the disk is full, the weights have diverged, or other ranks can't save with us."""
-    together = comm.world_size() == 1 or comm.said_by_main(error)
-    if together and not isinstance(error, (OSError, FloatingPointError)):
-        run.save(components.policy, components.engine)
-
-
 def _due(every: int, done: int, end: str | None) -> bool:
     return end is not None or done == 0 or (every > 0 and done % every == 0)
+
+
+class _Module(ModuleType):
+    # the import of this module puts it where the package has its function of that name
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _Module
 
 
 def main(argv: Sequence[str] | None = None) -> int:

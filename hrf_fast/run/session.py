@@ -143,7 +143,7 @@ class Run:
             self.interrupts.release()
             self.interrupts.stop_if_asked()
 
-    def save(self, policy: Policy, engine: Engine) -> None:
+    def save(self, engine: Engine) -> None:
         """Write a checkpoint of the committed state; a no-op where there is none, or where it is saved already."""
         if self._state is None or self._state["iteration"] in (0, self._saved):
             return
@@ -152,6 +152,20 @@ class Run:
             best = self.best() if run.keep_best else None
             save_checkpoint(self.folder.checkpoints, engine, self._state, keep=run.keep_checkpoints, best=best)
             self._saved = self._state["iteration"]
+
+    @contextmanager
+    def saving_on_error(self, engine: Engine) -> Iterator[None]:
+        """Save what was learnt before an error ends the run.
+
+        Nothing is saved where the disk is full, the weights have diverged, or other ranks can't save with this one.
+        """
+        try:
+            yield
+        except BaseException as error:
+            together = comm.world_size() == 1 or comm.said_by_main(error)
+            if together and not isinstance(error, (OSError, FloatingPointError)):
+                self.save(engine)
+            raise
 
     def log(self, record: dict[str, Any], *, images: int, network_seconds: float) -> str | None:
         """Write the metrics line of a finished iteration and tell the listeners.
