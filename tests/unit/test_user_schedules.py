@@ -1,6 +1,7 @@
 """Schedules of the user's: what a factory may return, its options, its memory, and what is refused before the run."""
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -129,6 +130,11 @@ def test_a_factory_itself_is_as_good_as_its_name():
     assert draw(schedule, num_groups=2) == [Window(4, 6)] * 2
     with pytest.raises(ValueError, match=r"window\.kwargs\.begin"):
         build_schedule(Fixed, {"begin": 4}, num_inference_steps=7, stop=6)
+
+
+def test_a_partial_of_a_factory_is_a_factory():
+    schedule = build_schedule(partial(Fixed, start=4), {}, num_inference_steps=7, stop=6)
+    assert draw(schedule, num_groups=2) == [Window(4, 6)] * 2
 
 
 def test_a_factory_that_returns_no_schedule_is_refused_under_its_module_and_name():
