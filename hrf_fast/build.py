@@ -12,7 +12,7 @@ from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.engines.plain import PlainEngine
-from hrf_fast.evaluation.panel import choose_scorer
+from hrf_fast.evaluation.panel import choose_network
 from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
@@ -40,7 +40,7 @@ def build_parts(config: Config) -> Parts:
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.diffusion.stochastic_steps,
         )
-        scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
+        scorer = choose_network(config.evaluation.scorer, config.model.name, device)
         auto = config.train.activations == "auto"
         memory = memory_for(config, policy) if auto else 0
     # the rank with the least memory decides for all

@@ -77,7 +77,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from hrf_fast.build import build_config_reward, build_policy
     from hrf_fast.config.load import load_config
     from hrf_fast.devices import choose_device
-    from hrf_fast.evaluation.panel import choose_scorer
+    from hrf_fast.evaluation.panel import choose_network
     from hrf_fast.evaluation.panel import evaluate as score_panel
     from hrf_fast.run.files import write_atomically
 
@@ -85,7 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = load_config(["--config", str(run / "config.yaml"), *arguments.overrides])
     device = choose_device(config.run.device)
     reward = build_config_reward(config, device)
-    scorer = choose_scorer(config.evaluation.scorer, config.model.name, device)
+    scorer = choose_network(config.evaluation.scorer, config.model.name, device)
     result: dict[str, Any] = {"sample": asdict(config.sample), "reward": asdict(config.reward)}
     result["evaluation"] = asdict(config.evaluation)
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):

@@ -17,8 +17,9 @@ from hrf_fast.evaluation.diversity import Interval, inception_interval, mean_int
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.pixel import Policy
 from hrf_fast.policies.sample import sample
-from hrf_fast.rewards import Reward
-from hrf_fast.vision.shipped import FeatureNetwork, Scorer, load_feature_network, load_scorer
+from hrf_fast.rewards import CombinedReward
+from hrf_fast.vision.base import Classifier, FeatureNetwork
+from hrf_fast.vision.load import load_feature_network
 
 if TYPE_CHECKING:
     pass
@@ -43,13 +44,13 @@ class PanelScores:
         return {**scores, "rewards": [round(value, 6) for value in self.rewards]}
 
 
-def choose_scorer(spec: str, model_name: str, device: torch.device) -> FeatureNetwork | None:
+def choose_network(spec: str, model_name: str, device: torch.device) -> FeatureNetwork | None:
     """The feature network of evaluation.scorer; `auto` is the shipped model's own, and none for other models."""
     if spec == "auto":
         spec = model_name if model_name in SHIPPED else "none"
     if spec == "none":
         return None
-    return load_scorer(spec, device) if spec in SHIPPED else load_feature_network(spec, device)
+    return load_feature_network("evaluation.scorer", spec, device)
 
 
 def panel_noise(policy: Policy, seed: int, count: int) -> NoiseKey:
@@ -59,8 +60,8 @@ def panel_noise(policy: Policy, seed: int, count: int) -> NoiseKey:
 
 def evaluate(
     policy: Policy,
-    reward: Reward,
-    scorer: FeatureNetwork | None,
+    reward: CombinedReward,
+    network: FeatureNetwork | None,
     *,
     panel_size: int,
     seed: int,
@@ -76,18 +77,18 @@ def evaluate(
     # a reward that draws random numbers draws the same for every panel
     seed_everything(seed, 0)
     images = policy.images(_sample_panel(policy, panel_noise(policy, seed, panel_size), batch_size))
-    return comm.main_says(lambda: _score_panel(images, reward, scorer, seed=seed, resamples=resamples))
+    return comm.main_says(lambda: _score_panel(images, reward, network, seed=seed, resamples=resamples))
 
 
 def _score_panel(
-    images: Tensor, reward: Reward, scorer: FeatureNetwork | None, *, seed: int, resamples: int
+    images: Tensor, reward: CombinedReward, network: FeatureNetwork | None, *, seed: int, resamples: int
 ) -> PanelScores:
-    rewards = reward(images).cpu()
+    rewards = reward(images).total.cpu()
     vendi = inception = None
-    if scorer is not None:
-        vendi = vendi_interval(scorer.features(images).cpu(), resamples=resamples, seed=seed)
-    if isinstance(scorer, Scorer) and "label" in scorer.labels:
-        inception = inception_interval(scorer.log_probs(images)["label"].cpu(), resamples=resamples, seed=seed)
+    if network is not None:
+        vendi = vendi_interval(network.features(images).cpu(), resamples=resamples, seed=seed)
+    if isinstance(network, Classifier) and "label" in network.labels:
+        inception = inception_interval(network.log_probs(images)["label"].cpu(), resamples=resamples, seed=seed)
     return PanelScores(
         images=images.cpu(),
         rewards=rewards.tolist(),

@@ -6,17 +6,16 @@ Left out: text conditioning and latent decoders; a model that needs them is refu
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.hub import find_folder
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.pixel import Policy
 from hrf_fast.policies.sampler import COMPATIBLE, build_diffusion
-from hrf_fast.registry import nearest
 
 
 def load_policy(
@@ -102,7 +101,13 @@ def read_configs(
     Raises:
         ValueError: no such model, no UNet in it, or one of a kind that this trainer cannot drive.
     """
-    folder = _find_folder(name, revision, weights)
+    folder = find_folder(
+        "model.name",
+        name,
+        shipped={known: ASSETS / known / "model" for known in SHIPPED},
+        revision=revision,
+        weights=("*.safetensors", "*.bin") if weights else (),
+    )
     unet_folder, unet_config = _component(folder, "unet", "config.json")
     scheduler_folder, scheduler_config = _component(folder, "scheduler", "scheduler_config.json")
     if unet_config.get("_class_name") != "UNet2DModel":
@@ -122,36 +127,6 @@ def read_configs(
             f"use one of {', '.join(COMPATIBLE)}"
         )
     return unet_folder, unet_config, scheduler_folder, scheduler_config
-
-
-def _find_folder(name: str, revision: str | None, weights: bool) -> Path:
-    """The local folder of a model: shipped, the user's own, or downloaded from the hub."""
-    if name in SHIPPED:
-        return ASSETS / name / "model"
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"model.name is {name!r}{nearest(name, SHIPPED)}: no such folder, not a hub id (owner/name), "
-            f"and not one of the shipped models {', '.join(SHIPPED)}"
-        )
-    import huggingface_hub
-
-    try:
-        for pattern in ("*.safetensors", "*.bin") if weights else ("*.json",):
-            folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", pattern])
-            )
-            if list(folder.rglob(pattern)):
-                break
-        return folder
-    # without a network the hub client raises an OSError where it has looked up its cache
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"model.name is {name!r}: no such folder, and the hub did not deliver it ({reason}); on a connected "
-            f"machine run `hf download {name} --local-dir some/folder` and set model.name=some/folder"
-        ) from error
 
 
 def _component(folder: Path, name: str, config: str) -> tuple[Path, dict[str, Any]]:

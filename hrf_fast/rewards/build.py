@@ -1,19 +1,19 @@
-"""From the terms of a config to one callable that checks every call.
+"""From the terms of a config, or a function, to one callable that checks every call.
 
-What is checked: the images that go in (so that a [-1, 1] tensor is refused rather than scored) and the numbers that
+What is checked: the images that go in (so that a [-1, 1] tensor is refused rather than rewarded) and the numbers that
 come out (B of them, real, finite). Nothing is normalised here: rewards keep their units, advantages standardise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrf_fast.config.options import RewardTerm
-from hrf_fast.rewards.registry import NotFiniteError, Reward, RewardError, build_registered
-from hrf_fast.rewards.user import build_user
+from hrf_fast.rewards.registry import NotFiniteError, Reward, RewardError, Rewards, build_registered
+from hrf_fast.rewards.user import build_function, build_user
 
 if TYPE_CHECKING:
     import torch
@@ -23,19 +23,25 @@ if TYPE_CHECKING:
 RANGE_TOLERANCE = 1e-3
 
 
-def build_reward(terms: Sequence[RewardTerm], device: torch.device | str = "cpu") -> CombinedReward:
-    """Build the reward of a config: the weighted sum of its terms.
+def build_reward(
+    reward: str | Callable[..., Any] | Sequence[RewardTerm], device: torch.device | str = "cpu"
+) -> CombinedReward:
+    """Build a reward that checks its calls.
 
     Args:
-        terms: at least one; a term of weight 1 alone is that reward.
+        reward: the terms of a config, summed by weight; the name of one, registered or `module:function`; or a
+            function, called as `module:function` is (see `user.py`) and named after itself.
         device: where the networks of learned rewards live.
 
     Raises:
-        ValueError: no terms, a weight that is not finite, only zero weights, an unknown name or argument, or a
-            `module:function` that does not resolve.
+        ValueError: no terms, a weight that is not finite, only zero weights, an unknown name or argument, a function
+            that does not take (images, prompts), or weights that are neither on disk nor downloadable.
         ImportError: a package that the reward needs is not installed.
-        OSError: weights that are neither on disk nor downloadable.
     """
+    if callable(reward):
+        name = getattr(reward, "__name__", type(reward).__name__)
+        return CombinedReward([_BuiltTerm(name, name, 1.0, build_function(reward, name, {}))])
+    terms = [RewardTerm(reward)] if isinstance(reward, str) else reward
     if not terms:
         raise ValueError('reward.terms is empty; give at least one, for example name: "jpeg_compressibility"')
     for term in terms:
@@ -46,9 +52,10 @@ def build_reward(terms: Sequence[RewardTerm], device: torch.device | str = "cpu"
     built: list[_BuiltTerm] = []
     for term in terms:
         kwargs = {str(key): value for key, value in term.kwargs.items()}
-        reward = build_user(term.name, kwargs) if ":" in term.name else build_registered(term.name, kwargs, device)
+        function = build_user(term.name, kwargs) if ":" in term.name else build_registered(term.name, kwargs, device)
         count = sum(other.name == term.name for other in built)
-        built.append(_BuiltTerm(term.name, f"{term.name}_{count + 1}" if count else term.name, term.weight, reward))
+        key = f"{term.name}_{count + 1}" if count else term.name
+        built.append(_BuiltTerm(term.name, key, term.weight, function))
     return CombinedReward(built)
 
 
@@ -61,25 +68,17 @@ class _BuiltTerm:
 
 
 class CombinedReward:
-    """Weighted sum of rewards; every call is checked, nothing is differentiated.
-
-    `last_terms` holds the batch mean of each term of the last call, before its weight: 0-dim tensors on the images'
-    device, by name. A name used twice gets `_2` the second time.
-    """
+    """Weighted sum of rewards; every call is checked, nothing is differentiated, and calls remember nothing."""
 
     def __init__(self, terms: Sequence[_BuiltTerm]) -> None:
         self._terms = tuple(terms)
-        self.last_terms: dict[str, Tensor] = {}
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        """Score a batch.
+    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Rewards:
+        """Reward a batch.
 
         Args:
             images: [B, 3, H, W] float in [0, 1].
             prompts: B strings, for rewards that read them.
-
-        Returns:
-            [B] fp32 on the images' device.
 
         Raises:
             ValueError: images or prompts are not as above.
@@ -90,7 +89,7 @@ class CombinedReward:
         check_images(images, prompts)
         total = torch.zeros(len(images), device=images.device)
         means = {}
-        # a score must not depend on the precision that the run trains in
+        # a reward must not depend on the precision that the run trains in
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for term in self._terms:
                 try:
@@ -102,26 +101,25 @@ class CombinedReward:
                 values = check_rewards(images, values, term.key)
                 means[term.key] = values.mean()
                 total += term.weight * values
-        self.last_terms = means
-        return total
+        return Rewards(total, means)
 
 
 def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
-    """Refuse images that no reward is meant to score.
+    """Refuse images that no reward is meant for.
 
     Raises:
         ValueError: not [B, 3, H, W] float with B at least 1, outside [0, 1] or NaN, or not one prompt per image.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0 or not images.is_floating_point():
         raise ValueError(
-            f"rewards score float images [B, 3, H, W], got {images.dtype} {list(images.shape)}; "
+            f"rewards take float images [B, 3, H, W], got {images.dtype} {list(images.shape)}; "
             "repeat the channel of grey images three times and scale bytes by 1/255"
         )
     low, high = (value.item() for value in images.aminmax())
     # written so that NaN fails too
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
         raise ValueError(
-            f"rewards score images in [0, 1], got values in [{low:.3g}, {high:.3g}]; "
+            f"rewards take images in [0, 1], got values in [{low:.3g}, {high:.3g}]; "
             "map [-1, 1] by images / 2 + 0.5 and clamp"
         )
     if prompts is not None and len(prompts) != len(images):
@@ -132,7 +130,7 @@ def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
     """Turn what a reward returned into [B] fp32 on the images' device, or say what is wrong with it.
 
     Args:
-        images: [B, 3, H, W], the images that were scored.
+        images: [B, 3, H, W], the images that were rewarded.
         rewards: a tensor, array or list of B numbers.
         name: the reward, for the message.
 

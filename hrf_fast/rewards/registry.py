@@ -11,13 +11,11 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from hrf_fast.registry import Registry, call_factory
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torch import Tensor
 
 FAMILIES = ("jpeg", "aesthetic", "classifier")
@@ -27,6 +25,15 @@ class Reward(Protocol):
     """Images [B, 3, H, W] in [0, 1] and optionally B prompts -> [B], higher is better."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor: ...
+
+
+class Rewards(NamedTuple):
+    """The rewards of a batch, and what its terms contribute."""
+
+    total: Tensor
+    """[B] fp32 on the images' device: the weighted sum of the terms."""
+    terms: dict[str, Tensor]
+    """Batch mean of each term before its weight, 0-dim, by name; a name used twice gets `_2` the second time."""
 
 
 class RewardError(RuntimeError):
@@ -126,23 +133,8 @@ def build_registered(name: str, kwargs: dict[str, Any], device: Any) -> Reward:
     """
     _load_families()
     factory = _rewards[name].factory
-    given = {"device": device} if "device" in inspect.signature(factory).parameters else {}
-    return call_factory(factory, name, kwargs, **given)
-
-
-def require(module: str, *, reward: str) -> ModuleType:
-    """Import an optional package, or say how to install it.
-
-    Raises:
-        ImportError: the package is missing or does not import; the message has the install line.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"reward {reward!r} needs {module}, which does not import ({error}); "
-            'install it with: pip install "hrf_fast[rewards]"'
-        ) from error
+    of_the_run = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    return call_factory(factory, name, kwargs, **of_the_run)
 
 
 def _load_families() -> None:

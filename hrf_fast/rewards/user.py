@@ -1,14 +1,15 @@
-"""A reward of your own, named in the config as `module:function`.
+"""A reward of your own: a function given to `build_reward`, or named in the config as `module:function`.
 
-The function is called as `function(images, prompts, **kwargs)` and returns B numbers as a tensor, array or list. It is
-resolved, and its signature compared with the kwargs, before the run starts. It gets what the built-in rewards get and
-the same checks; it is not sandboxed.
+The function is called as `function(images, prompts, **kwargs)` and returns B numbers as a tensor, array or list. One
+written for TRL, `function(images, prompts, metadata) -> (rewards, metadata)`, works too: its third argument is named
+metadata and gets an empty dict per image. The signature is compared with the kwargs before the run starts. A function
+gets what the built-in rewards get and the same checks; it is not sandboxed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hrf_fast.registry import load_user_function
@@ -31,22 +32,46 @@ def build_user(spec: str, kwargs: dict[str, Any]) -> Reward:
     function = load_user_function(spec, "reward.name")
     if inspect.isclass(function):
         raise ValueError(f"reward.name is {spec!r}, which is a class; name a function, or an instance with __call__")
+    return build_function(function, spec, kwargs)
+
+
+def build_function(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Reward:
+    """Bind kwargs to a function; `name` is for errors.
+
+    Raises:
+        ValueError: the function takes neither (images, prompts, **kwargs) nor (images, prompts, metadata, **kwargs).
+    """
     try:
         signature = inspect.signature(function)
     except ValueError:
         # some functions written in C have none to read; they fail at the first call instead
         signature = None
+    like_trl = signature is not None and _takes_metadata(signature, kwargs)
     if signature is not None:
         try:
-            signature.bind(None, None, **kwargs)
+            signature.bind(None, None, *([None] if like_trl else []), **kwargs)
         except TypeError as error:
-            call = ", ".join(["images", "prompts", *(f"{key}=…" for key in kwargs)])
+            attribute = name.rpartition(":")[2]
+            arguments = ["images", "prompts", *(["metadata"] if like_trl else []), *(f"{key}=…" for key in kwargs)]
             raise ValueError(
-                f"reward.name is {spec!r}, which is called as {attribute}({call}) but defined as "
+                f"reward.name is {name!r}, which is called as {attribute}({', '.join(arguments)}) but defined as "
                 f"{attribute}{signature}: {error}; change the kwargs or the function"
             ) from error
 
     def reward(images: Tensor, prompts: Sequence[str] | None = None) -> Any:
-        return function(images, prompts, **kwargs)
+        if not like_trl:
+            return function(images, prompts, **kwargs)
+        result = function(images, prompts, tuple({} for _ in images), **kwargs)
+        return result[0] if isinstance(result, tuple) and len(result) == 2 else result
 
     return reward
+
+
+def _takes_metadata(signature: inspect.Signature, kwargs: dict[str, Any]) -> bool:
+    """Whether the third positional parameter is TRL's (`metadata`, or `prompt_metadata`)."""
+    positional = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(positional) > 2 and positional[2].endswith("metadata") and positional[2] not in kwargs

@@ -11,7 +11,7 @@ from hrf_fast.memory.activations import Activations
 from hrf_fast.policies.pixel import Policy
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.rewarding import Background
-from hrf_fast.vision.shipped import FeatureNetwork
+from hrf_fast.vision.base import FeatureNetwork
 from hrf_fast.windows.base import WindowSchedule
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.pixel import Policy
-from hrf_fast.rewards import Reward
+from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import together
 from hrf_fast.training.rollout import renoised
 from hrf_fast.windows.base import check_estimate
@@ -34,7 +34,7 @@ class _Lane:
 @torch.no_grad()
 def probe_starts(
     policy: Policy,
-    reward: Reward,
+    reward: CombinedReward,
     anchors: Sequence[Tensor],
     candidates: Sequence[Sequence[int]],
     noises: Sequence[NoiseKey],
@@ -66,7 +66,7 @@ def probe_starts(
     rewards, distances = [], []
     for call, clean in measure(policy, anchors, lanes, batch_size):
         own = torch.stack([anchors[lanes[index].group] for index in call for _ in lanes[index].noise.sample_id])
-        rewards.append(reward(policy.images(clean)))
+        rewards.append(reward(policy.images(clean)).total)
         distances.append(1 - torch.cosine_similarity(clean.flatten(1), own.flatten(1)))
     if not lanes:
         return [(torch.zeros(0), torch.zeros(0)) for _ in candidates]

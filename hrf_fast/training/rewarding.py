@@ -77,8 +77,8 @@ def score_groups(reward: CombinedReward, images: Mapping[int, Tensor]) -> dict[i
 
 
 def _score(reward: CombinedReward, images: Tensor) -> tuple[Tensor, dict[str, float]]:
-    values = reward(images).cpu()
-    return values, {name: float(value) for name, value in reward.last_terms.items()}
+    rewards = reward(images)
+    return rewards.total.cpu(), {name: float(value) for name, value in rewards.terms.items()}
 
 
 def gather_scores(
