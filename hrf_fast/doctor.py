@@ -230,7 +230,7 @@ def _launcher() -> str:
 def _shipped(name: str) -> str:
     needed = {
         "model": "model/unet/*.safetensors",
-        "scorer": "scorer/*.safetensors",
+        "classifier": "classifier/*.safetensors",
         "reference images": "reference.safetensors",
     }
     lacking = [part for part, pattern in needed.items() if not any((ASSETS / name).glob(pattern))]
