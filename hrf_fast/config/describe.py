@@ -102,7 +102,7 @@ def _as_written(default: Any) -> str:
 
 
 def _change(facts: Facts) -> str:
-    """What a change of the option means."""
+    """The consequence of a change of the option."""
     meanings = {"may change on resume": facts.resumable, "changes the panel": facts.panel}
     return ", ".join(meaning for meaning, holds in meanings.items() if holds)
 

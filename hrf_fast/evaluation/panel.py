@@ -48,7 +48,7 @@ class Panel:
     size: int
     """Images; the first n of a larger panel are the smaller panel."""
     seed: int
-    """Of the panel's noise, and of its bootstrap."""
+    """Seed of the panel's noise, and of its bootstrap."""
     images_per_call: int
     network: FeatureNetwork | None = None
     """Features for the Vendi Score, and for the Inception Score where it is a classifier."""

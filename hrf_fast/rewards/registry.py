@@ -57,7 +57,7 @@ class RewardArgument:
 
 @dataclass(frozen=True)
 class RewardInfo:
-    """What `hrf rewards` prints about one reward."""
+    """One reward as `hrf rewards` prints it."""
 
     name: str
     description: str
