@@ -126,8 +126,8 @@ def build_head(weights: Any, head: str) -> nn.Sequential:
         layers = nn.Sequential(*(nn.Linear(i, o) for i, o in zip(inputs, widths, strict=False)))
         layers.load_state_dict(dict(zip(layers.state_dict(), (tensors[name].float() for name in names), strict=True)))
         return layers.eval().requires_grad_(False)
-    shapes = {name: list(getattr(value, "shape", [])) for name, value in list(tensors.items())[:12]}
+    layout = {name: list(getattr(value, "shape", [])) for name, value in list(tensors.items())[:12]}
     raise ValueError(
-        f"aesthetic.head {head!r} is not a LAION head: its weights are {shapes or type(weights).__name__}; expected "
+        f"aesthetic.head {head!r} is not a LAION head: its weights are {layout or type(weights).__name__}; expected "
         "weight [1, D] and bias [1], or layers.{0,2,4,6,7} of widths 1024, 128, 64, 16, 1 (no activations)"
     )
