@@ -7,7 +7,7 @@ run_dir/
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
-    .lock                held while a process trains here
+    .lock, .lock-owner   held while a process trains here, and by which
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import BaseFileLock
 from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
@@ -63,7 +64,7 @@ class Run:
         self.folder = Path(config.run.folder)
         self.checkpoints = self.folder / "checkpoints"
         # the main rank's, for all
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
         comm.main_says(self._claim)
         self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
         self.interrupts = Interrupts(self.progress.note)
@@ -106,7 +107,7 @@ class Run:
                     f"run.folder {self.folder} holds a run of another configuration ({listed}); choose another "
                     "run.folder, restore those options to resume, or delete the folder"
                 )
-        elif any(path.name != lock.NAME for path in self.folder.iterdir()):
+        elif any(path.name not in (lock.NAME, lock.OWNER) for path in self.folder.iterdir()):
             raise ValueError(f"run.folder {self.folder} is not empty and holds no run; choose another run.folder")
 
     def begin(self, done: int) -> None:
@@ -183,7 +184,7 @@ class Run:
         for writer in self.writers:
             writer.close()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def begin_iteration(self) -> None:
         """From here on time belongs to the next line of the log: panels and checkpoints do not."""
