@@ -61,6 +61,7 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
         "checkpoints",
         "model",
         ".lock",
+        ".lock-owner",
     }
     assert load_config(["--config", str(run / "config.yaml")]) == load_config(tiny_run)
     records = read_log(run / "metrics.jsonl")
