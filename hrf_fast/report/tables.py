@@ -64,9 +64,7 @@ def findings(logs: Sequence[RunLog]) -> list[str]:
         elif change.high < 0:
             lines.append(f"{log.name}: the reward fell.")
     if logs[0].score("vendi", 0) is None:
-        lines.append(
-            "No Vendi Score: evaluation.network names no network for this model, so diversity was not measured."
-        )
+        lines.append("No Vendi Score: evaluation.network has none for this model, so diversity was not measured.")
     elif len(logs) > 1 and equal_reward_table(logs) is None:
         lines.append(f"No comparison at equal reward: {weakest.name} did not end above the pretrained model.")
     elif len(logs) > 1:

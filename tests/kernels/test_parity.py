@@ -19,7 +19,7 @@ from tests.parity.test_golden import (  # noqa: F401
     test_mean_sigma_and_log_prob_of_every_window_step,
     test_the_tolerance_rejects_a_gradient_that_is_one_percent_off,
 )
-from tests.unit.test_update import (  # noqa: F401
+from tests.unit.test_optimizer_step import (  # noqa: F401
     test_a_clipped_sample_has_no_gradient,
     test_a_moved_policy_has_another_ratio,
     test_a_step_moves_the_log_prob_of_good_samples_up,
