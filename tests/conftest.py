@@ -79,7 +79,6 @@ def tiny_run(tiny_model, tmp_path):
     return [
         f"model.name={tiny_model}",
         "sample.num_inference_steps=6",
-        "compute.batch_size=8",
         "train.iterations=2",
         "train.groups_per_iteration=2",
         "train.group_size=3",
