@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from hrf_fast.errors import Interrupted
 
 RESUMES = "the same command resumes the run"
 
@@ -14,19 +17,20 @@ RESUMES = "the same command resumes the run"
 def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     """Run a command and turn the errors that a user can mend into one line and an exit code.
 
-    HRF_TRACEBACK=1 shows the traceback too; `interrupted` is what Ctrl-C leaves to be said.
+    HRF_TRACEBACK=1 shows the traceback too; `interrupted` is what a signal leaves to be said.
 
     Returns:
-        0, 1 for an error, 130 after Ctrl-C.
+        0, 1 for an error, 128 and the signal's number after a signal: 130 after Ctrl-C.
     """
     from hrf_fast.rewards import RewardError
 
     try:
         command()
         return 0
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        print(f"\nstopped by {stop.name}" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
+        return 128 + stop.number
     except BrokenPipeError:
         # the reader of our output, such as `head`, has left; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

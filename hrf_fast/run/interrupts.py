@@ -1,7 +1,7 @@
-"""Interrupts: Ctrl-C waits until weights can be saved, and stops all ranks at the same place.
+"""Interrupts: Ctrl-C, SIGTERM and SIGHUP wait until weights can be saved, and stop all ranks at the same place.
 
-One process is interrupted as usual, except in what is held. On several ranks a signal is noted and acted upon where
-all of them come by: a launcher ends its ranks by SIGTERM, half a minute before SIGKILL.
+One process is interrupted at once, except in what is held. On several ranks a signal is noted and acted upon where all
+of them come by: a launcher ends its ranks by SIGTERM, half a minute before SIGKILL.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any
 import torch
 
 from hrf_fast.distributed import comm
+from hrf_fast.errors import Interrupted
+
+# Windows has no SIGHUP
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupts:
@@ -23,26 +27,26 @@ class Interrupts:
     def __init__(self, note: Callable[[str], None]) -> None:
         """`note` shows the user a line."""
         self.note = note
-        self._asked = False
+        # the number of the first signal; 0 before there is one
+        self._asked = 0
         self._held = 0
         self._handlers: dict[int, Any] = {}
-        # the handler of Ctrl-C that `hold` stands in for
-        self._previous: Any = None
 
     def __enter__(self) -> Interrupts:
-        if comm.world_size() > 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note)
+        # other threads get no signals
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = comm.world_size() > 1 and kind is not None and issubclass(kind, KeyboardInterrupt)
         for number, handler in self._handlers.items():
-            # a stopped rank may be on its way out when the launcher's SIGTERM comes: it still ends with 130
-            signal.signal(number, signal.SIG_IGN if kind is KeyboardInterrupt else handler)
+            # a stopped rank may be on its way out when the launcher's SIGTERM comes: its exit code stays the first's
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold a Ctrl-C back until the block is done: weights are never saved in the middle of an update."""
+        """Hold signals back until the block is done: weights are never saved in the middle of an update."""
         self.hold()
         try:
             yield
@@ -51,29 +55,27 @@ class Interrupts:
         self.stop_if_asked()
 
     def hold(self) -> None:
-        """Hold a Ctrl-C back until `release`; on several ranks until they all know of it and are at the same place."""
+        """Hold signals back until `release`."""
         self._held += 1
-        if self._held == 1 and comm.world_size() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._note)
 
     def release(self) -> None:
         """End `hold`; `stop_if_asked` then acts on what came in between."""
         self._held -= 1
-        if self._held == 0 and self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
 
     def stop_if_asked(self) -> None:
-        """KeyboardInterrupt on all ranks when one of them was asked to stop, unless it is held."""
-        if self._held == 0 and bool(comm.gather_rows(torch.tensor([self._asked])).any()):
-            self._asked = False
-            raise KeyboardInterrupt
+        """Raise Interrupted on all ranks when one of them was asked to stop, unless signals are held."""
+        if self._held == 0 and (number := int(comm.gather_rows(torch.tensor([self._asked])).max())):
+            self._asked = 0
+            raise Interrupted(number)
 
-    def _note(self, *_: object) -> None:
-        first, self._asked = not self._asked, True
+    def _handle(self, number: int, _: object) -> None:
+        again, self._asked = bool(self._asked), self._asked or number
+        name = signal.Signals(number).name
         if comm.world_size() > 1:
-            if first:
-                self.note("Ctrl-C: stopping as soon as all ranks are done with this")
-            return
-        self.note("Ctrl-C: stopping as soon as this is done (press again to stop at once, and lose it)")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not again:
+                self.note(f"{name}: stopping as soon as all ranks are done with this")
+        elif again or not self._held:
+            self._asked = 0
+            raise Interrupted(number)
+        else:
+            self.note(f"{name}: stopping as soon as this is done (send it again to stop at once, and lose it)")

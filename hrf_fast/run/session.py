@@ -33,7 +33,7 @@ _SHOWN = 64
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves behind."""
+    """Results of a finished run."""
 
     folder: Path
     """config.yaml, metrics.jsonl, evaluations.jsonl, samples/, checkpoints/ and model/, the tuned model."""
@@ -76,7 +76,7 @@ class Run:
         self.interrupts.__exit__(kind)
         if comm.is_main():
             if kind is not None:
-                self.reason = "Ctrl-C" if kind is KeyboardInterrupt else f"an error ({kind.__name__})"
+                self.reason = "a signal" if issubclass(kind, KeyboardInterrupt) else f"an error ({kind.__name__})"
             for listener in self._listeners:
                 listener.finished(self.reason)
             self.folder.release()

@@ -31,7 +31,7 @@ LAYERS = (
     ("hub",),
     ("devices", "stopwatch"),
     ("distributed",),
-    ("noise", "registry", "assets", "version"),
+    ("noise", "registry", "assets", "errors", "version"),
 )
 MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
 SOURCES = sorted(
