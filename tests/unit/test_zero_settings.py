@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed: what is refused by name, what is filled in, and that its own parser takes the shipped files."""
+"""Settings of DeepSpeed: what is refused by name, what is filled in, and that its own parser takes what we ship."""
 
 from pathlib import Path
 
