@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import timing
-from benchmarks.counting import TRITON, Count, count, count_analytic, count_compiled
-from benchmarks.providers import NAMES, Case, Result, check, compile_fails, exact, make_case, providers
-from benchmarks.tables import page
+from benchmarks.kernel_bench import timing
+from benchmarks.kernel_bench.counting import TRITON, Count, count, count_analytic, count_compiled
+from benchmarks.kernel_bench.page import page
+from benchmarks.kernel_bench.providers import NAMES, Case, Result, check, compile_fails, exact, make_case, providers
 from hrf_fast.devices import choose_device
 
 SHAPES = ("3x32x32", "4x64x64", "16x128x128", "3x256x256")

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.configurations import Row, base_words
-from benchmarks.measure import describe, machine, markdown_table
-from benchmarks.models import MODELS, make_model
-from benchmarks.workers import Worker, WorkerError
+from benchmarks.training_bench.configurations import Row, base_words
+from benchmarks.training_bench.memory import describe, machine, markdown_table
+from benchmarks.training_bench.models import MODELS, make_model
+from benchmarks.training_bench.workers import Worker, WorkerError
 from hrf_fast.devices import choose_device
 from hrf_fast.registry import nearest
 

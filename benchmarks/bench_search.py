@@ -46,10 +46,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.configurations import base_words
-from benchmarks.measure import describe, machine, markdown_table
-from benchmarks.models import make_model
-from benchmarks.regret import SEARCHES, Measurements, judge, make
+from benchmarks.search_bench.regret import SEARCHES, Measurements, judge, make
+from benchmarks.training_bench.configurations import base_words
+from benchmarks.training_bench.memory import describe, machine, markdown_table
+from benchmarks.training_bench.models import make_model
 from hrf_fast.build import build_config_reward, build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device

@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.ceiling import matmul_speed, unet_flops
-from benchmarks.configurations import LITERAL, METHODS, Row, base_words, rows
-from benchmarks.measure import describe, machine, markdown_table, note
-from benchmarks.models import MODELS, make_model, without_clipping
-from benchmarks.turns import CHECKED, measure
+from benchmarks.training_bench.ceiling import matmul_speed, unet_flops
+from benchmarks.training_bench.configurations import LITERAL, METHODS, Row, base_words, rows
+from benchmarks.training_bench.memory import describe, machine, markdown_table, note
+from benchmarks.training_bench.models import MODELS, make_model, without_clipping
+from benchmarks.training_bench.turns import CHECKED, measure
 from hrf_fast.devices import choose_device
 from hrf_fast.registry import nearest
 

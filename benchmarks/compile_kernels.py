@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.assembly import Reading, read
-from benchmarks.compile_only import collect
+from benchmarks.kernel_bench.assembly import Reading, read
+from benchmarks.kernel_bench.compile_only import collect
 from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step
 from hrf_kernels.step import step_kernel
 from hrf_kernels.surrogate import finalize_kernel, gradient_kernel, one_program_kernel, scale_kernel, sums_kernel

@@ -2,7 +2,7 @@
 
 A worker of hrf_fast runs the real `hrf_fast.train.train` and stops where an iteration has been logged. So what is timed
 is what a user runs, whatever the loop looks like inside, logging included. It reaches in at two places, `build_parts`
-and `Run.log`. A worker of the literal loop runs benchmarks/literal.py.
+and `Run.log`. A worker of the literal loop runs benchmarks/training_bench/literal.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import SavedTensors, resident_bytes
+from benchmarks.training_bench.memory import SavedTensors, resident_bytes
 from hrf_fast.devices import peak_memory_bytes
 
 OUTPUT = "output.txt"
@@ -82,7 +82,7 @@ def _run_ours(config: Any, server: Server) -> None:
 
 
 def _run_literal(config: Any, server: Server) -> None:
-    from benchmarks.literal import LiteralTrainer
+    from benchmarks.training_bench.literal import LiteralTrainer
 
     trainer = LiteralTrainer(config)
     server.watch(trainer.unet, lambda latents, timestep: trainer.unet(latents, timestep).sample, trainer.noise.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.serving import OUTPUT, serve
+from benchmarks.training_bench.serving import OUTPUT, serve
 
 # a worker is forked from a process that has imported these
 _PRELOAD = ["diffusers.models.unets.unet_2d", "diffusers.schedulers.scheduling_ddim", "hrf_fast.train"]

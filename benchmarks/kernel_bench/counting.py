@@ -78,7 +78,7 @@ def count(run: Callable[[Any], Any], case: Any) -> Count:
 
 def count_analytic(case: Any) -> Count:
     """The same of ours: what its operation does inside, and what autograd does around it."""
-    from benchmarks.providers import analytic
+    from benchmarks.kernel_bench.providers import analytic
 
     return count(analytic, case)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.configurations import Row
-from benchmarks.measure import note
-from benchmarks.workers import Worker, WorkerError
+from benchmarks.training_bench.configurations import Row
+from benchmarks.training_bench.memory import note
+from benchmarks.training_bench.workers import Worker, WorkerError
 
 # iterations that are compared with the literal loop before anything is timed; they warm up too
 CHECKED = 3

@@ -17,7 +17,7 @@ class Row:
     equal: bool = False
     """It must have the literal loop's weights after a few iterations."""
     kind: str = "ours"
-    """ours, or literal for benchmarks/literal.py."""
+    """ours, or literal for benchmarks/training_bench/literal.py."""
 
     @property
     def words(self) -> list[str]:
