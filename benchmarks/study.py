@@ -22,19 +22,26 @@ from typing import Any
 
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.tables import markdown_table
 from hrf_fast.report.comparison import at_reward, gain, read_runs
 
-ROOT = Path(__file__).parents[1]
-METHODS = {"hrf": [], "ddpo": ["--config", str(ROOT / "configs" / "demo_ddpo.yaml")]}
+ROOT = Path(__file__).resolve().parents[1]
+# words of `hrf train` beside the configuration's file, by method
+WORDS = {"hrf": [], "ddpo": ["--config", str(ROOT / "configs" / "demo_ddpo.yaml")]}
+HEADER = ("seed", "HRF: gain in reward [95 %]", "Vendi that HRF keeps", "DDPO keeps at that reward", "DDPO's end")
 
 
 def train(config: Path, method: str, seed: int, folder: Path, threads: int, overrides: list[str]) -> None:
-    """One run in a process of its own, so that several can run side by side.
+    """Train one run in a process of its own, so that several can run side by side.
 
     Raises:
         RuntimeError: it failed; the message is its last line.
     """
-    words = ["--config", str(config), *METHODS[method], f"run.seed={seed}", f"run.folder={folder}", *overrides]
+    words = ["--config", str(config), *WORDS[method], f"run.seed={seed}", f"run.folder={folder}", *overrides]
     result = subprocess.run(
         [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words, "run.progress=quiet"],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -46,12 +53,12 @@ def train(config: Path, method: str, seed: int, folder: Path, threads: int, over
 
 
 def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
-    """What one seed says; Vendi Scores as shares of the pretrained model's."""
+    """Compare one seed's two runs; Vendi Scores are shares of the pretrained model's."""
     ours, theirs = read_runs([hrf, ddpo])
     before, after = ours.score("vendi", 0), ours.score("vendi")
     assert before is not None and after is not None, "the config's evaluation.network must give features"
     level = ours.rewards()[-1]
-    there = at_reward(theirs, level)
+    point = at_reward(theirs, level)
     end = theirs.score("vendi")
     assert end is not None
     return {
@@ -65,39 +72,39 @@ def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
         "ddpo_vendi_share": end.value / before.value,
         "ddpo_evaluations": theirs.panels[-1]["evaluations"],
         # where DDPO's reward reached HRF's; None where it never did
-        "ddpo_evaluations_at_hrf_reward": there[0] if there else None,
-        "ddpo_vendi_share_at_hrf_reward": there[1].value / before.value if there else None,
+        "ddpo_evaluations_at_hrf_reward": point[0] if point else None,
+        "ddpo_vendi_share_at_hrf_reward": point[1].value / before.value if point else None,
     }
 
 
 def markdown(title: str, results: dict[int, dict[str, Any]]) -> str:
     """One row per seed and a row of means ± standard deviations."""
-    lines = [
-        f"### {title}",
-        "",
-        "| seed | HRF: gain in reward [95 %] | Vendi that HRF keeps | DDPO keeps at that reward | DDPO's end |",
-        "|---|---|---|---|---|",
-    ]
-    for seed, r in results.items():
-        value, low, high = r["hrf_gain"]
-        there = r["ddpo_vendi_share_at_hrf_reward"]
-        shown = f"{there:.1%}" if there is not None else "never reached it"
-        end = f"{r['ddpo_reward'] - r['pretrained_reward']:+.4f}, {r['ddpo_vendi_share']:.1%}"
-        lines.append(
-            f"| {seed} | {value:+.4f} [{low:+.4f}, {high:+.4f}] | {r['hrf_vendi_share']:.1%} | {shown} | {end} |"
+    rows = []
+    for seed, result in results.items():
+        value, low, high = result["hrf_gain"]
+        share = result["ddpo_vendi_share_at_hrf_reward"]
+        rows.append(
+            [
+                str(seed),
+                f"{value:+.4f} [{low:+.4f}, {high:+.4f}]",
+                f"{result['hrf_vendi_share']:.1%}",
+                f"{share:.1%}" if share is not None else "never reached it",
+                f"{result['ddpo_reward'] - result['pretrained_reward']:+.4f}, {result['ddpo_vendi_share']:.1%}",
+            ]
         )
+    gain_mean = statistics.mean(result["hrf_gain"][0] for result in results.values())
+    shares = ("hrf_vendi_share", "ddpo_vendi_share_at_hrf_reward", "ddpo_vendi_share")
+    rows.append(["mean", f"{gain_mean:+.4f}", *(_mean([r[name] for r in results.values()]) for name in shares)])
+    return f"### {title}\n\n{markdown_table(HEADER, rows)}\n"
 
-    def mean(values: list[float]) -> str:
-        spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1%}{spread}"
 
-    reached = [r["ddpo_vendi_share_at_hrf_reward"] for r in results.values() if r["ddpo_vendi_share_at_hrf_reward"]]
-    gains = [r["hrf_gain"][0] for r in results.values()]
-    lines.append(
-        f"| mean | {statistics.mean(gains):+.4f} | {mean([r['hrf_vendi_share'] for r in results.values()])} "
-        f"| {mean(reached) if reached else '-'} | {mean([r['ddpo_vendi_share'] for r in results.values()])} |"
-    )
-    return "\n".join(lines) + "\n"
+def _mean(shares: list[float | None]) -> str:
+    """Mean ± standard deviation over the seeds that have a value."""
+    values = [share for share in shares if share is not None]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1%}{spread}"
 
 
 def main() -> None:
@@ -110,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     out = arguments.out or Path("runs") / f"study-{arguments.config.stem}"
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    runs = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in METHODS]
+    runs = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in WORDS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [pool.submit(train, arguments.config, *job, threads, arguments.overrides) for job in runs]
         for job in tqdm(jobs, unit="run"):

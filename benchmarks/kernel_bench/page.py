@@ -1,9 +1,11 @@
-"""The kernel benchmark's result as text: Markdown tables, with what was not measured left empty and said so."""
+"""The kernel benchmark's result as a page of Markdown; what was not measured is left empty, and the page says so."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
+
+from benchmarks.machine import describe
+from benchmarks.tables import markdown_table
 
 OURS = ("analytic", "two-stage", "one-program")
 NO_GPU = (
@@ -12,20 +14,9 @@ NO_GPU = (
 )
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; None is an empty cell, a float has three digits."""
-
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
-
-
 def page(result: dict[str, Any]) -> str:
     """Everything that was counted and measured."""
-    head = ("device", "torch", "triton", "python", "threads", "load", "commit", "seed", "dtype", "clock")
-    parts = ["\n".join(f"{name}: {result[name]}" for name in head)]
+    parts = [describe(result["machine"]), ", ".join(f"{name} {result[name]}" for name in ("seed", "dtype", "clock"))]
     parts += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     parts += [_errors(result["cases"]), _counted(result["counted"])]
     on_gpu = any("gpu" in values for case in result["cases"] for values in case["providers"].values())
@@ -43,7 +34,7 @@ def _errors(cases: list[dict[str, Any]]) -> str:
                 of_this = worst.setdefault(name, {})
                 of_this[what] = max(of_this.get(what, 0.0), error)
     rows = [(name, *errors.values()) for name, errors in worst.items()]
-    return f"Largest errors against float64, each of its scale ({len(cases)} cases):\n\n" + markdown(
+    return f"Largest errors against float64, each of its scale ({len(cases)} cases):\n\n" + markdown_table(
         ("provider", "log-prob", "loss", "gradient"), rows
     )
 
@@ -57,7 +48,7 @@ def _counted(counted: dict[str, Any]) -> str:
     header = ["provider", *(f"{clamp}: {what}" for clamp in counted for what in ("tensors", "calls"))]
     return (
         "Traffic of a forward and a backward in float32 tensors of the batch's size, and operations or launches:\n\n"
-        + markdown(header, rows)
+        + markdown_table(header, rows)
         + "\n\neager: torch operations, counted here; torch.compile: inductor's own count; fused: as the tests count "
         "them, running the compiled kernels.\nanalytic works on blocks that stay in a CPU's cache: most of its "
         "traffic is not memory's."
@@ -79,7 +70,7 @@ def _cpu(cases: list[dict[str, Any]]) -> str:
         times = [values.get(name, {}).get("cpu_ms") for name in names]
         rows.append([*_where(case), *times, *(f"{versus[name]:.2f}×" for name in compared)])
     header = ["shape", "B", "clamp", *(f"{name}, ms" for name in names), *(f"analytic is, of {n}" for n in compared)]
-    return "CPU time of a forward and a backward, and how many times faster ours is:\n\n" + markdown(header, rows)
+    return "CPU time of a forward and a backward, and how many times faster ours is:\n\n" + markdown_table(header, rows)
 
 
 def _gpu(cases: list[dict[str, Any]]) -> str:
@@ -90,7 +81,7 @@ def _gpu(cases: list[dict[str, Any]]) -> str:
             rows.append([*_where(case), name, *(values["gpu"][column] for column in columns)])
     header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "cold GB/s", "of peak", "warm GB/s", "launches"]
     note = "cold: L2 emptied, the host's time included; warm: a CUDA graph, whose rates may be the cache's"
-    return f"GPU time of a forward and a backward ({note}):\n\n{markdown(header, rows)}"
+    return f"GPU time of a forward and a backward ({note}):\n\n{markdown_table(header, rows)}"
 
 
 def _unet(unet: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""What the searches of HRF-D choose from what was measured, and what their choices lose.
+"""Regret: the starts that HRF-D's searches choose from equal measurements, and what these choices lose.
 
-The rules and yardsticks are those of bench_search.py, which measures.
+bench_search.py explains the rules and the yardsticks.
 """
 
 from __future__ import annotations
@@ -37,34 +37,35 @@ class Measurements:
     def __len__(self) -> int:
         return len(self.tables["x0"])
 
-    def scores(self, anchor: int, groups: Sequence[int]) -> Tensor:
-        """Exact scores [C − 1] by several groups together."""
+    def criteria(self, anchor: int, groups: Sequence[int]) -> Tensor:
+        """Exact criteria [C − 1] by several groups together."""
         rewards, distances = self.tables["exact"][anchor][list(groups)].double().mean(0)
         return start_scores(rewards.diff(), distances[1:], beta=self.arguments.beta)
 
     def probe(self, places: Sequence[tuple[int, int]], spent: list[int]) -> Callable[..., list[tuple[Tensor, Tensor]]]:
-        """A probe that looks up what was measured of (anchor, group), and lists what it would have cost a sample."""
+        """A probe that looks up measurements by (anchor, group) and adds to `spent` what they would cost a sample."""
 
         def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
-            found = []
+            means = []
             for (anchor, group), starts in zip(places, candidates, strict=True):
                 spent.append(sum(evaluations(start, self.arguments.steps, estimate) for start in starts))
                 rewards, distances = self.tables[estimate][anchor][group]
                 columns = [self.candidates.index(start) for start in starts]
-                found.append((rewards[columns], distances[columns]))
-            return found
+                means.append((rewards[columns], distances[columns]))
+            return means
 
         return probe
 
 
 def make(arguments: argparse.Namespace, name: str) -> Any:
+    """The window schedule of a search."""
     kwargs = SEARCHES[name] | {"stride": arguments.stride, "beta": arguments.beta}
     return build_schedule("dynamic", kwargs, num_inference_steps=arguments.steps, stop=arguments.steps - 1)
 
 
 def choose(measured: Measurements, name: str, anchor: int, group: int) -> tuple[list[int], list[int]]:
     """The starts that a search chooses for one anchor from one group's noise, and evaluations per sample of each."""
-    arguments, found, spent = measured.arguments, [], []
+    arguments, starts, spent = measured.arguments, [], []
     remembers = SEARCHES[name]["search"] == "bandit"
     others = [place for place in range(len(measured)) if place != anchor]
     for repeat in range(arguments.repeats if remembers else 1):
@@ -77,48 +78,80 @@ def choose(measured: Measurements, name: str, anchor: int, group: int) -> tuple[
             schedule(iteration, len(places), generator=draw, probe=measured.probe(places, []))
         draw = noise_generator(arguments.seed + 1 + repeat, arguments.warmup, "windows")
         (window,) = schedule(arguments.warmup, 1, generator=draw, probe=measured.probe([(anchor, group)], spent))
-        found.append(window.start)
-    return found, spent
+        starts.append(window.start)
+    return starts, spent
 
 
 def judge(measured: Measurements, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """The rows of the table."""
-    arguments, candidates = measured.arguments, measured.candidates
-    groups, anchors = range(arguments.noises), range(len(measured))
-    everywhere = torch.stack([measured.scores(anchor, list(groups)) for anchor in anchors])
-    chosen: dict[str, list[list[list[int]]]] = {}
-    spent: dict[str, list[int]] = {}
-    for name in SEARCHES:
-        both = [[choose(measured, name, anchor, group) for group in groups] for anchor in anchors]
-        chosen[name] = [[starts for starts, _ in of_anchor] for of_anchor in both]
-        spent[name] = [cost for of_anchor in both for _, costs in of_anchor for cost in costs]
-    chosen["uniform"] = [[candidates[:-1] for _ in groups] for _ in anchors]
-    best = [int((everywhere.sum(0) - everywhere[anchor]).argmax()) for anchor in anchors]
-    chosen["one start"] = [[[candidates[best[anchor]]] for _ in groups] for anchor in anchors]
-    regrets, rows = {}, []
+    """The rows of the table.
+
+    Args:
+        seconds: per sample, by search.
+    """
+    seed = measured.arguments.seed
+    chosen, spent = _choices(measured)
+    regrets = {name: _regret(measured, starts) for name, starts in chosen.items()}
+    rows = []
     for name, starts in chosen.items():
-        regret, same = torch.zeros(2, len(measured), dtype=torch.float64)
-        for anchor in anchors:
-            for group in groups:
-                others = [other for other in groups if other != group]
-                scores = measured.scores(anchor, others)
-                picks = [candidates.index(start) for start in starts[anchor][group]]
-                regret[anchor] += float((scores.max() - scores[picks]).mean()) / len(groups)
-                hits = [start == chosen["exact"][anchor][o][0] for start in starts[anchor][group] for o in others]
-                same[anchor] += statistics.fmean(hits) / len(groups)
-        regrets[name] = regret
-        every = [start for of_anchor in starts for of_group in of_anchor for start in of_group]
+        every = [start for anchor in starts for group in anchor for start in group]
         rows.append(
             {
                 "name": name,
                 "evaluations_per_sample": statistics.fmean(spent[name]) if name in spent else 0.0,
                 "seconds_per_sample": statistics.median(seconds[name]) if seconds.get(name) else None,
-                "same_start": float(same.mean()),
-                "regret": list(mean_interval(regret, seed=arguments.seed)),
-                "over_exact": list(paired_difference_interval(regrets["exact"], regret, seed=arguments.seed)),
+                "same_start": _agreement(starts, chosen["exact"]),
+                "regret": list(mean_interval(regrets[name], seed=seed)),
+                "over_exact": list(paired_difference_interval(regrets["exact"], regrets[name], seed=seed)),
                 "mean_start": statistics.fmean(every),
                 "starts": {start: every.count(start) for start in sorted(set(every))},
-                "regret_of_anchors": regret.tolist(),
+                "regret_of_anchors": regrets[name].tolist(),
             }
         )
     return rows
+
+
+# the starts that were chosen, by anchor and the group of noise that chose: of a bandit one per course
+_Starts = list[list[list[int]]]
+
+
+def _choices(measured: Measurements) -> tuple[dict[str, _Starts], dict[str, list[int]]]:
+    """The starts of every search and yardstick, and the searches' evaluations per sample."""
+    groups, anchors = range(measured.arguments.noises), range(len(measured))
+    chosen: dict[str, _Starts] = {}
+    spent: dict[str, list[int]] = {}
+    for name in SEARCHES:
+        both = [[choose(measured, name, anchor, group) for group in groups] for anchor in anchors]
+        chosen[name] = [[starts for starts, _ in by_group] for by_group in both]
+        spent[name] = [cost for by_group in both for _, costs in by_group for cost in costs]
+    candidates = measured.candidates
+    chosen["uniform"] = [[candidates[:-1] for _ in groups] for _ in anchors]
+    criteria = torch.stack([measured.criteria(anchor, list(groups)) for anchor in anchors])
+    best = (criteria.sum(0) - criteria).argmax(1)
+    chosen["one start"] = [[[candidates[int(best[anchor])]] for _ in groups] for anchor in anchors]
+    return chosen, spent
+
+
+def _regret(measured: Measurements, starts: _Starts) -> Tensor:
+    """[anchors] float64: the mean over the groups that chose, each judged by all other groups together."""
+    groups = range(measured.arguments.noises)
+    regret = torch.zeros(len(measured), dtype=torch.float64)
+    for anchor, by_group in enumerate(starts):
+        for group in groups:
+            criteria = measured.criteria(anchor, [other for other in groups if other != group])
+            picks = [measured.candidates.index(start) for start in by_group[group]]
+            regret[anchor] += float((criteria.max() - criteria[picks]).mean()) / len(groups)
+    return regret
+
+
+def _agreement(starts: _Starts, exact: _Starts) -> float:
+    """The share of choices equal to those of the exact search by another group."""
+    shares = [
+        statistics.fmean(start == other for start in chosen for other in _others(exact[anchor], group))
+        for anchor, by_group in enumerate(starts)
+        for group, chosen in enumerate(by_group)
+    ]
+    return statistics.fmean(shares)
+
+
+def _others(by_group: list[list[int]], group: int) -> list[int]:
+    return [starts[0] for other, starts in enumerate(by_group) if other != group]

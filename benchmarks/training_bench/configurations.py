@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
-METHODS = {"ddpo": "full", "hrf": "clusters", "hrf_d": "dynamic"}
+from hrf_fast.report.comparison import METHODS as NAMES
+from hrf_fast.training.calls import SAMPLED_TOGETHER
+
+METHODS = {name.lower().replace("-", "_"): schedule for schedule, name in NAMES.items()}
+"""window.schedule of every method: ddpo, hrf, hrf_d."""
+# of the published order in the update: steps of a group that share a call
+_STEPS_PER_CALL = 8
 
 
 @dataclass(frozen=True)
@@ -15,9 +23,11 @@ class Row:
     name: str
     options: dict[str, Any]
     equal: bool = False
-    """It must have the literal loop's weights after a few iterations."""
+    """Promises the literal loop's weights after a few iterations."""
     kind: str = "ours"
-    """ours, or literal for benchmarks/training_bench/literal.py."""
+    """ours, or literal for literal.py."""
+    tree: Path | None = None
+    """The checkout whose code runs it; None for this one."""
 
     @property
     def words(self) -> list[str]:
@@ -31,10 +41,10 @@ LITERAL = Row("literal loop", {}, kind="literal")
 def base_words(
     model: str, *, steps: int, groups: int, group_size: int, device: Any, seed: int, schedule: str
 ) -> list[str]:
-    """What all rows share: nothing is evaluated, saved or printed on the way.
+    """Options that all rows share: nothing is evaluated, saved or printed on the way.
 
     The reward is not the size of a JPEG, which jumps by bytes where a pixel is rounded the other way: rows could not be
-    held to equal losses. To encode the images takes a thousandth of an iteration.
+    held to equal losses. Encoding the images would take a thousandth of an iteration.
 
     Args:
         model: model.name; steps: T; groups: per iteration; schedule: window.schedule.
@@ -63,29 +73,60 @@ def coarse(images: Any, prompts: Any = None) -> Any:
     return (images.mean((1, 2, 3)) * 200).round()
 
 
+def method_words(model: str, method: str, arguments: Any) -> list[str]:
+    """Options that all rows of a model and a method share.
+
+    Args:
+        model: model.name; arguments: steps, groups, group_size, device and seed of the command line.
+    """
+    names = ("steps", "groups", "group_size", "device", "seed")
+    words = base_words(model, schedule=METHODS[method], **{name: getattr(arguments, name) for name in names})
+    if method == "hrf":
+        half, steps = arguments.steps // 2, arguments.steps
+        # one iteration of each cluster in turn
+        words += [
+            f"window.kwargs.clusters=[[0,{half}],[{half},{steps}]]",
+            "window.kwargs.iterations_per_cluster=1",
+        ]
+    return words
+
+
+def table_of(method: str, words: list[str], arguments: Any) -> list[tuple[Row, list[str]]]:
+    """The literal loop and the rows of a method that `arguments.rows` chooses, each with its whole configuration.
+
+    Raises:
+        ValueError: --rows chooses none; says what there is.
+    """
+    known = rows(method, groups=arguments.groups, group_size=arguments.group_size)
+    chosen = [row for row in known if any(fnmatch(row.name, pattern) for pattern in arguments.rows)]
+    if not chosen:
+        names = "; ".join(row.name for row in known)
+        raise ValueError(f"--rows {' '.join(map(repr, arguments.rows))} names none of {method}'s: {names}")
+    return [(LITERAL, words), *((row, [*words, *row.words]) for row in chosen)]
+
+
 def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
-    """The table for one method.
+    """The configurations of one method.
 
     Args:
         groups: per iteration; group_size: samples in each.
     """
-    collect = {"train.order": "collect", "compute.activations": "replay"}
-    keep = {"train.order": "on_policy", "compute.activations": "keep"}
-    # all groups of an iteration make one optimizer step, so that they can share UNet calls
-    together = keep | {"train.groups_per_step": groups, "compute.max_batch": groups * group_size}
-    bf16 = {"compute.precision": "bf16", "compute.channels_last": True}
     exact = {"window.kwargs.search": "exact"} if method == "hrf_d" else {}
-    batched = {"compute.max_batch": groups * group_size, "compute.steps_per_forward": 8}
+    collect = {"train.order": "collect", "compute.activations": "replay", **exact}
+    keep = {"train.order": "on_policy", "compute.activations": "keep"}
+    # several groups share the calls of a rollout, several steps of a group those of the update
+    joined = collect | {"compute.images_per_call": _STEPS_PER_CALL * group_size}
+    # the groups of an iteration make one optimizer step and share all calls; a search keeps its calls of 64 images
+    together = keep | {
+        "train.groups_per_step": groups,
+        "compute.images_per_call": max(SAMPLED_TOGETHER, groups * group_size),
+    }
+    bf16 = {"compute.precision": "bf16", "compute.channels_last": True}
     table = [
-        Row("collect, one group and step a call", collect | exact | {"compute.max_batch": group_size}, equal=True),
-        Row(
-            "collect, 8 steps a call",
-            collect | exact | {"compute.max_batch": group_size, "compute.steps_per_forward": 8},
-            equal=True,
-        ),
-        Row("collect, groups and 8 steps a call", collect | exact | batched, equal=True),
-        Row("collect, checkpoint", collect | exact | batched | {"compute.activations": "checkpoint"}, equal=True),
-        Row("on_policy, keep", keep | exact | {"compute.max_batch": group_size}),
+        Row("collect, one group and step a call", collect, equal=True),
+        Row(f"collect, groups and {_STEPS_PER_CALL} steps a call", joined, equal=True),
+        Row("collect, checkpoint", joined | {"compute.activations": "checkpoint"}, equal=True),
+        Row("on_policy, keep", keep | exact),
     ]
     if method != "hrf_d":
         return [

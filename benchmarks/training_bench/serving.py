@@ -1,8 +1,8 @@
-"""Inside a worker process: a training that stops after every iteration, reports it, and answers until the next.
+"""Serving: inside a worker process, a training that waits after every iteration, reports it and answers requests.
 
-A worker of hrf_fast runs the real `hrf_fast.train.train` and stops where an iteration has been logged. So what is timed
-is what a user runs, whatever the loop looks like inside, logging included. It reaches in at two places, `build_parts`
-and `Run.log`. A worker of the literal loop runs benchmarks/training_bench/literal.py.
+A worker of hrf_fast does what `hrf_fast.train` does, build and train, with one listener more, which waits. So a turn
+times what a user runs, whatever the loop looks like inside, logging included. A worker of the literal loop runs
+literal.py.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from benchmarks.training_bench.memory import SavedTensors, resident_bytes
 from hrf_fast.devices import peak_memory_bytes
-
-OUTPUT = "output.txt"
+from hrf_fast.run.listeners import Listener
 
 
 def serve(link: Connection, kind: str, words: list[str], folder: Path, threads: int, saved: bool) -> None:
-    """Body of the process."""
+    """Body of the process; see `workers.Worker` for the arguments."""
     from hrf_fast.config.load import load_config
 
     # Ctrl-C is the parent's, which kills its workers
@@ -35,8 +35,8 @@ def serve(link: Connection, kind: str, words: list[str], folder: Path, threads: 
     torch.set_num_threads(threads)
     try:
         folder.mkdir(parents=True)
-        # its notes would tear the progress bar
-        output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT)
+        # notes of the training would tear the progress bar
+        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
         config = load_config(words)
@@ -49,36 +49,15 @@ def serve(link: Connection, kind: str, words: list[str], folder: Path, threads: 
 
 
 def _run_ours(config: Any, server: Server) -> None:
-    """The real training, which meets the server after each logged iteration."""
-    import hrf_fast.train as module
-    from hrf_fast.run.folder import Run
+    from hrf_fast.build import build_components
+    from hrf_fast.distributed import comm
+    from hrf_fast.train import train_components
 
-    build, log = module.build_parts, Run.log
-
-    def built(config: Any) -> Any:
-        parts = build(config)
-        policy = parts.policy
-        output = policy.model_output
-
-        def bare(latents: Any, timestep: Any) -> Any:
-            with policy.uncounted():
-                return output(latents, timestep)
-
-        server.watch(policy.unet, bare, policy.device)
-        if config.compute.compile != "none":
-            # a hook on a compiled module would be compiled too: calls are seen one layer above it
-            policy.model_output = server.calls.around(output)
-        else:
-            policy.unet.register_forward_pre_hook(server.calls.hook, with_kwargs=True)
-        return parts
-
-    def logged(run: Any, iteration: int, record: dict[str, Any], **timed: Any) -> None:
-        log(run, iteration, record, **timed)
-        server.meet(record)
-
-    module.build_parts, Run.log = built, logged
-    with server.meter():
-        module.train(config)
+    with comm.job(), server.meter():
+        config, components = build_components(config)
+        network = components.policy.network
+        server.watch(network, network, components.policy.device)
+        train_components(config, components, [server])
 
 
 def _run_literal(config: Any, server: Server) -> None:
@@ -87,61 +66,51 @@ def _run_literal(config: Any, server: Server) -> None:
     trainer = LiteralTrainer(config)
     server.watch(trainer.unet, lambda latents, timestep: trainer.unet(latents, timestep).sample, trainer.noise.device)
     server.save("initial")
-    trainer.unet.register_forward_pre_hook(server.calls.hook, with_kwargs=True)
     with server.meter():
         for iteration in range(config.train.iterations):
             trainer.prepare(iteration)
             server.begin()
-            server.meet(trainer.iteration(iteration))
+            server.iteration(trainer.iteration(iteration))
 
 
-class Calls:
-    """UNet calls of one iteration: (images, with gradient, timestep), seen by a forward pre-hook."""
-
-    def __init__(self) -> None:
-        self.made: list[tuple[int, bool, Any]] = []
-        self.counting = True
-
-    def see(self, latents: Any, timestep: Any) -> None:
-        if self.counting:
-            self.made.append((len(latents), torch.is_grad_enabled(), timestep))
-
-    def hook(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.see(*[*arguments, *named.values()][:2])
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(latents: Any, timestep: Any) -> Any:
-            self.see(latents, timestep)
-            return function(latents, timestep)
-
-        return counted
-
-
-class Server:
-    """The worker's side: answers requests between iterations."""
+class Server(Listener):
+    """The worker's side of the link: reports an iteration and answers requests until the next one is asked for."""
 
     def __init__(self, link: Connection, folder: Path, saved: bool) -> None:
         self.link, self.folder = link, folder
-        self.calls = Calls()
-        # what the imports take: everything above it is the model, its optimizer and training
+        # network calls of an iteration: (latents' shape, with gradient, timestep)
+        self.calls: list[tuple[torch.Size, bool, Any]] = []
+        # memory of the imports: everything above it is the model, its optimizer and training
         self.baseline = resident_bytes()
         self.began: float | None = None
         self.saved = SavedTensors() if saved else None
 
-    def watch(self, unet: Any, output: Callable[..., Any], device: Any) -> None:
-        """What to measure: the model, a call of it as the run makes it, and where it is."""
-        self.unet, self.output, self.device = unet, output, device
+    def watch(self, network: nn.Module, call: Callable[..., Tensor], device: torch.device) -> None:
+        """Count a network's calls from here on.
+
+        Args:
+            network: called by the training with latents and a timestep; compiled inside, if at all, since a hook on a
+                compiled module would be compiled too.
+            call: makes such a call and returns its output.
+        """
+        self.network, self.call, self.device = network, call, device
         if device.type == "cuda":
             self.baseline = 0
         if self.saved:
-            self.saved.ignore([*unet.parameters(), *unet.buffers()])
+            self.saved.ignore([*network.parameters(), *network.buffers()])
+        network.register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        latents, timestep = inputs
+        self.calls.append((latents.shape, torch.is_grad_enabled(), timestep))
 
     def meter(self) -> AbstractContextManager[object]:
+        """Count the tensors saved for the backward inside, where the worker was asked to."""
         return self.saved.counting() if self.saved else nullcontext()
 
     def begin(self) -> None:
-        """An iteration starts now."""
-        self.calls.made.clear()
+        """Start the clock of an iteration."""
+        self.calls.clear()
         if self.saved:
             self.saved.reset()
         self._synchronize()
@@ -151,48 +120,47 @@ class Server:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def meet(self, record: dict[str, Any]) -> None:
-        """An iteration is done: report it, and answer until the next one is asked for."""
+    def iteration(self, record: dict[str, Any]) -> str | None:
+        """Report the iteration, and answer until the next one is asked for."""
         self._synchronize()
         seconds = time.perf_counter() - self.began if self.began is not None else None
         report = {
             "seconds": seconds,
             "peak_bytes": peak_memory_bytes(self.device) - self.baseline,
             "saved_bytes": self.saved.peak if self.saved else None,
-            "batches": len(self.calls.made),
-            "images": sum(count for count, _, _ in self.calls.made),
-            "images_with_gradient": sum(count for count, gradient, _ in self.calls.made if gradient),
-            "image_shape": self._shape(),
+            "batches": len(self.calls),
+            "images": sum(shape[0] for shape, _, _ in self.calls),
+            "images_with_gradient": sum(shape[0] for shape, gradient, _ in self.calls if gradient),
+            "latent_shape": tuple(self.calls[-1][0][1:]),
             "record": record,
         }
         self.link.send(("done", report))
         while (request := self.link.recv()) != "iterate":
             self.link.send(("done", getattr(self, f"_{request}")()))
         self.begin()
+        return None
 
     def _bare(self) -> float:
-        """Replay the recorded calls: a forward without gradient, or a forward and at once its backward."""
-        inputs = {count: torch.randn(count, *self._shape(), device=self.device) for count, _, _ in self.calls.made}
-        self.calls.counting = False
+        """Seconds of the iteration's calls alone: forwards without gradient, or forwards with a backward at once."""
+        calls = list(self.calls)
+        inputs = {shape: torch.randn(shape, device=self.device) for shape, _, _ in calls}
         self._synchronize()
         began = time.perf_counter()
-        for count, gradient, timestep in self.calls.made:
+        for shape, gradient, timestep in calls:
             with torch.set_grad_enabled(gradient):
-                output = self.output(inputs[count], timestep)
+                output = self.call(inputs[shape], timestep)
             if gradient:
                 output.backward(torch.ones_like(output))
         self._synchronize()
         seconds = time.perf_counter() - began
-        self.unet.zero_grad(set_to_none=True)
-        self.calls.counting = True
+        self.network.zero_grad(set_to_none=True)
         return seconds
 
-    def _shape(self) -> tuple[int, int, int]:
-        return (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
-
     def save(self, name: str) -> str:
+        """Write the UNet's weights under diffusers' names; returns the file."""
         path = self.folder / f"{name}.safetensors"
-        save_file({name: value.detach().cpu().contiguous() for name, value in self.unet.state_dict().items()}, path)
+        weights = {key.removeprefix("unet."): value for key, value in self.network.state_dict().items()}
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, path)
         return str(path)
 
     def _weights(self) -> str:

@@ -54,7 +54,9 @@ def test_red_stops_the_run_before_anything_is_timed(monkeypatch, capsys):
     def no_clock(*args, **kwargs):
         raise AssertionError("timed")
 
-    monkeypatch.setattr("benchmarks.kernel_bench.providers.analytic", lambda case: exact(small_case(clamp=not case.coef.x0_clip)))
+    monkeypatch.setattr(
+        "benchmarks.kernel_bench.providers.analytic", lambda case: exact(small_case(clamp=not case.coef.x0_clip))
+    )
     monkeypatch.setattr(timing, "interleaved", no_clock)
     words = ["bench", "kernels", "--shapes", "3x8x8", "--batch", "4", "--clamp", "off", "--providers", "analytic"]
     monkeypatch.setattr(bench_kernels, "count_all", lambda *args: {})
