@@ -73,7 +73,7 @@ def examine() -> str:
 
 
 class Unavailable(Exception):
-    """What a part needs is not there; the message goes into the table."""
+    """Raised where a part lacks something that it needs; the message goes into the table."""
 
 
 def _safely(look: Callable[[], str]) -> str:
@@ -152,16 +152,18 @@ def _gpu() -> str:
 def _package(name: str) -> str:
     """Whether a package is installed, without importing it; and where that is not enough, what else it needs."""
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         return f'missing: pip install "{INSTALL[name]}"'
     if find_spec(name) is None:
-        return f"broken: {found} is installed but can't be imported; pip install --force-reinstall {name}"
+        return f"broken: {installed} is installed but can't be imported; pip install --force-reinstall {name}"
     if name == "triton" and not _has_gpu():
-        return f"ok {found}, but no GPU: its kernels run in the interpreter only (TRITON_INTERPRET=1, slow, for tests)"
+        return (
+            f"ok {installed}, but no GPU: its kernels run in the interpreter only (TRITON_INTERPRET=1, slow, for tests)"
+        )
     if name == "xformers" and not _has_gpu():
-        return f"ok {found}, but no GPU: it has no CPU operators"
-    return f"ok {found}"
+        return f"ok {installed}, but no GPU: it has no CPU operators"
+    return f"ok {installed}"
 
 
 def _usable(name: str) -> bool:
@@ -195,7 +197,7 @@ def _kernels() -> str:
 
 
 def _optimizers() -> str:
-    """What optimizer.name can be here."""
+    """Values that optimizer.name can have here."""
     usable = ["adamw", "fused_adamw"]
     if _usable("deepspeed") and shutil.which("g++") and shutil.which("ninja"):
         usable.append("cpu_adam (with ZeRO offload)")
@@ -207,7 +209,7 @@ def _optimizers() -> str:
 
 
 def _attention() -> str:
-    """What compute.attention can be here."""
+    """Values that compute.attention can have here."""
     if _usable("xformers") and _has_gpu():
         return "ok sdpa, xformers"
     return "ok sdpa; xformers needs " + ("a GPU" if _usable("xformers") else "its package and a GPU")
@@ -239,7 +241,7 @@ def _launcher() -> str:
 def _shipped(name: str) -> str:
     needed = {
         "model": "model/unet/*.safetensors",
-        "scorer": "scorer/*.safetensors",
+        "classifier": "classifier/*.safetensors",
         "reference images": "reference.safetensors",
     }
     lacking = [part for part, pattern in needed.items() if not any((ASSETS / name).glob(pattern))]

@@ -115,8 +115,8 @@ class RunFolder:
         for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration)):
             path = self.path / name
             if path.exists():
-                kept = [record for record in read_log(path) if record["iteration"] <= last]
-                write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+                earlier = [record for record in read_log(path) if record["iteration"] <= last]
+                write_atomically(path, "".join(json.dumps(record) + "\n" for record in earlier).encode())
 
     def panels(self) -> list[dict[str, Any]]:
         """The lines of evaluations.jsonl."""

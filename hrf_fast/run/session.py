@@ -33,7 +33,7 @@ _SHOWN = 64
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves behind."""
+    """Results of a finished run."""
 
     folder: Path
     """config.yaml, metrics.jsonl, evaluations.jsonl, samples/, checkpoints/ and model/, the tuned model."""

@@ -57,7 +57,7 @@ def build_schedule(
 
 
 def schedule_state(schedule: WindowSchedule) -> dict[str, Any]:
-    """What a checkpoint keeps of a schedule: {"schedule": its state}, or {} where it has none."""
+    """{"schedule": its state} for a checkpoint, or {} where the schedule has no state."""
     return {"schedule": schedule.state()} if hasattr(schedule, "state") else {}
 
 
@@ -79,10 +79,10 @@ def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int
             f"{option} has start {wrong[0]} but sample.num_inference_steps is {num_inference_steps}; "
             f"use starts from 0 to {stop - 1}"
         )
-    kept = [start for start in starts if start < stop]
-    if not kept:
+    trainable = [start for start in starts if start < stop]
+    if not trainable:
         raise ValueError(f"{option} is empty: {list(starts)} holds no step before the deterministic end at {stop}")
-    return kept
+    return trainable
 
 
 def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:

@@ -15,7 +15,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.grids import image_grid
-from hrf_fast.evaluation.panel import PanelScores, choose_scorer
+from hrf_fast.evaluation.panel import PanelScores, choose_network
 from hrf_fast.run.files import read_log
 from hrf_fast.run.folder import Run
 from hrf_fast.run.progress import BarProgress, JsonProgress, Progress, build_progress
@@ -196,10 +196,10 @@ def test_the_grid_has_a_white_cell_where_no_image_is():
 
 def test_the_scorer_follows_the_model_and_may_be_turned_off():
     device = torch.device("cpu")
-    assert choose_scorer("auto", "fashion", device).name == "fashion"
-    assert choose_scorer("auto", "some/folder", device) is None
-    assert choose_scorer("none", "fashion", device) is None
-    assert choose_scorer("portraits", "some/folder", device).name == "portraits"
+    assert choose_network("auto", "fashion", device).name == "fashion"
+    assert choose_network("auto", "some/folder", device) is None
+    assert choose_network("none", "fashion", device) is None
+    assert choose_network("portraits", "some/folder", device).name == "portraits"
 
 
 def test_the_device_is_checked():

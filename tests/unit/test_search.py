@@ -5,6 +5,7 @@ import torch
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.sample import sample
+from hrf_fast.rewards import build_reward
 from hrf_fast.training.probe import probe_starts
 from hrf_fast.training.rollout import renoised
 from hrf_fast.windows.base import evaluations
@@ -16,7 +17,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 CANDIDATES = [[0, 3, 5], [2], [4, 1]]
 
 
-def brightness(images):
+def brightness(images, prompts=None):
     return images.mean((1, 2, 3))
 
 
@@ -29,7 +30,9 @@ def measure(policy, candidates, estimate="exact", batch_size=64, reward=brightne
     anchors, noises = make_groups(policy)
     policy.calls.forwards = policy.calls.batches = 0
     options = {"estimate": estimate, "batch_size": batch_size}
-    return probe_starts(policy, reward, anchors[: len(candidates)], candidates, noises[: len(candidates)], **options)
+    return probe_starts(
+        policy, build_reward(reward), anchors[: len(candidates)], candidates, noises[: len(candidates)], **options
+    )
 
 
 @torch.no_grad()
@@ -106,7 +109,7 @@ def test_from_the_last_step_less_can_change_than_from_the_first():
 def test_a_reward_sees_at_most_a_batch():
     seen = []
 
-    def reward(images):
+    def reward(images, prompts):
         seen.append(len(images))
         return brightness(images)
 

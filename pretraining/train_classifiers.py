@@ -1,7 +1,7 @@
-"""Train a shipped scoring network and write its reference images: `python pretraining/train_scorers.py fashion`.
+"""Train a shipped classifier and write its reference images: `python pretraining/train_classifiers.py fashion`.
 
 A few epochs of AdamW with one cycle of the learning rate, one core, a few minutes. What it writes under `--out` is
-what ships in `hrf_fast/assets/<name>/`: scorer/{model.safetensors,config.json,README.md} and reference.safetensors.
+what ships in `hrf_fast/assets/<name>/`: classifier/{model.safetensors,config.json,README.md} and reference.safetensors.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hrf_fast.assets import ASSETS
 from hrf_fast.evaluation.diversity import inception_score, vendi_score
-from hrf_fast.vision.shipped import ScoringNetwork, load_reference, load_scorer
+from hrf_fast.vision.shipped import ShippedNetwork, load_reference, load_shipped
 
 FASHION_LABELS = (
     ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"] + ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -41,7 +41,7 @@ Licence: MIT, as the data.
 
 Limits: ten classes of garments, centred on black. It names one of them for any picture, noise included, and its
 probabilities were never calibrated for pictures unlike its data. Shirt is recognised least (74 %), being confused
-with T-shirt/top, Coat and Pullover. Scores made with it compare with each other only.
+with T-shirt/top, Coat and Pullover. Figures made with it compare with each other only.
 """,
     "portraits": """Data: drawings by the `open-peeps` style of DiceBear (packages dicebear-core, dicebear-styles and
 resvg-py), a remix of Open Peeps by Pablo Stanley, CC0 1.0; trained on the drawings of 24,000 seeds from 100,000,
@@ -55,7 +55,7 @@ Licence: CC0 1.0, as the drawings.
 Limits: these are random combinations of one artist's hand-drawn parts, not photographs, and say nothing about real
 faces. At 32 pixels small parts blur, and a mask or glasses hide parts that the labels still name, so an expression is
 often misread. `headContrast` is the hair colour of the ten hairstyles that are not black, and of some beards. Class
-names are those of the style; colours are six hex digits. Scores made with it compare with each other only.
+names are those of the style; colours are six hex digits. Figures made with it compare with each other only.
 """,
 }
 
@@ -81,7 +81,7 @@ def augment(images: Tensor, mirror: bool) -> Tensor:
     return F.pad(images.clamp(0, 1), (2, 2, 2, 2), mode="replicate")[:, :, down : down + 32, right : right + 32]
 
 
-def train(network: ScoringNetwork, images: Tensor, targets: dict[str, Tensor], epochs: int, mirror: bool) -> None:
+def train(network: ShippedNetwork, images: Tensor, targets: dict[str, Tensor], epochs: int, mirror: bool) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = epochs * (len(images) // BATCH)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
@@ -101,7 +101,7 @@ def train(network: ScoringNetwork, images: Tensor, targets: dict[str, Tensor], e
 
 
 @torch.no_grad()
-def evaluate(network: ScoringNetwork, images: Tensor, targets: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def evaluate(network: ShippedNetwork, images: Tensor, targets: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Accuracy and mean negative log-likelihood (nats) of every head; `guess`: accuracy of its commonest class."""
     network.eval()
     batches = [network.log_probs(network.features(to_unit(part))) for part in images.split(500)]
@@ -118,11 +118,11 @@ def evaluate(network: ScoringNetwork, images: Tensor, targets: dict[str, Tensor]
 
 def measure_reference(name: str) -> dict[str, dict[str, float]]:
     """Vendi Score and the Inception Score of every head, of the first 128, 256 and 512 reference images."""
-    scorer, images = load_scorer(name), load_reference(name)
+    classifier, images = load_shipped(name), load_reference(name)
     figures = {}
     for count in (128, 256, REFERENCE):
-        log_probs = scorer.log_probs(images[:count])
-        figures[str(count)] = {"vendi": round(vendi_score(scorer.features(images[:count])), 2)} | {
+        log_probs = classifier.log_probs(images[:count])
+        figures[str(count)] = {"vendi": round(vendi_score(classifier.features(images[:count])), 2)} | {
             f"inception_score/{head}": round(inception_score(values), 2) for head, values in log_probs.items()
         }
     return figures
@@ -147,11 +147,11 @@ def model_card(name: str, config: dict) -> str:
     vendi = ", ".join(f"{figures['vendi']:.1f} of {count}" for count, figures in config["reference"].items())
     return "\n".join(
         [
-            f"# {name} scorer\n",
+            f"# {name} classifier\n",
             f"A convolutional network of {config['parameters']:,} parameters with which `hrf_fast` measures diversity:",
             f"{config['architecture']['feature_dim']} centred features for the Vendi Score and class probabilities for",
             "the Inception Score and the `classifier` reward. Input: 32 x 32 pixels.\n",
-            f"Training: `python pretraining/train_scorers.py {name}` (one CPU core, minutes).\n",
+            f"Training: `python pretraining/train_classifiers.py {name}` (one CPU core, minutes).\n",
             "Held-out quality (guess: always the commonest class; NLL in nats):\n",
             "| head | classes | accuracy | guess | NLL |\n|---|---|---|---|---|",
             *rows,
@@ -173,14 +173,14 @@ def main() -> None:
 
     images, labels, targets = split(name, "train")
     test_images, _, test_targets = split(name, "held out")
-    network = ScoringNetwork(**ARCHITECTURE[name], heads={head: len(classes) for head, classes in labels.items()})
+    network = ShippedNetwork(**ARCHITECTURE[name], heads={head: len(classes) for head, classes in labels.items()})
     network.to(memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{parameters:,} parameters, {len(images):,} images", flush=True)
     train(network, images, targets, EPOCHS[name], mirror=name == "fashion")
     quality = evaluate(network, test_images, test_targets)
 
-    folder = ASSETS / name / "scorer"
+    folder = ASSETS / name / "classifier"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / "model.safetensors")
     reference = {"images": test_images[:REFERENCE].contiguous()}
