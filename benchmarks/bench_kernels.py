@@ -43,7 +43,7 @@ FUSED = ("two-stage", "one-program")
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """Options, checked.
+    """Parse the options and check them.
 
     Raises:
         ValueError: names the option, the value and what is accepted.
@@ -127,7 +127,7 @@ def count_all(names: Sequence[str], options: argparse.Namespace, device: torch.d
 
 
 def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
-    """What part of a training step's forward and backward the loss is, beside the UNet that it follows."""
+    """Measure the loss's share of a training step's forward and backward, beside the UNet that it follows."""
     if options.unet == "none":
         return None
     from hrf_fast.policies.load import load_policy

@@ -76,7 +76,7 @@ class Row:
         return min((access.bits for access in self.reading.accesses if access.argument in SAMPLES), default=None)
 
     def faults(self) -> list[str]:
-        """The rules that it breaks, each a sentence."""
+        """The broken rules, each a sentence."""
         code, limit = self.reading, MAX_REGISTERS
         rules = {
             f"spills {code.spilled} bytes": code.spilled > 0,
@@ -123,8 +123,8 @@ def matrix(
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-    for given, known in ((targets := list(targets), TARGETS), (dtypes := list(dtypes), DTYPES)):
-        for name in given:
+    for names, known in ((targets := list(targets), TARGETS), (dtypes := list(dtypes), DTYPES)):
+        for name in names:
             if name not in known:
                 raise ValueError(f"{name!r} is not known; use one of {', '.join(known)}")
     rows = []
@@ -138,7 +138,7 @@ def matrix(
 
 def _name(kernel: Any) -> str:
     name = kernel.metadata.name.removesuffix("_kernel")
-    constants = {kernel.src.fn.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if name not in ("step", "sums"):
         return name
     return f"{name}, {'one program' if constants['ITERATIONS'] == 1 else 'chunks'}"

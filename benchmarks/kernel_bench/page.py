@@ -43,8 +43,8 @@ def _counted(counted: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for counts in counted.values() for name in counts))
     rows: list[list[Any]] = []
     for name in names:
-        found = [counts.get(name) or {} for counts in counted.values()]
-        rows.append([name, *(value for f in found for value in (f.get("tensors"), f.get("calls")))])
+        counts = [by_name.get(name) or {} for by_name in counted.values()]
+        rows.append([name, *(count.get(value) for count in counts for value in ("tensors", "calls"))])
     header = ["provider", *(f"{clamp}: {what}" for clamp in counted for what in ("tensors", "calls"))]
     return (
         "Traffic of a forward and a backward in float32 tensors of the batch's size, and operations or launches:\n\n"

@@ -47,7 +47,7 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
 
 
 def gpu_times(function: Callable[[], Any], count: float | None) -> dict[str, Any]:
-    """Of one call: cold and warm milliseconds, launches, and with `count` bytes of traffic GB/s and share of the peak.
+    """Time one call: cold and warm milliseconds, launches, and for `count` bytes of traffic GB/s and share of the peak.
 
     Cold: the L2 cache is emptied before each call, and waiting for the host counts. Warm: a CUDA graph replayed,
     nothing but the GPU. A provider that can't be captured has the reason in place of a warm time.

@@ -42,12 +42,12 @@ class Measurements:
         rewards, distances = self.tables["exact"][anchor][list(groups)].double().mean(0)
         return start_scores(rewards.diff(), distances[1:], beta=self.arguments.beta)
 
-    def probe(self, places: Sequence[tuple[int, int]], spent: list[int]) -> Callable[..., list[tuple[Tensor, Tensor]]]:
+    def probe(self, pairs: Sequence[tuple[int, int]], spent: list[int]) -> Callable[..., list[tuple[Tensor, Tensor]]]:
         """A probe that looks up measurements by (anchor, group) and adds to `spent` what they would cost a sample."""
 
         def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
             means = []
-            for (anchor, group), starts in zip(places, candidates, strict=True):
+            for (anchor, group), starts in zip(pairs, candidates, strict=True):
                 spent.append(sum(evaluations(start, self.arguments.steps, estimate) for start in starts))
                 rewards, distances = self.tables[estimate][anchor][group]
                 columns = [self.candidates.index(start) for start in starts]
@@ -67,15 +67,15 @@ def choose(measured: Measurements, name: str, anchor: int, group: int) -> tuple[
     """The starts that a search chooses for one anchor from one group's noise, and evaluations per sample of each."""
     arguments, starts, spent = measured.arguments, [], []
     remembers = SEARCHES[name]["search"] == "bandit"
-    others = [place for place in range(len(measured)) if place != anchor]
+    others = [other for other in range(len(measured)) if other != anchor]
     for repeat in range(arguments.repeats if remembers else 1):
         schedule = make(arguments, name)
         for iteration in range(arguments.warmup if remembers else 0):
             draw = noise_generator(arguments.seed + 1 + repeat, iteration, "windows")
             drawn = torch.randint(len(others), (arguments.groups,), generator=draw)
             groups = torch.randint(arguments.noises, (arguments.groups,), generator=draw)
-            places = [(others[int(a)], int(g)) for a, g in zip(drawn, groups, strict=True)]
-            schedule(iteration, len(places), generator=draw, probe=measured.probe(places, []))
+            pairs = [(others[int(a)], int(g)) for a, g in zip(drawn, groups, strict=True)]
+            schedule(iteration, len(pairs), generator=draw, probe=measured.probe(pairs, []))
         draw = noise_generator(arguments.seed + 1 + repeat, arguments.warmup, "windows")
         (window,) = schedule(arguments.warmup, 1, generator=draw, probe=measured.probe([(anchor, group)], spent))
         starts.append(window.start)

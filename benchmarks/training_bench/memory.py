@@ -31,7 +31,7 @@ class SavedTensors:
         self._ignored: set[int] = set()
 
     def ignore(self, tensors: Sequence[Any]) -> None:
-        """Weights are saved too, but are there anyway."""
+        """Leave tensors out, such as weights, which autograd saves but which are there anyway."""
         self._ignored |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def reset(self) -> None:
@@ -58,7 +58,7 @@ class SavedTensors:
 
 
 class _Held:
-    """What autograd keeps instead of a saved tensor: it dies with the graph."""
+    """A saved tensor's stand-in, which autograd holds and which dies with the graph."""
 
     def __init__(self, counter: SavedTensors, tensor: Any) -> None:
         storage = tensor.untyped_storage()

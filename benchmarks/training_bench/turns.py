@@ -90,8 +90,8 @@ def measure(
         for worker in started:
             worker.stop()
     results = [
-        _summary(row, own, images * per_round) | {"check": checked.get(row.name)}
-        for (row, _), own in zip(workers, turns, strict=True)
+        _summary(row, row_turns, images * per_round) | {"check": checked.get(row.name)}
+        for (row, _), row_turns in zip(workers, turns, strict=True)
     ]
     for result in results:
         # turn by turn: what disturbs one, and the windows that it draws, are the same for all rows
