@@ -105,7 +105,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
     """The template's values, under its names."""
     config, equal = logs[0].config, equal_reward_table(logs)
     return {
-        "title": f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config)}",
+        "title": f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config.reward)}",
         "runs": [describe(log) for log in logs],
         "results": result_table(logs).rows,
         "equal_reward": equal.rows if equal else None,
@@ -122,7 +122,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
 
 
 def _curves(logs: Sequence[RunLog]) -> list[Figure]:
-    reward = f"reward of the panel ({reward_name(logs[0].config)})"
+    reward = f"reward of the panel ({reward_name(logs[0].config.reward)})"
     figures = [
         Figure(
             interval_curves([_series(log, "reward") for log in logs], x_label=COST, y_label=reward),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import RewardConfig
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
 
@@ -99,7 +99,7 @@ def describe(log: RunLog) -> str:
     parts = [
         run_title(log),
         config.model.name,
-        reward_name(config),
+        reward_name(config.reward),
         f"T {config.sample.num_inference_steps}",
         f"{last['iteration'] + 1}{planned} iterations",
         f"{last['images']:,} images trained",
@@ -110,9 +110,9 @@ def describe(log: RunLog) -> str:
     return " · ".join(parts)
 
 
-def reward_name(config: Config) -> str:
+def reward_name(reward: RewardConfig) -> str:
     """The reward's name, or the weighted sum of its terms."""
-    return config.reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in config.reward.terms)
+    return reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in reward.terms)
 
 
 def _interval(interval: Interval | None, sign: str = "") -> str:
