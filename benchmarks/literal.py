@@ -124,7 +124,7 @@ class LiteralTrainer:
         anchors = [self.anchor(group) for group in groups] if self.method != "ddpo" else []
         starts = self.starts(iteration, anchors)
         rollouts = [self.rollout(start, group * size, anchors) for group, start in enumerate(starts)]
-        rewards = [self.reward(self.images(latents[-1])) for latents, _ in rollouts]
+        rewards = [self.reward(self.images(latents[-1])).total for latents, _ in rollouts]
         peers = torch.cat(rewards)
         losses = []
         for start, (latents, old), own in zip(starts, rollouts, rewards, strict=True):
@@ -173,7 +173,7 @@ class LiteralTrainer:
             latents = self.renoise(anchor, start, self.noise.take("search", group * self.config.train.group_size))
             for step in range(start, self.T):
                 latents, _ = self.ddim(self.unet(latents, self.timesteps[step]).sample, latents, step, 0.0)
-            rewards.append(float(self.reward(self.images(latents)).mean()))
+            rewards.append(float(self.reward(self.images(latents)).total.mean()))
             distances.append(float(1 - torch.cosine_similarity(latents.flatten(1), anchor.flatten(1)).mean()))
         change = _normalised([after - before for before, after in zip(rewards, rewards[1:], strict=False)])
         distance = _normalised(distances[1:])
