@@ -77,9 +77,11 @@ class Run:
         if comm.is_main():
             if kind is not None:
                 self.reason = "a signal" if issubclass(kind, KeyboardInterrupt) else f"an error ({kind.__name__})"
-            for listener in self._listeners:
-                listener.finished(self.reason)
-            self.folder.release()
+            try:
+                for listener in self._listeners:
+                    listener.finished(self.reason)
+            finally:
+                self.folder.release()
 
     def note(self, text: str) -> None:
         """Show the user a line."""
