@@ -8,8 +8,8 @@ VERSION: dict[str, str] = {}
 exec(Path("hrf_fast/version.py").read_text(), VERSION)
 
 EXTRAS = {
-    # learned rewards and feature networks from the hub
-    "rewards": ["transformers>=5.0"],
+    # learned rewards and feature networks from the hub; 5.4 has image processors that need no torchvision
+    "rewards": ["transformers>=5.4"],
     "writers": ["tensorboard", "wandb"],
     # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
     "gpu": ["triton>=3.0", "deepspeed>=0.19.8", "bitsandbytes>=0.44", "xformers"],
@@ -17,7 +17,7 @@ EXTRAS = {
         # sharding is tested on CPU ranks; its sdist needs no torch to build
         "deepspeed>=0.19.8",
         "accelerate>=1.0",
-        "transformers>=5.0",
+        "transformers>=5.4",
         # its compiler and interpreter test the kernels without a GPU
         "triton>=3.0; platform_system == 'Linux'",
         "tensorboard",
@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hrf_fast*"]), *find_packages("kernels")],
     package_dir={"hrf_kernels": "kernels/hrf_kernels"},
-    package_data={"hrf_fast.assets": ["**/*"]},
+    package_data={"hrf_fast.assets": ["**/*"], "hrf_fast.report": ["*.j2"]},
     install_requires=[
         "torch>=2.4",
         "numpy",
@@ -57,6 +57,8 @@ setup(
         "pillow",
         "tqdm",
         "matplotlib",
+        "jinja2",
+        "filelock",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hrf=hrf_fast.cli:main"]},

@@ -32,6 +32,8 @@ INSTALL = {
 }
 HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 CPU_FLAGS, MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+# flags of CPUs that compute in bf16, the last one Arm's
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 GIB = 2**30
 # the last line of output: each op, whether it is built already, whether it would compile here
 _PROBE = """
@@ -71,7 +73,7 @@ def examine() -> str:
 
 
 class Unavailable(Exception):
-    """What a part needs is not there; the message goes into the table."""
+    """Raised where a part lacks something that it needs; the message goes into the table."""
 
 
 def _safely(look: Callable[[], str]) -> str:
@@ -97,12 +99,19 @@ def _cpu() -> str:
     return f"{os.cpu_count()} threads, {usable} usable"
 
 
-def _cpu_bf16() -> str:
+def cpu_bf16_units() -> list[str] | None:
+    """Flags of the CPU's bf16 units, without which bf16 is slower than fp32; None where the system doesn't say."""
     if not CPU_FLAGS.is_file():
-        return f"unknown: this system has no {CPU_FLAGS}"
+        return None
     words = set(CPU_FLAGS.read_text().split())
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in words]
-    return f"ok {', '.join(found)}" if found else "no avx512_bf16 or amx_bf16: compute.precision=bf16 is emulated"
+    return [flag for flag in BF16_UNITS if flag in words]
+
+
+def _cpu_bf16() -> str:
+    units = cpu_bf16_units()
+    if units is None:
+        return f"unknown: this system has no {CPU_FLAGS}"
+    return f"ok {', '.join(units)}" if units else "no avx512_bf16 or amx_bf16: compute.precision=bf16 is emulated"
 
 
 def _memory() -> str:
@@ -143,16 +152,18 @@ def _gpu() -> str:
 def _package(name: str) -> str:
     """Whether a package is installed, without importing it; and where that is not enough, what else it needs."""
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         return f'missing: pip install "{INSTALL[name]}"'
     if find_spec(name) is None:
-        return f"broken: {found} is installed but can't be imported; pip install --force-reinstall {name}"
+        return f"broken: {installed} is installed but can't be imported; pip install --force-reinstall {name}"
     if name == "triton" and not _has_gpu():
-        return f"ok {found}, but no GPU: its kernels run in the interpreter only (TRITON_INTERPRET=1, slow, for tests)"
+        return (
+            f"ok {installed}, but no GPU: its kernels run in the interpreter only (TRITON_INTERPRET=1, slow, for tests)"
+        )
     if name == "xformers" and not _has_gpu():
-        return f"ok {found}, but no GPU: it has no CPU operators"
-    return f"ok {found}"
+        return f"ok {installed}, but no GPU: it has no CPU operators"
+    return f"ok {installed}"
 
 
 def _usable(name: str) -> bool:
@@ -186,7 +197,7 @@ def _kernels() -> str:
 
 
 def _optimizers() -> str:
-    """What optimizer.name can be here."""
+    """Values that optimizer.name can have here."""
     usable = ["adamw", "fused_adamw"]
     if _usable("deepspeed") and shutil.which("g++") and shutil.which("ninja"):
         usable.append("cpu_adam (with ZeRO offload)")
@@ -198,7 +209,7 @@ def _optimizers() -> str:
 
 
 def _attention() -> str:
-    """What compute.attention can be here."""
+    """Values that compute.attention can have here."""
     if _usable("xformers") and _has_gpu():
         return "ok sdpa, xformers"
     return "ok sdpa; xformers needs " + ("a GPU" if _usable("xformers") else "its package and a GPU")
@@ -230,7 +241,7 @@ def _launcher() -> str:
 def _shipped(name: str) -> str:
     needed = {
         "model": "model/unet/*.safetensors",
-        "scorer": "scorer/*.safetensors",
+        "classifier": "classifier/*.safetensors",
         "reference images": "reference.safetensors",
     }
     lacking = [part for part, pattern in needed.items() if not any((ASSETS / name).glob(pattern))]

@@ -80,9 +80,9 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        found = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        callables = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, found)}"
+            f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, callables)}"
         )
     return function
 

@@ -1,6 +1,6 @@
 """Quality figures of a small DDPM for its model card: `python pretraining/judge_ddpm.py fashion`.
 
-512 images by DDIM (eta 1, 50 steps) against the 512 real images that ship, in the features of the shipped scorer:
+512 images by DDIM (eta 1, 50 steps) against the 512 real images that ship, in the features of the shipped classifier:
 Vendi and Inception Score, precision and recall (Kynkäänniemi et al., arXiv 1904.06991, k = 3), and the distance to the
 nearest training image in pixels, compared with that of real held-out images: a model that copies is nearer.
 """
@@ -12,10 +12,10 @@ from data import fashion, portraits
 from torch import Tensor
 
 from hrf_fast.evaluation.diversity import inception_score, vendi_score
-from hrf_fast.evaluation.panel import panel_noise
+from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
-from hrf_fast.vision.shipped import load_reference, load_scorer
+from hrf_fast.vision.shipped import load_reference, load_shipped
 
 
 def covered(of: Tensor, by: Tensor, k: int = 3) -> float:
@@ -37,14 +37,15 @@ def main() -> None:
     arguments = parser.parse_args()
     policy = load_policy(arguments.model or arguments.name, num_inference_steps=50)
     with torch.no_grad():
-        images = policy.images(sample(policy, panel_noise(policy, 7, arguments.count), batch_size=64))
-    real, scorer = load_reference(arguments.name), load_scorer(arguments.name)
+        noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)
+        images = policy.decode(sample(policy, noise, images_per_call=64))
+    real, classifier = load_reference(arguments.name), load_shipped(arguments.name)
     pixels = fashion("train")[0] if arguments.name == "fashion" else portraits(12_000)
     training = (torch.from_numpy(pixels[:12_000]).permute(0, 3, 1, 2).float() / 255).expand(-1, 3, -1, -1)
-    ours, theirs = scorer.features(images), scorer.features(real)
+    ours, theirs = classifier.features(images), classifier.features(real)
     print(f"Vendi Score {vendi_score(ours):.1f}, real {vendi_score(theirs):.1f}")
-    if "label" in scorer.labels:
-        scores = [inception_score(scorer.log_probs(x)["label"]) for x in (images, real)]
+    if "label" in classifier.labels:
+        scores = [inception_score(classifier.log_probs(x)["label"]) for x in (images, real)]
         print(f"Inception Score {scores[0]:.2f}, real {scores[1]:.2f}")
     print(f"precision {covered(ours, theirs):.2f}, recall {covered(theirs, ours):.2f}")
     near = [nearest_training_distance(x, training) for x in (images, real)]

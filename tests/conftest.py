@@ -1,4 +1,4 @@
-"""Fixtures: small models made on the spot, and the golden numbers of the HRF authors' code."""
+"""Fixtures and makers: small models made on the spot, and the golden numbers of the HRF authors' code."""
 
 import json
 import sys
@@ -7,6 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+
+from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.pixel import PixelPolicy
+from hrf_fast.policies.sampler import build_sampler
+from hrf_fast.training.groups import Group
+from hrf_fast.windows.base import Window
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -63,6 +70,27 @@ def make_scheduler(kind: str = "DDIMScheduler", **options):
     return getattr(diffusers, kind)(**{"beta_start": 1e-4, "beta_end": 0.02, **options})
 
 
+# denoising steps of `make_policy`, of which the last is deterministic
+T = 6
+
+
+def make_policy(seed: int = 0, **scheduler_options) -> PixelPolicy:
+    """A policy of `make_unet` that is in no folder."""
+    scheduler = make_scheduler(**{"clip_sample": False, **scheduler_options})
+    sampler = build_sampler(scheduler, kind="ddim", num_inference_steps=T, eta=1.0)
+    return PixelPolicy(make_unet(seed=seed).eval(), scheduler, sampler)
+
+
+def make_engine(policy, max_grad_norm: float = 0.0) -> PlainEngine:
+    return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=max_grad_norm)
+
+
+def make_group(policy, window: Window, *, number: int = 0, size: int = 4, anchor=None) -> Group:
+    """A group before its rollout; its samples are numbered as those of group `number` of an iteration."""
+    noise = NoiseKey(5, torch.arange(number * size, (number + 1) * size))
+    return Group(number, window, noise, policy.condition([None] * size), anchor)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A diffusers folder with a tiny random 3-channel DDPM, as `DDPMPipeline.save_pretrained` writes it."""
@@ -79,7 +107,6 @@ def tiny_run(tiny_model, tmp_path):
     return [
         f"model.name={tiny_model}",
         "sample.num_inference_steps=6",
-        "compute.batch_size=8",
         "train.iterations=2",
         "train.groups_per_iteration=2",
         "train.group_size=3",

@@ -1,6 +1,6 @@
-"""The files that ship with the package: small models, their scoring networks and reference images.
+"""The files that ship with the package: small models, their classifiers and reference images.
 
-Nothing is loaded here; `hrf_fast.scorers` reads the scoring networks and the references.
+Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the references.
 """
 
 from pathlib import Path

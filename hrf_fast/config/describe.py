@@ -23,6 +23,11 @@ Set an option on the command line as `section.option=value`, or in a YAML file t
 with the options that it began with, but for those that may change. Runs are compared only where the options that change
 the panel are equal.
 """
+_ENVIRONMENT = {
+    "HRF_KERNELS": "for debugging, the implementation of log-probs and their gradients: triton (fused), eager (plain "
+    "torch), or auto, which is triton on a GPU that has it.",
+    "HRF_TRACEBACK": "1 shows the traceback of an error.",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,10 @@ def describe_options() -> str:
             rule = f"one of {entry.facts.rule}" if entry.facts.choices else entry.facts.rule
             facts = ", ".join(filter(None, (entry.type, rule, _change(entry.facts))))
             lines.append(f"  {entry.name}={entry.default}  ({facts})")
-            lines += textwrap.wrap(entry.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(
+                entry.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
+    lines += ["\nEnvironment variables:", *(f"  {name}: {doc}" for name, doc in _ENVIRONMENT.items())]
     return "\n".join(lines)
 
 
@@ -62,6 +70,7 @@ def options_page() -> str:
             cells = [cell.replace("|", r"\|") for cell in (*code, entry.facts.rule, entry.doc, _change(entry.facts))]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
+    lines += ["## Environment variables", "", *(f"- `{name}`: {doc}" for name, doc in _ENVIRONMENT.items()), ""]
     return "\n".join(lines)
 
 
@@ -93,7 +102,7 @@ def _as_written(default: Any) -> str:
 
 
 def _change(facts: Facts) -> str:
-    """What a change of the option means."""
+    """The consequence of a change of the option."""
     meanings = {"may change on resume": facts.resumable, "changes the panel": facts.panel}
     return ", ".join(meaning for meaning, holds in meanings.items() if holds)
 

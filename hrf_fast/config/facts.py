@@ -45,7 +45,7 @@ class Facts:
                 if item not in self.choices:
                     raise ValueError(f"{option} {verb} {item!r}{nearest(item, self.choices)}; use {self.rule}")
         elif self.rule and not self._within_bounds(value):
-            raise ValueError(f"{option} is {value}; use {self.rule}")
+            raise ValueError(f"{option} is {value}; it must be {self.rule}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option} is {value}; use a finite number")
 

@@ -49,7 +49,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """What YAML and OmegaConf raise about `source`, a word or a file, becomes a ValueError that names it."""
+    """Turn errors of YAML and OmegaConf about `source`, a word or a file, into a ValueError that names it."""
     import yaml
     from omegaconf.errors import OmegaConfBaseException
 

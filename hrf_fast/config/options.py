@@ -166,7 +166,7 @@ class ComputeConfig:
 
 @dataclass
 class StopConfig:
-    """What ends a run before its last iteration."""
+    """Ends of a run before its last iteration."""
 
     max_evaluations: int = option(0, at_least=0, resumable=True)
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
@@ -212,7 +212,7 @@ class RunConfig:
 
 @dataclass
 class EngineConfig:
-    """What owns the weights: one process, data-parallel ranks, or DeepSpeed."""
+    """Owner of the weights: one process, data-parallel ranks, or DeepSpeed."""
 
     deepspeed: str | None = option(None, resumable=True)
     """A DeepSpeed JSON file such as configs/deepspeed/zero3.json; null for the plain engine."""

@@ -141,7 +141,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def main_says(ask: Callable[[], Value]) -> Value:
-    """What `ask()` returns on the main rank, on every rank; what it raises there, every rank raises."""
+    """Call `ask` on the main rank; every rank returns its value, or raises its error."""
     answer: Any = None
     with agreed():
         if is_main():
@@ -162,9 +162,9 @@ def agreed() -> Iterator[None]:
     if world_size() == 1:
         return
     failures = gather(None if failure is None else (type(failure), str(failure)))
-    for number, found in enumerate(failures):
-        if found is not None:
-            kind, message = found
+    for number, problem in enumerate(failures):
+        if problem is not None:
+            kind, message = problem
             try:
                 raised = kind(f"rank {number}: {message}" if number else message)
             # an exception that wants other arguments

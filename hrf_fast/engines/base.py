@@ -17,7 +17,7 @@ from hrf_fast.distributed import comm
 
 
 class Engine(Protocol):
-    """What the update and the checkpoint need of whatever owns the weights.
+    """Owner of the weights, as the update and the checkpoint see it.
 
     Every rank's loss is the mean over its own groups, and the engine averages over ranks. All ranks call every method,
     in the same order.
@@ -142,12 +142,12 @@ class Ema:
 @contextmanager
 def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator[None]:
     """The averages in place of the weights; nothing when there are none."""
-    kept = [parameter.detach().clone() for parameter in parameters] if averages else []
+    originals = [parameter.detach().clone() for parameter in parameters] if averages else []
     _copy(parameters, averages)
     try:
         yield
     finally:
-        _copy(parameters, kept)
+        _copy(parameters, originals)
 
 
 @torch.no_grad()

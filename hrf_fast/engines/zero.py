@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         self.ema = Ema(self._held(), ema_decay)
 
     def _held(self) -> list[Tensor]:
-        """What this rank holds of each weight: all of it, or at stage 3 its shard."""
+        """This rank's part of each weight: all of it, or at stage 3 its shard."""
         parameters: list[Any] = list(self.model.parameters())
         return [p.ds_tensor for p in parameters] if self.stage == 3 else parameters
 
@@ -171,20 +171,20 @@ class DeepSpeedEngine:
         tensors, states = {}, list(self.optimizer.state.values())
         for index, parameter in enumerate(self.parameters if states else []):
             for key in _STATES:
-                whole = safe_get_full_optimizer_state(parameter, key)
+                state = safe_get_full_optimizer_state(parameter, key)
                 if comm.is_main():
-                    tensors[f"{index}.{key}"] = whole.cpu()
+                    tensors[f"{index}.{key}"] = state.cpu()
             # torch counts steps in a tensor, DeepSpeed's own Adam in an int
             tensors[f"{index}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).clone()
         return tensors, {"optimizer_scalars": [group], **self.loss_scale.state()}
 
     def ema_state(self) -> dict[str, Tensor]:
-        whole = {}
+        averages = {}
         for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
             value = self._whole(parameter, part) if self.stage == 3 else part
             if comm.is_main():
-                whole[name] = value.cpu()
-        return whole
+                averages[name] = value.cpu()
+        return averages
 
     def load(
         self,
@@ -226,7 +226,7 @@ class DeepSpeedEngine:
             parameter.set_full_hp_param(whole, key)
 
     def _part(self, parameter: Any, whole: Tensor) -> Tensor:
-        """What this rank holds of a whole tensor; the last ranks' shards are padded."""
+        """This rank's part of a whole tensor; the last ranks' shards are padded."""
         if self.stage < 3:
             return whole
         size = parameter.ds_tensor.numel()

@@ -18,7 +18,8 @@ from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.rewards import CombinedReward
-from hrf_fast.vision.shipped import FeatureNetwork, Scorer, load_feature_network, load_scorer
+from hrf_fast.vision.base import Classifier, FeatureNetwork
+from hrf_fast.vision.load import load_feature_network
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Panel:
     size: int
     """Images; the first n of a larger panel are the smaller panel."""
     seed: int
-    """Of the panel's noise, and of its bootstrap."""
+    """Seed of the panel's noise, and of its bootstrap."""
     images_per_call: int
     network: FeatureNetwork | None = None
     """Features for the Vendi Score, and for the Inception Score where it is a classifier."""
@@ -77,7 +78,7 @@ class Panel:
         vendi = inception = None
         if self.network is not None:
             vendi = vendi_interval(self.network.features(images).cpu(), seed=self.seed)
-        if isinstance(self.network, Scorer) and "label" in self.network.labels:
+        if isinstance(self.network, Classifier) and "label" in self.network.labels:
             inception = inception_interval(self.network.log_probs(images)["label"].cpu(), seed=self.seed)
         return PanelMetrics(
             images=images.cpu(),
@@ -94,4 +95,4 @@ def choose_network(spec: str, model_name: str, device: torch.device) -> FeatureN
         spec = model_name if model_name in SHIPPED else "none"
     if spec == "none":
         return None
-    return load_scorer(spec, device) if spec in SHIPPED else load_feature_network(spec, device)
+    return load_feature_network("evaluation.network", spec, device)

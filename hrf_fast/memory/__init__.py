@@ -1,1 +1,1 @@
-"""What a configuration needs in bytes and calls, before it is spent."""
+"""Plans: the bytes and calls that a configuration needs, before they are spent."""

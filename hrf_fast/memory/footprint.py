@@ -107,9 +107,9 @@ def measure_running(policy: Policy, *, checkpointing: bool) -> Footprint:
 def _footprint(network: nn.Module, shape: tuple[int, ...]) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
     two, three = (_peaks(network, shape, images) for images in (2, 3))
-    sampling, kept, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
+    sampling, graph, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
     image_bytes = 4 * math.prod(shape)
-    return Footprint(sampling, kept, update, tuple(p.numel() for p in network.parameters()), image_bytes)
+    return Footprint(sampling, graph, update, tuple(p.numel() for p in network.parameters()), image_bytes)
 
 
 def _peaks(network: nn.Module, shape: tuple[int, ...], images: int) -> tuple[int, int, int]:
@@ -126,9 +126,9 @@ def _peaks(network: nn.Module, shape: tuple[int, ...], images: int) -> tuple[int
         sampling = live.restart()
         output = network(latents, 0).float()
         gc.collect()
-        kept = live.now
+        graph = live.now
         output.sum().backward()
-        return sampling, kept, live.peak
+        return sampling, graph, live.peak
 
 
 class _Live(TorchDispatchMode):

@@ -26,7 +26,7 @@ from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule
 
 MODES = ("keep", "replay", "checkpoint")
-"""Of a window's activations, the fastest first: kept from the rollout, computed again, or again block by block."""
+"""Modes of a window's activations, the fastest first: kept from the rollout, computed again, or again by blocks."""
 # of the memory, left to the CUDA context, workspaces and fragmentation
 RESERVE = 0.1
 
@@ -104,7 +104,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration needs on `gpus` GPUs of `memory` bytes each; all bytes are per GPU."""
+    """Needs of a configuration on `gpus` GPUs of `memory` bytes each; all bytes are per GPU."""
 
     config: Config
     gpus: int
@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Those that the configuration's order of updates has."""
+        """Modes that the configuration's order of updates has."""
         return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
 
     def states(self, engine: str) -> States:

@@ -39,24 +39,24 @@ def model_states(
         tensors: elements of each parameter; engine: one of ENGINES, where plain is also ZeRO-0 and data parallel.
         bucket: DeepSpeed's reduce_bucket_size, in elements.
     """
-    whole = float(FP32 * sum(tensors))
+    total = float(FP32 * sum(tensors))
     if ema:
         plain = model_states(tensors, engine=engine, gpus=gpus, optimizer=optimizer, bucket=bucket)
         # each rank averages the part of the weights that it holds; offloaded ones on the host
         if engine == "zero3_offload":
-            return replace(plain, host=plain.host + whole / gpus)
-        return replace(plain, parameters=plain.parameters + (whole / gpus if engine == "zero3" else whole))
+            return replace(plain, host=plain.host + total / gpus)
+        return replace(plain, parameters=plain.parameters + (total / gpus if engine == "zero3" else total))
     moments = _moments(tensors, optimizer)
     if engine == "plain":
         # torch's AdamW on CUDA works on all tensors at once; several ranks send their gradients as one flat copy
-        return States(whole, whole, moments, 0.0 if optimizer != "adamw" and gpus == 1 else whole)
-    part, buffers = whole / gpus, float(FP32 * bucket)
-    gradients = buffers + (whole if engine.startswith("zero1") else 0.0)
+        return States(total, total, moments, 0.0 if optimizer != "adamw" and gpus == 1 else total)
+    part, buffers = total / gpus, float(FP32 * bucket)
+    gradients = buffers + (total if engine.startswith("zero1") else 0.0)
     if engine.endswith("offload"):
         # the shards of gradients and optimizer live on the host, those of ZeRO-3's weights too
         shards = 3 * part if engine.startswith("zero3") else 2 * part
-        return States(whole, gradients, 0.0, 0.0, host=shards + moments / gpus)
-    parameters = whole + part if engine == "zero3" else whole
+        return States(total, gradients, 0.0, 0.0, host=shards + moments / gpus)
+    parameters = total + part if engine == "zero3" else total
     return States(parameters, gradients + part, part + moments / gpus, part)
 
 

@@ -22,7 +22,7 @@ from hrf_fast.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class Condition:
-    """What B samples are conditioned on, a row per sample under the network's argument names.
+    """The inputs that condition B samples, a row per sample under the network's argument names.
 
     Both mappings are empty for an unconditional model; the second one is empty without guidance.
     """
@@ -79,14 +79,14 @@ class Prediction(NamedTuple):
 
 
 class Policy(Protocol):
-    """What the loop asks of a model: pixel.py and latent.py are two."""
+    """A model as the loop sees it; pixel.py and latent.py have two."""
 
     sampler: Sampler
     """T steps as tables of coefficients."""
     latent_shape: tuple[int, ...]
-    """Of one sample; the loop never looks inside."""
+    """Shape of one sample's latents; the loop never looks inside."""
     network: Network
-    """What an engine owns; parameters with requires_grad are trained."""
+    """The module that an engine owns; parameters with requires_grad are trained."""
     device: torch.device
     precision: str
     kernels: str

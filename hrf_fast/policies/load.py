@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.hub import find_folder
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.latent import LatentPolicy
@@ -22,7 +22,6 @@ from hrf_fast.policies.network import Network
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import COMPATIBLE, Sampler, build_sampler
 from hrf_fast.policies.unconditional import latent_shape
-from hrf_fast.registry import nearest
 
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 LATENT_PIPELINES = ("LDMPipeline",)
@@ -159,7 +158,13 @@ def read_model(name: str, revision: str | None = None, *, weights: bool = True) 
     Raises:
         ValueError: no such model, no UNet in it, or one of a kind that this trainer cannot drive.
     """
-    folder = _find_folder(name, revision, weights)
+    folder = find_folder(
+        "model.name",
+        name,
+        shipped={known: ASSETS / known / "model" for known in SHIPPED},
+        revision=revision,
+        weights=("*.safetensors", "*.bin") if weights else (),
+    )
     latent = _pipeline(folder, name) in LATENT_PIPELINES
     unet = _component(folder, "unet", "config.json")
     scheduler = _component(folder, "scheduler", "scheduler_config.json")
@@ -211,36 +216,6 @@ def _pipeline(folder: Path, name: str) -> str:
             f"{', '.join((*PIXEL_PIPELINES, *LATENT_PIPELINES))} only"
         )
     return str(kind)
-
-
-def _find_folder(name: str, revision: str | None, weights: bool) -> Path:
-    """The local folder of a model: shipped, the user's own, or downloaded from the hub."""
-    if name in SHIPPED:
-        return ASSETS / name / "model"
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"model.name is {name!r}{nearest(name, SHIPPED)}: no such folder, not a hub id (owner/name), "
-            f"and not one of the shipped models {', '.join(SHIPPED)}"
-        )
-    import huggingface_hub
-
-    try:
-        for pattern in ("*.safetensors", "*.bin") if weights else ("*.json",):
-            folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", pattern])
-            )
-            if list(folder.rglob(pattern)):
-                break
-        return folder
-    # without a network the hub client raises an OSError where it has looked up its cache
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"model.name is {name!r}: no such folder, and the hub did not deliver it ({reason}); on a connected "
-            f"machine run `hf download {name} --local-dir some/folder` and set model.name=some/folder"
-        ) from error
 
 
 def _component(folder: Path, name: str, config: str) -> Component:

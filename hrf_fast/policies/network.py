@@ -20,7 +20,7 @@ NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 @dataclass
 class NetworkCalls:
-    """What a run has asked of the network: calls, and images per forward and backward (a backward costs two)."""
+    """Counts of a run's network calls: calls, and images per forward and backward (a backward costs two)."""
 
     batches: int = 0
     forwards: int = 0

@@ -1,35 +1,34 @@
 """Report: one HTML page about one run or several that started from the same pretrained model.
 
-The page needs no other file, no script and no network, and prints. Its numbers are comparison.py's, its figures
-plots.py's; here they are laid out.
+The page needs no other file, no script and no network, and prints. Here its values are prepared, from comparison.py's
+numbers, tables.py's tables and plots.py's figures; page.html.j2 lays them out.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from hrf_fast.config.load import differences, to_yaml
-from hrf_fast.report.comparison import (
-    RunLog,
+from hrf_fast.report.comparison import RunLog, lowest_end, read_runs
+from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves
+from hrf_fast.report.tables import (
     Table,
     describe,
     equal_reward_table,
     findings,
-    lowest_end,
-    read_runs,
     result_table,
     reward_name,
     run_title,
 )
-from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves
 from hrf_fast.run.files import write_atomically
 
+TEMPLATE = "page.html.j2"
 MID_RUN_GRIDS = 5
 GRID_PIXELS, SMALL_GRID_PIXELS = 1024, 384  # larger grids are shrunk, so that the page opens at once
 COST = "UNet evaluations"
@@ -39,18 +38,19 @@ DIAGNOSTICS = {
     "clip_fraction": "clip_fraction",
     "grad_norm": "grad_norm, before clipping",
 }
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-h3 { font-size: 1rem; margin: 1rem 0 .3rem } table { border-collapse: collapse; margin: .8rem 0 }
-th, td { padding: .25rem 1rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
-td { font-variant-numeric: tabular-nums } li { overflow-wrap: anywhere } .scroll { overflow-x: auto }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start } figure { margin: 0; break-inside: avoid }
-.plot { flex: 1 1 26rem; max-width: 34rem } .wide { width: 100% } .grid { flex: 1 1 16rem; max-width: 32rem }
-.small { flex: 0 1 12rem } img { width: 100%; height: auto } figcaption { font-size: .85rem; color: #444 }
-pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere }
-@media print { body { margin: 0; max-width: none; font-size: 11px } h2, h3 { break-after: avoid } }
-"""
+
+
+class Figure(NamedTuple):
+    """A PNG on the page: `kind` is the class that sizes it (plot, wide, grid, small)."""
+
+    png: bytes
+    caption: str
+    kind: str
+
+    @property
+    def source(self) -> str:
+        """The picture as a data URL."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
@@ -89,37 +89,42 @@ def summary_lines(runs: list[Path]) -> list[str]:
 
 
 def _page(logs: Sequence[RunLog]) -> str:
-    config = logs[0].config
-    title = f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config)}"
-    body = [_tag("h1", title), _list(map(describe, logs)), "<h2>Scores</h2>", _table(result_table(logs))]
-    if equal := equal_reward_table(logs):
-        body += [
-            "<h2>At equal reward</h2>",
-            _tag(
-                "p",
-                f"Where each run's panel reward first reaches {lowest_end(logs):.4g}, the smallest of their last ones. "
-                "Values and intervals are interpolated linearly between panels.",
-            ),
-            _table(equal),
-        ]
-    body += ["<h2>What this shows</h2>", _list(findings(logs)), "<h2>Curves</h2>", _curves(logs)]
-    body += ["<h2>Images from equal noise</h2>", _grids(logs), "<h2>Training</h2>", *map(_diagnostics, logs)]
-    body += ["<h2>Time</h2>", "<p>Seconds of training; panels and saving are not counted.</p>", _table(_times(logs))]
-    body += ["<h2>Options</h2>", *_options(logs)]
-    # the policy makes sure of what the docstring says: a browser loads and runs nothing
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{_tag('title', title)}<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template(TEMPLATE).render(_values(logs)) + "\n"
 
 
-def _curves(logs: Sequence[RunLog]) -> str:
+def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
+    """The template's values, under its names."""
+    config, equal = logs[0].config, equal_reward_table(logs)
+    return {
+        "title": f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config)}",
+        "runs": [describe(log) for log in logs],
+        "results": result_table(logs).rows,
+        "equal_reward": equal.rows if equal else None,
+        "level": f"{lowest_end(logs):.4g}",
+        "findings": findings(logs),
+        "curves": _curves(logs),
+        "grids": _grids(logs),
+        "grids_on_the_way": [(log.name, pictures) for log in logs if (pictures := _grids_on_the_way(log))],
+        "diagnostics": [_diagnostics(log) for log in logs],
+        "times": _times(logs).rows,
+        "differences": _differences(logs),
+        "options": [(log.name, to_yaml(log.config)) for log in logs],
+    }
+
+
+def _curves(logs: Sequence[RunLog]) -> list[Figure]:
     reward = f"reward of the panel ({reward_name(logs[0].config)})"
     figures = [
-        _figure(
+        Figure(
             interval_curves([_series(log, "reward") for log in logs], x_label=COST, y_label=reward),
             "Panel reward against the cost of training, with its 95 % interval.",
             "plot",
@@ -130,19 +135,19 @@ def _curves(logs: Sequence[RunLog]) -> str:
         paths = [Series(line.name, log.rewards(), line.y) for line, log in zip(vendi, logs, strict=True)]
         level = lowest_end(logs) if equal_reward_table(logs) else None
         figures += [
-            _figure(
+            Figure(
                 interval_curves(vendi, x_label=COST, y_label="Vendi Score of the panel"),
                 "Diversity of the panel against the cost of training, with its 95 % interval.",
                 "plot",
             ),
-            _figure(
+            Figure(
                 frontier(paths, x_label=reward, y_label="Vendi Score of the panel", level=level),
                 "Reward against diversity, from the pretrained model (hollow) panel by panel to the last (large). "
                 f"Higher at equal reward{' (dotted)' if level is not None else ''} is better.",
                 "plot",
             ),
         ]
-    return _row(figures)
+    return figures
 
 
 def _series(log: RunLog, score: str) -> Series:
@@ -150,7 +155,7 @@ def _series(log: RunLog, score: str) -> Series:
     return Series(log.name, [panel["evaluations"] for panel in log.panels], value, low, high)
 
 
-def _diagnostics(log: RunLog) -> str:
+def _diagnostics(log: RunLog) -> Figure:
     iterations = [record["iteration"] + 1 for record in log.metrics]
     panels = []
     for name, title in DIAGNOSTICS.items():
@@ -161,25 +166,24 @@ def _diagnostics(log: RunLog) -> str:
             line = line._replace(low=low, high=high)
         panels.append((title, line))
     caption = f"{run_title(log)}: every iteration of training."
-    return _figure(diagnostics(panels, x_label="iteration"), caption, "wide")
+    return Figure(diagnostics(panels, x_label="iteration"), caption, "wide")
 
 
-def _grids(logs: Sequence[RunLog]) -> str:
-    first = logs[0]
-    grids = [_grid(first, 0, "pretrained", "grid")]
-    grids += [_grid(log, -1, run_title(log), "grid") for log in logs if len(log.panels) > 1]
-    rows = ["<p>The same place in every grid starts from the same noise.</p>", _row(grids)]
-    for log in logs:
-        between = list(range(1, len(log.panels) - 1))
-        if len(between) > MID_RUN_GRIDS:
-            last = len(between) - 1
-            between = [between[round(i * last / (MID_RUN_GRIDS - 1))] for i in range(MID_RUN_GRIDS)]
-        if between:
-            rows += [_tag("h3", f"{log.name} on the way"), _row(_grid(log, i, log.name, "small") for i in between)]
-    return "\n".join(rows)
+def _grids(logs: Sequence[RunLog]) -> list[Figure]:
+    ends = [_grid(log, -1, run_title(log), "grid") for log in logs if len(log.panels) > 1]
+    return [_grid(logs[0], 0, "pretrained", "grid"), *ends]
 
 
-def _grid(log: RunLog, panel: int, name: str, kind: str) -> str:
+def _grids_on_the_way(log: RunLog) -> list[Figure]:
+    """The grids between a run's first and last panel, at most MID_RUN_GRIDS of them, evenly spread."""
+    between = list(range(1, len(log.panels) - 1))
+    if len(between) > MID_RUN_GRIDS:
+        last = len(between) - 1
+        between = [between[round(i * last / (MID_RUN_GRIDS - 1))] for i in range(MID_RUN_GRIDS)]
+    return [_grid(log, panel, log.name, "small") for panel in between]
+
+
+def _grid(log: RunLog, panel: int, name: str, kind: str) -> Figure:
     record = log.panels[panel]
     path = log.folder / "samples" / f"iteration-{record['iteration']:06d}.png"
     limit = SMALL_GRID_PIXELS if kind == "small" else GRID_PIXELS
@@ -195,7 +199,7 @@ def _grid(log: RunLog, panel: int, name: str, kind: str) -> str:
         raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
     vendi = f", Vendi Score {record['vendi'][0]:.4g}" if "vendi" in record else ""
     caption = f"{name}, iteration {record['iteration']}: reward {record['reward'][0]:.4g}{vendi}"
-    return _figure(data, caption, kind)
+    return Figure(data, caption, kind)
 
 
 def _times(logs: Sequence[RunLog]) -> Table:
@@ -216,42 +220,14 @@ def _times(logs: Sequence[RunLog]) -> Table:
     return Table(rows)
 
 
-def _options(logs: Sequence[RunLog]) -> list[str]:
+def _differences(logs: Sequence[RunLog]) -> list[list[str]]:
+    """A table of the options in which the runs differ; empty where they differ in none."""
     changed = dict.fromkeys(key for log in logs for key in differences(logs[0].config, log.config))
     changed.pop("run.folder", None)
-    parts = []
-    if changed:
-        rows = [[key, *(repr(_option(log, key)) for log in logs)] for key in changed]
-        parts = [_tag("p", "In what the runs differ:"), _table(Table([["", *(log.name for log in logs)], *rows]))]
-    for log in logs:
-        parts.append(f"<details>{_tag('summary', f'all of {log.name}')}{_tag('pre', to_yaml(log.config))}</details>")
-    return parts
+    rows = [[key, *(repr(_option(log, key)) for log in logs)] for key in changed]
+    return Table([["", *(log.name for log in logs)], *rows]).rows if rows else []
 
 
 def _option(log: RunLog, key: str) -> object:
     section, name = key.split(".")
     return getattr(getattr(log.config, section), name)
-
-
-def _tag(name: str, text: str) -> str:
-    return f"<{name}>{escape(text)}</{name}>"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(_tag('li', line) for line in lines)}</ul>"
-
-
-def _table(table: Table) -> str:
-    # the first row and the first column are headings
-    rows = [[_tag("td" if i and j else "th", cell) for j, cell in enumerate(row)] for i, row in enumerate(table.rows)]
-    lines = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{lines}</table></div>'
-
-
-def _figure(png: bytes, caption: str, kind: str) -> str:
-    image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(caption)}">'
-    return f'<figure class="{kind}">{image}{_tag("figcaption", caption)}</figure>'
-
-
-def _row(figures: Iterable[str]) -> str:
-    return f'<div class="row">{"".join(figures)}</div>'

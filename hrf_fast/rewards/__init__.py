@@ -1,8 +1,9 @@
 """Rewards: what an image is worth, as a callable `reward(images, prompts) -> [B]`, higher is better.
 
-`build_reward` turns the terms of a config into one checked callable; `list_rewards` says what there is. A new reward
-is a factory under `@register_reward("name")`, or any function named as `module:function` in the config. Importing
-this package imports neither torch nor transformers; a family loads when it is listed or built, weights when built.
+`build_reward` turns the terms of a config, or a function, into one checked callable that returns `Rewards`;
+`list_rewards` lists the registered ones. A new reward is a factory under `@register_reward("name")`, or any function,
+in a config as `module:function`. Importing this package imports neither torch nor transformers; a family loads when
+it is listed or built, weights when built.
 """
 
 from hrf_fast.config.options import RewardTerm

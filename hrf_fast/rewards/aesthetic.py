@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +17,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hrf_fast.rewards.pretrained import (
-    Preprocessor,
-    check_batch_size,
-    check_text,
-    fetch,
-    load_config,
-    load_network,
-    read_preprocessor,
-    unavailable,
-)
-from hrf_fast.rewards.registry import Reward, register_reward, require
+from hrf_fast.hub import find_file, first_line
+from hrf_fast.registry import check_count
+from hrf_fast.rewards.registry import Reward, register_reward
+from hrf_fast.vision.hub import HubNetwork, find_network, load_config, load_network
+from hrf_fast.vision.processor import Source, import_transformers, load_processor
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # state-dict prefixes of the linear layers and their output widths
 HEADS: dict[tuple[str, ...], tuple[int, ...]] = {
     ("",): (1,),
@@ -54,11 +45,10 @@ def aesthetic(
         head: a .safetensors, .pth or .pt file, or "owner/repository:filename" on the hub.
         batch_size: images that go through CLIP at once.
     """
-    check_batch_size("aesthetic.batch_size", batch_size)
-    check_text("aesthetic.clip", clip, "a hub id or a local folder")
-    check_text("aesthetic.head", head, 'a local file or "owner/repository:filename"')
+    check_count("aesthetic.batch_size", batch_size)
     layers = build_head(load_head(head), head)
-    config = load_config("aesthetic.clip", clip)
+    source = find_network("aesthetic.clip", clip)
+    config = load_config(source)
     if config.model_type == "clip":
         # the vision part stores a projection_dim of its own, which CLIPModel does not use
         config.vision_config.projection_dim = config.projection_dim
@@ -71,56 +61,36 @@ def aesthetic(
             f"aesthetic.head reads embeddings of {width} numbers but aesthetic.clip {clip!r} gives "
             f"{config.projection_dim}; use the CLIP that the head was trained on"
         )
-    transformers = require("transformers", reward="aesthetic")
-    network = load_network("aesthetic.clip", clip, transformers.CLIPVisionModelWithProjection, config, device)
-    settings = read_preprocessor("aesthetic.clip", clip)
-    if settings is None:
-        side = config.image_size
-        preprocess = Preprocessor(side, (side, side), CLIP_MEAN, CLIP_STD)
-    else:
-        # keys that old files leave out mean what they mean in transformers' CLIP image processor
-        defaults = {"resample": 3, "do_center_crop": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
-        preprocess = Preprocessor.from_settings(defaults | settings, "aesthetic.clip")
-    return _Aesthetic(network, layers.to(device), preprocess, batch_size)
+    network, _ = load_network(source, "CLIPVisionModelWithProjection", config)
+    processor = load_processor(source) or _clip_processor(source, config.image_size)
+    layers.to(device)
+
+    def read(output: Any) -> Tensor:
+        rating: Tensor = layers(F.normalize(output.image_embeds, dim=-1))
+        return rating
+
+    ratings = HubNetwork(source, network, processor, read, device=device, batch_size=batch_size)
+
+    def reward(images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+        return ratings(images).squeeze(1)
+
+    return reward
 
 
-class _Aesthetic:
-    """Images [B, 3, H, W] in [0, 1] -> [B] fp32."""
-
-    def __init__(self, clip: nn.Module, head: nn.Module, preprocess: Preprocessor, batch_size: int) -> None:
-        self._clip = clip
-        self._head = head
-        self._preprocess = preprocess
-        self._batch_size = batch_size
-        self._device = next(clip.parameters()).device
-
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        scores = []
-        for chunk in images.to(self._device).split(self._batch_size):
-            embedding = self._clip(pixel_values=self._preprocess(chunk)).image_embeds
-            scores.append(self._head(F.normalize(embedding, dim=-1)).squeeze(1))
-        return torch.cat(scores)
+def _clip_processor(source: Source, side: int) -> Any:
+    """The processor of a CLIP that was saved without one: CLIP's own, at the network's size."""
+    square = {"height": side, "width": side}
+    transformers = import_transformers(source.option, source.value)
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
 
 
-def load_head(head: str) -> Any:
+def load_head(head: Any) -> Any:
     """Read the weights of a head; no code in the file is run.
 
     Raises:
-        ValueError: not a file of a known kind, or a pickle that holds more than tensors.
-        OSError: no such file, here or on the hub.
+        ValueError: no such file here or on the hub, not of a known kind, or a pickle that holds more than tensors.
     """
-    path = Path(head).expanduser()
-    if not path.is_file():
-        repo, colon, filename = head.partition(":")
-        if not colon or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-            raise FileNotFoundError(
-                f'aesthetic.head is {head!r}, which is neither a file nor "owner/repository:filename"; '
-                "give the path of a .safetensors, .pth or .pt file"
-            )
-        fetched = fetch("aesthetic.head", repo, filename)
-        if fetched is None:
-            raise FileNotFoundError(f"aesthetic.head is {head!r}, but the repository {repo!r} has no {filename!r}")
-        path = fetched
+    path = find_file("aesthetic.head", head)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"aesthetic.head is {head!r}; use a .safetensors, .pth or .pt file")
     try:
@@ -133,7 +103,9 @@ def load_head(head: str) -> Any:
             "save its state_dict() as .safetensors"
         ) from None
     except Exception as error:
-        raise unavailable("aesthetic.head", head, error) from None
+        raise ValueError(
+            f"aesthetic.head is {head!r}, which does not load: {first_line(error)}; download the file again"
+        ) from error
 
 
 def build_head(weights: Any, head: str) -> nn.Sequential:
@@ -154,8 +126,8 @@ def build_head(weights: Any, head: str) -> nn.Sequential:
         layers = nn.Sequential(*(nn.Linear(i, o) for i, o in zip(inputs, widths, strict=False)))
         layers.load_state_dict(dict(zip(layers.state_dict(), (tensors[name].float() for name in names), strict=True)))
         return layers.eval().requires_grad_(False)
-    found = {name: list(getattr(value, "shape", [])) for name, value in list(tensors.items())[:12]}
+    layout = {name: list(getattr(value, "shape", [])) for name, value in list(tensors.items())[:12]}
     raise ValueError(
-        f"aesthetic.head {head!r} is not a LAION head: its weights are {found or type(weights).__name__}; expected "
+        f"aesthetic.head {head!r} is not a LAION head: its weights are {layout or type(weights).__name__}; expected "
         "weight [1, D] and bias [1], or layers.{0,2,4,6,7} of widths 1024, 128, 64, 16, 1 (no activations)"
     )

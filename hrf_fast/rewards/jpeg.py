@@ -13,9 +13,11 @@ from io import BytesIO
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from hrf_fast.rewards.registry import Reward, register_reward, require
+from hrf_fast.rewards.registry import Reward, register_reward
+from hrf_fast.vision.base import to_bytes
 
 
 @register_reward("jpeg_compressibility", needs="Pillow")
@@ -38,18 +40,12 @@ def jpeg_incompressibility(quality: int = 95) -> Reward:
     return _JpegSize("jpeg_incompressibility", quality, sign=1)
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8 on the CPU, rounded to the nearest level."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-
-
 class _JpegSize:
     """Images [B, 3, H, W] in [0, 1] -> sign * kB, [B] fp32 on the images' device; 1 kB = 1000 bytes."""
 
     def __init__(self, name: str, quality: int, sign: int) -> None:
         if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
             raise ValueError(f"quality of reward {name!r} is {quality!r}; use a whole number from 1 to 100")
-        self._image = require("PIL.Image", reward=name)
         self._quality = quality
         self._sign = sign
         # Pillow lets go of the interpreter lock while it encodes
@@ -61,5 +57,5 @@ class _JpegSize:
 
     def _kilobytes(self, pixels: Any) -> float:
         buffer = BytesIO()
-        self._image.fromarray(pixels).save(buffer, format="JPEG", quality=self._quality)
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=self._quality)
         return buffer.tell() / 1000

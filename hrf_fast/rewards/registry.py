@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from hrf_fast.registry import Registry, call_factory
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torch import Tensor
 
 FAMILIES = ("jpeg", "aesthetic", "classifier")
@@ -59,7 +57,7 @@ class RewardArgument:
 
 @dataclass(frozen=True)
 class RewardInfo:
-    """What `hrf rewards` prints about one reward."""
+    """One reward as `hrf rewards` prints it."""
 
     name: str
     description: str
@@ -135,23 +133,8 @@ def build_registered(name: str, kwargs: dict[str, Any], device: Any) -> Reward:
     """
     _load_families()
     factory = _rewards[name].factory
-    given = {"device": device} if "device" in inspect.signature(factory).parameters else {}
-    return call_factory(factory, name, kwargs, **given)
-
-
-def require(module: str, *, reward: str) -> ModuleType:
-    """Import an optional package, or say how to install it.
-
-    Raises:
-        ImportError: the package is missing or does not import; the message has the install line.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"reward {reward!r} needs {module}, which does not import ({error}); "
-            'install it with: pip install "hrf_fast[rewards]"'
-        ) from error
+    of_the_run = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    return call_factory(factory, name, kwargs, **of_the_run)
 
 
 def _load_families() -> None:

@@ -65,8 +65,8 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; unfinished ones have another name and are not listed."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if path.is_dir() and _iteration(path) >= 0), key=_iteration, reverse=True)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in entries if path.is_dir() and _iteration(path) >= 0), key=_iteration, reverse=True)
 
 
 def _iteration(path: Path) -> int:

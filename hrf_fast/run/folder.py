@@ -7,7 +7,7 @@ folder/
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
-    .lock                held while a process trains here
+    .lock, .lock-owner   held while a process trains here, and by which
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import BaseFileLock
 from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
@@ -35,7 +36,7 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run.folder)
         self.checkpoints = self.path / "checkpoints"
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
 
     def claim(self) -> None:
         """Take the folder for this process and this configuration.
@@ -72,13 +73,13 @@ class RunFolder:
                     f"run.folder {self.path} holds a run of another configuration ({listed}); choose another "
                     "run.folder, restore those options to resume, or delete the folder"
                 )
-        elif any(path.name != lock.NAME for path in self.path.iterdir()):
+        elif any(path.name not in (lock.NAME, lock.OWNER) for path in self.path.iterdir()):
             raise ValueError(f"run.folder {self.path} is not empty and holds no run; choose another run.folder")
 
     def release(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def begin(self, done: int) -> None:
         """Make the folder this configuration's, after `done` iterations; log lines of later iterations are dropped.
@@ -115,8 +116,8 @@ class RunFolder:
         for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration)):
             path = self.path / name
             if path.exists():
-                kept = [record for record in read_log(path) if record["iteration"] <= last]
-                write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+                earlier = [record for record in read_log(path) if record["iteration"] <= last]
+                write_atomically(path, "".join(json.dumps(record) + "\n" for record in earlier).encode())
 
     def panels(self) -> list[dict[str, Any]]:
         """The lines of evaluations.jsonl."""

@@ -31,7 +31,7 @@ from hrf_fast.run.writers import build_writers
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves behind."""
+    """Results of a finished run."""
 
     folder: Path
     """config.yaml, metrics.jsonl, evaluations.jsonl, samples/, checkpoints/ and model/, the tuned model."""

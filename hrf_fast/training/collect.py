@@ -35,15 +35,15 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         ValueError: a schedule of the user's has returned or probed what can't be.
     """
     policy, groups, schedule = components.policy, components.groups, components.schedule
-    own, seed = groups.own(), components.rules.seed
+    numbers, seed = groups.own(), components.rules.seed
     anchors: dict[int, Tensor] = {}
     if schedule.needs_anchors:
         with run.phase("anchors"):
-            noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(own, device=policy.device))
-            anchors = dict(zip(own, sample(policy, noise, images_per_call=components.calls.sampled), strict=True))
+            noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(numbers, device=policy.device))
+            anchors = dict(zip(numbers, sample(policy, noise, images_per_call=components.calls.sampled), strict=True))
     with run.phase("search"):
         generator = noise_generator(seed, iteration, "windows")
-        noises = {number: group_noise(components, iteration, "search", number) for number in own}
+        noises = {number: group_noise(components, iteration, "search", number) for number in numbers}
         probe = StartProbe(components, anchors, noises)
         windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
         _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, qualified_name(schedule))
@@ -56,7 +56,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
             condition,
             anchors.get(number),
         )
-        for number in own
+        for number in numbers
     }
 
 

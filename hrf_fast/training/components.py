@@ -24,7 +24,7 @@ class Rules:
     """Numbers of the algorithm."""
 
     seed: int
-    """Of all randomness in training."""
+    """Seed of all randomness in training."""
     clips: Clips
     inner_epochs: int
     """Passes over an iteration's rollouts."""
@@ -60,7 +60,7 @@ class Components:
             return self.panel.evaluate(self.policy, self.reward)
 
     def state(self, iteration: int) -> dict[str, Any]:
-        """What a checkpoint after `iteration` iterations holds beside the weights and the optimizer, JSON-able."""
+        """The JSON-able part of a checkpoint after `iteration` iterations: everything but weights and optimizer."""
         return {"iteration": iteration, "calls": asdict(self.policy.calls), **schedule_state(self.schedule)}
 
     def restore(self, state: dict[str, Any] | None) -> int:

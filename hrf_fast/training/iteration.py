@@ -26,10 +26,10 @@ from hrf_fast.windows.base import Window
 
 @dataclass
 class Outcome:
-    """What an iteration did, over all ranks."""
+    """Results of an iteration, over all ranks."""
 
     windows: list[Window]
-    """Of all groups."""
+    """One per group."""
     rewards: dict[int, GroupRewards] = field(default_factory=dict)
     """By group."""
     advantages: dict[int, Tensor] = field(default_factory=dict)
@@ -59,8 +59,8 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     policy.calls = policy.calls.of_all_ranks(before)
     if not any(bool(values.any()) for values in outcome.advantages.values()):
         run.note_once(
-            f"iteration {iteration}: {components.reward.name} (reward.name) is the same for all samples of every group, "
-            "so their advantages are 0 and nothing is learnt; use a reward that varies, or a larger train.group_size",
+            f"iteration {iteration}: {components.reward.name} (reward.name) is the same for all samples of every "
+            "group, so nothing is learnt; use a reward that varies, or a larger train.group_size",
             key="no spread",
         )
     record = {
@@ -94,9 +94,9 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     outcome = Outcome(windows)
     rounds = components.groups.rounds(components.calls.order)
     for steps in rounds:
-        own = [groups[number] for number in components.groups.own(steps)]
+        rank_groups = [groups[number] for number in components.groups.own(steps)]
         with engine.gathered():
-            rolled_out, pending = collect(components, run, own)
+            rolled_out, pending = collect(components, run, rank_groups)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
             advantages = standardise(

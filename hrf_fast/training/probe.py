@@ -40,20 +40,20 @@ class StartProbe:
             ValueError: groups without anchors, another number of lists than groups, or a start that is no step.
         """
         components = self._components
-        groups, own = components.groups, components.groups.own()
+        groups, numbers = components.groups, components.groups.own()
         with comm.agreed():
             self._check(candidates)
             measured = probe_starts(
                 components.policy,
                 components.reward,
-                [self._anchors[group] for group in own],
-                [candidates[group] for group in own],
-                [self._noises[group] for group in own],
+                [self._anchors[group] for group in numbers],
+                [candidates[group] for group in numbers],
+                [self._noises[group] for group in numbers],
                 estimate=estimate,
                 images_per_call=components.calls.sampled,
             )
         by_group: dict[int, tuple[Tensor, Tensor]] = {}
-        for part in comm.gather(dict(zip(own, measured, strict=True))):
+        for part in comm.gather(dict(zip(numbers, measured, strict=True))):
             by_group |= part
         return [by_group[group] for group in range(groups.per_iteration)]
 

@@ -24,7 +24,7 @@ class GroupRewards:
     terms: dict[str, float]
     """Mean of each reward term."""
     problem: str = ""
-    """What is not finite."""
+    """The value that is not finite, in words."""
 
 
 class Rewarder:

@@ -23,7 +23,7 @@ from hrf_fast.training.trajectory import Trajectory
 
 @dataclass
 class Rollout:
-    """What a rank has rolled out together."""
+    """Groups that a rank has rolled out together."""
 
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
     """By group."""

@@ -65,13 +65,13 @@ def _step(
     step: int,
 ) -> StepStats:
     groups, plan = components.groups, components.calls
-    own = groups.of_rank(step, groups.rank)
-    calls = plan.update(rolled_out.calls, {group: windows[group] for group in own})
+    rank_groups = groups.of_rank(step, groups.rank)
+    calls = plan.update(rolled_out.calls, {group: windows[group] for group in rank_groups})
     return optimizer_step(
         components.engine,
         components.policy,
-        {group: rolled_out.trajectories[group] for group in own},
-        {group: advantages[group] for group in own},
+        {group: rolled_out.trajectories[group] for group in rank_groups},
+        {group: advantages[group] for group in rank_groups},
         calls,
         components.rules.clips,
         pairs=groups.size * sum(len(windows[group]) for group in groups.of_step(step)),

@@ -103,7 +103,7 @@ class Bandit:
         return dict(zip(tried, start_scores(changes, distances, beta=self.beta).tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The JSON-able memory, for a checkpoint."""
         return {"counts": list(self.counts), "changes": list(self.changes), "distances": list(self.distances)}
 
     def load_state(self, state: dict[str, Any]) -> None:

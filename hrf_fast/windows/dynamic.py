@@ -53,14 +53,15 @@ def dynamic(
     if search not in SEARCHES:
         hint = nearest(search, SEARCHES) if isinstance(search, str) else ""
         raise ValueError(f"window.kwargs.search is {search!r}{hint}; use one of {', '.join(SEARCHES)}")
-    given = {"estimate": estimate, "pulls": pulls, "discount": discount, "exploration": exploration}
-    given = {name: value for name, value in given.items() if value is not None}
+    bandit_options = {"estimate": estimate, "pulls": pulls, "discount": discount, "exploration": exploration}
+    bandit_options = {name: value for name, value in bandit_options.items() if value is not None}
     if search == "bandit":
-        return Bandit(candidates, stop, beta=beta, **(_BANDIT | given))
-    for name in given:
+        return Bandit(candidates, stop, beta=beta, **(_BANDIT | bandit_options))
+    if bandit_options:
+        name, value = next(iter(bandit_options.items()))
         raise ValueError(
-            f"window.kwargs.{name} is {given[name]!r}, which only search=bandit reads, and search is {search}; "
-            "leave it out or set window.kwargs.search=bandit"
+            f"window.kwargs.{name} is {value!r}, which only search=bandit reads, and search is {search}; leave it out, "
+            "or set window.kwargs.search=bandit"
         )
     return Search(candidates, stop, beta=beta, estimate=search)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-from hrf_fast.registry import Registry, call_factory, check_count, load_user_function
+from hrf_fast.registry import Registry, call_factory, check_count, load_user_function, qualified_name
 from hrf_fast.windows.base import Probe, Window, WindowSchedule
 from hrf_fast.windows.dynamic import dynamic
 
@@ -37,7 +37,7 @@ def build_schedule(
         ValueError: unknown name or option, or a start that leaves no step to train.
     """
     if callable(name):
-        factory, name = name, f"{name.__module__}:{name.__qualname__}"
+        factory, name = name, qualified_name(name)
     else:
         factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
     schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)
@@ -57,7 +57,7 @@ def build_schedule(
 
 
 def schedule_state(schedule: WindowSchedule) -> dict[str, Any]:
-    """What a checkpoint keeps of a schedule: {"schedule": its state}, or {} where it has none."""
+    """{"schedule": its state} for a checkpoint, or {} where the schedule has no state."""
     return {"schedule": schedule.state()} if hasattr(schedule, "state") else {}
 
 
@@ -79,10 +79,10 @@ def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int
             f"{option} has start {wrong[0]} but sample.num_inference_steps is {num_inference_steps}; "
             f"use starts from 0 to {stop - 1}"
         )
-    kept = [start for start in starts if start < stop]
-    if not kept:
+    trainable = [start for start in starts if start < stop]
+    if not trainable:
         raise ValueError(f"{option} is empty: {list(starts)} holds no step before the deterministic end at {stop}")
-    return kept
+    return trainable
 
 
 def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hrf_fast.run.checkpoint import list_checkpoints, load_newest, save_checkpoint, sweep
-from hrf_fast.run.files import replace_folder, write_atomically
-from tests.unit.test_update import make_engine, make_policy
+from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, load_newest, save_checkpoint, sweep
+from hrf_fast.run.files import replace_folder, sha256, write_atomically
+from tests.conftest import make_engine, make_policy
 
 
 def make_stepped(policy):
@@ -26,10 +26,9 @@ def make_stepped(policy):
 
 @pytest.fixture
 def saved(tmp_path):
-    policy = make_policy()
-    engine = make_stepped(policy)
-    save_checkpoint(tmp_path, policy, engine, {"iteration": 1, "calls": {"batches": 3}}, keep=2)
-    return tmp_path, policy, engine
+    engine = make_stepped(make_policy())
+    save_checkpoint(tmp_path, engine, {"iteration": 1, "calls": {"batches": 3}}, keep=2)
+    return tmp_path, engine
 
 
 def fail(text):
@@ -37,12 +36,11 @@ def fail(text):
 
 
 def test_weights_optimizer_and_state_come_back_bit_for_bit(saved):
-    folder, policy, engine = saved
-    other = make_policy(seed=1)
-    fresh = make_engine(other)
+    folder, engine = saved
+    fresh = make_engine(make_policy(seed=1))
     state = load_newest(folder, fresh, warn=fail)
     assert state == {"iteration": 1, "calls": {"batches": 3}}
-    for old, new in zip(policy.unet.parameters(), other.unet.parameters(), strict=True):
+    for old, new in zip(engine.parameters, fresh.parameters, strict=True):
         assert torch.equal(old, new)
     before, after = engine.optimizer.state_dict(), fresh.optimizer.state_dict()
     assert before["param_groups"] == after["param_groups"]
@@ -51,36 +49,51 @@ def test_weights_optimizer_and_state_come_back_bit_for_bit(saved):
             assert torch.equal(value, after["state"][index][key]), (index, key)
 
 
-def test_the_checkpoint_holds_a_pipeline_that_diffusers_loads(saved):
-    from diffusers import DDIMPipeline
+def test_the_checkpoint_holds_the_trained_tensors_under_the_names_of_the_network(tmp_path):
+    policy = make_policy()
+    policy.unet.conv_in.requires_grad_(False)
+    path = save_checkpoint(tmp_path, make_engine(policy), {"iteration": 1}, keep=1)
+    weights = load_file(path / WEIGHTS)
+    expected = {name: parameter for name, parameter in policy.network.named_parameters() if parameter.requires_grad}
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert "unet.conv_out.weight" in weights and "unet.conv_in.weight" not in weights
+    assert sorted(file.name for file in path.iterdir()) == [
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+        "weights.safetensors",
+    ]
 
-    folder, policy, _ = saved
-    pipeline = DDIMPipeline.from_pretrained(folder / "iteration-000001" / "model")
-    assert torch.equal(pipeline.unet.conv_in.weight, policy.unet.conv_in.weight)
+
+def test_the_best_is_kept_beside_the_newest_whatever_its_age(saved):
+    folder, engine = saved
+    for iteration in (2, 3, 4):
+        save_checkpoint(folder, engine, {"iteration": iteration}, keep=1, best=2)
+    assert [path.name for path in list_checkpoints(folder)] == ["iteration-000004", "iteration-000002"]
 
 
 def test_only_the_newest_are_kept(saved):
-    folder, policy, engine = saved
+    folder, engine = saved
     for iteration in (2, 3):
-        save_checkpoint(folder, policy, engine, {"iteration": iteration}, keep=2)
+        save_checkpoint(folder, engine, {"iteration": iteration}, keep=2)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(saved):
-    folder, policy, engine = saved
-    path = save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
+    folder, engine = saved
+    path = save_checkpoint(folder, engine, {"iteration": 2}, keep=2)
     data = bytearray((path / "optimizer.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "optimizer.safetensors").write_bytes(data)
     warnings = []
     state = load_newest(folder, engine, warn=warnings.append)
     assert state["iteration"] == 1
-    assert "iteration-000002" in warnings[0] and "optimizer.safetensors is not what was written" in warnings[0]
+    assert len(warnings) == 1 and "iteration-000002" in warnings[0] and "optimizer.safetensors" in warnings[0]
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "file missing", "manifest is no mapping", "empty manifest"])
 def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved, damage):
-    folder, policy, engine = saved
+    folder, engine = saved
     path = folder / "iteration-000001"
     if damage == "no manifest":
         (path / "manifest.json").unlink()
@@ -93,8 +106,8 @@ def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved,
 
 
 def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
-    folder, policy, engine = saved
-    path = folder / "iteration-000001" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    folder, engine = saved
+    path = folder / "iteration-000001" / WEIGHTS
     marker = tmp_path / "executed"
 
     class Malicious:
@@ -105,11 +118,9 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint"):
         load_newest(folder, engine, warn=lambda text: None)
     # even with a manifest that vouches for it
-    from hrf_fast.run.files import sha256
-
     manifest_path = folder / "iteration-000001" / "manifest.json"
     manifest = json.loads(manifest_path.read_text())
-    manifest["model/unet/diffusion_pytorch_model.safetensors"] = sha256(path)
+    manifest[WEIGHTS] = sha256(path)
     manifest_path.write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="(?i)safetensors|header"):
         load_newest(folder, engine, warn=fail)
@@ -137,10 +148,10 @@ def test_a_failure_while_writing_leaves_the_old_folder_and_no_litter(tmp_path):
 
 
 def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(saved):
-    folder, policy, engine = saved
+    folder, engine = saved
     shutil.copytree(folder / "iteration-000001", folder / ".iteration-000002.tmp")
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000001"]
-    save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
+    save_checkpoint(folder, engine, {"iteration": 2}, keep=2)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000002", "iteration-000001"]
 
 
@@ -152,45 +163,45 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 def test_the_saved_optimizer_is_plain_safetensors(saved):
-    folder, _, _ = saved
+    folder, _ = saved
     tensors = load_file(folder / "iteration-000001" / "optimizer.safetensors")
     assert "0.exp_avg" in tensors and "0.step" in tensors
 
 
 def test_pruning_counts_neither_broken_newer_checkpoints_nor_strangers(saved):
-    folder, policy, engine = saved
-    broken = save_checkpoint(folder, policy, engine, {"iteration": 3}, keep=2)
+    folder, engine = saved
+    broken = save_checkpoint(folder, engine, {"iteration": 3}, keep=2)
     (broken / "state.json").unlink()
     (folder / "iteration-zzz").write_text("a stray file")
     # resumed from 1, the run saves 2 with room for one
-    save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=1)
+    save_checkpoint(folder, engine, {"iteration": 2}, keep=1)
     assert [path.name for path in list_checkpoints(folder)] == ["iteration-000003", "iteration-000002"]
     assert load_newest(folder, engine, warn=lambda text: None)["iteration"] == 2
 
 
 def test_what_a_killed_save_left_is_swept(saved):
-    folder, _, _ = saved
+    folder, _ = saved
     for name in (".iteration-000002.tmp", ".iteration-000001.old"):
-        (folder / name / "model").mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
     sweep(folder)
     assert [path.name for path in folder.iterdir()] == ["iteration-000001"]
 
 
 def test_a_full_disk_is_an_oserror_that_names_the_folder(saved, monkeypatch):
-    folder, policy, engine = saved
+    folder, engine = saved
 
     def full(*_):
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("hrf_fast.run.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="iteration-000002 can't be written: No space left"):
-        save_checkpoint(folder, policy, engine, {"iteration": 2}, keep=2)
+    with pytest.raises(OSError, match="iteration-000002.*No space left"):
+        save_checkpoint(folder, engine, {"iteration": 2}, keep=2)
     assert load_newest(folder, engine, warn=fail)["iteration"] == 1
 
 
 def test_weights_of_another_architecture_are_refused(saved):
-    folder, _, _ = saved
+    folder, _ = saved
     other = make_policy()
     other.unet.conv_in = torch.nn.Conv2d(3, 9, 3)
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(ValueError, match=r"unet\.conv_in\.weight is \(8, 3, 3, 3\).*\(9, 3, 3, 3\)"):
         load_newest(folder, make_engine(other), warn=fail)

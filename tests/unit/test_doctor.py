@@ -139,11 +139,11 @@ def test_shipped_models(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "ASSETS", tmp_path)
     (tmp_path / "fashion" / "model" / "unet").mkdir(parents=True)
     (tmp_path / "fashion" / "model" / "unet" / "weights.safetensors").touch()
-    assert table()["model fashion"] == "missing: its scorer and reference images; reinstall hrf_fast"
-    (tmp_path / "fashion" / "scorer").mkdir()
-    (tmp_path / "fashion" / "scorer" / "model.safetensors").touch()
+    assert table()["model fashion"] == "missing: its classifier and reference images; reinstall hrf_fast"
+    (tmp_path / "fashion" / "classifier").mkdir()
+    (tmp_path / "fashion" / "classifier" / "model.safetensors").touch()
     (tmp_path / "fashion" / "reference.safetensors").touch()
-    assert table()["model fashion"] == "ok model, scorer, reference images"
+    assert table()["model fashion"] == "ok model, classifier, reference images"
 
 
 def test_the_hub_cache_is_found_and_no_variable_s_value_is_shown(monkeypatch, tmp_path):

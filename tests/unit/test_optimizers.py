@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.engines import optimizers
 from hrf_fast.engines.optimizers import build_optimizer
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.run.checkpoint import load_newest, save_checkpoint
-from tests.unit.test_update import make_policy
+from tests.conftest import make_policy
 
 CPU = torch.device("cpu")
 
@@ -68,12 +69,12 @@ def test_torchs_adamw_has_the_options_and_does_the_arithmetic(name):
     assert weight.tolist() == pytest.approx([0.85] * 3, rel=1e-6)
 
 
-def test_the_engine_steps_with_the_optimizer_of_the_configuration(tiny_run, tiny_model):
-    from hrf_fast.build import build_parts
-
-    parts = build_parts(load_config([*tiny_run, "optimizer.name=fused_adamw", "optimizer.weight_decay=0.25"]))
-    (group,) = parts.engine.optimizer.param_groups
+def test_the_engine_steps_with_the_optimizer_of_the_configuration(tiny_run):
+    words = ["optimizer.name=fused_adamw", "optimizer.weight_decay=0.25", "optimizer.kwargs={betas: [0.5, 0.75]}"]
+    _, components = build_components(load_config([*tiny_run, *words]))
+    (group,) = components.engine.optimizer.param_groups
     assert group["fused"] is True and group["weight_decay"] == 0.25
+    assert (group["betas"], group["eps"]) == ((0.5, 0.75), 1e-8)
 
 
 def train_one_step(policy, optimizer, seed):
@@ -87,10 +88,10 @@ def train_one_step(policy, optimizer, seed):
 def assert_resumes_exactly(name, folder):
     policy, resumed = make_policy(), make_policy(seed=1)
     settings = {"weight_decay": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.0, "optimizer": name}
-    engine, again = PlainEngine(policy.unet, **settings), PlainEngine(resumed.unet, **settings)
+    engine, again = PlainEngine(policy.network, **settings), PlainEngine(resumed.network, **settings)
     optimizer, other = engine.optimizer, again.optimizer
     train_one_step(policy, optimizer, 0)
-    save_checkpoint(folder, policy, engine, {"iteration": 1}, keep=1)
+    save_checkpoint(folder, engine, {"iteration": 1}, keep=1)
     load_newest(folder, again, warn=pytest.fail)
     for seed in (1, 2):
         train_one_step(policy, optimizer, seed)
@@ -118,7 +119,7 @@ def test_the_real_8_bit_state_resumes_exactly(tmp_path):
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="optimizer.name is 'adam_8bit'.*did you mean 'adamw_8bit'"):
+    with pytest.raises(ValueError, match="optimizer.name is 'adam_8bit'.*'adamw_8bit'"):
         build("adam_8bit")
     with pytest.raises(ValueError, match="optimizer.name is 'sgd'"):
         load_config(["optimizer.name=sgd"])
@@ -130,12 +131,12 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
 )
 def test_a_missing_package_says_how_to_install_it(monkeypatch, name, package):
     monkeypatch.setattr(optimizers, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=rf'{name}.*pip install "hrf_fast\[gpu\]"` brings {package}; or use adamw'):
+    with pytest.raises(ImportError, match=rf"{name}.*hrf_fast\[gpu\].*{package}"):
         build(name, [], device=torch.device("cuda"))
 
 
 def test_paging_is_refused_where_there_is_no_cuda(bitsandbytes):
-    with pytest.raises(ValueError, match="paged_adamw_8bit.*the device is cpu; use adamw_8bit or adamw"):
+    with pytest.raises(ValueError, match="paged_adamw_8bit.* cpu"):
         build("paged_adamw_8bit")
 
 
@@ -144,12 +145,12 @@ def test_a_bitsandbytes_that_can_t_step_here_is_refused_before_anything_runs(bit
         raise NotImplementedError("no CPU backend")
 
     monkeypatch.setattr(Fake8bit, "step", step)
-    with pytest.raises(ValueError, match="bitsandbytes 9.9 can't step on cpu .*no CPU backend.*use adamw"):
+    with pytest.raises(ValueError, match="adamw_8bit.*bitsandbytes 9.9.* cpu .*no CPU backend"):
         build("adamw_8bit")
 
 
 def test_cpu_adam_is_for_weights_that_zero_offloads(tmp_path):
-    with pytest.raises(ValueError, match="cpu_adam.*engine.deepspeed is null; set it to a file that offloads"):
+    with pytest.raises(ValueError, match="cpu_adam.*engine.deepspeed is null"):
         load_config(["optimizer.name=cpu_adam"])
     path = tmp_path / "zero.json"
     words = ["optimizer.name=cpu_adam", f"engine.deepspeed={path}"]
@@ -157,7 +158,7 @@ def test_cpu_adam_is_for_weights_that_zero_offloads(tmp_path):
         load_config(words)
     for offload in ({}, {"offload_optimizer": {"device": "none"}}):
         path.write_text(json.dumps({"zero_optimization": {"stage": 2, **offload}}))
-        with pytest.raises(ValueError, match="has no zero_optimization.offload_optimizer with device cpu"):
+        with pytest.raises(ValueError, match="cpu_adam.*zero.json.*offload_optimizer"):
             load_config(words)
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     assert load_config(words).optimizer.name == "cpu_adam"
@@ -168,7 +169,7 @@ def test_8_bit_state_is_not_sharded(tmp_path, name):
     path = tmp_path / "zero.json"
     words = [f"optimizer.name={name}", f"engine.deepspeed={path}"]
     path.write_text('{"zero_optimization": {"stage": 1}}')
-    with pytest.raises(ValueError, match="quantised shards can't be gathered into a checkpoint; use adamw"):
+    with pytest.raises(ValueError, match=f"'{name}'.*zero.json"):
         load_config(words)
     path.write_text('{"zero_optimization": {"stage": 0}}')
     assert load_config(words).optimizer.name == name
@@ -184,7 +185,7 @@ def test_a_cpu_adam_that_does_not_compile_says_what_it_needs(monkeypatch):
     for name, module in (("deepspeed", ModuleType("deepspeed")), ("deepspeed.ops", ModuleType("deepspeed.ops"))):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", adam)
-    with pytest.raises(ValueError, match="can't build its kernel.*Ninja is required.*install g.. and ninja"):
+    with pytest.raises(ValueError, match="cpu_adam.*Ninja is required"):
         build("cpu_adam")
 
 

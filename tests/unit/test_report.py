@@ -25,8 +25,9 @@ from hrf_fast.config.options import (
 )
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.report import page as report
-from hrf_fast.report.comparison import at_reward, describe, findings, gain, read_runs, result_table
+from hrf_fast.report.comparison import at_reward, gain, read_runs
 from hrf_fast.report.page import MID_RUN_GRIDS, summary_lines, write_report
+from hrf_fast.report.tables import describe, findings, result_table
 
 START = [0.0, 1.0, 2.0, 3.0]  # rewards of the pretrained panel, mean 1.5
 UP_BY_3 = [(1.0, 3.0), (3.0, 1.0)]  # (gain, Vendi Score) of the panels after the pretrained one, whose Vendi is 4
@@ -69,13 +70,16 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.sources, self.text = [], [], [], []
+        self.open, self.tags, self.attributes = [], [], set()
+        self.policies, self.sources, self.text = [], [], []
         self.feed(html)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self.policies += [value for name, value in attributes if name == "content"]
         self.sources += [value for name, value in attributes if name in ("src", "href")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
@@ -114,6 +118,7 @@ def test_page_and_summary_say_who_keeps_more_diversity_at_equal_reward(ddpo_and_
     # 3 curves, 3 grids, one on the way for each run, diagnostics of each
     assert page.tags.count("img") == 3 + 3 + 2 + 2 and "script" not in page.tags and "link" not in page.tags
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page.policies
     # 2 iterations of 1 s + 3 s; 40 images in 8 s
     assert {"2.0 (25%)", "6.0 (75%)", "8.0", "5"} <= set(page.text)
     assert {"window.schedule", "'full'", "'clusters'"} <= set(page.text)
@@ -168,7 +173,7 @@ def test_without_vendi_scores_the_page_has_no_diversity_and_says_so(tmp_path):
     folders = [write_run(tmp_path / name, name, vendi=False) for name in ("full", "clusters")]
     assert result_table(read_runs(folders)).rows[0] == ["", "reward", "gain", "UNet evaluations"]
     text = write_report(folders, tmp_path / "new" / "page.html").read_text()
-    assert "No Vendi Score: evaluation.network has no network for this model" in text and "<th>Vendi" not in text
+    assert "No Vendi Score: evaluation.network" in text and "<th>Vendi" not in text
     assert Page(text).tags.count("img") == 1 + 3 + 2 + 2
 
 
@@ -198,12 +203,15 @@ def test_runs_of_one_method_are_told_apart_by_folder(tmp_path):
 
 def test_what_users_name_is_escaped(tmp_path):
     name = '<script>alert("$x$ & _y")</script>'
+    schedule = '_mine:<i>" onerror="x'
     folder = write_run(
-        tmp_path / "<b>", "_mine:<i>", model=ModelConfig(name=name), reward=RewardConfig(name="my:</style>漢$")
+        tmp_path / "<b>", schedule, model=ModelConfig(name=name), reward=RewardConfig(name="my:</style>漢$")
     )
     text = write_report([folder]).read_text()
     page = Page(text)
     assert not {"script", "b", "i"} & set(page.tags) and text.count("</style>") == 1
+    # in the attributes of a figure too
+    assert page.attributes == {"alt", "charset", "class", "content", "http-equiv", "lang", "name", "src"}
     assert any(name in data and "my:</style>漢$" in data and "/<b>" in data for data in page.text)
 
 

@@ -1,10 +1,12 @@
 """Rewards without pretrained networks: the registry, the checks around every call, JPEG sizes, functions of a user."""
 
 import copy
+import functools
 import inspect
 import io
 import subprocess
 import sys
+import types
 from dataclasses import asdict
 
 import numpy as np
@@ -26,7 +28,7 @@ from hrf_fast.rewards import (
 
 @pytest.fixture
 def scratch_registry(monkeypatch):
-    """What a test registers is forgotten afterwards."""
+    """Forget afterwards what a test registers."""
     list_rewards()
     monkeypatch.setattr(registry, "_rewards", copy.deepcopy(registry._rewards))
 
@@ -118,7 +120,7 @@ def test_a_reward_without_docstring_or_annotations_is_listed_too(scratch_registr
     info = next(info for info in list_rewards() if info.name == "bare")
     assert (info.description, info.needs) == ("", "nothing beyond torch")
     assert (info.arguments[0].name, info.arguments[0].type, info.arguments[0].doc) == ("strength", "", "")
-    assert build_reward([RewardTerm("bare")])(images_of(0.25)).tolist() == [0.5]
+    assert build_reward([RewardTerm("bare")])(images_of(0.25)).total.tolist() == [0.5]
 
 
 def test_terms_survive_an_omegaconf_round_trip():
@@ -128,7 +130,7 @@ def test_terms_survive_an_omegaconf_round_trip():
     assert term == RewardTerm("jpeg_compressibility", 2.0, {"quality": 50})
     image = images_of(0.5)
     # the OmegaConf node itself builds as well as the object
-    assert torch.equal(build_reward([merged])(image), build_reward([term])(image))
+    assert torch.equal(build_reward([merged])(image).total, build_reward([term])(image).total)
 
 
 # --- registry and build-time errors
@@ -153,7 +155,7 @@ def test_a_factory_that_takes_a_device_gets_the_device_of_the_run(scratch_regist
         return lambda images, prompts=None: torch.full((len(images),), scale)
 
     reward = build_reward([RewardTerm("where", kwargs={"scale": 3.0})], device="meta")
-    assert reward(images_of(0, 1)).tolist() == [3, 3]
+    assert reward(images_of(0, 1)).total.tolist() == [3, 3]
     with pytest.raises(ValueError, match="where.device is unknown"):
         build_reward([RewardTerm("where", kwargs={"scale": 1, "device": "cpu"})])
 
@@ -191,7 +193,7 @@ def test_a_missing_package_gives_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError) as caught:
         build_reward([RewardTerm("classifier", kwargs={"model": "someone/age", "target": 0})])
-    assert "reward 'classifier' needs transformers" in str(caught.value)
+    assert "classifier.model is 'someone/age', which needs transformers" in str(caught.value)
     assert 'pip install "hrf_fast[rewards]"' in str(caught.value)
 
 
@@ -200,10 +202,10 @@ def test_a_missing_package_gives_the_install_line(monkeypatch):
 
 def test_one_term_of_weight_one_is_that_reward(scratch_registry):
     reward = built_from([0.1, -2.0])
-    values = reward(images_of(0, 1))
-    assert values.dtype == torch.float32
-    assert torch.equal(values, torch.tensor([0.1, -2.0]))
-    assert reward.last_terms["fixed"].item() == pytest.approx(-0.95)
+    total, terms = reward(images_of(0, 1))
+    assert total.dtype == torch.float32
+    assert torch.equal(total, torch.tensor([0.1, -2.0]))
+    assert terms["fixed"].item() == pytest.approx(-0.95)
 
 
 def test_terms_are_summed_with_their_weights_and_logged_without(scratch_registry):
@@ -217,17 +219,19 @@ def test_terms_are_summed_with_their_weights_and_logged_without(scratch_registry
         RewardTerm("brightness", 0.0, {"power": 0.0}),
     ]
     reward = build_reward(terms)
-    assert reward.last_terms == {}
-    values = reward(images_of(0.5, 1.0))
+    rewards = reward(images_of(0.5, 1.0))
     # 2·0.5 − 0.5² = 0.75; 2·1 − 1² = 1
-    assert values.tolist() == [0.75, 1.0]
+    assert rewards.total.tolist() == [0.75, 1.0]
     # means before weights: (0.5 + 1)/2, (0.25 + 1)/2, 1
-    assert {name: mean.item() for name, mean in reward.last_terms.items()} == {
+    assert {name: mean.item() for name, mean in rewards.terms.items()} == {
         "brightness": 0.75,
         "brightness_2": 0.625,
         "brightness_3": 1.0,
     }
-    assert all(mean.shape == () for mean in reward.last_terms.values())
+    assert all(mean.shape == () for mean in rewards.terms.values())
+    # an earlier result stays what it was
+    reward(images_of(0.0))
+    assert rewards.terms["brightness"].item() == 0.75
 
 
 @pytest.mark.parametrize(
@@ -290,7 +294,7 @@ def test_a_reward_that_writes_into_its_images_changes_neither_other_terms_nor_th
 
     images = images_of(0.25, 0.5)
     # the spoiler is worth 0, so the sum is the level
-    assert build_reward([RewardTerm("spoiler"), RewardTerm("level")][::order])(images).tolist() == [0.25, 0.5]
+    assert build_reward([RewardTerm("spoiler"), RewardTerm("level")][::order])(images).total.tolist() == [0.25, 0.5]
     assert torch.equal(images, images_of(0.25, 0.5))
 
 
@@ -321,7 +325,7 @@ def test_a_reward_runs_in_full_precision_and_without_gradient_inside_a_bf16_trai
         return reward
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = build_reward([RewardTerm("spy")])(images_of(0.5).requires_grad_())
+        values = build_reward([RewardTerm("spy")])(images_of(0.5).requires_grad_()).total
     assert seen == [torch.float32]
     assert not values.requires_grad
 
@@ -346,7 +350,7 @@ def test_images_that_no_reward_is_meant_for_are_refused(images, message):
 def test_prompts_are_handed_on_and_counted(user_module):
     name = user_module("def length(images, prompts):\n    return [len(prompt) for prompt in prompts]\n")
     reward = build_reward([RewardTerm(f"{name}:length")])
-    assert reward(images_of(0, 1), ["cat", "horse"]).tolist() == [3, 5]
+    assert reward(images_of(0, 1), ["cat", "horse"]).total.tolist() == [3, 5]
     with pytest.raises(ValueError, match="rewards got 1 prompts for 2 images"):
         reward(images_of(0, 1), ["cat"])
 
@@ -360,14 +364,14 @@ def test_jpeg_sizes_are_those_of_pillow_in_order():
     images = 0.5 + (noise - 0.5) * torch.linspace(0, 1, 12).view(-1, 1, 1, 1)
     expected = torch.tensor([pil_kilobytes(image) for image in images])
     assert (expected.diff() > 0).all()
-    assert torch.equal(build_reward([RewardTerm("jpeg_incompressibility")])(images), expected)
-    assert torch.equal(build_reward([RewardTerm("jpeg_compressibility")])(images), -expected)
+    assert torch.equal(build_reward([RewardTerm("jpeg_incompressibility")])(images).total, expected)
+    assert torch.equal(build_reward([RewardTerm("jpeg_compressibility")])(images).total, -expected)
 
 
 def test_a_kilobyte_is_a_thousand_bytes_and_quality_is_an_argument():
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    high = build_reward([RewardTerm("jpeg_incompressibility")])(image).item()
-    low = build_reward([RewardTerm("jpeg_incompressibility", kwargs={"quality": 10})])(image).item()
+    high = build_reward([RewardTerm("jpeg_incompressibility")])(image).total.item()
+    low = build_reward([RewardTerm("jpeg_incompressibility", kwargs={"quality": 10})])(image).total.item()
     assert high == pytest.approx(pil_kilobytes(image[0], 95))
     assert low == pytest.approx(pil_kilobytes(image[0], 10))
     # 32·32 noisy pixels cannot be under 1 kB at quality 95 nor over their 3.1 kB of raw bytes and a header
@@ -381,23 +385,15 @@ def test_dark_detail_counts_which_the_unscaled_tensor_of_the_authors_code_would_
     dark[..., ::2, 1::2] = dark[..., 1::2, ::2] = 0.4
     slip = ((dark * 2 - 1) * 255).round().clamp(0, 255)
     assert slip.max() == 0
-    size, black = build_reward([RewardTerm("jpeg_incompressibility")])(torch.cat([dark, torch.zeros_like(dark)]))
+    size, black = build_reward("jpeg_incompressibility")(torch.cat([dark, torch.zeros_like(dark)])).total
     assert size.item() == pytest.approx(pil_kilobytes(dark[0]))
     assert size > 1.2 * black
 
 
-def test_levels_are_rounded_to_the_nearest_and_rounding_noise_outside_the_range_is_clamped():
-    from hrf_fast.rewards.jpeg import to_bytes
-
-    # 0.499·255 = 127.245 -> 127; 0.5·255 = 127.5 -> 128 (to even); 127.9/255 truncated would give 127
-    levels = torch.tensor([-0.0005, 0.499, 0.5, 127.9 / 255, 1.0005])
-    assert to_bytes(levels.view(5, 1, 1, 1).expand(5, 3, 1, 1))[:, 0, 0, 0].tolist() == [0, 127, 128, 128, 255]
-
-
-def test_half_precision_images_score_what_their_values_say():
+def test_half_precision_images_are_rewarded_for_what_their_values_say():
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    score = build_reward([RewardTerm("jpeg_incompressibility")])(image)
-    assert score.item() == pytest.approx(pil_kilobytes(image[0].float()))
+    size = build_reward("jpeg_incompressibility")(image).total
+    assert size.item() == pytest.approx(pil_kilobytes(image[0].float()))
 
 
 @pytest.mark.parametrize("quality", [0, 101, 9.5, "95", True])
@@ -416,8 +412,9 @@ def test_a_function_in_the_current_directory_is_a_reward(user_module):
         "    return (gain * images[:, 0].mean((1, 2))).tolist()\n"
     )
     reward = build_reward([RewardTerm(f"{name}:redness", kwargs={"gain": 4.0})])
-    assert reward(images_of(0.25, 0.5)).tolist() == [1, 2]
-    assert list(reward.last_terms) == [f"{name}:redness"]
+    rewards = reward(images_of(0.25, 0.5))
+    assert rewards.total.tolist() == [1, 2]
+    assert list(rewards.terms) == [f"{name}:redness"]
 
 
 def test_a_callable_object_is_a_reward(user_module):
@@ -427,7 +424,7 @@ def test_a_callable_object_is_a_reward(user_module):
         "        return images.mean((1, 2, 3)).numpy()\n"
         "mean = Mean()\n"
     )
-    assert build_reward([RewardTerm(f"{name}:mean")])(images_of(0.5)).tolist() == [0.5]
+    assert build_reward([RewardTerm(f"{name}:mean")])(images_of(0.5)).total.tolist() == [0.5]
 
 
 def test_a_function_whose_signature_cannot_be_read_fails_at_its_first_call_instead():
@@ -483,3 +480,61 @@ def test_a_signature_that_does_not_fit_the_kwargs_is_found_before_the_run(user_m
         build_reward([RewardTerm(f"{name}:f", kwargs=kwargs)])
     assert f"called as {call} but defined as {definition}: " in str(caught.value)
     assert cause in str(caught.value)
+
+
+# --- functions, and those written for TRL
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
+def test_a_function_is_a_reward_named_after_itself_with_the_checks_of_any_other():
+    reward = build_reward(redness)
+    total, terms = reward(images_of(0.25, 0.5), ["a", "b"])
+    assert total.tolist() == [0.25, 0.5] and {name: mean.item() for name, mean in terms.items()} == {"redness": 0.375}
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        reward(images_of(-1, 1))
+    with pytest.raises(RewardError, match="'<lambda>' returned 1 of 2 values that are NaN"):
+        build_reward(lambda images, prompts: [1.0, float("nan")])(images_of(0, 1))
+    with pytest.raises(RewardError, match="'redness' failed with IndexError"):
+        build_reward(functools.wraps(redness)(lambda images, prompts: images[9]))(images_of(0.5))
+
+
+def test_an_object_that_is_called_is_named_after_its_class():
+    class Brightness:
+        def __call__(self, images, prompts=None):
+            return images.mean((1, 2, 3))
+
+    assert list(build_reward(Brightness())(images_of(0.5)).terms) == ["Brightness"]
+
+
+@pytest.mark.parametrize("name", ["metadata", "prompt_metadata"])
+@pytest.mark.parametrize("where", ["module", "function"])
+def test_a_reward_written_for_trl_gets_metadata_and_its_tuple_is_read(user_module, where, name):
+    body = f"def trl(images, prompts, {name}):\n"
+    body += f"    return images.mean((1, 2, 3)) + len({name}) + sum(map(len, {name})), {{'seen': 1}}\n"
+    module = types.ModuleType("trl_rewards")
+    exec(body, vars(module))
+    reward = f"{user_module(body)}:trl" if where == "module" else module.trl
+    # two images, so two empty dicts
+    assert build_reward(reward)(images_of(0.25, 0.5), ["a", "b"]).total.tolist() == [2.25, 2.5]
+
+
+def test_a_reward_written_for_trl_may_return_rewards_alone_and_is_checked_too():
+    assert build_reward(lambda images, prompts, metadata: [1, 2])(images_of(0, 1)).total.tolist() == [1, 2]
+    with pytest.raises(RewardError, match=r"shape \[1\]"):
+        build_reward(lambda images, prompts, metadata: ([1.0], {}))(images_of(0, 1))
+    with pytest.raises(RewardError, match="no tuple"):
+        build_reward(lambda images, prompts: (images.mean((1, 2, 3)), {}))(images_of(0, 1))
+
+
+def test_a_metadata_that_the_config_gives_is_the_user_s_own(user_module):
+    name = user_module("def f(images, prompts, metadata):\n    return [metadata] * len(images)\n")
+    assert build_reward([RewardTerm(f"{name}:f", kwargs={"metadata": 3})])(images_of(0.5)).total.tolist() == [3]
+
+
+@pytest.mark.parametrize("function", [lambda images: images, lambda images, prompts, gain: images])
+def test_a_function_that_does_not_take_images_and_prompts_is_refused_before_the_run(function):
+    with pytest.raises(ValueError, match="'<lambda>', which is called as <lambda>.images, prompts. but defined as"):
+        build_reward(function)

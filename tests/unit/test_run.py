@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -15,9 +16,10 @@ from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.grids import image_grid
-from hrf_fast.evaluation.panel import PanelScores, choose_scorer
+from hrf_fast.evaluation.panel import PanelScores, choose_network
 from hrf_fast.run.files import read_log
 from hrf_fast.run.folder import Run
+from hrf_fast.run.lock import lock_folder
 from hrf_fast.run.progress import BarProgress, JsonProgress, Progress, build_progress
 from hrf_fast.run.writers import build_writers
 
@@ -196,10 +198,10 @@ def test_the_grid_has_a_white_cell_where_no_image_is():
 
 def test_the_scorer_follows_the_model_and_may_be_turned_off():
     device = torch.device("cpu")
-    assert choose_scorer("auto", "fashion", device).name == "fashion"
-    assert choose_scorer("auto", "some/folder", device) is None
-    assert choose_scorer("none", "fashion", device) is None
-    assert choose_scorer("portraits", "some/folder", device).name == "portraits"
+    assert choose_network("auto", "fashion", device).name == "fashion"
+    assert choose_network("auto", "some/folder", device) is None
+    assert choose_network("none", "fashion", device) is None
+    assert choose_network("portraits", "some/folder", device).name == "portraits"
 
 
 def test_the_device_is_checked():
@@ -277,3 +279,29 @@ def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
         Run(config)
     with Run(config):
         pass
+
+
+def test_a_killed_process_leaves_a_folder_that_can_be_taken_again(tmp_path):
+    code = "import sys, time, pathlib; from hrf_fast.run.lock import lock_folder; "
+    code += "lock = lock_folder(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"run.folder {tmp_path} is in use by process {child.pid} on "):
+            lock_folder(tmp_path)
+        child.send_signal(signal.SIGKILL)
+    lock = lock_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on "):
+        lock_folder(tmp_path)
+    lock.release()
+    # releasing removes no file: another process may have it open
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock-owner"}
+
+
+def test_a_lock_whose_owner_cannot_be_written_is_not_kept(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("hrf_fast.run.lock.write_atomically", full)
+        lock_folder(tmp_path)
+    lock_folder(tmp_path).release()

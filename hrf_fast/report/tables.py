@@ -1,0 +1,126 @@
+"""Tables and sentences of a report, as text: what `hrf report` prints and its page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hrf_fast.config.options import Config
+from hrf_fast.evaluation.diversity import Interval
+from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text, the first row its header; a column that nothing fills is dropped."""
+
+    rows: list[list[str]]
+
+    def __post_init__(self) -> None:
+        filled = [i for i in range(len(self.rows[0])) if i == 0 or any(row[i] for row in self.rows[1:])]
+        object.__setattr__(self, "rows", [[row[i] for i in filled] for row in self.rows])
+
+    def lines(self) -> list[str]:
+        """Aligned plain text."""
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in self.rows]
+
+
+def result_table(logs: Sequence[RunLog]) -> Table:
+    """Tabulate the pretrained model and each run's last panel."""
+    rows = [["", "reward", "gain", "Vendi Score", "kept", "Inception Score", "UNet evaluations"]]
+    first, before = logs[0], logs[0].score("vendi", 0)
+    for name, log, panel in [("pretrained", first, 0), *((run_title(log), log, -1) for log in logs)]:
+        change = [_interval(gain(log, first), "+"), _share(log.score("vendi"), before)] if panel else ["", ""]
+        scores = [_interval(log.score(score, panel)) for score in ("reward", "vendi", "inception")]
+        evaluations = f"{log.panels[panel]['evaluations']:,}"
+        rows.append([name, scores[0], change[0], scores[1], change[1], scores[2], evaluations])
+    return Table(rows)
+
+
+def equal_reward_table(logs: Sequence[RunLog]) -> Table | None:
+    """Tabulate the diversity kept at equal reward; None for one run, without Vendi Scores, or if a run did not rise."""
+    before = logs[0].score("vendi", 0)
+    if len(logs) < 2 or before is None:
+        return None
+    rows = [["", "Vendi Score", "kept", "UNet evaluations"]]
+    for log in logs:
+        point = at_reward(log, lowest_end(logs))
+        if point is None:
+            return None
+        rows.append([log.name, _interval(point[1]), _share(point[1], before), f"{point[0]:,.0f}"])
+    return Table(rows)
+
+
+def findings(logs: Sequence[RunLog]) -> list[str]:
+    """Say what the tables do and don't show, a sentence each."""
+    lines, weakest = [], min(logs, key=lambda log: log.rewards()[-1])
+    for log in logs:
+        change = gain(log, logs[0])
+        if len(log.panels) == 1:
+            lines.append(f"{log.name}: no panel after the pretrained one yet.")
+        elif change.low <= 0 <= change.high:
+            lines.append(f"{log.name}: no gain beyond its interval.")
+        elif change.high < 0:
+            lines.append(f"{log.name}: the reward fell.")
+    if logs[0].score("vendi", 0) is None:
+        lines.append("No Vendi Score: evaluation.network has none for this model, so diversity was not measured.")
+    elif len(logs) > 1 and equal_reward_table(logs) is None:
+        lines.append(f"No comparison at equal reward: {weakest.name} did not end above the pretrained model.")
+    elif len(logs) > 1:
+        low, points = gain(weakest, logs[0]).low, [at_reward(log, lowest_end(logs)) for log in logs]
+        vendi = [point[1] for point in points if point]
+        if low <= 0:
+            lines.append(f"The level of equal reward is {weakest.name}'s, no gain beyond its interval: it says little.")
+        if max(v.low for v in vendi) <= min(v.high for v in vendi):
+            lines.append("At equal reward the intervals of the Vendi Scores overlap.")
+    first = logs[0].panels[0]["rewards"]
+    if any(log.panels[0]["rewards"] != first for log in logs):
+        lines.append(
+            "The runs' pretrained panels are close but not identical (two machines?); the first run's is used."
+        )
+    return [
+        *lines,
+        f"Brackets are 95 % bootstrap intervals over the panel's {len(first)} images, from the same noise in every "
+        "panel; gains are paired image by image. They say nothing about other training seeds.",
+    ]
+
+
+def run_title(log: RunLog) -> str:
+    """The run's name, marked if the run has not finished."""
+    return log.name if log.finished else f"{log.name} (unfinished)"
+
+
+def describe(log: RunLog) -> str:
+    """Describe a run in one line."""
+    config, last = log.config, log.metrics[-1]
+    # where a budget of evaluations ends the run, its iterations are only a ceiling
+    planned = "" if config.stop.max_evaluations else f" of {config.train.iterations}"
+    parts = [
+        run_title(log),
+        config.model.name,
+        reward_name(config),
+        f"T {config.sample.num_inference_steps}",
+        f"{last['iteration'] + 1}{planned} iterations",
+        f"{last['images']:,} images trained",
+        f"{last['evaluations']:,} UNet evaluations",
+        f"seed {config.run.seed}",
+        str(log.folder),
+    ]
+    return " · ".join(parts)
+
+
+def reward_name(config: Config) -> str:
+    """The reward's name, or the weighted sum of its terms."""
+    return config.reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in config.reward.terms)
+
+
+def _interval(interval: Interval | None, sign: str = "") -> str:
+    if interval is None:
+        return ""
+    value, low, high = (format(number, f"{sign}#.4g") for number in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def _share(vendi: Interval | None, before: Interval | None) -> str:
+    return f"{100 * vendi.value / before.value:.1f} %" if vendi and before else ""
