@@ -13,7 +13,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from hrf_fast.evaluation.grids import SHOWN, grid_columns
-from hrf_fast.report.comparison import RunLog, read_runs, run_title
+from hrf_fast.report.comparison import RunLog, read_runs
+from hrf_fast.report.tables import run_title
 from hrf_fast.run.files import write_atomically
 
 IMAGES = 10
