@@ -76,7 +76,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def summary_lines(runs: list[Path]) -> list[str]:
-    """The page's runs, tables of scores and findings as plain text.
+    """The page's runs, tables of metrics and findings as plain text.
 
     Raises:
         ValueError: as `write_report`, except for grids.
@@ -130,7 +130,7 @@ def _curves(logs: Sequence[RunLog]) -> list[Figure]:
             "plot",
         )
     ]
-    if all(log.score("vendi", 0) for log in logs):
+    if all(log.metric("vendi", 0) for log in logs):
         vendi = [_series(log, "vendi") for log in logs]
         paths = [Series(line.name, log.rewards(), line.y) for line, log in zip(vendi, logs, strict=True)]
         level = lowest_end(logs) if equal_reward_table(logs) else None
@@ -150,8 +150,8 @@ def _curves(logs: Sequence[RunLog]) -> list[Figure]:
     return figures
 
 
-def _series(log: RunLog, score: str) -> Series:
-    value, low, high = ([panel[score][i] for panel in log.panels] for i in range(3))
+def _series(log: RunLog, metric: str) -> Series:
+    value, low, high = ([panel[metric][i] for panel in log.panels] for i in range(3))
     return Series(log.name, [panel["evaluations"] for panel in log.panels], value, low, high)
 
 
