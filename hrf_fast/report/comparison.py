@@ -103,8 +103,8 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
     start, (_, low, high) = other.panels[0]["reward"][0], first.panels[0]["reward"]
     if not low <= start <= high:
         raise ValueError(
-            f"{both}, they did not start from the same weights: the second's pretrained panel has a reward of {start:.4g}, "
-            f"outside the first's [{low:.4g}, {high:.4g}]. Report each run alone, or train again from one model"
+            f"{both}, they did not start from the same weights: the second's pretrained reward is {start:.4g}, outside "
+            f"the first's [{low:.4g}, {high:.4g}]. Report each run alone, or train again from one model"
         )
 
 

@@ -20,11 +20,11 @@ class Bandit:
     Arms are the candidates but the last. A pull of arm i measures, on one group's anchor and with the same noise, the
     change in reward from candidate i to i + 1 and the distance of candidate i + 1. Sums and counts are multiplied by
     `discount` once per iteration, as the weights change. Each group pulls the `pulls` arms of greatest
-    criterion_i + exploration·sqrt(log Σ N / N_i), N the discounted counts: groups choose one after the other, counting what
-    the ones before them have pulled, and arms never tried come first, in random order.
+    criterion_i + exploration·sqrt(log Σ N / N_i), N the discounted counts: groups choose one after the other, counting
+    the pulls of the groups before them, and arms never tried come first, in random order.
 
-    All groups of the iteration then train from the arm of the greatest criterion, by HRF-D's rule on the means of all tried
-    arms. That is not the arm that was pulled: to measure a start costs the same whether it is trained or not.
+    All groups of the iteration then train from the arm of the greatest criterion, by HRF-D's rule on the means of all
+    tried arms. That need not be an arm that was pulled: to measure a start costs the same whether it is trained or not.
     """
 
     needs_anchors = True
