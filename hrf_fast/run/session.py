@@ -18,6 +18,7 @@ import torch
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
+from hrf_fast.evaluation.grids import SHOWN
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.checkpoint import load_newest, save_checkpoint
@@ -26,9 +27,6 @@ from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.progress import Progress, Silence, build_progress
 from hrf_fast.run.writers import build_writers
-
-# images of the panel that grids and listeners are shown
-_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class Run:
     def log_panel(self, iteration: int, evaluations: int, panel: PanelMetrics) -> str | None:
         """Write the evaluation line and the panel's PNG grid, and tell the listeners; returns as `log`."""
         line = {"iteration": iteration, "evaluations": evaluations, **panel.record()}
-        shown = panel.images[:_SHOWN]
+        shown = panel.images[:SHOWN]
 
         def write() -> str | None:
             self.folder.append_panel(line, shown)

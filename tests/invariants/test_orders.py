@@ -261,7 +261,7 @@ def test_keep_is_refused_where_the_weights_go_away(tiny_run, tmp_path, capsys):
 
 def test_kept_graphs_are_gone_after_the_update(tiny_run, tmp_path):
     # what autograd holds at most: one optimizer step's windows, however many steps an iteration has
-    from benchmarks.measure import SavedTensors
+    from benchmarks.training_bench.memory import SavedTensors
 
     def peak(*words):
         saved = SavedTensors()
@@ -275,7 +275,7 @@ def test_kept_graphs_are_gone_after_the_update(tiny_run, tmp_path):
 
 
 def test_a_skipped_step_s_graphs_are_gone_before_the_next_rollout(tiny_run, tmp_path, monkeypatch):
-    from benchmarks.measure import SavedTensors
+    from benchmarks.training_bench.memory import SavedTensors
 
     (tmp_path / "holey.py").write_text(
         "import torch\ncalls = []\n"

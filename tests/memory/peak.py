@@ -15,7 +15,7 @@ import torch
 
 from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.training.collect import group_noise
+from hrf_fast.noise import NoiseKey
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Group
 from hrf_fast.training.rollout import Rollout, rollout
@@ -31,18 +31,21 @@ def status(field: str) -> int:
 def iteration(components: Components) -> None:
     policy, groups, plan = components.policy, components.groups, components.calls
     windows = [Window(0, policy.sampler.stochastic_steps)] * groups.per_iteration
-    condition, rolled_out = policy.condition([None] * groups.size), Rollout()
-    for pack in plan.packs(dict(enumerate(windows))):
-        noises = (group_noise(components, 0, "rollout", number) for number in pack)
-        starts = [Group(n, windows[n], noise, condition) for n, noise in zip(pack, noises, strict=True)]
-        rolled_out.join(rollout(policy, starts, plan, keep_from=plan.keep_from(windows)))
+    keep_from = plan.keep_from(windows)
+    rolled_out, condition = Rollout(), policy.condition([None] * groups.size)
+    for number in groups.own():
+        noise = NoiseKey(seed=0, sample_id=torch.tensor(groups.sample_ids(number)))
+        group = Group(number, windows[number], noise, condition)
+        rolled_out.join(rollout(policy, [group], plan, keep_from=keep_from))
     advantages = {number: torch.linspace(-1, 1, groups.size) for number in groups.own()}
     update(components, rolled_out, windows, advantages, range(groups.num_steps), iteration=0, note=print)
 
 
 def main(tiny: str, model: str, *words: str) -> None:
     torch.set_num_threads(1)
-    iteration(build_components(load_config([f"model.name={tiny}", *words]))[1])
+    _, warm = build_components(load_config([f"model.name={tiny}", *words]))
+    iteration(warm)
+    del warm
     gc.collect()
     empty = status("VmRSS")
     _, components = build_components(load_config([f"model.name={model}", *words]))

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_kernels, tables, timing
-from benchmarks.counting import Count, Traffic, count, count_analytic
-from benchmarks.providers import NAMES, Disagreement, Result, check, exact, make_case, providers
+from benchmarks import bench_kernels
+from benchmarks.kernel_bench import page as tables
+from benchmarks.kernel_bench import timing
+from benchmarks.kernel_bench.counting import Count, Traffic, count, count_analytic
+from benchmarks.kernel_bench.providers import NAMES, Disagreement, Result, check, exact, make_case, providers
 from hrf_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,9 @@ def test_red_stops_the_run_before_anything_is_timed(monkeypatch, capsys):
     def no_clock(*args, **kwargs):
         raise AssertionError("timed")
 
-    monkeypatch.setattr("benchmarks.providers.analytic", lambda case: exact(small_case(clamp=not case.coef.x0_clip)))
+    monkeypatch.setattr(
+        "benchmarks.kernel_bench.providers.analytic", lambda case: exact(small_case(clamp=not case.coef.x0_clip))
+    )
     monkeypatch.setattr(timing, "interleaved", no_clock)
     words = ["bench", "kernels", "--shapes", "3x8x8", "--batch", "4", "--clamp", "off", "--providers", "analytic"]
     monkeypatch.setattr(bench_kernels, "count_all", lambda *args: {})
@@ -157,7 +161,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
 
 
 def test_inductor_is_left_out_where_there_is_no_compiler(monkeypatch):
-    from benchmarks.providers import compile_fails
+    from benchmarks.kernel_bench.providers import compile_fails
 
     assert compile_fails(torch.device("cuda")) is None
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError()))
@@ -166,7 +170,7 @@ def test_inductor_is_left_out_where_there_is_no_compiler(monkeypatch):
 
 @pytest.mark.slow
 def test_torch_compile_agrees_and_counts_itself():
-    from benchmarks.counting import count_compiled
+    from benchmarks.kernel_bench.counting import count_compiled
 
     case = small_case(clamp=False, shape=(3, 16, 16))
     run = providers(("torch.compile",), (3, 16, 16))["torch.compile"]
@@ -182,7 +186,7 @@ def test_torch_compile_agrees_and_counts_itself():
 def test_the_fused_providers_agree_in_the_interpreter():
     code = (
         "import sys; sys.path.insert(0, '.');"
-        "from benchmarks.providers import *;"
+        "from benchmarks.kernel_bench.providers import *;"
         "case = make_case((3, 8, 8), 2, clamp=True, dtype=torch.float32, device='cpu', seed=0);"
         "runs = providers(('two-stage', 'one-program'), (3, 8, 8));"
         "print([check(name, run(case), exact(case))['gradient'] < 2e-6 for name, run in runs.items()])"
@@ -224,8 +228,8 @@ def test_the_rules_hold_everywhere(target):
 
 @interpreted
 def test_each_broken_rule_is_a_sentence():
-    from benchmarks.assembly import Access, Reading
     from benchmarks.compile_kernels import Row
+    from benchmarks.kernel_bench.assembly import Access, Reading
 
     def faults(shape, **changed):
         good = Reading(registers=128, spilled=0, accesses=[Access("latents", 128), Access("loss", 32)], fused=0)
@@ -261,7 +265,7 @@ def test_compiling_leaves_triton_as_it_was_and_refuses_the_unknown():
     from triton.backends.compiler import GPUTarget
 
     from benchmarks.compile_kernels import KERNELS, matrix
-    from benchmarks.compile_only import collect
+    from benchmarks.kernel_bench.compile_only import collect
 
     before = triton.runtime.driver._active
     with pytest.raises(ZeroDivisionError), collect(GPUTarget("cuda", 90, 32), KERNELS):
@@ -272,7 +276,7 @@ def test_compiling_leaves_triton_as_it_was_and_refuses_the_unknown():
 
 
 def test_accesses_are_followed_to_their_arguments():
-    from benchmarks.assembly import _llvm_accesses, _ptx_accesses
+    from benchmarks.kernel_bench.assembly import _llvm_accesses, _ptx_accesses
 
     ptx = """
 	ld.param.b64 	%rd1, [k_param_0];

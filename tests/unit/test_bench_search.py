@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import bench_search
 from benchmarks.bench_search import parse
-from benchmarks.regret import Measurements, judge
+from benchmarks.search_bench.regret import Measurements, judge
 from hrf_fast.cli import main as hrf
 
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import bench_memory, bench_training
-from benchmarks.ceiling import unet_flops
-from benchmarks.configurations import METHODS, Row, rows
-from benchmarks.literal import LiteralTrainer, log_prob
-from benchmarks.measure import SavedTensors
-from benchmarks.models import without_clipping
-from benchmarks.turns import Different, compare
+from benchmarks.training_bench.ceiling import unet_flops
+from benchmarks.training_bench.configurations import METHODS, Row, rows
+from benchmarks.training_bench.literal import LiteralTrainer, log_prob
+from benchmarks.training_bench.memory import SavedTensors
+from benchmarks.training_bench.models import without_clipping
+from benchmarks.training_bench.turns import Different, compare
 from hrf_fast.assets import ASSETS
 from hrf_fast.config.load import load_config
 from hrf_fast.run.files import read_log
