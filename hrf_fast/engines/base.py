@@ -142,12 +142,17 @@ class Ema:
 @contextmanager
 def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator[None]:
     """The averages in place of the weights; nothing when there are none."""
-    kept = [parameter.detach().clone() for parameter in parameters] if averages else []
-    _copy(parameters, averages)
+    trained = [parameter.detach().clone() for parameter in parameters] if averages else []
     try:
+        _copy(parameters, averages)
         yield
     finally:
-        _copy(parameters, kept)
+        try:
+            _copy(parameters, trained)
+        except KeyboardInterrupt:
+            # a checkpoint follows, which half of the averages must not get into
+            _copy(parameters, trained)
+            raise
 
 
 @torch.no_grad()

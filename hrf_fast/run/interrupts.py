@@ -52,9 +52,10 @@ class Interrupts:
 
     def hold(self) -> None:
         """Hold a Ctrl-C back until `release`; on several ranks until they all know of it and are at the same place."""
-        self._held += 1
-        if self._held == 1 and comm.world_size() == 1 and threading.current_thread() is threading.main_thread():
+        if self._held == 0 and comm.world_size() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._note)
+        # after the handler: a Ctrl-C before it interrupts what is not held yet
+        self._held += 1
 
     def release(self) -> None:
         """End `hold`; `stop_if_asked` then acts on what came in between."""
