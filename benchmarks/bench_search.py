@@ -53,7 +53,7 @@ from benchmarks.training_bench.configurations import base_words
 from benchmarks.training_bench.models import make_model
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
-from hrf_fast.report.comparison import reward_name
+from hrf_fast.report.tables import reward_name
 
 HEAD = (
     "search",
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "machine": machine(device, torch.get_num_threads()),
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("out", "device")},
-        "reward": reward_name(config),
+        "reward": reward_name(config.reward),
         "candidates": measured.candidates,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

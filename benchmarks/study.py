@@ -100,7 +100,7 @@ def _vendi(log: RunLog, panel: int = -1) -> float:
     Raises:
         ValueError: nothing measured it.
     """
-    vendi = log.score("vendi", panel)
+    vendi = log.metric("vendi", panel)
     if vendi is None:
         raise ValueError(f"{log.folder} has no Vendi Score; train it with an evaluation.network")
     return vendi.value

@@ -16,7 +16,7 @@ from torch import Tensor
 from hrf_fast.evaluation.diversity import mean_interval, paired_difference_interval
 from hrf_fast.noise import noise_generator
 from hrf_fast.windows.base import evaluations
-from hrf_fast.windows.rule import start_scores
+from hrf_fast.windows.rule import start_criterion
 from hrf_fast.windows.schedules import build_schedule
 
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ class Measurements:
     def criteria(self, anchor: int, groups: Sequence[int]) -> Tensor:
         """Exact criteria [C − 1] by several groups together."""
         rewards, distances = self.tables["exact"][anchor][list(groups)].double().mean(0)
-        return start_scores(rewards.diff(), distances[1:], beta=self.arguments.beta)
+        return start_criterion(rewards.diff(), distances[1:], beta=self.arguments.beta)
 
     def probe(self, pairs: Sequence[tuple[int, int]], spent: list[int]) -> Callable[..., list[tuple[Tensor, Tensor]]]:
         """A probe that looks up measurements by (anchor, group) and adds to `spent` what they would cost a sample."""

@@ -70,7 +70,8 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
         "skipped_steps": outcome.skipped,
     }
     images = groups.per_iteration * groups.size
-    return run.log(record, images=images, network_seconds=policy.stopwatch.restart())
+    state = components.state(iteration + 1)
+    return run.log(record, state, images=images, network_seconds=policy.stopwatch.restart())
 
 
 def _counters(components: Components, iteration: int) -> dict[str, Any]:

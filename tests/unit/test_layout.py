@@ -85,6 +85,19 @@ def test_no_modules_import_each_other_in_a_circle():
     assert sorted(left) == []
 
 
+def test_only_those_who_build_or_plan_take_the_whole_configuration():
+    allowed = ("build", "train", "commands", "config", "run", "memory")
+    takers = {
+        f"{module_name(path)}.{function.name}"
+        for path in MODULES
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Config"
+    }
+    assert {taker for taker in takers if taker.split(".")[1] not in allowed} == set()
+
+
 def test_hrf_kernels_knows_nothing_of_the_trainer():
     assert [path.name for path in (ROOT / "kernels").rglob("*.py") if imports(path)] == []
 

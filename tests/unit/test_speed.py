@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.devices import set_precision_flags
+from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.load import load_policy
 from hrf_fast.train import train
@@ -111,6 +111,13 @@ def test_on_a_cpu_no_flag_is_touched_and_the_fast_ones_are_refused(flags, tiny_r
     with pytest.raises(ValueError, match="compute.deterministic is false.* cpu"):
         build(tiny_run, "run.device=cpu", "compute.deterministic=false")
     assert flags() == before
+
+
+def test_the_device_is_checked():
+    assert choose_device("cpu").type == "cpu"
+    for name in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"run.device is '{name}'"):
+            choose_device(name)
 
 
 # --- the self-check ---------------------------------------------------------------------------------------------------
