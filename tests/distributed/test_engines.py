@@ -26,10 +26,17 @@ LOW = ("bf16", "fp16")
 CHECKPOINTED = ("plain", "zero2", "zero3")
 # with all forwards before the first backward
 KEPT = ("plain", "zero0", "zero1", "zero2")
+# cases of `make test`; the others are slow ones, of engines and modes between these
+QUICK = {"plain", "zero2", "zero3", "zero3 checkpoint", "zero2 keep", "zero2 bf16", "dynamic", "moved"}
 # relative: sums over ranks in another order
 GRADIENT_TOLERANCE = 1e-6
 # of the largest change
 WEIGHT_TOLERANCE = 2e-5
+
+
+def cases(*names):
+    """Parameters of a test, of which all but the quick ones are slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def words(model, **options):
@@ -68,8 +75,10 @@ def trained(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, tmp_path_factory):
-    """Everything below, in one launch of one rank and three of two: (results of the cases, folder of their runs)."""
+def results(tiny_model, tmp_path_factory, request):
+    """Every case below, in one launch of one rank and three of two: (results of the cases, folder of their runs)."""
+    every = "not slow" not in request.config.getoption("markexpr")
+    engines = {name: options for name, options in ENGINES.items() if every or name in QUICK}
     folder = tmp_path_factory.mktemp("engines")
 
     def run(name, *more, **options):
@@ -97,18 +106,18 @@ def results(tiny_model, tmp_path_factory):
         "weights dynamic": run("one-dynamic", *SEARCH["dynamic"], "train.iterations=1"),
         "weights bandit": run("one-bandit", *SEARCH["bandit"]),
     }
-    two = {f"gradient {name}": step(*engine) for name, engine in ENGINES.items()}
+    two = {f"gradient {name}": step(*engine) for name, engine in engines.items()}
     two |= {f"gradient {name} checkpoint": step(*ENGINES[name], checkpoint) for name in CHECKPOINTED}
-    two |= {f"gradient {name} micro": step(*engine, split) for name, engine in ENGINES.items()}
+    two |= {f"gradient {name} micro": step(*engine, split) for name, engine in engines.items()}
     keep = ("train.order=on_policy", "compute.activations=keep")
     two |= {f"gradient {name} keep": step(*ENGINES[name], *keep) for name in KEPT}
     for precision, name in ((precision, name) for precision in LOW for name in ("zero0", "zero2")):
         two[f"gradient {name} {precision}"] = step(*ENGINES[name], f"compute.precision={precision}")
-    two |= {f"weights {name}": run(name, *engine, ema) for name, engine in ENGINES.items()}
+    two |= {f"weights {name}": run(name, *engine, ema) for name, engine in engines.items()}
     two["weights dynamic"] = run("dynamic", *SEARCH["dynamic"], "train.iterations=1")
     two["weights bandit"] = run("bandit", *SEARCH["bandit"])
     two["collectives"] = ("collectives",)
-    two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(ENGINES)[:5]}
+    two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(engines)[:5]}
     # half of a run, then the rest of it, on the same engine
     for name in ("plain", "zero2", "zero3"):
         for iterations in (1, 3):
@@ -117,11 +126,25 @@ def results(tiny_model, tmp_path_factory):
             )
     # and on another number of ranks, or another engine
     two["moved from"] = run("moved", *ENGINES["zero3"], ema, "train.iterations=1")
+    if not every:
+        modes = {f"gradient {name}" for name in QUICK} | {f"gradient {name} micro" for name in QUICK}
+        kinds = (
+            "weights plain",
+            "weights zero",
+            "weights dynamic",
+            "collectives",
+            "not finite",
+            "resume zero2",
+            "moved",
+        )
+        two = {name: case for name, case in two.items() if name in modes or name.startswith(kinds)}
+        one.pop("weights bandit"), one.pop("gradient fp16")
     found = {f"one {name}": result for name, result in run_cases(CASES, one, ranks=1).items()}
     found |= run_cases(CASES, two)
     shutil.copytree(folder / "moved", folder / "moved-to-zero1")
     found |= run_cases(CASES, {"moved to one": run("moved", ema)}, ranks=1)
-    found |= run_cases(CASES, {"moved to zero1": run("moved-to-zero1", *ENGINES["zero1"], ema)})
+    if every:
+        found |= run_cases(CASES, {"moved to zero1": run("moved-to-zero1", *ENGINES["zero1"], ema)})
     return found, folder
 
 
@@ -138,7 +161,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(
-    "name", [*ENGINES, *(f"{name} checkpoint" for name in CHECKPOINTED), *(f"{name} keep" for name in KEPT)]
+    "name", cases(*ENGINES, *(f"{name} checkpoint" for name in CHECKPOINTED), *(f"{name} keep" for name in KEPT))
 )
 def test_two_ranks_have_the_gradient_of_one_process_over_windows_of_different_lengths(results, name):
     found, _ = results
@@ -148,12 +171,12 @@ def test_two_ranks_have_the_gradient_of_one_process_over_windows_of_different_le
     assert found_norm == pytest.approx(norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize("name", ["zero0", "zero2"])
-def test_two_ranks_have_the_gradient_of_one_process_in_low_precision(results, name, precision):
+@pytest.mark.parametrize("case", cases(*(f"{name} {precision}" for name in ("zero0", "zero2") for precision in LOW)))
+def test_two_ranks_have_the_gradient_of_one_process_in_low_precision(results, case):
     found, _ = results
+    precision = case.split()[1]
     whole, norm = found[f"one gradient {precision}"]
-    gradient, found_norm = found[f"gradient {name} {precision}"]
+    gradient, found_norm = found[f"gradient {case}"]
     # a rank's loss, the mean over fewer groups, is larger than one process's: other gradients underflow in fp16
     tolerance = {"bf16": GRADIENT_TOLERANCE, "fp16": 1e-3}[precision]
     assert relative(gradient, whole) < tolerance
@@ -164,11 +187,13 @@ def test_micro_batches_of_one_have_the_gradient_of_a_whole_group(results):
     found, _ = results
     # the rollouts are split alike, so the data differ by the rounding of batched convolutions
     assert relative(found["one gradient micro"][0], found["one gradient"][0]) < 1e-4
-    for name in ENGINES:
+    micro = [name for name in ENGINES if f"gradient {name} micro" in found]
+    assert len(micro) >= 3
+    for name in micro:
         assert relative(found[f"gradient {name} micro"][0], found["one gradient micro"][0]) < GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", cases(*ENGINES))
 def test_two_ranks_have_the_weights_of_one_process_after_three_iterations(results, tiny_model, name):
     _, folder = results
     start, whole, ours = flat(weights(tiny_model)), trained(folder / "one"), trained(folder / name)
@@ -186,7 +211,7 @@ def test_the_final_model_is_the_averaged_one_and_differs_from_the_trained_one(re
         assert not torch.equal(files["model"], files["weights.safetensors"])
 
 
-@pytest.mark.parametrize("name", [*ENGINES, *SEARCH])
+@pytest.mark.parametrize("name", cases(*ENGINES, *SEARCH))
 def test_metrics_are_those_of_the_whole_iteration(results, name):
     _, folder = results
     whole = f"one-{name}" if name in SEARCH else "one"
@@ -201,7 +226,9 @@ def test_metrics_are_those_of_the_whole_iteration(results, name):
     assert [record["rewards"] for record in ours] == [record["rewards"] for record in theirs]
 
 
-@pytest.mark.parametrize("name", ["plain", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "name", ["zero2", pytest.param("plain", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, name):
     _, folder = results
     whole, halves = folder / name, folder / f"{name}-halves"
@@ -212,7 +239,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, name):
     assert metrics(whole) == metrics(halves)
 
 
-@pytest.mark.parametrize("name", ["moved", "moved-to-zero1"])
+@pytest.mark.parametrize("name", cases("moved", "moved-to-zero1"))
 def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(results, name):
     _, folder = results
     for ours, theirs in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
@@ -235,12 +262,13 @@ def test_a_checkpoint_of_a_sharded_run_holds_no_pickle_and_whole_tensors(results
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize("name", list(ENGINES)[:5])
+@pytest.mark.parametrize("name", cases(*list(ENGINES)[:5]))
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_names_the_groups(results, name):
     found, _ = results
     made, skipped, kept, steps, finite, notes, error = found[f"not finite {name}"]
     assert (made, skipped, kept, steps, finite) == (0, 1, True, 1, True)
-    assert len(notes) == 1 and all("iteration 7, groups 0 to 3: " in text and "nan" in text for text in (*notes, error))
+    (note,) = notes
+    assert all("iteration 7, groups 0 to 3: " in text and "gradient norm is" in text for text in (note, error))
 
 
 def test_collectives(results):
