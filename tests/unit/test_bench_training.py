@@ -131,6 +131,7 @@ def test_quick_training_benchmark_runs_through(tmp_path, capsys):
     assert page in capsys.readouterr().out and "figures mean nothing" in page
 
 
+@pytest.mark.slow
 def test_a_checkout_against_itself_has_equal_weights(tmp_path):
     # the commits are one, so what differs would be the two ways of starting a worker
     words = ["--quick", "--methods", "hrf", "--rows", "*one group*", "--against", str(ROOT), "--out", str(tmp_path)]
