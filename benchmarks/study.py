@@ -161,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> None:
             for job in tqdm(jobs, unit="run"):
                 job.result()
         except BaseException:
-            # runs that have begun may resume; the others need not begin
+            # runs that have begun go on to their end; the others need not begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     results = {seed: compare(out / f"hrf-{seed}", out / f"ddpo-{seed}") for seed in arguments.seeds}
