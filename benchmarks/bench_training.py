@@ -98,7 +98,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"### Training against {baseline}",
         "",
-        f"T {settings['steps']}, {size} an iteration, medians of {settings['rounds']} turns. "
+        f"T {settings['steps']}, {size} an iteration, medians of {settings['rounds']} turns, {settings['clock']} time. "
         + describe(result["machine"]),
     ]
     if settings["quick"]:
@@ -159,6 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="T")
     parser.add_argument("--threads", type=int, help="of torch; default as torch chooses")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of training.json and training.md")
@@ -191,6 +194,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError("--against hands a pipe to another process, which Windows does not; use Linux or macOS")
         arguments.against = arguments.against.resolve()
     arguments.device = choose_device(arguments.device)
+    if arguments.clock == "cpu" and (
+        arguments.threads != 1 or arguments.device.type != "cpu" or sys.platform != "linux"
+    ):
+        raise ValueError("--clock cpu adds up the threads of a process on Linux; use it with --threads 1 --device cpu")
     if arguments.models is None:
         arguments.models = ["fashion", "cifar", *(["celebahq"] if arguments.device.type == "cuda" else [])]
     for option, known in (("models", MODELS), ("methods", METHODS)):
@@ -255,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     rounds=arguments.rounds,
                     per_round=PER_ROUND[method],
                     images=arguments.groups * arguments.group_size,
+                    clock=arguments.clock,
                     advance=advance,
                 )
             speeds = add_utilisation(measured, unets[model], arguments.device)

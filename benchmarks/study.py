@@ -157,8 +157,13 @@ def main(words: Sequence[str] | None = None) -> None:
     runs = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in WORDS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [pool.submit(train, arguments.config, *run, threads, arguments.overrides) for run in runs]
-        for job in tqdm(jobs, unit="run"):
-            job.result()
+        try:
+            for job in tqdm(jobs, unit="run"):
+                job.result()
+        except BaseException:
+            # runs that have begun go on to their end; the others need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     results = {seed: compare(out / f"hrf-{seed}", out / f"ddpo-{seed}") for seed in arguments.seeds}
     page = markdown(arguments.config.stem, results)
     (out / "study.json").write_text(json.dumps(results, indent=1))

@@ -40,6 +40,7 @@ def measure(
     rounds: int,
     per_round: int,
     images: int,
+    clock: str,
     advance: Callable[[int, str], None],
 ) -> list[dict[str, Any]]:
     """Start a worker per row, check them, and time them in turns.
@@ -48,6 +49,7 @@ def measure(
         table: rows and their configurations; the first one is the baseline.
         where: model and method, for messages.
         rounds: how often each row has its turn; per_round: iterations in a turn, of `images` trained images each.
+        clock: wall, or cpu for the time that a worker has a processor for.
         advance: called with iterations done and what is going on.
 
     Returns:
@@ -82,7 +84,7 @@ def measure(
             for index in sorted(range(len(workers)), reverse=number % 2 == 1):
                 row, worker = workers[index]
                 advance(0, f"{where}: round {number + 1} of {rounds}, {row.name}")
-                turns[index].append(_turn(worker, per_round, bare=row.kind == "ours"))
+                turns[index].append(_turn(worker, per_round, clock, bare=row.kind == "ours"))
                 advance(per_round, "")
     except WorkerError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -169,16 +171,21 @@ def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
 
 
-def _turn(worker: Worker, iterations: int, *, bare: bool) -> dict[str, Any]:
+def _turn(worker: Worker, iterations: int, clock: str, *, bare: bool) -> dict[str, Any]:
     """Sum over the iterations; `bare` times their bare UNet calls too, right after each."""
-    reports, bare_seconds = [], 0.0
+    reports, seconds, bare_seconds = [], 0.0, 0.0
     for _ in range(iterations):
+        started = worker.processor_seconds() if clock == "cpu" else 0.0
         reports.append(worker.iterate())
-        bare_seconds += worker.bare() if bare else 0.0
-    names = ("seconds", "batches", "images", "images_with_gradient")
-    total = {name: sum(report[name] for report in reports) for name in names}
+        done = worker.processor_seconds() if clock == "cpu" else reports[-1]["seconds"]
+        seconds += done - started
+        if bare:
+            wall = worker.bare()
+            bare_seconds += worker.processor_seconds() - done if clock == "cpu" else wall
+    total = {name: sum(report[name] for report in reports) for name in ("batches", "images", "images_with_gradient")}
     starts = [start for report in reports for start in report["record"]["window_starts"]]
-    return total | {"bare_seconds": bare_seconds, "starts": starts, "peak_bytes": reports[-1]["peak_bytes"]}
+    total |= {"seconds": seconds, "bare_seconds": bare_seconds, "starts": starts}
+    return total | {"peak_bytes": reports[-1]["peak_bytes"]}
 
 
 def _summary(row: Row, turns: Sequence[dict[str, Any]], images: int) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def test_quick_training_benchmark_runs_through(tmp_path, capsys):
     assert page in capsys.readouterr().out and "figures mean nothing" in page
 
 
+@pytest.mark.slow
 def test_a_checkout_against_itself_has_equal_weights(tmp_path):
     # the commits are one, so what differs would be the two ways of starting a worker
     words = ["--quick", "--methods", "hrf", "--rows", "*one group*", "--against", str(ROOT), "--out", str(tmp_path)]
@@ -227,6 +228,7 @@ def test_a_shipped_model_without_clipping_is_the_same_but_for_that(tmp_path):
         (bench_training, ["--group-size", "1"], "--group-size is 1"),
         (bench_training, ["--threads", "0"], "--threads is 0"),
         (bench_training, ["--device", "tpu"], "run.device is 'tpu'"),
+        (bench_training, ["--clock", "cpu", "--threads", "2"], "--clock cpu .* --threads 1"),
         (bench_memory, ["--modes", "kep"], "--modes has 'kep'"),
         (bench_memory, ["--steps", "10", "--lengths", "10"], r"--lengths is \[10\]"),
         (bench_memory, ["--sweep", "4"], r"--sweep is \[4\]"),
