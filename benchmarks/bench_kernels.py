@@ -24,12 +24,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import timing
-from benchmarks.counting import TRITON, Count, count, count_analytic, count_compiled
-from benchmarks.providers import NAMES, Case, Result, check, compile_fails, exact, make_case, providers
-from benchmarks.tables import page
+from benchmarks.kernel_bench import timing
+from benchmarks.kernel_bench.counting import TRITON, Count, count, count_analytic, count_compiled
+from benchmarks.kernel_bench.page import page
+from benchmarks.kernel_bench.providers import NAMES, Case, Result, check, compile_fails, exact, make_case, providers
+from benchmarks.machine import machine
 from hrf_fast.devices import choose_device
 
 SHAPES = ("3x32x32", "4x64x64", "16x128x128", "3x256x256")
@@ -40,7 +43,7 @@ FUSED = ("two-stage", "one-program")
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """Options, checked.
+    """Parse the options and check them.
 
     Raises:
         ValueError: names the option, the value and what is accepted.
@@ -124,18 +127,18 @@ def count_all(names: Sequence[str], options: argparse.Namespace, device: torch.d
 
 
 def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
-    """What part of a training step's forward and backward the loss is, beside the UNet that it follows."""
+    """Measure the loss's share of a training step's forward and backward, beside the UNet that it follows."""
     if options.unet == "none":
         return None
     from hrf_fast.policies.load import load_policy
 
     policy = load_policy(options.unet, precision="bf16" if options.dtype == "bf16" else "fp32", device=device)
-    batch, shape = options.batch[0], policy.image_shape
+    batch, shape = options.batch[0], policy.latent_shape
     case = make_case(shape, batch, clamp=True, dtype=DTYPES[options.dtype], device=device, seed=options.seed)
-    timestep = policy.timestep_list[len(policy.timestep_list) // 2]
+    condition, step = policy.condition([None] * batch), len(policy.sampler) // 2
 
     def unet() -> None:
-        output = policy.model_output(case.latents, timestep)
+        output = policy.predict(case.latents, step, condition).model_output
         output.backward(case.model_output.to(output.dtype))
 
     names = ("literal eager", *(FUSED if device.type == "cuda" else ("analytic",)))
@@ -161,7 +164,9 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     names = [n for n in NAMES if n in options.providers and (device.type == "cuda" or n not in FUSED)]
     clamps = {"off": (False,), "on": (True,), "both": (False, True)}[options.clamp]
     grid = list(itertools.product(options.shapes, options.batch, clamps))
-    result = {**timing.machine(device), **{name: getattr(options, name) for name in ("seed", "dtype", "clock")}}
+    result = {"machine": machine(device, torch.get_num_threads())}
+    result |= {"peak_gb_per_s": timing.peak_gb_per_second() if device.type == "cuda" else None}
+    result |= {name: getattr(options, name) for name in ("seed", "dtype", "clock")}
     result |= {"left_out": {}, "counted": {}, "cases": []}
     if "torch.compile" in names and (reason := compile_fails(device)):
         names.remove("torch.compile")

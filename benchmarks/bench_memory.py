@@ -24,12 +24,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.configurations import Row, base_words
-from benchmarks.measure import describe, machine, markdown_table
-from benchmarks.models import MODELS, make_model
-from benchmarks.workers import Worker, WorkerError
+from benchmarks.machine import describe, machine
+from benchmarks.tables import markdown_table
+from benchmarks.training_bench.configurations import Row, base_words
+from benchmarks.training_bench.models import MODELS, make_model
+from benchmarks.training_bench.workers import Worker, WorkerError
 from hrf_fast.devices import choose_device
 from hrf_fast.registry import nearest
 
@@ -57,8 +60,8 @@ def measure_mode(
     points = []
     for sweep, length, steps in sweeps:
         if (length, steps) not in known:
-            place = folder / f"{mode}-{length}-{steps}"
-            known[length, steps] = measure_point(model, options, length, steps, place, arguments)
+            point_folder = folder / f"{mode}-{length}-{steps}"
+            known[length, steps] = measure_point(model, options, length, steps, point_folder, arguments)
         points.append({"sweep": sweep, "mode": mode, **known[length, steps]})
         bar.update()
     return points
@@ -71,13 +74,13 @@ def measure_point(
     size = arguments.group_size
     # the last step of T is deterministic and in no window
     start = steps - 1 - length
-    given = base_words(
+    words = base_words(
         model, steps=steps, groups=1, group_size=size, device=arguments.device, seed=0, schedule="clusters"
     )
-    given += [f"window.kwargs.clusters=[{{steps: [{start}]}}]", *options]
-    worker = Worker("ours", given, folder=folder, threads=arguments.threads or 1, saved=True)
+    words += [f"window.kwargs.clusters=[{{steps: [{start}]}}]", *options]
+    worker = Worker("ours", words, folder=folder, threads=arguments.threads or 1, saved=True)
     try:
-        shape = worker.ready()["image_shape"]
+        shape = worker.ready()["latent_shape"]
         report = worker.iterate()
     finally:
         worker.stop()
@@ -92,21 +95,21 @@ def measure_point(
 
 
 def findings(points: Sequence[dict[str, Any]], mode: str) -> dict[str, float]:
-    """What the points of a mode say of its saved bytes: fit over the length, share of a short window, spread over T."""
+    """Summarise a mode's saved bytes: a line over the length, the share of a short window, the spread over T."""
     lengths = _series(points, mode, "length")
-    found: dict[str, float] = {}
+    summary: dict[str, float] = {}
     if len(lengths) > 2:
         x, y = [p["length"] for p in lengths], [p["saved_bytes"] for p in lengths]
         slope, at_zero = statistics.linear_regression(x, y)
         off = max(abs(b - at_zero - slope * a) for a, b in zip(x, y, strict=True))
-        found |= {"bytes_per_step": slope, "largest_off_line": off / max(y)}
+        summary |= {"bytes_per_step": slope, "largest_off_line": off / max(y)}
         short = [p for p in lengths if p["length"] == _LENGTH]
         if short:
-            found["share_of_longest"] = short[0]["saved_bytes"] / y[-1]
+            summary["share_of_longest"] = short[0]["saved_bytes"] / y[-1]
     over = [p["saved_bytes"] for p in _series(points, mode, "steps")]
     if len(over) > 1:
-        found["spread_over_steps"] = max(over) / min(over) - 1
-    return found
+        summary["spread_over_steps"] = max(over) / min(over) - 1
+    return summary
 
 
 def _series(points: Sequence[dict[str, Any]], mode: str, sweep: str) -> list[dict[str, Any]]:
@@ -114,35 +117,39 @@ def _series(points: Sequence[dict[str, Any]], mode: str, sweep: str) -> list[dic
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Both sweeps as tables, in MB, and what they say."""
+    """Both sweeps as tables, in MB, and a line per mode."""
     settings = result["settings"]
-    text = f"### Training memory of {settings['model']}, one group of {settings['group_size']}\n\n"
-    text += f"{describe(result['machine'])}\n"
-    for sweep, title in (("length", f"window length at T {settings['steps']}"), ("steps", f"T, window {_LENGTH}")):
-        modes = [mode for mode in MODES if _series(result["points"], mode, sweep)]
-        if not modes:
-            continue
-        series = {mode: _series(result["points"], mode, sweep) for mode in modes}
-        head = [title, "latents MB", *(f"{mode}: {what} MB" for mode in modes for what in ("saved", "peak"))]
-        rows = []
-        for index, point in enumerate(series[modes[0]]):
-            cells = [str(point[sweep]), f"{point['latents_bytes'] / 1e6:.2f}"]
-            for mode in modes:
-                own = series[mode][index]
-                cells += [f"{own['saved_bytes'] / 1e6:.1f}", f"{own['peak_bytes'] / 1e6:.0f}"]
-            rows.append(cells)
-        text += f"\n{markdown_table(head, rows)}"
-    for mode, found in result["findings"].items():
-        said = []
-        if "bytes_per_step" in found:
-            line = f"{found['bytes_per_step'] / 1e6:.1f} MB a window step, at most {found['largest_off_line']:.1%} off"
-            said.append(f"{line} the line")
-        if "share_of_longest" in found:
-            said.append(f"{_LENGTH} steps need {found['share_of_longest']:.3f} of the longest window")
-        if "spread_over_steps" in found:
-            said.append(f"over T it varies by {found['spread_over_steps']:.1%}")
-        text += f"\n- {mode}: {'; '.join(said)}" if said else ""
-    return text + "\n"
+    title = f"### Training memory of {settings['model']}, one group of {settings['group_size']}"
+    parts = [title, describe(result["machine"])]
+    for sweep, column in (("length", f"window length at T {settings['steps']}"), ("steps", f"T, window {_LENGTH}")):
+        by_mode = {mode: series for mode in MODES if (series := _series(result["points"], mode, sweep))}
+        if by_mode:
+            parts.append(_sweep_table(column, sweep, by_mode))
+    lines = [f"- {mode}: {line}" for mode, summary in result["findings"].items() if (line := _sentence(summary))]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def _sweep_table(column: str, sweep: str, by_mode: dict[str, list[dict[str, Any]]]) -> str:
+    head = [column, "latents MB", *(f"{mode}: {what} MB" for mode in by_mode for what in ("saved", "peak"))]
+    rows = []
+    for points in zip(*by_mode.values(), strict=True):
+        cells = [str(points[0][sweep]), f"{points[0]['latents_bytes'] / 1e6:.2f}"]
+        for point in points:
+            cells += [f"{point['saved_bytes'] / 1e6:.1f}", f"{point['peak_bytes'] / 1e6:.0f}"]
+        rows.append(cells)
+    return markdown_table(head, rows)
+
+
+def _sentence(summary: dict[str, float]) -> str:
+    parts = []
+    if "bytes_per_step" in summary:
+        line = f"{summary['bytes_per_step'] / 1e6:.1f} MB a window step, at most {summary['largest_off_line']:.1%} off"
+        parts.append(f"{line} the line")
+    if "share_of_longest" in summary:
+        parts.append(f"{_LENGTH} steps need {summary['share_of_longest']:.3f} of the longest window")
+    if "spread_over_steps" in summary:
+        parts.append(f"over T it varies by {summary['spread_over_steps']:.1%}")
+    return "; ".join(parts)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -236,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
     (arguments.out / "memory.md").write_text(markdown(result))
     plot(result, arguments.out / "memory.png")
-    print(markdown(result))
+    print(markdown(result), end="")
 
 
 if __name__ == "__main__":

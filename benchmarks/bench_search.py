@@ -4,26 +4,25 @@
     hrf bench search --model portraits reward.name=classifier reward.kwargs.target=…
     hrf bench search --quick                          # does it run? its figures mean nothing
 
-A start is as good as its score Δ̂ − β·d̂, and that is measured with noise: the published search re-noises its anchor five
-times. So no search is judged by its own numbers. Each anchor is measured by several groups of independent noise; every
-search chooses from one of them, and the others together (`--reference-group` samples) say what each start is worth:
+A start is as good as its criterion Δ̂ − β·d̂, and that is measured with noise: the published search re-noises its anchor
+five times. So no search is judged by its own numbers. Each anchor is measured by several groups of independent noise;
+every search chooses from one of them, and the others together (`--reference-group` samples) say what a start is worth:
 
-    regret = greatest score of any start − score of the chosen one, by the reference, in units of the score's range
+    regret = greatest criterion of any start − criterion of the chosen one, by the reference, in units of its range
 
-Averaged over which group chooses, then over anchors, with bootstrap intervals over anchors. The reference is noisy too:
-its greatest score is partly luck, the same luck for all rows, so a regret of 0 is out of reach for everybody. What the
-luck leaves alone is the difference between rows: `over exact` is paired by anchor. The yardsticks:
+The regret is averaged over which group chooses, then over anchors, with bootstrap intervals over anchors. The reference
+is noisy too: its greatest criterion is partly luck, equal for all rows, so nobody can reach a regret of 0. The
+difference between rows is free of that luck: `over exact` is paired by anchor. The yardsticks:
 
 - exact: the published search; chosen from one group and judged by others, its regret is the method's own noise.
 - uniform: a start drawn uniformly, in expectation.
-- one start: for all anchors the start that the exact scores of the *other* anchors like best. Where this beats `exact`,
-  what an anchor's own search adds over the average is noise.
+- one start: for all anchors the start that the exact criteria of the *other* anchors like best. Where this beats
+  `exact`, an anchor's own search adds nothing but noise to the average.
 
 `same start` is the share of choices equal to those of the exact search from another group's noise. A bandit is warmed
 up for `--warmup` iterations on anchors drawn from the others, then chooses for one; `--repeats` such courses are
-averaged. The weights stand still here, which flatters it; that few anchors warm it up, the fewer the more, does the
-opposite, as to `one start`. Writes search.json, with every measured reward and distance, and search.md, after each
-anchor.
+averaged. The weights stand still here, which flatters a bandit; that few anchors warm it up does the opposite, as it
+does to `one start`. Writes search.json, with every measured reward and distance, and search.md, after each anchor.
 
 The rule for the default of window.kwargs.search: the cheapest search for which the upper end of `over exact` is under
 0.1, or exact.
@@ -35,27 +34,26 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.configurations import base_words
-from benchmarks.measure import describe, machine, markdown_table
-from benchmarks.models import make_model
-from benchmarks.regret import SEARCHES, Measurements, judge, make
-from hrf_fast.build import build_config_reward, build_policy
+from benchmarks.machine import describe, machine
+from benchmarks.search_bench.measuring import Prober
+from benchmarks.search_bench.regret import SEARCHES, Measurements, judge, make
+from benchmarks.tables import markdown_table
+from benchmarks.training_bench.configurations import base_words
+from benchmarks.training_bench.models import make_model
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
-from hrf_fast.noise import NoiseKey, noise_generator, noise_key
-from hrf_fast.policies.sample import sample
-from hrf_fast.training.probe import probe_starts
+from hrf_fast.report.tables import reward_name
 
 HEAD = (
     "search",
@@ -70,7 +68,7 @@ HEAD = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and what it was measured on."""
+    """The table below the settings that it was measured with."""
     settings = result["settings"]
     lines = [
         f"### The search of HRF-D, {settings['model']}, {result['reward']}",
@@ -81,7 +79,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if settings["quick"]:
         lines.append("\n**A quick run: it shows that everything runs; the figures mean nothing.**")
-    return "\n".join([*lines, "", markdown_table(HEAD, [_cells(row) for row in result["rows"]])])
+    return "\n".join([*lines, "", markdown_table(HEAD, map(_cells, result["rows"])), ""])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -161,59 +159,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         names = ("steps", "groups", "group_size", "seed")
-        given = {name: getattr(arguments, name) for name in names} | {"device": device, "schedule": "dynamic"}
+        settings = {name: getattr(arguments, name) for name in names} | {"device": device, "schedule": "dynamic"}
         model = make_model(arguments.model, Path(temporary), arguments.seed)
         # a search is about a reward: this one, unless another is asked for
-        chosen = ["reward.name=jpeg_compressibility", *arguments.overrides]
-        config = load_config([*base_words(model, **given), *chosen])
-        policy, reward = build_policy(config), build_config_reward(config, device)
-    batch_size, size = config.compute.batch_size, arguments.group_size
-    measured = Measurements(arguments, list(range(0, policy.diffusion.stochastic_steps, arguments.stride)))
-    ids = torch.arange(arguments.noises * size, device=device)
-    anchor_noise = NoiseKey(noise_key(arguments.seed, 0, "anchors"), torch.arange(arguments.anchors, device=device))
-    seconds: dict[str, list[float]] = {name: [] for name in SEARCHES}
+        reward = ["reward.name=jpeg_compressibility", *arguments.overrides]
+        config = load_config([*base_words(model, **settings), *reward])
+        prober = Prober(config, arguments, device)
+    measured = Measurements(arguments, prober.candidates)
     result: dict[str, Any] = {
         "machine": machine(device, torch.get_num_threads()),
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("out", "device")},
-        "reward": config.reward.name or " + ".join(term.name or "" for term in config.reward.terms),
+        "reward": reward_name(config.reward),
         "candidates": measured.candidates,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    anchors = sample(policy, anchor_noise, batch_size=batch_size)
-
-    def timed_probe(anchor: Tensor, index: int, noises: Sequence[Tensor], name: str) -> Callable[..., Any]:
-        key = noise_key(arguments.seed, 1 + index, "search")
-
-        def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
-            started = time.perf_counter()
-            places = [NoiseKey(key, own) for own in noises]
-            where = [anchor] * len(places)
-            found = probe_starts(policy, reward, where, candidates, places, estimate=estimate, batch_size=batch_size)
-            seconds[name].append((time.perf_counter() - started) / sum(map(len, noises)))
-            return found
-
-        return probe
-
-    with tqdm(total=len(anchors) * (len(SEARCHES)), unit="search") as bar:
+    anchors = prober.anchors()
+    with tqdm(total=len(anchors) * len(SEARCHES), unit="search") as bar:
         for index, anchor in enumerate(anchors):
             for name in SEARCHES:
                 bar.set_postfix_str(f"anchor {index + 1}, {name}", refresh=True)
                 if name in measured.tables:
-                    probe = timed_probe(anchor, index, list(ids.split(size)), name)
-                    found = probe([measured.candidates] * arguments.noises, estimate=name)
-                    measured.tables[name].append(torch.stack([torch.stack(means) for means in found]))
+                    measured.tables[name].append(prober.measure(index, anchor, name))
                 else:
-                    # a fresh bandit's pulls, which are of random arms, for its time
-                    draw = noise_generator(arguments.seed, index, "windows")
-                    make(arguments, name)(0, 1, generator=draw, probe=timed_probe(anchor, index, [ids[:size]], name))
+                    prober.time_bandit(index, anchor, name)
                 bar.update()
             if len(measured) > 1:
                 # after each, so that an interrupted run leaves what it has
                 tables = {name: [table.tolist() for table in tables] for name, tables in measured.tables.items()}
-                result |= {"anchors": len(measured), "rows": judge(measured, seconds), "measured": tables}
+                result |= {"anchors": len(measured), "rows": judge(measured, prober.seconds), "measured": tables}
                 (arguments.out / "search.json").write_text(json.dumps(result))
                 (arguments.out / "search.md").write_text(markdown(result))
-    print(markdown(result))
+    print(markdown(result), end="")
 
 
 if __name__ == "__main__":

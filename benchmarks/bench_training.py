@@ -2,6 +2,7 @@
 
     hrf bench training                                   # the shipped model and a 35 M UNet; with a GPU also 113.7 M
     hrf bench training --models fashion --methods hrf --rounds 9
+    hrf bench training --against ../earlier --models fashion --methods hrf      # this checkout against another
     hrf bench training --quick                           # does it run? its figures mean nothing
 
 For every model and method each configuration trains in a process of its own, and they take turns. First the rows that
@@ -9,6 +10,9 @@ promise the literal loop's numbers are held to them: on other weights nothing is
 written: medians over turns of trained images per second and of their ratio to the literal loop's in the same turn, UNet
 calls counted by a forward hook, peak memory, the overhead, an iteration's time over that of its bare UNet calls, and
 the model FLOPs utilisation, the time of those calls' operations in a large matrix product over the iteration's.
+
+With --against every row that both checkouts have runs by the code of either, in turns, and the ratio is to the other
+checkout's. Two copies of one commit show what noise is.
 """
 
 from __future__ import annotations
@@ -19,22 +23,29 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from fnmatch import fnmatch
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.ceiling import matmul_speed, unet_flops
-from benchmarks.configurations import LITERAL, METHODS, Row, base_words, rows
-from benchmarks.measure import describe, machine, markdown_table, note
-from benchmarks.models import MODELS, make_model, without_clipping
-from benchmarks.turns import CHECKED, measure
+from benchmarks.machine import commit, describe, machine
+from benchmarks.tables import markdown_table
+from benchmarks.training_bench.ceiling import matmul_speed, unet_flops
+from benchmarks.training_bench.configurations import METHODS, Row, method_words, table_of
+from benchmarks.training_bench.models import MODELS, make_model, without_clipping
+from benchmarks.training_bench.turns import CHECKED, measure, note
+from benchmarks.training_bench.workers import table_of_tree
 from hrf_fast.devices import choose_device
 from hrf_fast.registry import nearest
+
+ROOT = Path(__file__).resolve().parents[1]
+Table = list[tuple[Row, list[str]]]
 
 # what a row costs at most on a CPU is minutes an iteration: these are left to whoever asks for them
 _ON_CPU = {"fashion": tuple(METHODS), "portraits": tuple(METHODS), "tiny": tuple(METHODS), "cifar": ("hrf",)}
@@ -44,7 +55,7 @@ PER_ROUND = {"ddpo": 1, "hrf": 2, "hrf_d": 1}
 HEAD = (
     "configuration",
     "trained images/s",
-    "over literal",
+    "speed-up [min, max]",
     "seconds [min, max]",
     "UNet calls per image",
     "images through it",
@@ -57,40 +68,35 @@ HEAD = (
 )
 
 
-def method_words(model: str, method: str, arguments: argparse.Namespace) -> list[str]:
-    """The configuration that all rows of a model and method share."""
-    names = ("steps", "groups", "group_size", "device", "seed")
-    given = base_words(model, schedule=METHODS[method], **{name: getattr(arguments, name) for name in names})
-    if method == "hrf":
-        half, steps = arguments.steps // 2, arguments.steps
-        # one iteration of each cluster in turn
-        given += [
-            f"window.kwargs.clusters=[[0,{half}],[{half},{steps}]]",
-            "window.kwargs.iterations_per_cluster=1",
-        ]
-    return given
-
-
-def table_of(method: str, base: list[str], arguments: argparse.Namespace) -> list[tuple[Row, list[str]]]:
-    """The literal loop and the chosen rows of a method.
+def tables_of(model: str, method: str, arguments: argparse.Namespace) -> list[Table]:
+    """Rows to measure together: all of a method beside the literal loop, or with --against each row beside itself.
 
     Raises:
-        ValueError: --rows chooses none; says what there is.
+        ValueError: --rows chooses none, or the other checkout has none of them.
     """
-    known = rows(method, groups=arguments.groups, group_size=arguments.group_size)
-    chosen = [row for row in known if any(fnmatch(row.name, pattern) for pattern in arguments.rows)]
-    if not chosen:
-        names = "; ".join(row.name for row in known)
-        raise ValueError(f"--rows {' '.join(map(repr, arguments.rows))} names none of {method}'s: {names}")
-    return [(LITERAL, base), *((row, [*base, *row.words]) for row in chosen)]
+    table = table_of(method, method_words(model, method, arguments), arguments)
+    if arguments.against is None:
+        return [table]
+    names = ("steps", "groups", "group_size", "seed", "rows")
+    asked = {name: getattr(arguments, name) for name in names} | {"device": str(arguments.device)}
+    theirs = {row.name: words for row, words in table_of_tree(arguments.against, model, method, asked)}
+    pairs = []
+    for row, words in table:
+        if row.name in theirs:
+            other = replace(row, name=f"{row.name}, {commit(arguments.against)}", tree=arguments.against)
+            pairs.append([(other, theirs[row.name]), (replace(row, tree=ROOT), words)])
+        else:
+            note(f"{method}: {row.name!r} is no row of {arguments.against}")
+    return pairs
 
 
 def markdown(result: dict[str, Any]) -> str:
     """One table per model and method."""
     settings = result["settings"]
     size = f"{settings['groups']} groups of {settings['group_size']}"
+    baseline = f"commit {result['against']}" if result["against"] else "the literal loop"
     lines = [
-        "### Training against the literal loop",
+        f"### Training against {baseline}",
         "",
         f"T {settings['steps']}, {size} an iteration, medians of {settings['rounds']} turns. "
         + describe(result["machine"]),
@@ -99,7 +105,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append("\n**A quick run: it shows that everything runs; the figures mean nothing.**")
     for part in result["results"]:
         lines += ["", f"**{part['model']}, {part['method']}**", "", markdown_table(HEAD, map(_cells, part["rows"]))]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -108,7 +114,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["name"],
         f"{row['images_per_second']:.2f}",
-        f"{row['speedup']:.2f}×",
+        f"{row['speedup']:.2f}× [{min(row['speedups']):.2f}, {max(row['speedups']):.2f}]",
         f"{row['seconds_median']:.2f} [{low:.2f}, {high:.2f}]",
         f"{row['unet_batches'] / per:.1f}",
         f"{row['unet_images'] / per:.1f}",
@@ -147,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", help=f"of {', '.join(MODELS)}; default fashion, cifar, on CUDA celebahq")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)}; default all that take minutes at most")
     parser.add_argument("--rows", nargs="+", default=["*"], help="only configurations of these names; * is any text")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout of this repository, as baseline")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each row")
     parser.add_argument("--groups", type=int, default=4, help="per iteration")
     parser.add_argument("--group-size", type=int, default=5)
@@ -175,6 +182,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least {least}")
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"--threads is {arguments.threads}; use at least 1")
+    if arguments.against is not None:
+        if not (arguments.against / "benchmarks" / "bench_training.py").is_file():
+            raise ValueError(
+                f"--against is {arguments.against}, which has no benchmarks; use a checkout of this project"
+            )
+        if sys.platform == "win32":
+            raise ValueError("--against hands a pipe to another process, which Windows does not; use Linux or macOS")
+        arguments.against = arguments.against.resolve()
     arguments.device = choose_device(arguments.device)
     if arguments.models is None:
         arguments.models = ["fashion", "cifar", *(["celebahq"] if arguments.device.type == "cuda" else [])]
@@ -209,11 +224,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(threads)
     result: dict[str, Any] = {
         "machine": machine(arguments.device, threads),
-        "settings": {name: value for name, value in vars(arguments).items() if name not in ("out", "device")},
+        "settings": {key: value for key, value in vars(arguments).items() if key not in ("out", "device", "against")},
+        "against": arguments.against and commit(arguments.against),
         "results": [],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=0, unit="iteration") as bar:
+        folder = Path(temporary)
 
         def advance(iterations: int, doing: str) -> None:
             if doing:
@@ -222,27 +239,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         tables, unets = {}, {}
         for model, method in plan(arguments):
-            spec = without_clipping(make_model(model, Path(temporary), arguments.seed), Path(temporary))
-            tables[model, method] = table_of(method, method_words(spec, method, arguments), arguments)
+            spec = without_clipping(make_model(model, folder, arguments.seed), folder)
+            tables[model, method] = tables_of(spec, method, arguments)
             unets[model] = Path(spec) / "unet"
-            bar.total += len(tables[model, method]) * (CHECKED + arguments.rounds * PER_ROUND[method])
-        for (model, method), table in tables.items():
-            measured = measure(
-                table,
-                where=f"{model}, {method}",
-                folder=Path(temporary) / f"{model}-{method}",
-                threads=threads,
-                rounds=arguments.rounds,
-                per_round=PER_ROUND[method],
-                images=arguments.groups * arguments.group_size,
-                advance=advance,
-            )
+            workers = sum(map(len, tables[model, method]))
+            bar.total += workers * (CHECKED + arguments.rounds * PER_ROUND[method])
+        for (model, method), together in tables.items():
+            measured: list[dict[str, Any]] = []
+            for number, table in enumerate(together):
+                measured += measure(
+                    table,
+                    where=f"{model}, {method}",
+                    folder=folder / f"{model}-{method}-{number}",
+                    threads=threads,
+                    rounds=arguments.rounds,
+                    per_round=PER_ROUND[method],
+                    images=arguments.groups * arguments.group_size,
+                    advance=advance,
+                )
             speeds = add_utilisation(measured, unets[model], arguments.device)
             result["results"].append({"model": model, "method": method, "matmul_speeds": speeds, "rows": measured})
             # after each, so that an interrupted run leaves what it has
             (arguments.out / "training.json").write_text(json.dumps(result, indent=1))
             (arguments.out / "training.md").write_text(markdown(result))
-    print(markdown(result))
+    print(markdown(result), end="")
 
 
 if __name__ == "__main__":

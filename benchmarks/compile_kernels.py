@@ -22,10 +22,13 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.assembly import Reading, read
-from benchmarks.compile_only import collect
+from benchmarks.kernel_bench.assembly import Reading, read
+from benchmarks.kernel_bench.compile_only import collect
+from benchmarks.tables import markdown_table
 from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step
 from hrf_kernels.step import step_kernel
 from hrf_kernels.surrogate import finalize_kernel, gradient_kernel, one_program_kernel, scale_kernel, sums_kernel
@@ -73,7 +76,7 @@ class Row:
         return min((access.bits for access in self.reading.accesses if access.argument in SAMPLES), default=None)
 
     def faults(self) -> list[str]:
-        """The rules that it breaks, each a sentence."""
+        """The broken rules, each a sentence."""
         code, limit = self.reading, MAX_REGISTERS
         rules = {
             f"spills {code.spilled} bytes": code.spilled > 0,
@@ -120,8 +123,8 @@ def matrix(
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-    for given, known in ((targets := list(targets), TARGETS), (dtypes := list(dtypes), DTYPES)):
-        for name in given:
+    for names, known in ((targets := list(targets), TARGETS), (dtypes := list(dtypes), DTYPES)):
+        for name in names:
             if name not in known:
                 raise ValueError(f"{name!r} is not known; use one of {', '.join(known)}")
     rows = []
@@ -135,7 +138,7 @@ def matrix(
 
 def _name(kernel: Any) -> str:
     name = kernel.metadata.name.removesuffix("_kernel")
-    constants = {kernel.src.fn.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if name not in ("step", "sums"):
         return name
     return f"{name}, {'one program' if constants['ITERATIONS'] == 1 else 'chunks'}"
@@ -144,7 +147,7 @@ def _name(kernel: Any) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown: registers per thread, spills, fusion and widths; the worst of aligned sizes / of ragged ones."""
     targets = list(dict.fromkeys(row.target for row in rows))
-    lines = [f"| kernel; model output | {' | '.join(targets)} |", f"|---|{'---|' * len(targets)}"]
+    lines: list[list[str]] = []
 
     def add(title: str, chosen: Sequence[Row], value: Callable[[Row], int | None], worst: Any = max) -> None:
         cells = []
@@ -152,7 +155,7 @@ def table(rows: Sequence[Row]) -> str:
             of_target = [(row.aligned, value(row)) for row in chosen if row.target == target]
             pair = [[v for aligned, v in of_target if aligned == wanted and v is not None] for wanted in (True, False)]
             cells.append(" / ".join(str(worst(values)) if values else "-" for values in pair))
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append([title, *cells])
 
     for kernel, dtype in sorted({(row.kernel, row.dtype) for row in rows}, key=lambda key: (key[0], key[1] == "bf16")):
         chosen = [row for row in rows if (row.kernel, row.dtype) == (kernel, dtype)]
@@ -161,8 +164,8 @@ def table(rows: Sequence[Row]) -> str:
     add("all: fused multiply-adds", rows, lambda row: row.reading.fused)
     add("all: narrowest access of a sample, bits", rows, lambda row: row.narrowest, min)
     note = "Registers per thread, worst of aligned / of ragged sizes;"
-    lines += ["", f"{note} {len(rows)} kernels, Triton {triton.__version__}."]
-    return "\n".join(lines)
+    note += f" {len(rows)} kernels, Triton {triton.__version__}."
+    return f"{markdown_table(['kernel; model output', *targets], lines)}\n\n{note}"
 
 
 def write_between(path: Path, text: str) -> None:

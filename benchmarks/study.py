@@ -16,25 +16,36 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from hrf_fast.report.comparison import at_reward, gain, read_runs
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-ROOT = Path(__file__).parents[1]
-METHODS = {"hrf": [], "ddpo": ["--config", str(ROOT / "configs" / "demo_ddpo.yaml")]}
+from benchmarks.tables import markdown_table
+from hrf_fast.config.load import load_config
+from hrf_fast.evaluation.panel import choose_network
+from hrf_fast.report.comparison import RunLog, at_reward, gain, read_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+# words of `hrf train` beside the configuration's file, by method
+WORDS = {"hrf": [], "ddpo": ["--config", str(ROOT / "configs" / "demo_ddpo.yaml")]}
+HEADER = ("seed", "HRF: gain in reward [95 %]", "Vendi that HRF keeps", "DDPO keeps at that reward", "DDPO's end")
 
 
 def train(config: Path, method: str, seed: int, folder: Path, threads: int, overrides: list[str]) -> None:
-    """One run in a process of its own, so that several can run side by side.
+    """Train one run in a process of its own, so that several can run side by side.
 
     Raises:
-        RuntimeError: it failed; the message is its last line.
+        ValueError: it failed; the message is its last line.
     """
-    words = ["--config", str(config), *METHODS[method], f"run.seed={seed}", f"run.folder={folder}", *overrides]
+    words = ["--config", str(config), *WORDS[method], f"run.seed={seed}", f"run.folder={folder}", *overrides]
     result = subprocess.run(
         [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words, "run.progress=quiet"],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -42,77 +53,110 @@ def train(config: Path, method: str, seed: int, folder: Path, threads: int, over
         text=True,
     )
     if result.returncode:
-        raise RuntimeError(f"{method} with seed {seed} failed: {result.stderr.strip().splitlines()[-1]}")
+        last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise ValueError(f"{method} with seed {seed} failed: {last}")
+
+
+def check(config: Path, overrides: list[str]) -> None:
+    """Refuse a configuration that measures no diversity, before anything is trained.
+
+    Raises:
+        ValueError: the configuration can't work, or evaluation.network has no features.
+    """
+    loaded = load_config(["--config", str(config), *overrides])
+    network = loaded.evaluation.network
+    if choose_network(network, loaded.model.name, torch.device("cpu")) is None:
+        raise ValueError(
+            f"evaluation.network is {network!r}, which has no features for model.name {loaded.model.name!r}, but the "
+            "study compares Vendi Scores; use a shipped name, a hub id or a folder"
+        )
 
 
 def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
-    """What one seed says; Vendi Scores as shares of the pretrained model's."""
+    """Compare one seed's two runs; Vendi Scores are shares of the pretrained model's."""
     ours, theirs = read_runs([hrf, ddpo])
-    before, after = ours.score("vendi", 0), ours.score("vendi")
-    assert before is not None and after is not None, "the config's evaluation.network must give features"
+    before, after, end = _vendi(ours, 0), _vendi(ours), _vendi(theirs)
     level = ours.rewards()[-1]
-    there = at_reward(theirs, level)
-    end = theirs.score("vendi")
-    assert end is not None
+    point = at_reward(theirs, level)
     return {
         "pretrained_reward": ours.rewards()[0],
-        "pretrained_vendi": before.value,
+        "pretrained_vendi": before,
         "hrf_reward": level,
         "hrf_gain": list(gain(ours, ours)),
-        "hrf_vendi_share": after.value / before.value,
+        "hrf_vendi_share": after / before,
         "hrf_evaluations": ours.panels[-1]["evaluations"],
         "ddpo_reward": theirs.rewards()[-1],
-        "ddpo_vendi_share": end.value / before.value,
+        "ddpo_vendi_share": end / before,
         "ddpo_evaluations": theirs.panels[-1]["evaluations"],
         # where DDPO's reward reached HRF's; None where it never did
-        "ddpo_evaluations_at_hrf_reward": there[0] if there else None,
-        "ddpo_vendi_share_at_hrf_reward": there[1].value / before.value if there else None,
+        "ddpo_evaluations_at_hrf_reward": point[0] if point else None,
+        "ddpo_vendi_share_at_hrf_reward": point[1].value / before if point else None,
     }
+
+
+def _vendi(log: RunLog, panel: int = -1) -> float:
+    """The Vendi Score of a panel.
+
+    Raises:
+        ValueError: nothing measured it.
+    """
+    vendi = log.metric("vendi", panel)
+    if vendi is None:
+        raise ValueError(f"{log.folder} has no Vendi Score; train it with an evaluation.network")
+    return vendi.value
 
 
 def markdown(title: str, results: dict[int, dict[str, Any]]) -> str:
     """One row per seed and a row of means ± standard deviations."""
-    lines = [
-        f"### {title}",
-        "",
-        "| seed | HRF: gain in reward [95 %] | Vendi that HRF keeps | DDPO keeps at that reward | DDPO's end |",
-        "|---|---|---|---|---|",
-    ]
-    for seed, r in results.items():
-        value, low, high = r["hrf_gain"]
-        there = r["ddpo_vendi_share_at_hrf_reward"]
-        shown = f"{there:.1%}" if there is not None else "never reached it"
-        end = f"{r['ddpo_reward'] - r['pretrained_reward']:+.4f}, {r['ddpo_vendi_share']:.1%}"
-        lines.append(
-            f"| {seed} | {value:+.4f} [{low:+.4f}, {high:+.4f}] | {r['hrf_vendi_share']:.1%} | {shown} | {end} |"
+    rows = []
+    for seed, result in results.items():
+        value, low, high = result["hrf_gain"]
+        share = result["ddpo_vendi_share_at_hrf_reward"]
+        rows.append(
+            [
+                str(seed),
+                f"{value:+.4f} [{low:+.4f}, {high:+.4f}]",
+                f"{result['hrf_vendi_share']:.1%}",
+                f"{share:.1%}" if share is not None else "never reached it",
+                f"{result['ddpo_reward'] - result['pretrained_reward']:+.4f}, {result['ddpo_vendi_share']:.1%}",
+            ]
         )
-
-    def mean(values: list[float]) -> str:
-        spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1%}{spread}"
-
-    reached = [r["ddpo_vendi_share_at_hrf_reward"] for r in results.values() if r["ddpo_vendi_share_at_hrf_reward"]]
-    gains = [r["hrf_gain"][0] for r in results.values()]
-    lines.append(
-        f"| mean | {statistics.mean(gains):+.4f} | {mean([r['hrf_vendi_share'] for r in results.values()])} "
-        f"| {mean(reached) if reached else '-'} | {mean([r['ddpo_vendi_share'] for r in results.values()])} |"
-    )
-    return "\n".join(lines) + "\n"
+    gain_mean = statistics.mean(result["hrf_gain"][0] for result in results.values())
+    shares = ("hrf_vendi_share", "ddpo_vendi_share_at_hrf_reward", "ddpo_vendi_share")
+    rows.append(["mean", f"{gain_mean:+.4f}", *(_mean([r[name] for r in results.values()]) for name in shares)])
+    return f"### {title}\n\n{markdown_table(HEADER, rows)}\n"
 
 
-def main() -> None:
+def _mean(shares: list[float | None]) -> str:
+    """Mean ± standard deviation over the seeds that have a value."""
+    values = [share for share in shares if share is not None]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1%}{spread}"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train what is missing, compare, and write study.json and study.md.
+
+    Raises:
+        ValueError: the configuration can't work, or a run failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--out", type=Path, help="folder of the runs; by default runs/study-<config>")
     parser.add_argument("overrides", nargs="*", help="section.field=value for every run")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(words)
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs is {arguments.jobs}; use at least 1")
+    check(arguments.config, arguments.overrides)
     out = arguments.out or Path("runs") / f"study-{arguments.config.stem}"
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    runs = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in METHODS]
+    runs = [(method, seed, out / f"{method}-{seed}") for seed in arguments.seeds for method in WORDS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [pool.submit(train, arguments.config, *job, threads, arguments.overrides) for job in runs]
+        jobs = [pool.submit(train, arguments.config, *run, threads, arguments.overrides) for run in runs]
         for job in tqdm(jobs, unit="run"):
             job.result()
     results = {seed: compare(out / f"hrf-{seed}", out / f"ddpo-{seed}") for seed in arguments.seeds}
@@ -123,4 +167,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from hrf_fast.command import run_command
+
+    sys.exit(run_command(main))

@@ -1,18 +1,12 @@
-"""The kernel benchmark's result as text: Markdown tables, with what was not measured left empty and said so."""
+"""Markdown tables of the benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-OURS = ("analytic", "two-stage", "one-program")
-NO_GPU = (
-    "GPU columns (cold and warm time, GB/s, share of peak, launches) are empty: torch sees no GPU here, and nothing is "
-    "estimated. The same command fills them on a machine with one."
-)
 
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table; None is an empty cell, a float has three digits."""
 
     def cell(value: Any) -> str:
@@ -20,82 +14,3 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
-
-
-def page(result: dict[str, Any]) -> str:
-    """Everything that was counted and measured."""
-    head = ("device", "torch", "triton", "python", "threads", "load", "commit", "seed", "dtype", "clock")
-    parts = ["\n".join(f"{name}: {result[name]}" for name in head)]
-    parts += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
-    parts += [_errors(result["cases"]), _counted(result["counted"])]
-    on_gpu = any("gpu" in values for case in result["cases"] for values in case["providers"].values())
-    parts.append(_gpu(result["cases"]) if on_gpu else f"{_cpu(result['cases'])}\n\n{NO_GPU}")
-    if result["unet"]:
-        parts.append(_unet(result["unet"]))
-    return "\n\n".join(parts)
-
-
-def _errors(cases: list[dict[str, Any]]) -> str:
-    worst: dict[str, dict[str, float]] = {}
-    for case in cases:
-        for name, values in case["providers"].items():
-            for what, error in values["errors"].items():
-                of_this = worst.setdefault(name, {})
-                of_this[what] = max(of_this.get(what, 0.0), error)
-    rows = [(name, *errors.values()) for name, errors in worst.items()]
-    return f"Largest errors against float64, each of its scale ({len(cases)} cases):\n\n" + markdown(
-        ("provider", "log-prob", "loss", "gradient"), rows
-    )
-
-
-def _counted(counted: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(name for counts in counted.values() for name in counts))
-    rows: list[list[Any]] = []
-    for name in names:
-        found = [counts.get(name) or {} for counts in counted.values()]
-        rows.append([name, *(value for f in found for value in (f.get("tensors"), f.get("calls")))])
-    header = ["provider", *(f"{clamp}: {what}" for clamp in counted for what in ("tensors", "calls"))]
-    return (
-        "Traffic of a forward and a backward in float32 tensors of the batch's size, and operations or launches:\n\n"
-        + markdown(header, rows)
-        + "\n\neager: torch operations, counted here; torch.compile: inductor's own count; fused: as the tests count "
-        "them, running the compiled kernels.\nanalytic works on blocks that stay in a CPU's cache: most of its "
-        "traffic is not memory's."
-    )
-
-
-def _where(case: dict[str, Any]) -> list[str]:
-    return ["×".join(map(str, case["shape"])), str(case["batch"]), "on" if case["clamp"] else "off"]
-
-
-def _cpu(cases: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
-    others = [name for name in names if name not in OURS]
-    compared = others if "analytic" in names else []
-    rows = []
-    for case in cases:
-        values = case["providers"]
-        versus = values.get("analytic", {}).get("vs", {})
-        times = [values.get(name, {}).get("cpu_ms") for name in names]
-        rows.append([*_where(case), *times, *(f"{versus[name]:.2f}×" for name in compared)])
-    header = ["shape", "B", "clamp", *(f"{name}, ms" for name in names), *(f"analytic is, of {n}" for n in compared)]
-    return "CPU time of a forward and a backward, and how many times faster ours is:\n\n" + markdown(header, rows)
-
-
-def _gpu(cases: list[dict[str, Any]]) -> str:
-    columns = ("cold_ms", "warm_ms", "cold_gb_per_s", "cold_share_of_peak", "warm_gb_per_s", "launches")
-    rows = []
-    for case in cases:
-        for name, values in case["providers"].items():
-            rows.append([*_where(case), name, *(values["gpu"][column] for column in columns)])
-    header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "cold GB/s", "of peak", "warm GB/s", "launches"]
-    note = "cold: L2 emptied, the host's time included; warm: a CUDA graph, whose rates may be the cache's"
-    return f"GPU time of a forward and a backward ({note}):\n\n{markdown(header, rows)}"
-
-
-def _unet(unet: dict[str, Any]) -> str:
-    where = f"{unet['model']}, {'×'.join(map(str, unet['shape']))}, B {unet['batch']}"
-    shares = "; ".join(
-        f"{name} {unet['ms'][name]:.3g} ms, {share:.2%} of the step" for name, share in unet["share_of_step"].items()
-    )
-    return f"Beside a UNet's forward and backward ({where}: {unet['ms']['unet']:.4g} ms) the loss is: {shares}"

@@ -63,6 +63,10 @@ def report(arguments: argparse.Namespace) -> None:
     runs = [Path(folder) for folder in arguments.runs]
     print("\n".join(summary_lines(runs)))
     print(write_report(runs, Path(arguments.out) if arguments.out else None))
+    if arguments.strip:
+        from hrf_fast.report.strip import write_strip
+
+        print(write_strip(runs, Path(arguments.strip)))
 
 
 def rewards(arguments: argparse.Namespace) -> None:
@@ -140,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(report)
     command.add_argument("runs", nargs="+", help="run folders; several are compared")
     command.add_argument("--out", help="HTML file; by default report.html in the first run")
+    command.add_argument("--strip", metavar="FILE.png", help="also write a strip of images, a row for each run")
     command = add(plan)
     command.add_argument("--config", action="append", default=[], help="as in hrf train")
     command.add_argument("--gpus", type=int, default=1)

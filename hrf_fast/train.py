@@ -55,12 +55,16 @@ def train(
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
     with comm.job():
-        config, components = build_components(config, reward=reward, schedule=schedule)
-        with Run(config, listeners) as run, closing(components.rewarder):
-            budget = Budget(config.train.iterations, config.stop.max_evaluations)
-            with run.saving_on_error(components.engine):
-                reason = _loop(components, run, _resume(components, run, budget), budget)
-            return run.finish(components.policy, components.engine, reason)
+        return train_components(*build_components(config, reward=reward, schedule=schedule), listeners)
+
+
+def train_components(config: Config, components: Components, listeners: Sequence[Listener] = ()) -> RunResult:
+    """Train what `build_components` made, inside `comm.job()`; for callers that watch the parts while they train."""
+    with Run(config, listeners) as run, closing(components.rewarder):
+        budget = Budget(config.train.iterations, config.stop.max_evaluations)
+        with run.saving_on_error(components.engine):
+            reason = _loop(components, run, _resume(components, run, budget), budget)
+        return run.finish(components.policy, components.engine, reason)
 
 
 def _resume(components: Components, run: Run, budget: Budget) -> int:
@@ -79,20 +83,18 @@ def _resume(components: Components, run: Run, budget: Budget) -> int:
 
 def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
     """Iterate until the budget or a listener ends the run; returns the reason."""
-    policy, engine, config = components.policy, components.engine, run.config
     asked = None
     while True:
-        end = asked or budget.reached(done, policy.calls.evaluations)
-        if _due(config.evaluation.every, done, end) and not run.has_panel(done):
-            asked = run.log_panel(done, policy.calls.evaluations, components.evaluate_panel())
-        if _due(config.run.save_every, done, end) or (config.run.keep_best and run.best() == done):
-            run.save(engine)
+        end = asked or budget.reached(done, components.policy.calls.evaluations)
+        if _due(run.config.evaluation.every, done, end) and not run.has_panel(done):
+            asked = run.log_panel(done, components.policy.calls.evaluations, components.evaluate_panel())
+        if _due(run.config.run.save_every, done, end) or (run.config.run.keep_best and run.best() == done):
+            run.save(components.engine)
         if end:
             return end
         if not asked:
             asked = iterate(components, run, done)
             done += 1
-            run.commit(components.state(done))
 
 
 def _due(every: int, done: int, end: str | None) -> bool:

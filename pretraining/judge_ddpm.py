@@ -12,7 +12,7 @@ from data import fashion, portraits
 from torch import Tensor
 
 from hrf_fast.evaluation.diversity import inception_score, vendi_score
-from hrf_fast.evaluation.panel import panel_noise
+from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.vision.shipped import load_reference, load_shipped
@@ -37,7 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     policy = load_policy(arguments.model or arguments.name, num_inference_steps=50)
     with torch.no_grad():
-        images = policy.images(sample(policy, panel_noise(policy, 7, arguments.count), batch_size=64))
+        noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)
+        images = policy.decode(sample(policy, noise, images_per_call=64))
     real, classifier = load_reference(arguments.name), load_shipped(arguments.name)
     pixels = fashion("train")[0] if arguments.name == "fashion" else portraits(12_000)
     training = (torch.from_numpy(pixels[:12_000]).permute(0, 3, 1, 2).float() / 255).expand(-1, 3, -1, -1)

@@ -101,11 +101,10 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_run(tiny_model, tmp_path):
-    """Arguments of a run of seconds on the tiny model; its folder is tmp_path/run."""
+def tiny_words(model, folder) -> list[str]:
+    """Arguments of a run of seconds on the tiny model: two iterations of two groups of 3, six denoising steps."""
     return [
-        f"model.name={tiny_model}",
+        f"model.name={model}",
         "sample.num_inference_steps=6",
         "train.iterations=2",
         "train.groups_per_iteration=2",
@@ -115,5 +114,11 @@ def tiny_run(tiny_model, tmp_path):
         "evaluation.panel_size=6",
         "run.save_every=1",
         "run.progress=json",
-        f"run.folder={tmp_path / 'run'}",
+        f"run.folder={folder}",
     ]
+
+
+@pytest.fixture
+def tiny_run(tiny_model, tmp_path):
+    """`tiny_words` of a run in tmp_path/run."""
+    return tiny_words(tiny_model, tmp_path / "run")

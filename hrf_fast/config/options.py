@@ -176,7 +176,7 @@ class StopConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The panel: images from fixed noise, scored before, during and after."""
+    """The panel: images from fixed noise, evaluated before, during and after."""
 
     every: int = option(10, at_least=0, resumable=True)
     """Iterations between panels; 0 for only the first and last."""

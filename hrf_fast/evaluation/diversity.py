@@ -30,7 +30,7 @@ def vendi_score(features: Tensor) -> float:
 
     exp(−Σ λ log λ) over the eigenvalues λ of K/N, K[i, j] = cos(features_i, features_j). N equal images give 1, N
     orthogonal ones N. It grows with N, so compare at equal N; and it is only as good as the features: on raw pixels
-    noise scores far above photographs.
+    noise comes out far above photographs.
 
     Args:
         features: [N, D], any floating dtype.
@@ -76,7 +76,7 @@ def bootstrap_interval(
         level: share of the resamples inside the interval.
         seed: of the resampling; the same seed and count give the same resamples in every function here.
         centred: False for means: percentiles of the resamples. True for a diversity (Vendi, Inception Score): an
-            image drawn twice adds nothing to it, so every resample scores low. The spread of the resamples is kept
+            image drawn twice adds nothing to it, so every resample comes out low. The spread of the resamples is kept
             and their level is not: value + (percentiles − mean of the resamples).
             Measured on 150 panels of 64 to 256 real images of both shipped data sets, such 95 % intervals held the
             mean over panels 93 to 99 % of the time for Vendi and 88 to 99 % for the Inception Score.

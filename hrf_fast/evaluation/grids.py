@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+# images of a panel that grids and listeners are shown
+SHOWN = 64
+
+
 def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 0) -> Image:
     """Images [N, 3, H, W] in [0, 1] as one picture, small ones enlarged to be seen (`scale` 0 chooses)."""
     from PIL import Image
 
     count, _, height, width = images.shape
-    columns = columns or max(1, round(count**0.5))
+    columns = columns or grid_columns(count)
     rows = -(-count // columns)
     scale = scale or max(1, 64 // width)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -27,6 +31,11 @@ def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 0) ->
     canvas = canvas.reshape(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
     picture = Image.fromarray(canvas.numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def grid_columns(count: int) -> int:
+    """Columns of a grid of `count` images: about as many as rows."""
+    return max(1, round(count**0.5))
 
 
 def save_grid(images: Tensor, path: Path) -> None:

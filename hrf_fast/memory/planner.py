@@ -164,7 +164,9 @@ class Plan:
     def update_images(self, images_per_call: int) -> int:
         """Most images in a call of a replay."""
         plan = self.call_plan(images_per_call)
-        return self.rollout_images(images_per_call) if plan.order == "on_policy" else plan.piece * plan.steps_per_call
+        if plan.order == "on_policy":
+            return self.rollout_images(images_per_call)
+        return plan.piece * min(plan.steps_per_call, self.counts.longest_window)
 
     def activations(self, mode: str, precision: str, images_per_call: int) -> float:
         """Peak of the update besides states and trajectories.

@@ -33,7 +33,7 @@ class RunLog:
     metrics: list[dict[str, Any]]
     finished: bool
 
-    def score(self, name: str, panel: int = -1) -> Interval | None:
+    def metric(self, name: str, panel: int = -1) -> Interval | None:
         """A panel's `reward`, `vendi` or `inception`, of the last panel by default; None if nothing measured it."""
         return Interval(*self.panels[panel][name]) if name in self.panels[panel] else None
 
@@ -97,14 +97,14 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
     if unequal:
         listed = "; ".join(f"{key} is {one!r} and {two!r}" for key, (one, two) in unequal.items())
         raise ValueError(
-            f"{both}, their panels are of different images or scores: {listed}. Report each run alone, or train again "
+            f"{both}, their panels are of different images or metrics: {listed}. Report each run alone, or train again "
             "with these options equal"
         )
     start, (_, low, high) = other.panels[0]["reward"][0], first.panels[0]["reward"]
     if not low <= start <= high:
         raise ValueError(
-            f"{both}, they did not start from the same weights: the second's pretrained panel scores {start:.4g}, "
-            f"outside the first's [{low:.4g}, {high:.4g}]. Report each run alone, or train again from one model"
+            f"{both}, they did not start from the same weights: the second's pretrained reward is {start:.4g}, outside "
+            f"the first's [{low:.4g}, {high:.4g}]. Report each run alone, or train again from one model"
         )
 
 

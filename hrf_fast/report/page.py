@@ -76,7 +76,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def summary_lines(runs: list[Path]) -> list[str]:
-    """The page's runs, tables of scores and findings as plain text.
+    """The page's runs, tables of metrics and findings as plain text.
 
     Raises:
         ValueError: as `write_report`, except for grids.
@@ -105,7 +105,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
     """The template's values, under its names."""
     config, equal = logs[0].config, equal_reward_table(logs)
     return {
-        "title": f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config)}",
+        "title": f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config.reward)}",
         "runs": [describe(log) for log in logs],
         "results": result_table(logs).rows,
         "equal_reward": equal.rows if equal else None,
@@ -122,7 +122,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
 
 
 def _curves(logs: Sequence[RunLog]) -> list[Figure]:
-    reward = f"reward of the panel ({reward_name(logs[0].config)})"
+    reward = f"reward of the panel ({reward_name(logs[0].config.reward)})"
     figures = [
         Figure(
             interval_curves([_series(log, "reward") for log in logs], x_label=COST, y_label=reward),
@@ -130,7 +130,7 @@ def _curves(logs: Sequence[RunLog]) -> list[Figure]:
             "plot",
         )
     ]
-    if all(log.score("vendi", 0) for log in logs):
+    if all(log.metric("vendi", 0) for log in logs):
         vendi = [_series(log, "vendi") for log in logs]
         paths = [Series(line.name, log.rewards(), line.y) for line, log in zip(vendi, logs, strict=True)]
         level = lowest_end(logs) if equal_reward_table(logs) else None
@@ -150,8 +150,8 @@ def _curves(logs: Sequence[RunLog]) -> list[Figure]:
     return figures
 
 
-def _series(log: RunLog, score: str) -> Series:
-    value, low, high = ([panel[score][i] for panel in log.panels] for i in range(3))
+def _series(log: RunLog, metric: str) -> Series:
+    value, low, high = ([panel[metric][i] for panel in log.panels] for i in range(3))
     return Series(log.name, [panel["evaluations"] for panel in log.panels], value, low, high)
 
 
@@ -212,7 +212,7 @@ def _times(logs: Sequence[RunLog]) -> Table:
     sums = [sum(total.values()) or float("nan") for total in totals]
     for phase in dict.fromkeys(phase for total in totals for phase in total):
         spent = [total.get(phase, 0.0) for total in totals]
-        rows.append([phase, *(f"{part:.1f} ({part / whole:.0%})" for part, whole in zip(spent, sums, strict=True))])
+        rows.append([phase, *(f"{part:.1f} ({part / total:.0%})" for part, total in zip(spent, sums, strict=True))])
     rows.append(["total", *(f"{seconds:.1f}" for seconds in sums)])
     for counter, title in (("images", "images trained a second"), ("evaluations", f"{COST} a second")):
         counts = [log.metrics[-1][counter] for log in logs]

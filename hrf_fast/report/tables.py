@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import RewardConfig
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
 
@@ -29,18 +29,18 @@ class Table:
 def result_table(logs: Sequence[RunLog]) -> Table:
     """Tabulate the pretrained model and each run's last panel."""
     rows = [["", "reward", "gain", "Vendi Score", "kept", "Inception Score", "UNet evaluations"]]
-    first, before = logs[0], logs[0].score("vendi", 0)
-    for name, log, panel in [("pretrained", first, 0), *((run_title(log), log, -1) for log in logs)]:
-        change = [_interval(gain(log, first), "+"), _share(log.score("vendi"), before)] if panel else ["", ""]
-        scores = [_interval(log.score(score, panel)) for score in ("reward", "vendi", "inception")]
+    first, before = logs[0], logs[0].metric("vendi", 0)
+    for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, -1) for log in logs)]:
+        change = [_interval(gain(log, first), "+"), _share(log.metric("vendi"), before)] if panel else ["", ""]
+        metrics = [_interval(log.metric(name, panel)) for name in ("reward", "vendi", "inception")]
         evaluations = f"{log.panels[panel]['evaluations']:,}"
-        rows.append([name, scores[0], change[0], scores[1], change[1], scores[2], evaluations])
+        rows.append([title, metrics[0], change[0], metrics[1], change[1], metrics[2], evaluations])
     return Table(rows)
 
 
 def equal_reward_table(logs: Sequence[RunLog]) -> Table | None:
     """Tabulate the diversity kept at equal reward; None for one run, without Vendi Scores, or if a run did not rise."""
-    before = logs[0].score("vendi", 0)
+    before = logs[0].metric("vendi", 0)
     if len(logs) < 2 or before is None:
         return None
     rows = [["", "Vendi Score", "kept", "UNet evaluations"]]
@@ -63,7 +63,7 @@ def findings(logs: Sequence[RunLog]) -> list[str]:
             lines.append(f"{log.name}: no gain beyond its interval.")
         elif change.high < 0:
             lines.append(f"{log.name}: the reward fell.")
-    if logs[0].score("vendi", 0) is None:
+    if logs[0].metric("vendi", 0) is None:
         lines.append("No Vendi Score: evaluation.network has none for this model, so diversity was not measured.")
     elif len(logs) > 1 and equal_reward_table(logs) is None:
         lines.append(f"No comparison at equal reward: {weakest.name} did not end above the pretrained model.")
@@ -99,7 +99,7 @@ def describe(log: RunLog) -> str:
     parts = [
         run_title(log),
         config.model.name,
-        reward_name(config),
+        reward_name(config.reward),
         f"T {config.sample.num_inference_steps}",
         f"{last['iteration'] + 1}{planned} iterations",
         f"{last['images']:,} images trained",
@@ -110,9 +110,9 @@ def describe(log: RunLog) -> str:
     return " · ".join(parts)
 
 
-def reward_name(config: Config) -> str:
+def reward_name(reward: RewardConfig) -> str:
     """The reward's name, or the weighted sum of its terms."""
-    return config.reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in config.reward.terms)
+    return reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in reward.terms)
 
 
 def _interval(interval: Interval | None, sign: str = "") -> str:

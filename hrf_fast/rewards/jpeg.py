@@ -22,7 +22,7 @@ from hrf_fast.vision.base import to_bytes
 
 @register_reward("jpeg_compressibility", needs="Pillow")
 def jpeg_compressibility(quality: int = 95) -> Reward:
-    """Minus the size of the image as a JPEG, in kB: smooth, simple pictures score high.
+    """Minus the size of the image as a JPEG, in kB: smooth, simple pictures get a high reward.
 
     Args:
         quality: JPEG quality, 1 to 100; the papers use 95.
@@ -32,7 +32,7 @@ def jpeg_compressibility(quality: int = 95) -> Reward:
 
 @register_reward("jpeg_incompressibility", needs="Pillow")
 def jpeg_incompressibility(quality: int = 95) -> Reward:
-    """The size of the image as a JPEG, in kB: detailed, noisy pictures score high.
+    """The size of the image as a JPEG, in kB: detailed, noisy pictures get a high reward.
 
     Args:
         quality: JPEG quality, 1 to 100; the papers use 95.

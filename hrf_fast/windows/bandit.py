@@ -11,7 +11,7 @@ from torch import Generator
 
 from hrf_fast.registry import check_count
 from hrf_fast.windows.base import Probe, Window
-from hrf_fast.windows.rule import start_scores
+from hrf_fast.windows.rule import start_criterion
 
 
 class Bandit:
@@ -20,11 +20,11 @@ class Bandit:
     Arms are the candidates but the last. A pull of arm i measures, on one group's anchor and with the same noise, the
     change in reward from candidate i to i + 1 and the distance of candidate i + 1. Sums and counts are multiplied by
     `discount` once per iteration, as the weights change. Each group pulls the `pulls` arms of greatest
-    score_i + exploration·sqrt(log Σ N / N_i), N the discounted counts: groups choose one after the other, counting what
-    the ones before them have pulled, and arms never tried come first, in random order.
+    criterion_i + exploration·sqrt(log Σ N / N_i), N the discounted counts: groups choose one after the other, counting
+    the pulls of the groups before them, and arms never tried come first, in random order.
 
-    All groups of the iteration then train from the arm of greatest score, by HRF-D's rule on the means of all tried
-    arms. That is not the arm that was pulled: to measure a start costs the same whether it is trained or not.
+    All groups of the iteration then train from the arm of the greatest criterion, by HRF-D's rule on the means of all
+    tried arms. That need not be an arm that was pulled: to measure a start costs the same whether it is trained or not.
     """
 
     needs_anchors = True
@@ -67,13 +67,13 @@ class Bandit:
                 self.counts[arm] += 1
                 self.changes[arm] += reward[arm + 1] - reward[arm]
                 self.distances[arm] += distance[arm + 1]
-        scores = self._scores()
-        best = max(scores, key=lambda arm: scores[arm])
+        criterion = self._criterion()
+        best = max(criterion, key=lambda arm: criterion[arm])
         return [Window(self.candidates[best], self.stop)] * num_groups
 
     def _choose(self, num_groups: int, generator: Generator) -> list[list[int]]:
         """The arms that each group pulls."""
-        scores, counts = self._scores(), list(self.counts)
+        criterion, counts = self._criterion(), list(self.counts)
         order = torch.randperm(len(counts), generator=generator).tolist()
 
         def index(arm: int) -> float:
@@ -81,7 +81,7 @@ class Bandit:
                 return math.inf
             # an arm whose first result is not there yet counts as an average one
             bonus = self.exploration * math.sqrt(math.log(max(sum(counts), 1.0)) / counts[arm])
-            return scores.get(arm, 0.0) + bonus
+            return criterion.get(arm, 0.0) + bonus
 
         pulled = []
         for _ in range(num_groups):
@@ -93,14 +93,14 @@ class Bandit:
             pulled.append(arms)
         return pulled
 
-    def _scores(self) -> dict[int, float]:
-        """HRF-D's score of every arm that was tried."""
+    def _criterion(self) -> dict[int, float]:
+        """HRF-D's criterion of every arm that was tried."""
         tried = [arm for arm, count in enumerate(self.counts) if count > 0]
         if not tried:
             return {}
         sums = torch.tensor([self.changes, self.distances], dtype=torch.float64)[:, tried]
         changes, distances = sums / torch.tensor(self.counts, dtype=torch.float64)[tried]
-        return dict(zip(tried, start_scores(changes, distances, beta=self.beta).tolist(), strict=True))
+        return dict(zip(tried, start_criterion(changes, distances, beta=self.beta).tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
         """The JSON-able memory, for a checkpoint."""

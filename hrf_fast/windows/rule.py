@@ -17,11 +17,11 @@ def select_start(candidates: Sequence[int], rewards: Tensor, distances: Tensor, 
     Returns:
         The chosen start, never the last candidate. Both lists are min-max normalised; a constant one counts as zeros.
     """
-    scores = start_scores(rewards.double().diff(), distances.double()[1:], beta=beta)
-    return candidates[int(scores.argmax())]
+    criterion = start_criterion(rewards.double().diff(), distances.double()[1:], beta=beta)
+    return candidates[int(criterion.argmax())]
 
 
-def start_scores(changes: Tensor, distances: Tensor, *, beta: float) -> Tensor:
+def start_criterion(changes: Tensor, distances: Tensor, *, beta: float) -> Tensor:
     """Δ̂ − β·d̂ [C − 1] of the starts that can be chosen, both min-max normalised."""
     return _min_max(changes) - beta * _min_max(distances)
 

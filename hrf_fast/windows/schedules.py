@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-from hrf_fast.registry import Registry, call_factory, check_count, load_user_function
+from hrf_fast.registry import Registry, call_factory, check_count, load_user_function, qualified_name
 from hrf_fast.windows.base import Probe, Window, WindowSchedule
 from hrf_fast.windows.dynamic import dynamic
 
@@ -37,7 +37,7 @@ def build_schedule(
         ValueError: unknown name or option, or a start that leaves no step to train.
     """
     if callable(name):
-        factory, name = name, f"{name.__module__}:{name.__qualname__}"
+        factory, name = name, qualified_name(name)
     else:
         factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
     schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from hrf_fast.build import build_parts
+from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.sample import starting_noise
-from hrf_fast.training.rollout import Start, rollout
-from hrf_fast.training.update import Batch, learn
+from hrf_fast.training.components import Components
+from hrf_fast.training.groups import Group
+from hrf_fast.training.rollout import Rollout, rollout
+from hrf_fast.training.update import update
 from hrf_fast.windows.base import Window
 
 
@@ -27,33 +28,33 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def iteration(parts, config) -> None:
-    policy, train = parts.policy, config.train
-    windows = [Window(0, policy.diffusion.stochastic_steps)] * train.groups_per_iteration
-    starts = {}
-    for group, window in enumerate(windows):
-        noise = NoiseKey(seed=0, sample_id=torch.arange(train.group_size) + group * train.group_size)
-        starts[group] = Start(window, starting_noise(policy, noise), noise)
-    keep_from = parts.activations.keep_from(dict(enumerate(windows)), train.group_size)
-    batch = Batch(*rollout(policy, starts, micro_batch_size=train.group_size, keep_from=keep_from))
-    advantages = {group: torch.linspace(-1, 1, train.group_size) for group in starts}
-    learn(parts, config, batch, windows, advantages, range(train.groups_per_iteration), iteration=0, note=print)
+def iteration(components: Components) -> None:
+    policy, groups, plan = components.policy, components.groups, components.calls
+    windows = [Window(0, policy.sampler.stochastic_steps)] * groups.per_iteration
+    keep_from = plan.keep_from(windows)
+    rolled_out, condition = Rollout(), policy.condition([None] * groups.size)
+    for number in groups.own():
+        noise = NoiseKey(seed=0, sample_id=torch.tensor(groups.sample_ids(number)))
+        group = Group(number, windows[number], noise, condition)
+        rolled_out.join(rollout(policy, [group], plan, keep_from=keep_from))
+    advantages = {number: torch.linspace(-1, 1, groups.size) for number in groups.own()}
+    update(components, rolled_out, windows, advantages, range(groups.num_steps), iteration=0, note=print)
 
 
 def main(tiny: str, model: str, *words: str) -> None:
     torch.set_num_threads(1)
-    warm = load_config([f"model.name={tiny}", *words])
-    iteration(build_parts(warm), warm)
+    _, warm = build_components(load_config([f"model.name={tiny}", *words]))
+    iteration(warm)
+    del warm
     gc.collect()
     empty = status("VmRSS")
-    config = load_config([f"model.name={model}", *words])
-    parts = build_parts(config)
-    iteration(parts, config)
+    _, components = build_components(load_config([f"model.name={model}", *words]))
+    iteration(components)
     gc.collect()
     states = status("VmRSS") - empty
     # from here on VmHWM is a new peak
     Path("/proc/self/clear_refs").write_text("5")
-    iteration(parts, config)
+    iteration(components)
     print(json.dumps({"states": states, "peak": status("VmHWM") - empty}))
 
 

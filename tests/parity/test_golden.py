@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from hrf_fast.engines.plain import PlainEngine
-from hrf_fast.policies.pixel import Policy
-from hrf_fast.policies.sampler import build_diffusion
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.base import Condition
+from hrf_fast.policies.pixel import PixelPolicy
+from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.training.advantages import group_advantages
-from hrf_fast.training.calls import replay_calls
-from hrf_fast.training.optimizer_step import Clips, update
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.groups import Group
+from hrf_fast.training.optimizer_step import Clips, optimizer_step
 from hrf_fast.training.trajectory import Trajectory
 from hrf_fast.windows.base import Window
 from hrf_fast.windows.rule import select_start
@@ -28,32 +31,29 @@ def load_case(golden, name):
     unet = make_unet().eval()
     unet.load_state_dict({k.removeprefix("unet_new."): v for k, v in case.items() if k.startswith("unet_new.")})
     scheduler = make_scheduler(clip_sample=numbers["clip_sample"])
-    diffusion = build_diffusion(
-        scheduler, sampler="ddim", num_inference_steps=numbers["num_inference_steps"], eta=numbers["eta"]
+    sampler = build_sampler(
+        scheduler, kind="ddim", num_inference_steps=numbers["num_inference_steps"], eta=numbers["eta"]
     )
-    window = Window(numbers["start"], diffusion.stochastic_steps)
-    kept = slice(window.start, window.stop)
+    window, size = Window(numbers["start"], sampler.stochastic_steps), numbers["batch"]
     trajectory = Trajectory(
-        window=window,
+        # the noise is in the recorded latents
+        Group(0, window, NoiseKey(0, torch.arange(size)), Condition()),
         latents=case["trajectory"][: len(window) + 1],
         old_log_prob=case["log_probs_old"][: len(window)],
-        timesteps=diffusion.timesteps[kept],
-        coefficients=diffusion.coefficients[kept],
-        images=torch.zeros(numbers["batch"], 3, 16, 16),
+        images=torch.zeros(size, 3, 16, 16),
     )
-    return numbers, case, Policy(unet, scheduler, diffusion), trajectory
+    return numbers, case, PixelPolicy(unet, scheduler, sampler), trajectory
 
 
-def run_update(numbers, case, policy, trajectory, **options):
-    """Our update on a golden case; returns (stats, gradients by name)."""
+def run_update(numbers, case, policy, trajectory, images_per_call=0):
+    """Our optimizer step on a golden case; returns (stats, gradients by name)."""
     engine = PlainEngine(policy.unet, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
-    split = {"micro_batch_size": numbers["batch"], "steps_per_forward": 1, **options}
-    stats = update(
+    stats = optimizer_step(
         engine,
         policy,
         {0: trajectory},
         {0: case["advantages"]},
-        replay_calls({0: trajectory.window}, group_size=numbers["batch"], **split),
+        CallPlan(numbers["batch"], images_per_call).replay({0: trajectory.window}),
         Clips(numbers["clip_range"], numbers["clip_advantage"], scale_by_window=True),
     )
     return stats, {name: parameter.grad for name, parameter in policy.unet.named_parameters()}
@@ -87,11 +87,11 @@ def test_advantages_are_those_of_the_authors(golden, name):
 @pytest.mark.parametrize("name", CASES)
 def test_mean_sigma_and_log_prob_of_every_window_step(golden, name):
     _, case, policy, trajectory = load_case(golden, name)
-    for i in range(len(trajectory.window)):
-        coefficients = trajectory.coefficients[i]
+    for i, step in enumerate(range(trajectory.window.start, trajectory.window.stop)):
+        coefficients = policy.sampler.coefficients[step]
         now, following = trajectory.latents[i], trajectory.latents[i + 1]
         with torch.no_grad():
-            output = policy.model_output(now, trajectory.timesteps[i])
+            output = policy.predict(now, step, Condition()).model_output
         torch.testing.assert_close(coefficients.std, case["sigma"][i], atol=1e-6, rtol=2e-5)
         # their scheduler works in fp32, so differences are a few ulp of x0's terms
         torch.testing.assert_close(gaussian_mean(output, now, coefficients), case["mean"][i], atol=2e-5, rtol=1e-5)
@@ -100,10 +100,11 @@ def test_mean_sigma_and_log_prob_of_every_window_step(golden, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 1}, {"steps_per_forward": 3}], ids=str)
-def test_loss_and_every_gradient(golden, name, options):
+@pytest.mark.parametrize("calls", ["one step a call", "one image a call", "three steps a call"])
+def test_loss_and_every_gradient(golden, name, calls):
     numbers, case, policy, trajectory = load_case(golden, name)
-    stats, gradients = run_update(numbers, case, policy, trajectory, **options)
+    images = {"one step a call": 0, "one image a call": 1, "three steps a call": 3 * numbers["batch"]}[calls]
+    stats, gradients = run_update(numbers, case, policy, trajectory, images)
     scale = float(case["advantages"].abs().mean())
     assert abs(float(stats.loss) - float(case["total_loss_without_last_step"])) <= LOSS_TOLERANCE * scale
     assert gradient_error(gradients, case) <= GRADIENT_TOLERANCE

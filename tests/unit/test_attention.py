@@ -54,20 +54,20 @@ def test_xformers_takes_every_attention_of_the_unet(cuda):
 
 
 def test_without_cuda_it_is_refused_when_the_model_is_loaded(tiny_model):
-    with pytest.raises(ValueError, match="compute.attention is 'xformers'.*no operator for the device cpu; use sdpa"):
+    with pytest.raises(ValueError, match="compute.attention is 'xformers'.* cpu"):
         load_policy(str(tiny_model), attention="xformers")
 
 
 def test_a_missing_xformers_says_how_to_install_it(cuda, monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "hrf_fast\[gpu\]"'):
+    with pytest.raises(ImportError, match=r"compute.attention is 'xformers'.*hrf_fast\[gpu\]"):
         set_attention(OnCuda(make_unet(), to_xformers), "xformers")
 
 
 def test_a_unet_without_attention_has_nothing_for_xformers(cuda):
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
     unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-    with pytest.raises(ValueError, match="this UNet has no attention; use sdpa"):
+    with pytest.raises(ValueError, match="compute.attention is 'xformers'.*no attention"):
         set_attention(OnCuda(unet, to_xformers), "xformers")
 
 
@@ -75,17 +75,17 @@ def test_an_operator_that_does_not_run_is_refused(cuda):
     def fail(unet):
         raise NotImplementedError("no kernel image")
 
-    with pytest.raises(ValueError, match="does not run here .NotImplementedError: no kernel image.; use sdpa"):
+    with pytest.raises(ValueError, match="compute.attention is 'xformers'.*no kernel image"):
         set_attention(OnCuda(make_unet(), fail), "xformers")
 
 
 def test_an_enabling_that_changes_nothing_is_not_believed(cuda):
-    with pytest.raises(ValueError, match="AttnProcessor2_0 can't take it; use sdpa"):
+    with pytest.raises(ValueError, match="compute.attention is 'xformers'.*AttnProcessor2_0"):
         set_attention(OnCuda(make_unet(), lambda unet: None), "xformers")
 
 
 def test_an_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="compute.attention is 'flash'; use sdpa, xformers"):
+    with pytest.raises(ValueError, match="compute.attention is 'flash'.*sdpa, xformers"):
         set_attention(make_unet(), "flash")
-    with pytest.raises(ValueError, match="did you mean 'xformers'"):
+    with pytest.raises(ValueError, match="compute.attention is 'xformer'.*'xformers'"):
         load_config(["compute.attention=xformer"])

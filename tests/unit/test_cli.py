@@ -1,13 +1,28 @@
 """The commands that do not train, through main()."""
 
 import json
+import shutil
+import signal
 
 import pytest
+import torch
+from diffusers import DDPMPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from hrf_fast import cli
 from hrf_fast.cli import main
-from hrf_fast.train import main as train_main
+from hrf_fast.errors import Interrupted
+from tests.conftest import tiny_words
+from tests.runs import panels, weights
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """The folder of a run that has finished."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", *tiny_words(tiny_model, run)]) == 0
+    return run
 
 
 def test_train_help_lists_every_option(capsys):
@@ -37,32 +52,72 @@ def test_sample_refuses_a_count_of_zero(tiny_model, capsys):
     assert "--count is 0" in capsys.readouterr().err
 
 
-def test_a_run_is_trained_sampled_evaluated_and_reported(tiny_run, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert main(["train", *tiny_run]) == 0
-    assert main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--count", "2"]) == 0
-    assert main(["evaluate", str(run), "evaluation.panel_size=8"]) == 0
-    assert main(["report", str(run)]) == 0
-    result = json.loads((run / "evaluation.json").read_text())
+def test_a_run_is_evaluated_and_reported(finished, capsys):
+    assert main(["evaluate", str(finished), "evaluation.panel_size=8"]) == 0
+    assert "pretrained" in capsys.readouterr().out
+    assert main(["report", str(finished)]) == 0
+    result = json.loads((finished / "evaluation.json").read_text())
     assert len(result["tuned"]["rewards"]) == 8
     value, low, high = result["pretrained"]["reward"]
     assert low <= value <= high
     assert value == pytest.approx(sum(result["pretrained"]["rewards"]) / 8, abs=1e-6)
     # the training's panel is the first part of a larger one: the same images, the same rewards
-    first = json.loads((run / "evaluations.jsonl").read_text().splitlines()[0])
+    first = panels(finished)[0]
     assert result["pretrained"]["rewards"][:6] == pytest.approx(first["rewards"], abs=1e-3)
-    assert "pretrained" in capsys.readouterr().out
 
 
-def test_evaluate_wants_a_finished_run(tiny_run, tmp_path, capsys):
+def test_a_run_and_its_last_checkpoint_draw_the_same_grid(finished, tmp_path):
+    checkpoint = finished / "checkpoints" / "iteration-000002"
+    for model, name in ((finished, "run.png"), (checkpoint, "checkpoint.png")):
+        assert main(["sample", str(model), "--out", str(tmp_path / name), "--count", "2"]) == 0
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "checkpoint.png").read_bytes()
+
+
+def test_a_checkpoint_is_exported_as_a_folder_that_diffusers_loads(finished, tmp_path):
+    for iteration in (1, 2):
+        checkpoint = finished / "checkpoints" / f"iteration-00000{iteration}"
+        assert main(["export", str(checkpoint), "--out", str(tmp_path / str(iteration))]) == 0
+        exported, saved = weights(tmp_path / str(iteration)), load_file(checkpoint / "weights.safetensors")
+        assert all(torch.equal(saved[f"unet.{name}"], value) for name, value in exported.items())
+        pipeline = DDPMPipeline.from_pretrained(tmp_path / str(iteration))
+        assert torch.equal(pipeline.unet.conv_in.weight, saved["unet.conv_in.weight"])
+    first, last, tuned = weights(tmp_path / "1"), weights(tmp_path / "2"), weights(finished)
+    assert all(torch.equal(last[name], tuned[name]) for name in tuned)
+    assert any(not torch.equal(first[name], tuned[name]) for name in tuned)
+
+
+def test_what_is_no_checkpoint_is_not_exported_and_nothing_is_written_over(finished, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    for folder in (finished, tmp_path / "nowhere"):
+        assert main(["export", str(folder), "--out", out]) == 1
+        assert f"{folder} is no checkpoint" in capsys.readouterr().err
+    checkpoint = str(finished / "checkpoints" / "iteration-000002")
+    (tmp_path / "out").mkdir()
+    assert main(["export", checkpoint, "--out", out]) == 1
+    assert f"--out is {out}" in capsys.readouterr().err
+
+
+def test_weights_of_another_architecture_are_not_put_into_the_model(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(_model_name(text)), "fashion"))
+    checkpoint = run / "checkpoints" / "iteration-000002"
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert "weights.safetensors" in err and "model.name" in err and not (tmp_path / "out").exists()
+
+
+def _model_name(text):
+    return next(line.split(": ")[1] for line in text.splitlines() if line.startswith("  name: "))
+
+
+def test_evaluate_wants_a_finished_run(finished, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert "has no config.yaml" in capsys.readouterr().err
-    assert train_main(tiny_run) == 0
-    import shutil
-
-    shutil.rmtree(tmp_path / "run" / "model")
-    assert main(["evaluate", str(tmp_path / "run")]) == 1
-    assert "has no model/ yet" in capsys.readouterr().err
+    assert f"{tmp_path} is not a run folder" in capsys.readouterr().err
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    assert main(["evaluate", str(run)]) == 1
+    assert f"{run} has no model/" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monkeypatch):
@@ -84,9 +139,13 @@ def test_a_programming_error_keeps_its_traceback():
         cli.run_command(fail)
 
 
-def test_ctrl_c_exits_with_130(capsys):
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGINT), 130), (Interrupted(signal.SIGTERM), 143)],
+)
+def test_a_signal_exits_with_128_and_its_number(stop, code, capsys):
     def interrupt():
-        raise KeyboardInterrupt
+        raise stop
 
-    assert cli.run_command(interrupt, cli.RESUMES) == 130
-    assert "the same command resumes" in capsys.readouterr().err
+    assert cli.run_command(interrupt, cli.RESUMES) == code
+    assert cli.RESUMES in capsys.readouterr().err

@@ -1,23 +1,19 @@
 """Compilation: few graphs whatever a run does, the same weights' names, and a refusal where it can't work."""
 
-import shutil
-import subprocess
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrf_fast import doctor
-from hrf_fast.build import build_parts
+from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.config.rules import check_job
 from hrf_fast.policies import compilation
-from hrf_fast.policies.compilation import canonical, check_compile, obstacle
+from hrf_fast.policies.base import Condition
+from hrf_fast.policies.compilation import canonical, obstacle
 from hrf_fast.policies.load import load_policy
 from hrf_fast.run.files import read_log
 from hrf_fast.train import train
-from hrf_fast.training.warm_up import batch_sizes, warm_up
+from hrf_fast.training import warm_up as warm_up_module
+from hrf_fast.training.warm_up import warm_up
 from tests.conftest import make_scheduler
 
 # a graph with gradient and one without, for each of conv-in to conv-out, or of down, mid and up
@@ -64,14 +60,14 @@ def words(model, folder, **options):
     values = {
         "model.name": model,
         "sample.num_inference_steps": 6,
-        "compute.batch_size": 4,
+        "compute.images_per_call": 6,
         "window.schedule": "random",
         "train.iterations": 3,
         "train.groups_per_iteration": 2,
         "train.group_size": 3,
         "optimizer.learning_rate": 1e-3,
         "optimizer.kwargs.eps": 0.01,
-        "evaluation.panel_size": 6,
+        "evaluation.panel_size": 8,
         "run.progress": "json",
         "run.folder": folder,
         **options,
@@ -87,12 +83,13 @@ def weights(folder):
 def test_a_run_of_many_window_lengths_steps_and_batches_compiles_its_graphs_once(
     mode, smallest_model, tmp_path, graphs, capsys
 ):
-    options = {"compute.compile": mode, "compute.channels_last": True, "compute.steps_per_forward": 2}
+    options = {"compute.compile": mode, "compute.channels_last": True}
     train(load_config(words(smallest_model, tmp_path / "compiled", **options)))
     notes = capsys.readouterr().out
     assert notes.index("compiling, which can take minutes") < notes.index("graphs for any batch took")
     assert notes.index("graphs for any batch took") < notes.index("self-check")
-    # with and without gradient; windows of several lengths, chunks of one and two steps, groups of 3, panels of 4 and 2
+    # with and without gradient; windows of several lengths, rollouts of 3 and 6, replays of one and two steps of
+    # 3, a panel of 6 and 2
     assert len(graphs) == 2 * PARTS[mode]
     assert len({tuple(record["window_starts"]) for record in read_log(tmp_path / "compiled" / "metrics.jsonl")}) > 1
     eager = tmp_path / "eager"
@@ -113,8 +110,8 @@ def test_graphs_are_kept_over_several_forwards_and_batches_of_one_are_one_more_g
         latents = torch.randn(count, 1, 8, 8)
         gradients = []
         for each in (policy, plain):
-            outputs = [each.model_output(latents, step) for step in (7, 500, torch.tensor(3))]
-            outputs.append(each.model_output(latents, torch.arange(count)))
+            steps = [7, 20, torch.tensor(3), torch.arange(count)]
+            outputs = [each.predict(latents, step, Condition()).model_output for step in steps]
             for output in reversed(outputs):
                 output.square().mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in each.unet.parameters()]))
@@ -139,10 +136,10 @@ def test_activations_checkpoint_has_the_gradient_of_eager_in_the_real_tracer(sma
         policy = load_policy(str(smallest_model))
         policy.compile(mode)
         if checkpoint:
-            policy.checkpoint_activations()
+            policy.network.checkpoint_activations()
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
-            output = policy.model_output(torch.ones(3, 1, 8, 8), 10)
+            output = policy.predict(torch.ones(3, 1, 8, 8), 10, Condition()).model_output
         output.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.unet.parameters()]))
         saved.append(sum(kept))
@@ -152,12 +149,11 @@ def test_activations_checkpoint_has_the_gradient_of_eager_in_the_real_tracer(sma
 
 
 def test_the_warm_up_leaves_no_gradient_and_no_count(smallest_model, graphs, tmp_path):
-    config = load_config(words(smallest_model, tmp_path, **{"compute.compile": "unet"}))
-    parts = build_parts(config)
-    warm_up(parts.policy, config, lambda note: None)
+    _, components = build_components(load_config(words(smallest_model, tmp_path, **{"compute.compile": "unet"})))
+    warm_up(components, lambda note: None)
     assert len(graphs) == 2
-    assert all(parameter.grad is None for parameter in parts.policy.unet.parameters())
-    assert parts.policy.calls.batches == 0
+    assert all(parameter.grad is None for parameter in components.policy.unet.parameters())
+    assert components.policy.calls.batches == 0
 
 
 def test_a_model_that_does_not_compile_is_refused_by_the_warm_up(smallest_model, graphs, tmp_path, monkeypatch):
@@ -165,23 +161,33 @@ def test_a_model_that_does_not_compile_is_refused_by_the_warm_up(smallest_model,
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(compilation, "BACKEND", backend)
-    with pytest.raises(ValueError, match="compute.compile is 'unet', but .* does not compile.*no such instruction"):
+    with pytest.raises(ValueError, match="compute.compile is 'unet'.*no such instruction"):
         train(load_config(words(smallest_model, tmp_path / "run", **{"compute.compile": "unet"})))
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "sizes"),
     [
-        ([], [5]),
-        (["compute.micro_batch_size=2", "compute.steps_per_forward=3"], [6, 1]),
-        (["compute.micro_batch_size=1"], [2, 1]),
-        (["compute.batch_size=1"], [5, 1]),
-        (["evaluation.panel_size=65"], [5, 1]),
-        (["train.groups_per_iteration=1"], [5, 1]),
+        # groups of 3, two of them, and a panel of 8
+        ({}, [3]),
+        ({"compute.images_per_call": 6}, [6]),
+        # pieces of 2 and 1
+        ({"compute.images_per_call": 2}, [2, 1]),
+        # one anchor
+        ({"train.groups_per_iteration": 1}, [3, 1]),
+        # 65 images are sampled as 64 and 1
+        ({"evaluation.panel_size": 65}, [3, 1]),
     ],
 )
-def test_batches_of_one_are_compiled_where_a_split_leaves_one(options, expected):
-    assert batch_sizes(load_config(options)) == expected
+def test_the_warm_up_compiles_batches_of_one_where_a_split_of_the_run_leaves_one(
+    options, sizes, smallest_model, tmp_path, graphs, monkeypatch
+):
+    options = {"compute.images_per_call": 0, "compute.compile": "unet", **options}
+    _, components = build_components(load_config(words(smallest_model, tmp_path, **options)))
+    compiled = []
+    monkeypatch.setattr(warm_up_module, "compile_graphs", lambda policy, sizes, note: compiled.extend(sizes))
+    warm_up(components, lambda note: None)
+    assert compiled == sizes
 
 
 def test_inputs_of_any_strides_and_timesteps_of_any_form_become_one():
@@ -193,73 +199,12 @@ def test_inputs_of_any_strides_and_timesteps_of_any_form_become_one():
             assert t.stride() == (1,) and t.dtype == torch.int64 and t.tolist() == [9] * count
 
 
-def cuda(monkeypatch, *, major=9, tools=("gcc",), triton=True):
-    monkeypatch.setattr(compilation, "find_spec", lambda name: triton or None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: name if name in tools else None)
-    monkeypatch.delenv("CC", raising=False)
-
-
-@pytest.mark.parametrize(
-    ("missing", "reason"),
-    [
-        ({"triton": False}, r'it needs Triton: pip install "hrf_fast\[gpu\]"'),
-        ({"major": 6}, "Triton needs a GPU of compute capability 7.0"),
-        ({"tools": ()}, "it needs a C compiler, and there is no gcc or clang on PATH.*in CC"),
-    ],
-)
-def test_what_a_gpu_needs(monkeypatch, missing, reason):
-    cuda(monkeypatch, **missing)
-    with pytest.raises(ValueError, match=f"compute.compile is 'blocks' on cuda, but {reason}.*compute.compile=none"):
-        check_compile("blocks", torch.device("cuda"))
-    check_compile("none", torch.device("cuda"))
-
-
-@pytest.mark.parametrize(("code", "expected"), [(0, None), (1, "gcc can't compile C with Python.h")])
-def test_the_compiler_is_tried(monkeypatch, code, expected):
-    cuda(monkeypatch)
-    commands = []
-
-    def run(command, **options):
-        commands.append((command, options["input"]))
-        return SimpleNamespace(returncode=code)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    found = obstacle("cuda")
-    assert found == expected or found.startswith(expected)
-    assert commands[0][0][:3] == ["gcc", "-x", "c"] and "Python.h" in commands[0][1]
-
-
-def test_a_cpu_without_a_compiler_is_refused_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    config = load_config(["model.name=no-such-folder", "compute.compile=unet", "run.device=cpu"])
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler on PATH.*in CXX"):
-        build_parts(config)
-    assert doctor._compile().startswith("no: on cpu it needs a C++ compiler")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_cpu_with_a_compiler_can(monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    assert obstacle("cpu") is None and doctor._compile() == "ok on cpu: none, unet, blocks"
-
-
-def test_zero_3_and_unknown_modes_are_refused():
-    zero = "engine.deepspeed=configs/deepspeed/zero{}.json"
-    with pytest.raises(ValueError, match="compute.compile is 'unet', but .*zero3.json is ZeRO-3.*use ZeRO 0 to 2"):
-        check_job(load_config(["compute.compile=unet", zero.format(3)]), 1)
-    for stage in (0, 1, 2):
-        check_job(load_config(["compute.compile=unet", zero.format(stage)]), 1)
-    with pytest.raises(ValueError, match="compute.compile is 'block' .did you mean 'blocks'"):
-        load_config(["compute.compile=block"])
-
-
 def test_another_way_of_compiling_is_another_run(smallest_model, graphs, tmp_path):
     options = {"train.iterations": 1}
     train(load_config(words(smallest_model, tmp_path / "run", **options)))
     for option, value in (("compile", "blocks"), ("channels_last", "true")):
-        more = {"train.iterations": 2, f"train.{option}": value}
-        with pytest.raises(ValueError, match=f"run of another configuration .train.{option} was"):
+        more = {"train.iterations": 2, f"compute.{option}": value}
+        with pytest.raises(ValueError, match=f"compute.{option} was"):
             train(load_config(words(smallest_model, tmp_path / "run", **more)))
 
 
@@ -291,8 +236,8 @@ def test_inductor_makes_two_graphs_that_compute_what_eager_does(smallest_model, 
         gradients = []
         for each in (policy, plain):
             with torch.no_grad():
-                each.model_output(latents, 3)
-            first, second = each.model_output(latents, 7), each.model_output(latents, torch.tensor(500))
+                each.predict(latents, 3, Condition())
+            first, second = (each.predict(latents, step, Condition()).model_output for step in (7, torch.tensor(20)))
             (first.square().mean() + second.square().mean()).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in each.unet.parameters()]))
         # fp32, in another order of sums

@@ -7,7 +7,6 @@ import pytest
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
-from hrf_fast.config.zero_settings import complete, read_settings
 from hrf_fast.rewards import RewardTerm, list_rewards
 from hrf_fast.windows.schedules import build_schedule
 
@@ -68,21 +67,25 @@ def test_a_demo_and_its_ddpo_layer_differ_in_method_only():
 def test_a_circle_of_bases_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
-    with pytest.raises(ValueError, match="its own base"):
+    with pytest.raises(ValueError, match=r"[ab]\.yaml is its own base"):
         load_config(["--config", str(tmp_path / "a.yaml")])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.iteratons=3"], r"no option train.iteratons \(did you mean 'iterations'\?\)"),
-        (["tarin.iterations=3"], r"no section 'tarin' \(did you mean 'train'\?\)"),
+        (["compute.images_per_call=-1"], "compute.images_per_call is -1.* 0"),
+        (["train.iteratons=3"], "train.iteratons.*'iterations'"),
+        (["tarin.iterations=3"], "'tarin'.*'train'"),
         (["train.iterations=many"], "train.iterations.*many"),
         (["train.iterations=0"], "train.iterations is 0.* 1"),
         (["optimizer.learning_rate=-1"], "optimizer.learning_rate is -1.0.* 0"),
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0.* 0 .* 1"),
         (["compute.precision=fp8"], "compute.precision is 'fp8'.*fp32, bf16, fp16"),
-        (["train.groups_per_iteration=4", "train.groups_per_step=3"], "does not divide"),
+        (
+            ["train.groups_per_iteration=4", "train.groups_per_step=3"],
+            "train.groups_per_step is 3.*train.groups_per_iteration 4",
+        ),
         (["optimizer.kwargs.betas=[0.9]"], r"optimizer.kwargs.betas is \[0.9\]"),
         (["optimizer.kwargs.betas=[0.9,1.0]"], r"optimizer.kwargs.betas is \[0.9, 1.0\]"),
         (["optimizer.kwargs.betas=[true,0.9]"], r"optimizer.kwargs.betas is \[True, 0.9\]"),
@@ -91,24 +94,24 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["optimizer.kwargs.eps=0"], "optimizer.kwargs.eps is 0"),
         (["optimizer.kwargs.eps=.inf"], "optimizer.kwargs.eps is inf"),
         (["optimizer.kwargs.eps=small"], "optimizer.kwargs.eps is 'small'"),
-        (["optimizer.kwargs.epsilon=1e-8"], "optimizer.kwargs.epsilon .*did you mean 'eps'"),
-        (["sample.scheduler=dim"], r"did you mean 'ddim'\?"),
-        (["run.writers=[tensorbord]"], r"did you mean 'tensorboard'\?"),
-        (["reward.name=null"], "either reward.name or reward.terms"),
-        (["reward.terms=[{name: jpeg_compressibility}]"], "either reward.name or reward.terms"),
-        (["train"], "write section.field=value"),
-        (["train=3"], "train is a section"),
-        (["train=null"], "train=null: field .train. is not Optional"),
-        (["--iterations=3"], "--iterations=3 is unknown"),
-        (["--config"], "--config needs a file"),
-        (["--config", "nowhere/x.yaml"], "does not exist"),
-        (["run.seed=1", "reward.kwargs={a"], r"^reward.kwargs=\{a is not valid YAML"),
-        (["run.seed=1", "reward.terms={name: x}"], r"^reward.terms=\{name: x\} has a list where a mapping belongs"),
-        (["reward.terms.0.weight=2"], r"^reward.terms.0.weight=2 has .*write a list whole, as \[a, b\]"),
-        (["reward.kwargs=[1]"], r"^reward.kwargs=\[1\] has a list where a mapping belongs, or the reverse"),
-        (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\]: Invalid type assigned"),
-        (["reward.terms=[{nam: x}]"], r"^reward.terms=\[\{nam: x\}\]: .*Did you mean: 'name'"),
-        (["run.seed=1", "--local_rank"], "^--local_rank needs a number"),
+        (["optimizer.kwargs.epsilon=1e-8"], "optimizer.kwargs.epsilon .*'eps'"),
+        (["sample.scheduler=dim"], "sample.scheduler is 'dim'.*'ddim'"),
+        (["run.writers=[tensorbord]"], "run.writers has 'tensorbord'.*'tensorboard'"),
+        (["reward.name=null"], "reward.name.*reward.terms"),
+        (["reward.terms=[{name: jpeg_compressibility}]"], "reward.name.*reward.terms"),
+        (["train"], "'train'.*section.field=value"),
+        (["train=3"], "^train=3: train "),
+        (["train=null"], "^train=null: .*train"),
+        (["--iterations=3"], "^--iterations=3 "),
+        (["--config"], "^--config "),
+        (["--config", "nowhere/x.yaml"], "^--config nowhere/x.yaml "),
+        (["run.seed=1", "reward.kwargs={a"], r"^reward.kwargs=\{a .*YAML"),
+        (["run.seed=1", "reward.terms={name: x}"], r"^reward.terms=\{name: x\} .*list.*mapping"),
+        (["reward.terms.0.weight=2"], r"^reward.terms.0.weight=2 .*list.*mapping"),
+        (["reward.kwargs=[1]"], r"^reward.kwargs=\[1\] .*list.*mapping"),
+        (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\]: "),
+        (["reward.terms=[{nam: x}]"], r"^reward.terms=\[\{nam: x\}\]: .*'name'"),
+        (["run.seed=1", "--local_rank"], "^--local_rank "),
         (["optimizer.max_grad_norm=nan"], "optimizer.max_grad_norm is nan.* 0"),
         (["optimizer.weight_decay=inf"], "optimizer.weight_decay is inf"),
         (["run.seed=4294967296"], "run.seed is 4294967296.* 4294967295"),
@@ -121,7 +124,7 @@ def test_a_wrong_option_names_itself_and_the_way_out(words, message):
 
 
 def test_a_missing_file_answers_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"did you mean '.*smoke_cpu.yaml'"):
+    with pytest.raises(ValueError, match="smoke_cpuu.yaml.*'.*smoke_cpu.yaml'"):
         load_config(["--config", str(CONFIGS / "smoke_cpuu.yaml")])
 
 
@@ -137,7 +140,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
 def test_a_base_that_is_no_file_name_is_refused(tmp_path, base):
     path = tmp_path / "child.yaml"
     path.write_text(f"base: {base}\n")
-    with pytest.raises(ValueError, match="child.yaml: base is .*; name a YAML file or a list of them"):
+    with pytest.raises(ValueError, match="child.yaml: base is "):
         load_config(["--config", str(path)])
 
 
@@ -152,7 +155,7 @@ def test_a_list_or_mapping_in_the_wrong_place_names_its_file(tmp_path, text):
 def test_a_list_over_a_mapping_of_its_base_names_the_file(tmp_path):
     (tmp_path / "base.yaml").write_text("reward: {kwargs: {quality: 5}}\n")
     (tmp_path / "child.yaml").write_text("base: base.yaml\nreward: {kwargs: [5]}\n")
-    with pytest.raises(ValueError, match="child.yaml has a list where a mapping belongs"):
+    with pytest.raises(ValueError, match="child.yaml.*list.*mapping"):
         load_config(["--config", str(tmp_path / "child.yaml")])
 
 
@@ -167,7 +170,7 @@ def test_the_launchers_local_rank_is_dropped():
 @pytest.mark.parametrize(
     ("words", "ranks", "message"),
     [
-        ([], 2, r"train.groups_per_step is 1, which 2 ranks can't share evenly.* multiple of 2 that divides .* 4"),
+        ([], 2, "train.groups_per_step is 1, which 2 ranks.*train.groups_per_iteration 4"),
         (["train.groups_per_step=4"], 3, "train.groups_per_step is 4, which 3 ranks"),
         (["train.groups_per_step=2", "run.device=cuda:1"], 2, "run.device is 'cuda:1' but there are 2 ranks"),
     ],
@@ -180,52 +183,21 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("words", "message"),
     [
-        ("{", "is not valid JSON"),
-        ("[1]", "lacks .*zero_optimization"),
-        ('{"zero_optimization": {"stage": 4}}', "stage is 4; use one of 0, 1, 2, 3"),
-        ('{"zero_optimization": {"stage": "3"}}', "stage is '3'"),
-        ('{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}', "needs stage 1 or 2 or 3"),
-        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param needs stage 3"),
-        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "device is 'nvme'; use cpu"),
-        ('{"zero_optimization": {"stage": 1, "overlap_comm": true}}', "overlap_comm needs stage 2 or 3"),
-        ('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": true}}', "bf16 is .*compute.precision=bf16"),
-        ('{"zero_optimization": {"stage": 1}, "train_batch_size": 8}', "train_batch_size is 8, .*train.group_size"),
-        ('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}', "said by optimizer.max_grad_norm; remove it"),
-        ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer is {}"),
-        ('{"zero_optimization": {"stage": 1}, "scheduler": {}}', "optimizer.learning_rate_schedule"),
+        (["compute.activations=keep"], "compute.activations is keep.*train.order is collect"),
+        (
+            ["compute.activations=keep", "train.order=on_policy", "train.inner_epochs=2"],
+            "compute.activations is keep.*train.inner_epochs is 2",
+        ),
+        (["train.advantages=batch", "train.order=on_policy"], "train.advantages is batch.*train.order is on_policy"),
+        (["compute.memory_budget=8GB"], "compute.memory_budget is 8GB.*compute.activations is replay"),
+        (["compute.memory_budget=8", "compute.activations=auto"], "compute.memory_budget is '8'"),
     ],
 )
-def test_deepspeed_settings_that_can_not_work_name_themselves(tmp_path, settings, message):
-    file = tmp_path / "ds.json"
-    file.write_text(settings)
+def test_options_that_do_not_go_together_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        check_job(load_config([f"engine.deepspeed={file}"]), 1)
-
-
-def test_a_deepspeed_file_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="engine.deepspeed is 'zero3': no such file"):
-        check_job(load_config(["engine.deepspeed=zero3"]), 1)
-
-
-def test_auto_in_a_deepspeed_file_leaves_the_value_to_us(tmp_path):
-    (tmp_path / "ds.json").write_text('{"train_batch_size": "auto", "zero_optimization": {"stage": 2}}')
-    settings = complete(read_settings(str(tmp_path / "ds.json")), max_grad_norm=0.0)
-    # clipping that is off is written too: DeepSpeed's default is 1.0
-    assert "train_batch_size" not in settings and settings["gradient_clipping"] == 0.0
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda file: file.name)
-def test_deepspeeds_own_parser_takes_every_shipped_file(file, monkeypatch):
-    pytest.importorskip("deepspeed")
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    settings = complete(read_settings(str(file)), max_grad_norm=1.0)
-    monkeypatch.setattr("deepspeed.comm.is_initialized", lambda: False)
-    parsed = DeepSpeedConfig(settings)
-    assert parsed.zero_config.stage == settings["zero_optimization"]["stage"]
-    assert parsed.gradient_clipping == (1.0 if parsed.zero_config.stage else 0.0)
+        load_config(words)
 
 
 def test_weighted_terms_become_reward_terms():

@@ -225,22 +225,19 @@ def test_the_estimate_reaches_the_probe(estimate):
 
 @pytest.mark.parametrize("value", ["abc", None, True, float("nan"), float("inf"), float("-inf")])
 def test_a_beta_that_is_no_finite_number_is_refused_before_the_run(value):
-    with pytest.raises(ValueError, match=rf"window\.kwargs\.beta is {value!r}; use a finite number"):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.beta is {value!r};"):
         make("dynamic", {"beta": value})
 
 
 def test_a_search_without_two_candidates_is_refused():
-    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is 6: a search needs two candidates among 6 steps"):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is 6\b.* 6 steps"):
         make("dynamic", {"stride": 6}, T=7)
 
 
 def test_an_unknown_search_answers_with_the_nearest():
-    with pytest.raises(
-        ValueError,
-        match=r"window\.kwargs\.search is 'bandits' \(did you mean 'bandit'\?\); use one of exact, x0, bandit",
-    ):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.search is 'bandits'.*'bandit'.*exact, x0, bandit"):
         make("dynamic", {"search": "bandits"})
-    with pytest.raises(ValueError, match=r"window\.kwargs\.search is 3; use one of exact, x0, bandit"):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.search is 3;.*exact, x0, bandit"):
         make("dynamic", {"search": 3})
 
 
@@ -249,10 +246,7 @@ def test_an_unknown_search_answers_with_the_nearest():
     ("option", "value"), [("discount", 0.9), ("exploration", 1.0), ("pulls", 2), ("estimate", "x0")]
 )
 def test_options_of_the_bandit_are_refused_elsewhere(search, option, value):
-    with pytest.raises(
-        ValueError,
-        match=rf"window\.kwargs\.{option} is {value!r}, which only search=bandit reads, and search is {search}",
-    ):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value!r}, .*search is {search}"):
         make("dynamic", {"search": search, option: value})
 
 

@@ -1,6 +1,7 @@
 """The architecture that the folders promise, and traps of the source tree that have stopped a start-up."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 import hrf_fast
 from hrf_fast.cli import main
+from hrf_fast.run.files import read_log
+from tests.conftest import tiny_words
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hrf_fast"
@@ -85,6 +88,19 @@ def test_no_modules_import_each_other_in_a_circle():
     assert sorted(left) == []
 
 
+def test_only_those_who_build_or_plan_take_the_whole_configuration():
+    allowed = ("build", "train", "commands", "config", "run", "memory")
+    takers = {
+        f"{module_name(path)}.{function.name}"
+        for path in MODULES
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Config"
+    }
+    assert {taker for taker in takers if taker.split(".")[1] not in allowed} == set()
+
+
 def test_hrf_kernels_knows_nothing_of_the_trainer():
     assert [path.name for path in (ROOT / "kernels").rglob("*.py") if imports(path)] == []
 
@@ -122,6 +138,28 @@ def test_the_script_runs_as_a_launcher_runs_it():
         text=True,
     )
     assert out.returncode == 1 and "did you mean 'iterations'" in out.stderr
+
+
+def test_a_launched_script_does_not_hide_a_users_module(tiny_model, tmp_path):
+    # a launcher puts hrf_fast/ before PYTHONPATH, with our rewards, config and report in it
+    names = ("rewards", "config", "report")
+    for value, name in enumerate(names):
+        code = f"def score(images, prompts):\n    return 0 * images.mean((1, 2, 3)) + {value}\n"
+        (tmp_path / f"{name}.py").write_text(code)
+    terms = ", ".join(f'{{name: "{name}:score"}}' for name in names)
+    words = [*tiny_words(tiny_model, "run"), "train.iterations=1", "evaluation.every=0", "window.schedule=full"]
+    path = os.pathsep.join(
+        filter(None, (str(tmp_path), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
+    )
+    subprocess.run(
+        [sys.executable, str(PACKAGE / "train.py"), *words, "reward.name=null", f"reward.terms=[{terms}]"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        capture_output=True,
+    )
+    (record,) = read_log(tmp_path / "run" / "metrics.jsonl")
+    assert [record[f"reward/{name}:score"] for name in names] == [0, 1, 2]
 
 
 def test_no_command_prints_the_help_and_fails(capsys):

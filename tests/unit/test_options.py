@@ -103,7 +103,7 @@ def test_a_file_of_an_earlier_version_names_all_its_old_options_at_once(tmp_path
     path.write_text("train: {iterations: 3, learning_rate: 1e-4, tf32: false}\nsample: {batch_size: 8}\n")
     with pytest.raises(ValueError) as caught:
         load_config(["--config", str(path)])
-    for text in ("optimizer.learning_rate", "train.tf32", "compute.deterministic", "compute.batch_size"):
+    for text in ("optimizer.learning_rate", "train.tf32", "compute.deterministic", "compute.images_per_call"):
         assert text in str(caught.value)
     assert "iterations" not in str(caught.value)
 

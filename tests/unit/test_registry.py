@@ -1,10 +1,11 @@
 """Names chosen by a config: nearest-name answers, user functions, and options checked against a signature."""
 
 import sys
+from functools import partial
 
 import pytest
 
-from hrf_fast.registry import Registry, call_factory, load_user_function, nearest
+from hrf_fast.registry import Registry, call_factory, load_user_function, nearest, qualified_name
 
 
 @pytest.fixture
@@ -42,24 +43,18 @@ def test_a_registered_entry_is_found_and_left_as_it_was(registry):
 
 
 def test_a_name_that_is_taken_is_refused_and_keeps_its_entry(registry):
-    with pytest.raises(
-        ValueError, match="a window schedule named 'sliding' is already registered; choose another name"
-    ):
+    with pytest.raises(ValueError, match="window schedule named 'sliding'"):
         registry.register("sliding")(lambda: "another")
     assert registry["sliding"]() == "a sliding"
 
 
 def test_an_unknown_name_answers_with_the_nearest_and_all_names(registry):
-    message = (
-        r"window\.schedule is 'slide' \(did you mean 'sliding'\?\); "
-        r"use one of clusters, sliding, or module:function of your own"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"window\.schedule is 'slide'.*'sliding'.*clusters, sliding"):
         registry["slide"]
 
 
 def test_an_unknown_name_far_from_all_answers_with_all_names(registry):
-    with pytest.raises(ValueError, match=r"window\.schedule is 'zzz'; use one of clusters, sliding"):
+    with pytest.raises(ValueError, match=r"window\.schedule is 'zzz'.*clusters, sliding"):
         registry["zzz"]
 
 
@@ -94,33 +89,24 @@ def test_the_current_folder_is_put_on_the_path_once(folder):
 
 @pytest.mark.parametrize("spec", ["brightness", "brightness_of_mine:", ":brightness", ":", ""])
 def test_a_malformed_name_says_how_to_write_one(folder, spec):
-    with pytest.raises(
-        ValueError, match=rf"reward\.name is '{spec}'; write module:function, e\.g\. my_rewards:brightness"
-    ):
+    with pytest.raises(ValueError, match=rf"reward\.name is '{spec}'.*module:function"):
         load_user_function(spec, "reward.name")
 
 
 def test_a_module_that_does_not_exist_is_refused(folder):
-    message = (
-        r"reward\.name is 'not_mine:f' but importing 'not_mine' failed: No module named 'not_mine'; is it on PYTHONPATH"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"reward\.name is 'not_mine:f'.*No module named 'not_mine'.*PYTHONPATH"):
         load_user_function("not_mine:f", "reward.name")
 
 
 def test_a_module_whose_own_import_fails_says_which(folder):
-    with pytest.raises(
-        ValueError, match=r"importing 'broken_of_mine' failed: No module named 'a_module_that_nobody_has'"
-    ):
+    with pytest.raises(ValueError, match="'broken_of_mine:f'.*No module named 'a_module_that_nobody_has'"):
         load_user_function("broken_of_mine:f", "reward.name")
 
 
 @pytest.mark.parametrize(("body", "name"), [("def f(:\n", "SyntaxError"), ("undefined\n", "NameError")])
 def test_a_module_that_raises_anything_at_import_says_what(folder, body, name):
     (folder / "broken_of_mine.py").write_text(body)
-    with pytest.raises(
-        ValueError, match=rf"window\.schedule is 'broken_of_mine:f' but importing 'broken_of_mine' raised {name}: "
-    ) as caught:
+    with pytest.raises(ValueError, match=rf"window\.schedule is 'broken_of_mine:f'.* {name}: ") as caught:
         load_user_function("broken_of_mine:f", "window.schedule")
     assert type(caught.value.__cause__).__name__ == name
 
@@ -131,13 +117,12 @@ def test_a_relative_module_name_is_refused_by_name(folder):
 
 
 def test_a_function_that_does_not_exist_answers_with_the_nearest(folder):
-    message = r"brightness_of_mine has no callable 'brightnes' \(did you mean 'brightness'\?\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"reward\.name is '\S+'.*'brightnes' .*'brightness'"):
         load_user_function("brightness_of_mine:brightnes", "reward.name")
 
 
 def test_something_that_cannot_be_called_is_refused(folder):
-    with pytest.raises(ValueError, match="brightness_of_mine has no callable 'LIMIT'"):
+    with pytest.raises(ValueError, match="reward.name is 'brightness_of_mine:LIMIT'.*callable"):
         load_user_function("brightness_of_mine:LIMIT", "reward.name")
 
 
@@ -158,19 +143,17 @@ def test_given_arguments_and_options_reach_the_factory():
 
 
 def test_an_unknown_option_answers_with_the_nearest_and_all_options():
-    with pytest.raises(
-        ValueError, match=r"window\.kwargs\.strid is unknown \(did you mean 'stride'\?\); it takes beta, stride$"
-    ):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.strid .*'stride'.* beta, stride$"):
         call_factory(factory, "window.kwargs", {"strid": 2}, stop=7)
 
 
 def test_a_factory_without_options_says_so():
-    with pytest.raises(ValueError, match=r"reward\.kwargs\.size is unknown; it takes none"):
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.size .* none$"):
         call_factory(lambda: 0, "reward.kwargs", {"size": 2})
 
 
 def test_what_the_program_gives_is_no_option():
-    with pytest.raises(ValueError, match=r"window\.kwargs\.stop is unknown; it takes beta, stride"):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stop .* beta, stride$"):
         call_factory(factory, "window.kwargs", {"stop": 3}, stop=7)
 
 
@@ -200,5 +183,14 @@ def test_a_class_is_a_factory():
             self.size = size
 
     assert call_factory(Reward, "reward.kwargs", {"size": 3}).size == 3
-    with pytest.raises(ValueError, match=r"reward\.kwargs\.self is unknown.*; it takes size$"):
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.self .* size$"):
         call_factory(Reward, "reward.kwargs", {"self": 3})
+
+
+# --- names of things --------------------------------------------------------------------------------------------------
+
+
+def test_a_thing_is_named_by_its_module_and_its_own_name_or_its_classs():
+    assert qualified_name(factory) == f"{__name__}:factory"
+    assert qualified_name(Registry) == qualified_name(Registry("reward", "reward.name")) == "hrf_fast.registry:Registry"
+    assert qualified_name(partial(factory, stop=3)) == "functools:partial"

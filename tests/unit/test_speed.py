@@ -1,21 +1,26 @@
 """Memory format, precision flags and the self-check's verdict: what changes speed must not change what is learnt."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrf_fast.build import build_parts
+from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.devices import set_precision_flags
-from hrf_fast.memory.activations import Activations
+from hrf_fast.devices import choose_device, set_precision_flags
+from hrf_fast.policies.base import Condition
 from hrf_fast.policies.load import load_policy
 from hrf_fast.train import train
 from hrf_fast.training import self_check as module
 from hrf_fast.training.self_check import self_check
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def build(tiny_run, *words):
+    return build_components(load_config([*tiny_run, *words]))[1]
 
 
 def is_channels_last(tensor):
@@ -27,11 +32,12 @@ def test_channels_last_reaches_weights_and_activations_and_returns_contiguous_ou
     plain, policy = load_policy(str(tiny_model)), load_policy(str(tiny_model), channels_last=True)
     seen = []
     policy.unet.mid_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    output = policy.model_output(latents, 10)
+    output = policy.predict(latents, 10, Condition()).model_output
     assert is_channels_last(policy.unet.conv_in.weight) and is_channels_last(seen[0])
     assert output.is_contiguous()
     # fp32 convolutions sum in another order
-    torch.testing.assert_close(output, plain.model_output(latents, 10), rtol=1e-4, atol=1e-5)
+    expected = plain.predict(latents, 10, Condition()).model_output
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_saving_leaves_the_weights_where_and_as_they_are(tiny_model, tmp_path):
@@ -58,6 +64,7 @@ def test_a_stopped_and_resumed_channels_last_run_is_the_uninterrupted_one_bit_fo
     newest = "checkpoints/iteration-000003"
     for name in (
         "model/unet/diffusion_pytorch_model.safetensors",
+        f"{newest}/weights.safetensors",
         f"{newest}/optimizer.safetensors",
         f"{newest}/ema.safetensors",
     ):
@@ -69,7 +76,7 @@ def test_the_optimizer_s_state_takes_the_order_of_its_weights_when_it_is_restore
     from hrf_fast.engines.optimizers import flatten_optimizer, restore_optimizer
 
     def stepped():
-        engine = build_parts(load_config([*tiny_run, "compute.channels_last=true"])).engine
+        engine = build(tiny_run, "compute.channels_last=true").engine
         for parameter in engine.parameters:
             parameter.grad = torch.ones_like(parameter)
         engine.optimizer.step()
@@ -102,54 +109,68 @@ def test_on_a_cpu_no_flag_is_touched_and_the_fast_ones_are_refused(flags, tiny_r
     before = flags()
     set_precision_flags(CPU, deterministic=True)
     with pytest.raises(ValueError, match="compute.deterministic is false.* cpu"):
-        build_parts(load_config([*tiny_run, "run.device=cpu", "compute.deterministic=false"]))
+        build(tiny_run, "run.device=cpu", "compute.deterministic=false")
     assert flags() == before
+
+
+def test_the_device_is_checked():
+    assert choose_device("cpu").type == "cpu"
+    for name in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"run.device is '{name}'"):
+            choose_device(name)
+
+
+# --- the self-check ---------------------------------------------------------------------------------------------------
 
 
 def check(tiny_run, monkeypatch, error, *words):
     monkeypatch.setattr(module, "replay_ratio_error", lambda *args, **kwargs: error)
-    config = load_config([*tiny_run, *words])
-    return self_check(build_parts(config), config)
+    return self_check(build(tiny_run, *words))
 
 
 @pytest.mark.parametrize("error", [1e-4, float("nan")])
 def test_the_self_check_warns_of_a_clip_on_rounding_noise_and_names_the_ways_out(tiny_run, monkeypatch, error):
-    line = check(tiny_run, monkeypatch, error, "compute.precision=bf16", "compute.steps_per_forward=2")
+    # groups of 3: 6 images are two steps of a replay
+    line = check(tiny_run, monkeypatch, error, "compute.precision=bf16", "compute.images_per_call=6")
     # 2 of 6 steps are the least window: 1e-4 * 2/6
     assert "smallest clip range 3.3e-05: NOT well inside it" in line
-    assert "compute.steps_per_forward=1 or compute.precision=fp32" in line
+    assert "compute.images_per_call=0 or compute.precision=fp32" in line
+    # ten times the error, over 2/6: 3e-3
     assert ("clip_range of at least 0.003" in line) == (error == 1e-4)
 
 
 @pytest.mark.parametrize(
     ("words", "rolled_out", "replayed"),
     [
-        (["train.order=collect"], 3, 3),
-        (["train.order=collect", "compute.max_batch=6"], 6, 3),
-        (["train.order=on_policy", "compute.max_batch=6", "train.groups_per_step=2"], 6, 6),
-        (["train.order=collect", "compute.max_batch=6", "compute.steps_per_forward=2"], 6, 6),
+        (["train.order=collect"], {3}, {3}),
+        # two groups a rollout, two steps a replay
+        (["train.order=collect", "compute.images_per_call=6"], {6}, {6}),
+        (["train.order=collect", "compute.images_per_call=2"], {1, 2}, {1, 2}),
+        (["train.order=on_policy", "compute.images_per_call=6", "train.groups_per_step=2"], {6}, {6}),
+        # a step of one group has none to share calls with
+        (["train.order=on_policy", "compute.images_per_call=6"], {3}, {3}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_the_self_check_makes_the_calls_of_training(tiny_run, words, rolled_out, replayed):
-    config = load_config([*tiny_run, "train.groups_per_iteration=2", "train.group_size=3", *words])
-    parts = build_parts(config)
+    components = build(tiny_run, "train.groups_per_iteration=2", "train.group_size=3", *words)
     sizes = {False: set(), True: set()}
-    parts.policy.unet.register_forward_pre_hook(lambda unet, given: sizes[torch.is_grad_enabled()].add(len(given[0])))
-    self_check(parts, config)
-    # two late steps of both groups, or of one
-    assert sizes == {False: {rolled_out}, True: {replayed}}
+    unet = components.policy.unet
+    unet.register_forward_pre_hook(lambda unet, inputs: sizes[torch.is_grad_enabled()].add(len(inputs[0])))
+    self_check(components)
+    assert sizes == {False: rolled_out, True: replayed}
+    assert components.policy.calls.batches == 0
 
 
 def test_the_self_check_replays_where_only_some_steps_are_kept(tiny_run):
-    config = load_config([*tiny_run, "train.order=on_policy", "train.group_size=3"])
-    parts = build_parts(config)
+    components = build(tiny_run, "train.order=on_policy", "train.group_size=3")
     gradients = []
-    parts.policy.unet.register_forward_pre_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    components.policy.unet.register_forward_pre_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    # two late steps and the last: kept from the rollout, or rolled out and replayed
     for kept_pairs, expected in ((math.inf, [True, True, False]), (1000, [False] * 3 + [True] * 2)):
         gradients.clear()
-        parts.activations = Activations(kept_pairs)
-        assert "exact" in self_check(parts, config)
+        calls = replace(components.calls, kept_pairs=kept_pairs)
+        assert "exact" in self_check(replace(components, calls=calls))
         assert gradients == expected
 
 

@@ -1,13 +1,10 @@
 """Window schedules: what each trains over a full cycle, by hand, and the configurations that are refused."""
 
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
 
-from hrf_fast.windows.base import Window
-from hrf_fast.windows.schedules import SCHEDULES, build_schedule, check_starts, load_schedule_state, schedule_state
+from hrf_fast.windows.base import Window, check_estimate
+from hrf_fast.windows.schedules import SCHEDULES, build_schedule, check_starts
 
 
 def make(name, kwargs=None, *, T=40, stop=None):
@@ -37,7 +34,7 @@ def test_a_window_is_half_open():
 
 @pytest.mark.parametrize(("start", "stop"), [(3, 3), (4, 3), (-1, 3), (-3, -1), (0, 0)])
 def test_a_window_that_is_empty_or_negative_is_refused(start, stop):
-    with pytest.raises(ValueError, match=rf"window \[{start}, {stop}\) is empty or negative; use 0 <= start < stop"):
+    with pytest.raises(ValueError, match=rf"window \[{start}, {stop}\)"):
         Window(start, stop)
 
 
@@ -174,31 +171,22 @@ def test_a_schedule_has_no_state():
 @pytest.mark.parametrize(
     ("clusters", "message"),
     [
-        (
-            [[0, 20], [20, 41]],
-            r"window\.kwargs\.clusters\[1\] has start 40 but sample\.num_inference_steps is 40; .*0 to 38",
-        ),
-        ([[-1, 20]], r"window\.kwargs\.clusters\[0\] has start -1 but .*use starts from 0 to 38"),
-        ([{"steps": [3, 99]}], r"window\.kwargs\.clusters\[0\] has start 99 but .*use starts from 0 to 38"),
+        ([[0, 20], [20, 41]], r"window\.kwargs\.clusters\[1\].* 40 .*sample\.num_inference_steps is 40.*0 to 38"),
+        ([[-1, 20]], r"window\.kwargs\.clusters\[0\].* -1 .*0 to 38"),
+        ([{"steps": [3, 99]}], r"window\.kwargs\.clusters\[0\].* 99 .*0 to 38"),
         ([[5, 5]], r"window\.kwargs\.clusters\[0\] is empty"),
         ([[20, 0]], r"window\.kwargs\.clusters\[0\] is empty"),
         ([[0, 20], {"steps": []}], r"window\.kwargs\.clusters\[1\] is empty"),
-        (
-            [[39, 40]],
-            r"window\.kwargs\.clusters\[0\] is empty: \[39\] holds no step before the deterministic end at 39",
-        ),
-        ([], r"window\.kwargs\.clusters is empty; list at least one range such as \[0, 20\]"),
-        (
-            [0, 20],
-            r"window\.kwargs\.clusters\[0\] is 0; use a half-open range \[first, stop\] or \{steps: \[\.\.\.\]\}",
-        ),
-        ([[0, 10, 20]], r"window\.kwargs\.clusters\[0\] is \[0, 10, 20\]; use a half-open range"),
-        ([[0, 2.5]], r"window\.kwargs\.clusters\[0\] is \[0, 2\.5\]; .*whole numbers"),
-        ([["0", "20"]], r"window\.kwargs\.clusters\[0\] is \['0', '20'\]; .*whole numbers"),
-        ([[False, True]], r"window\.kwargs\.clusters\[0\] is \[False, True\]; .*whole numbers"),
-        ([{"steps": [1, 2.5]}], r"window\.kwargs\.clusters\[0\] is .*2\.5.*; use a half-open range"),
-        ([{"start": [1]}], r"window\.kwargs\.clusters\[0\] is \{'start': \[1\]\}; use a half-open range"),
-        ([{"steps": 3}], r"window\.kwargs\.clusters\[0\] is \{'steps': 3\}; use a half-open range"),
+        ([[39, 40]], r"window\.kwargs\.clusters\[0\] is empty: \[39\].* 39"),
+        ([], r"window\.kwargs\.clusters is empty"),
+        ([0, 20], r"window\.kwargs\.clusters\[0\] is 0"),
+        ([[0, 10, 20]], r"window\.kwargs\.clusters\[0\] is \[0, 10, 20\]"),
+        ([[0, 2.5]], r"window\.kwargs\.clusters\[0\] is \[0, 2\.5\]"),
+        ([["0", "20"]], r"window\.kwargs\.clusters\[0\] is \['0', '20'\]"),
+        ([[False, True]], r"window\.kwargs\.clusters\[0\] is \[False, True\]"),
+        ([{"steps": [1, 2.5]}], r"window\.kwargs\.clusters\[0\] is .*2\.5"),
+        ([{"start": [1]}], r"window\.kwargs\.clusters\[0\] is \{'start': \[1\]\}"),
+        ([{"steps": 3}], r"window\.kwargs\.clusters\[0\] is \{'steps': 3\}"),
     ],
 )
 def test_clusters_that_cannot_be_trained_are_refused(clusters, message):
@@ -256,7 +244,7 @@ each_count = pytest.mark.parametrize(
 @each_count
 @pytest.mark.parametrize("value", [0, -2])
 def test_counts_below_one_are_refused(name, option, value):
-    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value}; use a whole number of at least 1"):
+    with pytest.raises(ValueError, match=rf"window\.kwargs\.{option} is {value};"):
         make(name, {option: value})
 
 
@@ -269,23 +257,19 @@ def test_counts_that_are_no_whole_numbers_are_refused_before_the_run(name, optio
 
 @pytest.mark.parametrize("value", [5, "abc", {"steps": [1]}])
 def test_clusters_that_are_no_list_are_refused_before_the_run(value):
-    with pytest.raises(ValueError, match=r"window\.kwargs\.clusters is .*; use a list of ranges such as \[\[0, 20\]"):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.clusters is "):
         make("clusters", {"clusters": value})
 
 
 def test_an_unknown_schedule_answers_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"window\.schedule is 'cluster' \(did you mean 'clusters'\?\); use one of clusters, dyn"
-    ):
+    with pytest.raises(ValueError, match=r"window\.schedule is 'cluster'.*'clusters'.*clusters, dynamic, full"):
         make("cluster")
 
 
 def test_an_unknown_option_answers_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"window\.kwargs\.strid is unknown \(did you mean 'stride'\?\); it takes beta, discount"
-    ):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.strid .*'stride'.*beta, discount"):
         make("dynamic", {"strid": 3})
-    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is unknown; it takes none"):
+    with pytest.raises(ValueError, match=r"window\.kwargs\.stride is unknown"):
         make("full", {"stride": 3})
 
 
@@ -294,124 +278,7 @@ def test_the_trainers_own_arguments_are_no_options():
         make("full", {"stop": 3})
 
 
-# --- user schedules ---------------------------------------------------------------------------------------------------
-
-
-class Fixed:
-    """A user's schedule: one start for all."""
-
-    needs_anchors = True
-
-    def __init__(self, *, num_inference_steps, stop, start=1):
-        self.window = Window(start, stop)
-
-    def __call__(self, iteration, num_groups, *, generator, probe):
-        return [self.window] * num_groups
-
-
-@pytest.fixture
-def user_module(monkeypatch):
-    module = ModuleType("my_schedules")
-    monkeypatch.setitem(sys.modules, "my_schedules", module)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return module
-
-
-def test_a_users_class_is_a_schedule(user_module):
-    user_module.fixed = Fixed
-    schedule = make("my_schedules:fixed", {"start": 4}, T=7)
-    assert draw(schedule, num_groups=2) == [Window(4, 6), Window(4, 6)]
-
-
-def test_a_users_function_may_return_a_plain_function(user_module):
-    # "must return a callable (iteration, num_groups, *, generator, probe)": a closure is one
-    def factory(*, num_inference_steps, stop):
-        def schedule(iteration, num_groups, *, generator, probe):
-            return [Window(2, stop)] * num_groups
-
-        schedule.needs_anchors = True
-        return schedule
-
-    user_module.factory = factory
-    assert draw(make("my_schedules:factory", T=7), num_groups=2) == [Window(2, 6), Window(2, 6)]
-
-
-def test_a_users_schedule_takes_its_own_options_only(user_module):
-    user_module.fixed = Fixed
-    with pytest.raises(ValueError, match=r"window\.kwargs\.begin is unknown.*; it takes start"):
-        make("my_schedules:fixed", {"begin": 4}, T=7)
-
-
-class NoProbe:
-    needs_anchors = True
-
-    def __call__(self, iteration, num_groups, *, generator):
-        return []
-
-
-@pytest.mark.parametrize("product", [None, 3, SimpleNamespace(needs_anchors=True), NoProbe()])
-def test_a_users_factory_that_returns_no_schedule_is_refused(user_module, product):
-    user_module.bad = lambda *, num_inference_steps, stop: product
-    with pytest.raises(
-        ValueError, match=r"window\.schedule my_schedules:bad must return a callable \(iteration, num_groups"
-    ):
-        make("my_schedules:bad")
-
-
-def test_a_users_schedule_that_does_not_say_whether_it_needs_anchors_is_refused_before_the_run(user_module):
-    class Silent:
-        def __call__(self, iteration, num_groups, *, generator, probe):
-            return [Window(0, 1)] * num_groups
-
-    user_module.silent = lambda *, num_inference_steps, stop: Silent()
-    with pytest.raises(ValueError, match=r"window\.schedule.*needs_anchors"):
-        make("my_schedules:silent")
-
-
-def test_a_users_module_or_function_that_does_not_exist_is_refused(user_module):
-    with pytest.raises(
-        ValueError, match=r"window\.schedule is 'no_such_module:f' but importing 'no_such_module' failed"
-    ):
-        make("no_such_module:f")
-    with pytest.raises(
-        ValueError, match=r"window\.schedule is 'my_schedules:nothing' but my_schedules has no callable 'nothing'"
-    ):
-        make("my_schedules:nothing")
-
-
-def test_a_users_schedule_that_remembers_is_saved_and_restored(user_module):
-    class Counting(Fixed):
-        calls = 0
-
-        def state(self):
-            return {"calls": self.calls}
-
-        def load_state(self, state):
-            self.calls = state["calls"]
-
-    user_module.counting = Counting
-    schedule = make("my_schedules:counting", T=7)
-    schedule.calls = 3
-    other = make("my_schedules:counting", T=7)
-    load_schedule_state(other, {"calls": {}, **schedule_state(schedule)})
-    assert other.calls == 3
-    # a checkpoint without a state changes nothing
-    load_schedule_state(other, {"calls": {}})
-    assert other.calls == 3
-
-
-def test_a_schedule_without_a_state_adds_nothing_to_a_checkpoint(user_module):
-    user_module.fixed = Fixed
-    schedule = make("my_schedules:fixed", T=7)
-    assert schedule_state(schedule) == schedule_state(make("clusters")) == {}
-    load_schedule_state(schedule, {"calls": {}, "schedule": {"calls": 3}})
-
-
-def test_a_state_that_could_not_be_restored_is_refused_before_the_run(user_module):
-    class Half(Fixed):
-        def state(self):
-            return {}
-
-    user_module.half = Half
-    with pytest.raises(ValueError, match=r"window\.schedule my_schedules:half .* both state\(\) and load_state"):
-        make("my_schedules:half", T=7)
+def test_an_estimate_that_no_probe_has_answers_with_the_nearest():
+    assert check_estimate("x0") == "x0"
+    with pytest.raises(ValueError, match="estimate is 'exakt'.*'exact'"):
+        check_estimate("exakt")

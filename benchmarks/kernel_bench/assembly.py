@@ -27,7 +27,7 @@ class Access(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a compiled kernel is made of."""
+    """The parts of a compiled kernel that the rules are about."""
 
     registers: int
     spilled: int
@@ -86,10 +86,10 @@ def _run(command: list[str]) -> str:
 
 
 def _one(pattern: str, text: str, kernel: Any) -> str:
-    found = re.search(pattern, text, re.MULTILINE)
-    if found is None:
+    match = re.search(pattern, text, re.MULTILINE)
+    if match is None:
         raise RuntimeError(f"{kernel.metadata.name}: nothing like {pattern!r} in {text[:500]!r}")
-    return found[1]
+    return match[1]
 
 
 def _amd_registers(code: str) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def _ptx_accesses(ptx: str) -> Iterator[tuple[set[int], int]]:
 
 
 def _llvm_accesses(ir: str) -> Iterator[tuple[set[int], int]]:
-    """The same from LLVM IR, where an address is a ptr and so is what it is computed from."""
+    """Positions and bits as in `_ptx_accesses`, from LLVM IR, where an address and its origin are of type ptr."""
     body = re.search(r"^define .*?\((.*)\).*?\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL)
     if body is None:
         raise RuntimeError("the LLVM IR defines no kernel")

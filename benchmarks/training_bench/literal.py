@@ -1,13 +1,13 @@
 """The loop as published: DDPO, HRF and HRF-D in plain code, fp32, one step and one group at a time.
 
-What every speed-up here is measured against, and what equal weights are checked against. It follows the HRF authors'
-code (arXiv 2410.08315) and the DDIM step of the public DDPO code: per anchor a rollout, for HRF-D a deterministic
-rollout of the whole group from every candidate start, then the group's rollout; when all groups are there, one
-optimizer step per group, with a forward and a backward per window step.
+Speed-ups are measured against this loop, and the published order of hrf_fast is held to its weights. It follows the HRF
+authors' code (arXiv 2410.08315) and the DDIM step of the public DDPO code: per anchor a rollout, for HRF-D a
+deterministic rollout of the whole group from every candidate start, then the group's rollout; when all groups are
+there, one optimizer step per group, with a forward and a backward per window step.
 
 Where it follows this project instead, so that the numbers can be compared: the deterministic last step is not trained,
 images are scaled to [0, 1] before the reward, the distance of HRF-D is averaged over the group, and the noise is that
-of `hrf_fast.seeds`. Left out: everything else of `hrf_fast` except loading the model and the reward.
+of `hrf_fast.noise`. Left out: everything else of `hrf_fast` except loading the model and the reward.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from benchmarks.training_bench.configurations import METHODS
 from hrf_fast.build import build_config_reward, build_policy
 from hrf_fast.config.options import Config
 from hrf_fast.devices import choose_device
 from hrf_fast.noise import noise_generator, noise_key
 from hrf_kernels import philox_normal
 
-METHODS = {"full": "ddpo", "clusters": "hrf", "dynamic": "hrf_d"}
-# the counter of a sample's starting noise in hrf_fast.rollout
+# the counter of a sample's starting noise in hrf_fast.policies.sample
 _START = 0xFFFFFFFF
 # added to the standard deviation of a group's rewards, as published
 _EPSILON = 1e-6
 
 
 class Noise:
-    """Standard normal noise by (purpose, first sample, step), the same as hrf_fast draws; drawn before it is used.
+    """Standard normal noise by (purpose, first sample, step), equal to hrf_fast's and drawn before it is used.
 
     So the counter-based generator is no part of the literal loop's time: `torch.randn` costs next to nothing.
     """
@@ -61,8 +61,8 @@ class LiteralTrainer:
     def __init__(self, config: Config) -> None:
         """Load what `config` names; a ValueError names an option that the published loop does not have."""
         schedule, train, optimizer = config.window.schedule, config.train, config.optimizer
-        if schedule not in METHODS:
-            raise ValueError(f"window.schedule is {schedule!r}; the literal loop knows {', '.join(METHODS)}")
+        if schedule not in METHODS.values():
+            raise ValueError(f"window.schedule is {schedule!r}; the literal loop knows {', '.join(METHODS.values())}")
         for option, value, published in (
             ("compute.precision", config.compute.precision, "fp32"),
             ("sample.scheduler", config.sample.scheduler, "ddim"),
@@ -73,7 +73,7 @@ class LiteralTrainer:
         ):
             if value != published:
                 raise ValueError(f"{option} is {value!r}; the literal loop is published with {published!r}")
-        self.config, self.method = config, METHODS[schedule]
+        self.config, self.schedule = config, schedule
         policy = build_policy(config)
         self.unet, self.reward = policy.unet, build_config_reward(config, choose_device(config.run.device))
         scheduler = DDIMScheduler.from_config(policy.scheduler.config)
@@ -86,7 +86,7 @@ class LiteralTrainer:
         self.timesteps: list[int] = scheduler.timesteps.tolist()
         self.T = len(self.timesteps)
         self._set_alphas(scheduler)
-        self.noise = Noise(config.run.seed, policy.image_shape, policy.device)
+        self.noise = Noise(config.run.seed, policy.latent_shape, policy.device)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             lr=optimizer.learning_rate,
@@ -107,9 +107,9 @@ class LiteralTrainer:
         groups, size = self.config.train.groups_per_iteration, self.config.train.group_size
         self.noise.clear()
         for group in range(groups):
-            if self.method != "ddpo":
+            if self.schedule != "full":
                 self.noise.draw(iteration, "anchors", group, 1, range(self.T))
-            if self.method == "hrf_d":
+            if self.schedule == "dynamic":
                 self.noise.draw(iteration, "search", group * size, size, range(0))
             self.noise.draw(iteration, "rollout", group * size, size, range(self.T))
 
@@ -121,16 +121,16 @@ class LiteralTrainer:
         """
         train = self.config.train
         size, groups = train.group_size, range(train.groups_per_iteration)
-        anchors = [self.anchor(group) for group in groups] if self.method != "ddpo" else []
+        anchors = [self.anchor(group) for group in groups] if self.schedule != "full" else []
         starts = self.starts(iteration, anchors)
         rollouts = [self.rollout(start, group * size, anchors) for group, start in enumerate(starts)]
-        rewards = [self.reward(self.images(latents[-1])) for latents, _ in rollouts]
+        rewards = [self.reward(self.images(latents[-1])).total for latents, _ in rollouts]
         peers = torch.cat(rewards)
         losses = []
-        for start, (latents, old), own in zip(starts, rollouts, rewards, strict=True):
+        for start, (latents, old), group_rewards in zip(starts, rollouts, rewards, strict=True):
             # in float64: the rewards of a group differ little, and rounding their mean would shift every advantage
-            among = (own if train.advantages == "group" else peers).double()
-            advantages = (own - among.mean()) / (among.std() + _EPSILON)
+            among = (group_rewards if train.advantages == "group" else peers).double()
+            advantages = (group_rewards - among.mean()) / (among.std() + _EPSILON)
             losses.append(self.learn(start, latents, old, advantages.float()))
         return {
             "loss": sum(losses) / len(losses),
@@ -153,9 +153,9 @@ class LiteralTrainer:
     def starts(self, iteration: int, anchors: list[Tensor]) -> list[int]:
         """First step of each group's window; the last step, whose std is 0, is never one."""
         groups, options = self.config.train.groups_per_iteration, self.config.window.kwargs
-        if self.method == "ddpo":
+        if self.schedule == "full":
             return [0] * groups
-        if self.method == "hrf_d":
+        if self.schedule == "dynamic":
             return [self.search(group, anchor) for group, anchor in enumerate(anchors)]
         clusters = options.get("clusters") or [[0, self.T // 2], [self.T // 2, self.T]]
         first, stop = clusters[iteration // options.get("iterations_per_cluster", 35) % len(clusters)]
@@ -173,12 +173,12 @@ class LiteralTrainer:
             latents = self.renoise(anchor, start, self.noise.take("search", group * self.config.train.group_size))
             for step in range(start, self.T):
                 latents, _ = self.ddim(self.unet(latents, self.timesteps[step]).sample, latents, step, 0.0)
-            rewards.append(float(self.reward(self.images(latents)).mean()))
+            rewards.append(float(self.reward(self.images(latents)).total.mean()))
             distances.append(float(1 - torch.cosine_similarity(latents.flatten(1), anchor.flatten(1)).mean()))
         change = _normalised([after - before for before, after in zip(rewards, rewards[1:], strict=False)])
         distance = _normalised(distances[1:])
-        scores = [c - options.get("beta", 0.5) * d for c, d in zip(change, distance, strict=True)]
-        return candidates[scores.index(max(scores))]
+        criteria = [c - options.get("beta", 0.5) * d for c, d in zip(change, distance, strict=True)]
+        return candidates[criteria.index(max(criteria))]
 
     @torch.no_grad()
     def rollout(self, start: int, first: int, anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

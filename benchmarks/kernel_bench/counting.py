@@ -45,8 +45,8 @@ class Traffic(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        places = {value.untyped_storage().data_ptr() for value in inputs}
-        view = not writes and outputs and all(value.untyped_storage().data_ptr() in places for value in outputs)
+        storages = {value.untyped_storage().data_ptr() for value in inputs}
+        view = not writes and outputs and all(value.untyped_storage().data_ptr() in storages for value in outputs)
         name = func._schema.name
         if view or "empty" in name or not outputs:
             return result
@@ -77,14 +77,14 @@ def count(run: Callable[[Any], Any], case: Any) -> Count:
 
 
 def count_analytic(case: Any) -> Count:
-    """The same of ours: what its operation does inside, and what autograd does around it."""
-    from benchmarks.providers import analytic
+    """Traffic of ours: inside its operation, and of autograd around it."""
+    from benchmarks.kernel_bench.providers import analytic
 
     return count(analytic, case)
 
 
 def count_compiled(run: Callable[[Any], Any], case: Any) -> Count | None:
-    """The same of what torch.compile generates at the first call, by its own account; None if it gives none."""
+    """Traffic of the kernels that torch.compile generates at the first call, by its own count, or None."""
     from torch._inductor import compile_fx, config, metrics
 
     log = compile_fx.inductor_metrics_log

@@ -1,14 +1,10 @@
-"""Clocks of the kernel benchmark: interleaved rounds on a CPU, cold and warm times on a GPU; what the machine is."""
+"""Clocks of the kernel benchmark: interleaved rounds on a CPU, cold and warm times on a GPU."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +47,7 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
 
 
 def gpu_times(function: Callable[[], Any], count: float | None) -> dict[str, Any]:
-    """Of one call: cold and warm milliseconds, launches, and with `count` bytes of traffic GB/s and share of the peak.
+    """Time one call: cold and warm milliseconds, launches, and for `count` bytes of traffic GB/s and share of the peak.
 
     Cold: the L2 cache is emptied before each call, and waiting for the host counts. Warm: a CUDA graph replayed,
     nothing but the GPU. A provider that can't be captured has the reason in place of a warm time.
@@ -93,44 +89,4 @@ def peak_gb_per_second() -> float | None:
     try:
         return triton.testing.get_dram_gbps() or None
     except (RuntimeError, KeyError, AttributeError, NotImplementedError):
-        return None
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Device and versions: what a number means nothing without."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({_cpu_name()}, {os.cpu_count()} cores)",
-        "peak_gb_per_s": peak_gb_per_second() if cuda else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """Short hash of this checkout, with + if files differ from it; None without git."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
         return None

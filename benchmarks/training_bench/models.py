@@ -46,7 +46,7 @@ MODELS = (*SHIPPED, *LAYOUTS)
 
 
 def make_model(name: str, folder: Path, seed: int) -> str:
-    """What model.name wants: a shipped name as it is, or a new diffusers folder below `folder`.
+    """The value of model.name: a shipped name as it is, or a new diffusers folder below `folder`.
 
     Raises:
         ValueError: no such model.
@@ -73,7 +73,7 @@ def without_clipping(spec: str, folder: Path) -> str:
 
     A pixel whose x̂0 is within rounding of the bound has a gradient or has none. Images of a trained model have many
     there, and two such pixels among 200,000 moved a gradient by 0.2 %: no two ways to round could be held to equal
-    weights. To clip takes none of the time. Random weights need it: without, their images grow at every step.
+    weights. Clipping takes no time. Random weights need it: without it their images grow at every step.
     """
     if spec not in SHIPPED:
         return spec

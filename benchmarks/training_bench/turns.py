@@ -1,19 +1,20 @@
-"""Rows measured in turns: worker processes, the check against the literal loop, rounds and their medians."""
+"""Rows measured in turns: worker processes, the check against the first row, rounds and their medians."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from benchmarks.configurations import Row
-from benchmarks.measure import note
-from benchmarks.workers import Worker, WorkerError
+from benchmarks.training_bench.configurations import Row
+from benchmarks.training_bench.workers import Worker, WorkerError, start_worker
 
-# iterations that are compared with the literal loop before anything is timed; they warm up too
+# iterations that are compared with the first row's before anything is timed; they warm up too
 CHECKED = 3
 # largest difference of a weight; and of all weights, over how far they have moved
 WEIGHT_TOLERANCE, MOVE_TOLERANCE = 1e-5, 1e-2
@@ -23,6 +24,11 @@ LOSS_TOLERANCE = 1e-5
 
 class Different(ValueError):
     """A row that promises the literal loop's numbers has others."""
+
+
+def note(text: str) -> None:
+    """Show the user a line without breaking a progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def measure(
@@ -39,7 +45,8 @@ def measure(
     """Start a worker per row, check them, and time them in turns.
 
     Args:
-        table: rows and their configurations, the literal loop first; where: model and method, for messages.
+        table: rows and their configurations; the first one is the baseline.
+        where: model and method, for messages.
         rounds: how often each row has its turn; per_round: iterations in a turn, of `images` trained images each.
         advance: called with iterations done and what is going on.
 
@@ -47,8 +54,8 @@ def measure(
         One summary per row that could start; the others are named on the console.
 
     Raises:
-        Different: see there; nothing was timed.
-        ValueError: a worker failed.
+        Different: a row differs from the literal loop, the baseline, though it promises not to; nothing was timed.
+        ValueError: a worker failed, or the baseline could not start.
     """
     started: list[Worker] = []
     workers: list[tuple[Row, Worker]] = []
@@ -56,12 +63,12 @@ def measure(
         for index, (row, words) in enumerate(table):
             # one after another, so that a compilation has the machine to itself
             advance(0, f"{where}: starting {row.name}")
-            worker = Worker(row.kind, words, folder=folder / str(index), threads=threads)
+            worker = start_worker(row, words, folder=folder / str(index), threads=threads)
             started.append(worker)
             try:
                 worker.ready()
             except WorkerError as error:
-                if not error.refused or row.kind == "literal":
+                if not error.refused or index == 0:
                     raise ValueError(f"{where}, {row.name}: {error}") from error
                 note(f"{where}: skipped {row.name!r}: {error}")
                 advance(CHECKED + rounds * per_round, "")
@@ -69,11 +76,13 @@ def measure(
             advance(1, "")
             workers.append((row, worker))
         checked = _check(workers, where, advance)
-        timings: list[list[dict[str, Any]]] = [[] for _ in workers]
+        turns: list[list[dict[str, Any]]] = [[] for _ in workers]
         for number in range(rounds):
-            for (row, worker), own in zip(workers, timings, strict=True):
+            # every other round backwards: a drift of the machine favours nobody
+            for index in sorted(range(len(workers)), reverse=number % 2 == 1):
+                row, worker = workers[index]
                 advance(0, f"{where}: round {number + 1} of {rounds}, {row.name}")
-                own.append(_turn(worker, per_round, bare=row.kind == "ours"))
+                turns[index].append(_turn(worker, per_round, bare=row.kind == "ours"))
                 advance(per_round, "")
     except WorkerError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -81,20 +90,24 @@ def measure(
         for worker in started:
             worker.stop()
     results = [
-        _summary(row, own, images * per_round) | {"check": checked.get(row.name)}
-        for (row, _), own in zip(workers, timings, strict=True)
+        _summary(row, row_turns, images * per_round) | {"check": checked.get(row.name)}
+        for (row, _), row_turns in zip(workers, turns, strict=True)
     ]
     for result in results:
         # turn by turn: what disturbs one, and the windows that it draws, are the same for all rows
-        ratios = [literal / own for literal, own in zip(results[0]["seconds"], result["seconds"], strict=True)]
-        result["speedup"] = statistics.median(ratios)
+        pairs = zip(results[0]["seconds"], result["seconds"], strict=True)
+        result["speedups"] = [baseline / seconds for baseline, seconds in pairs]
+        result["speedup"] = statistics.median(result["speedups"])
     return results
 
 
 def _check(
     workers: Sequence[tuple[Row, Worker]], where: str, advance: Callable[[int, str], None]
 ) -> dict[str, dict[str, float]]:
-    """Bring every worker to the end of iteration CHECKED − 1 and compare the equal ones with the literal loop."""
+    """Bring every worker to the end of iteration CHECKED − 1 and compare rows with the baseline.
+
+    A literal baseline is compared with the rows that promise its weights, another one with all rows, which may differ.
+    """
     records: list[list[dict[str, Any]]] = []
     for row, worker in workers:
         advance(0, f"{where}: checking {row.name}")
@@ -103,12 +116,17 @@ def _check(
             reports.append(worker.iterate())
             advance(1, "")
         records.append([report["record"] for report in reports])
-    start, literal = workers[0][1].initial_weights(), workers[0][1].weights()
-    found = {}
-    for (row, worker), own in zip(workers, records, strict=True):
-        if row.equal:
-            found[row.name] = compare(start, literal, worker.weights(), records[0], own, f"{where}: {row.name!r}")
-    return found
+    (baseline, first), *others = workers
+    checked: dict[str, dict[str, float]] = {}
+    weights = first.weights()
+    for (row, worker), row_records in zip(others, records[1:], strict=True):
+        if row.equal and baseline.kind == "literal":
+            checked[row.name] = compare(
+                first.initial_weights(), weights, worker.weights(), records[0], row_records, f"{where}: {row.name!r}"
+            )
+        elif baseline.tree:
+            checked[row.name] = {"largest_weight_difference": _largest_difference(worker.weights(), weights)}
+    return checked
 
 
 def compare(
@@ -119,7 +137,7 @@ def compare(
     records: Sequence[dict[str, Any]],
     what: str,
 ) -> dict[str, float]:
-    """How far a row is from the literal loop.
+    """Measure how far a row is from the literal loop.
 
     Args:
         start: weights before training; literal, weights: after it; records: of their iterations; what: for the message.
@@ -128,7 +146,7 @@ def compare(
         Different: by more than the tolerances.
     """
     pairs = list(zip(records, literal_records, strict=True))
-    largest = max(float((weights[name] - value).abs().max()) for name, value in literal.items())
+    largest = _largest_difference(weights, literal)
     share = _distance(weights, literal) / _distance(literal, start)
     loss = max(abs(a["loss"] - b["loss"]) * len(a["window_starts"]) / a["window_steps"] for a, b in pairs)
     same = all(a["window_starts"] == b["window_starts"] for a, b in pairs)
@@ -143,12 +161,16 @@ def compare(
     return {"largest_weight_difference": largest, "share_of_move": share, "loss_per_step": loss}
 
 
+def _largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - value).abs().max()) for name, value in b.items())
+
+
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
 
 
 def _turn(worker: Worker, iterations: int, *, bare: bool) -> dict[str, Any]:
-    """Sums over the iterations; `bare` times their bare UNet calls too, right after each."""
+    """Sum over the iterations; `bare` times their bare UNet calls too, right after each."""
     reports, bare_seconds = [], 0.0
     for _ in range(iterations):
         reports.append(worker.iterate())

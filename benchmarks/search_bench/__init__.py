@@ -1,0 +1,1 @@
+"""HRF-D's searches: what each would choose from equal measurements, and what its choices lose."""

@@ -1,0 +1,148 @@
+"""The run folder: whose it is, what a resume may change, and logs that a crash leaves whole."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hrf_fast.config.load import load_config
+from hrf_fast.run.files import read_log
+from hrf_fast.run.lock import lock_folder
+from hrf_fast.run.session import Run
+from tests.unit.test_run import log, panel
+
+
+@pytest.fixture
+def words(tmp_path):
+    return [f"run.folder={tmp_path / 'run'}", "run.progress=quiet"]
+
+
+@pytest.fixture
+def config(words):
+    return load_config(words)
+
+
+def begin(config, iterations=1):
+    with Run(config) as run:
+        run.begin(0)
+        for iteration in range(iterations):
+            log(run, iteration)
+
+
+# --- whose it is ------------------------------------------------------------------------------------------------------
+
+
+def test_a_free_option_may_change_on_resume_and_the_length_only_under_a_constant_rate(words, tmp_path):
+    begin(load_config(words))
+    with Run(load_config([*words, "run.save_every=3", "run.progress=json", "train.iterations=99"])):
+        pass
+    cosine = [f"run.folder={tmp_path / 'cosine'}", "optimizer.learning_rate_schedule=cosine", "run.progress=quiet"]
+    begin(load_config(cosine))
+    with pytest.raises(ValueError, match="train.iterations was 70 and is 99"):
+        Run(load_config([*cosine, "train.iterations=99"]))
+
+
+def test_a_run_that_has_done_nothing_may_change_its_configuration(config, words, tmp_path):
+    with Run(config) as run:
+        run.begin(0)
+        run.log_panel(0, 0, panel())
+    other = load_config([*words, "train.group_size=9"])
+    begin(other, iterations=0)
+    # and the panel of the configuration that never trained is gone
+    assert read_log(tmp_path / "run" / "evaluations.jsonl") == []
+    assert load_config(["--config", str(tmp_path / "run" / "config.yaml")]) == other
+
+
+def test_another_configuration_is_refused_with_its_options(config, words):
+    begin(config)
+    with pytest.raises(ValueError, match="train.group_size was 5 and is 9; run.seed was 0 and is 3"):
+        Run(load_config([*words, "train.group_size=9", "run.seed=3"]))
+
+
+def test_a_folder_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=f"run.folder {tmp_path / 'run'} is not empty"):
+        Run(config)
+
+
+def test_fewer_iterations_than_are_done_are_refused(config):
+    with Run(config) as run, pytest.raises(ValueError, match="train.iterations is 70.* 71"):
+        run.begin(71)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(config, tmp_path):
+    begin(config)
+    (tmp_path / "run" / "model").mkdir()
+    with Run(config) as run, pytest.raises(ValueError, match=f"run.folder {tmp_path / 'run'} .*no checkpoint"):
+        run.begin(0)
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_checkpoints_must_be_a_folder(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="checkpoints is not a folder"):
+        Run(config)
+
+
+def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
+    with Run(config), pytest.raises(ValueError, match=f"{tmp_path / 'run'} is in use by process {os.getpid()} on "):
+        Run(config)
+    with Run(config):
+        pass
+
+
+def test_a_killed_process_leaves_a_folder_that_can_be_taken_again(tmp_path):
+    code = "import sys, time, pathlib; from hrf_fast.run.lock import lock_folder; "
+    code += "lock = lock_folder(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"run.folder {tmp_path} is in use by process {child.pid} on "):
+            lock_folder(tmp_path)
+        child.send_signal(signal.SIGKILL)
+    lock = lock_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on "):
+        lock_folder(tmp_path)
+    lock.release()
+    # releasing removes no file: another process may have it open
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock-owner"}
+
+
+def test_a_lock_whose_owner_cannot_be_written_is_not_kept(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("hrf_fast.run.lock.write_atomically", full)
+        lock_folder(tmp_path)
+    lock_folder(tmp_path).release()
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n{"iteration": 1, "rew')
+    assert read_log(path) == [{"iteration": 0}]
+
+
+@pytest.mark.parametrize("line", ["garbage", "{}", "[1]", '{"iteration": "x"}'])
+def test_a_damaged_log_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 "):
+        read_log(path)
+
+
+def test_rewinding_drops_iterations_to_be_done_again_but_keeps_the_panel_before_them(config, tmp_path):
+    with Run(config) as run:
+        for iteration in range(4):
+            log(run, iteration)
+            run.log_panel(iteration + 1, 0, panel())
+        run.folder.rewind(2)
+    assert [record["iteration"] for record in read_log(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    assert [record["iteration"] for record in read_log(tmp_path / "run" / "evaluations.jsonl")] == [1, 2]
