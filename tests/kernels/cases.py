@@ -7,7 +7,7 @@ has a sample in each region of the clip, far from its edges.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,13 @@ TOLERANCE = {
 
 BACKENDS = ("triton", "eager")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def sweep(values: Iterable[Any], kept: Container[Any], *, pairs: bool = False) -> list[Any]:
+    """Parameters of which only those in `kept` run in `make test`; `make test-kernels` runs all of them."""
+    rows = [(value, value if pairs else (value,)) for value in values]
+    return [pytest.param(*row, marks=() if value in kept else pytest.mark.slow) for value, row in rows]
+
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -94,6 +101,10 @@ PREDICTIONS = ("epsilon", "sample", "v", "dyadic")
 
 # (model output, latents)
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, BF16)]
+
+# what `make test` runs of the three above: the rest repeats a kernel in another specialisation
+FEW_OPTIONS = ("plain", "kl", "all")
+FEW_DTYPES = ((FP32, FP32), (BF16, FP32), (FP16, FP16))
 
 
 def step_coefficients(prediction: str, alpha: float = 0.9, previous: float = 0.93) -> tuple[float, ...]:

@@ -10,6 +10,8 @@ from hrf_kernels import clipped_surrogate, gaussian_log_prob, reference
 from tests.kernels.cases import (
     BF16,
     DTYPES,
+    FEW_DTYPES,
+    FEW_OPTIONS,
     FP16,
     ONE,
     OPTIONS,
@@ -26,6 +28,7 @@ from tests.kernels.cases import (
     errors,
     exact,
     gradient_errors,
+    sweep,
     wide,
     worst,
 )
@@ -41,7 +44,7 @@ def check(inputs, backend, upstream=None):
 
 @both_backends
 @both_plans
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", sweep(OPTIONS, FEW_OPTIONS))
 def test_every_option(backend, shape, option):
     check(draw(Case(shape, **OPTIONS[option])), backend)
 
@@ -56,7 +59,7 @@ def test_every_prediction(backend, shape, prediction, clamp):
 
 @both_backends
 @both_plans
-@pytest.mark.parametrize("output, latents", DTYPES, ids=str)
+@pytest.mark.parametrize("output, latents", sweep(DTYPES, FEW_DTYPES, pairs=True), ids=str)
 def test_every_dtype(backend, shape, output, latents):
     inputs = draw(Case(shape, output=output, latents=latents, **OPTIONS["all"]), seed=2)
     _, gradients = check(inputs, backend)
@@ -84,7 +87,7 @@ SHAPES = [
 
 
 @both_backends
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", sweep(SHAPES, [(1, 1, 1, 1), (7, 3, 13, 13), (2, 2, 64, 64), (1, 8193)]), ids=str)
 def test_every_size(backend, shape):
     check(draw(Case(shape, clamp=0.75, guidance=2.0), seed=4), backend)
 
@@ -121,7 +124,7 @@ def test_a_loss_scale_reaches_the_gradient_of_an_fp16_output(backend, shape):
 
 @both_backends
 @both_plans
-@pytest.mark.parametrize("option", ["plain", "clamp", "guidance", "coefficients per sample"])
+@pytest.mark.parametrize("option", sweep(["plain", "clamp", "guidance", "coefficients per sample"], FEW_OPTIONS))
 def test_the_gradient_of_the_log_prob_itself(backend, shape, option):
     case = Case(shape, **OPTIONS[option])
     outputs, rest = draw(case, seed=8)

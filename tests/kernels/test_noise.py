@@ -10,7 +10,7 @@ import triton.language as tl
 from hrf_kernels import StepCoefficients, fused, gaussian_step, philox_normal, reference
 from hrf_kernels.coefficients import StepInputs
 from hrf_kernels.philox import philox
-from tests.kernels.cases import BACKENDS, DTYPES, FP32, Case, both_backends, draw, ulp, wide, worst
+from tests.kernels.cases import BACKENDS, DTYPES, FEW_DTYPES, FP32, Case, both_backends, draw, sweep, ulp, wide, worst
 
 both_plans = pytest.mark.parametrize("shape", [(3, 3, 9, 11), (2, 1, 91, 91)], ids=["one program", "two stages"])
 
@@ -78,7 +78,7 @@ def test_the_words_are_equal_to_the_bit(seed, sample, step):
 
 
 @both_plans
-@pytest.mark.parametrize("output, latents", DTYPES, ids=str)
+@pytest.mark.parametrize("output, latents", sweep(DTYPES, FEW_DTYPES, pairs=True), ids=str)
 def test_next_latents_are_the_references(shape, output, latents):
     case = Case(shape, output=output, latents=latents, clamp=0.75, guidance=3.0)
     outputs, rest = draw(case, seed=30)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hrf_kernels import clipped_surrogate, gaussian_log_prob, gaussian_step, ops
-from tests.kernels.cases import BF16, OPTIONS, Case, both_backends, differentiate, draw
+from tests.kernels.cases import BF16, OPTIONS, Case, both_backends, differentiate, draw, sweep
 
 both_plans = pytest.mark.parametrize("shape", [(3, 3, 5, 7), (2, 1, 91, 91)], ids=["one program", "two stages"])
-OPTION_NAMES = ["plain", "all"]
+OPTION_NAMES = sweep(["plain", "all"], ["all"])
 
 
 def samples_of(inputs, *, reference=False):
