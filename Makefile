@@ -1,15 +1,19 @@
-# make demo: install, fine-tune a shipped model with HRF and with DDPO, and write one page. make test: every check.
+# make demo: install, fine-tune a shipped model with HRF and with DDPO, and write one page. make test: what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py on_policy.py noise.py parity.py)
+# unit tests that train, compile or start processes
+LONG = $(addprefix tests/unit/test_,bench_kernels.py bench_search.py bench_training.py study.py compilation.py planner.py readme.py)
+# one run of every method
+METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process
 PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
-.PHONY: demo demo-fashion test test-all soak lint install install-gpu clean
+.PHONY: demo demo-fashion check test test-all test-kernels soak lint install install-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_portraits.yaml
@@ -22,12 +26,23 @@ demo-fashion: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_fashion.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-fashion-ddpo
 	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html
 
+# while you work: lint, types, unit tests, one run of every method
+check: $(VENV)/.test lint
+	$(PYTEST) -m "not slow" tests/unit tests/parity $(METHODS) $(addprefix --ignore=,$(LONG))
+
+# what CI runs
 test: $(VENV)/.test lint
 	$(PYTEST) -m "not slow" --durations=10
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --durations=5 $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(INTERPRETED)
 
+# everything, with a floor of coverage
 test-all: $(VENV)/.test lint
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+# every specialisation of the kernels, as PTX and in Triton's interpreter: when kernels/ or tests/ptx/ changed
+test-kernels: $(VENV)/.test lint
+	$(PYTEST) tests/kernels tests/ptx tests/unit/test_reference.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"
