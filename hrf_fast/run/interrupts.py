@@ -36,7 +36,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         # other threads get no signals
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            # under nohup the hang-up is ignored, so that the run outlives its terminal
+            heeded = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -541,13 +541,14 @@ def test_a_ctrl_c_while_averaged_weights_are_copied_saves_the_trained_ones(tiny_
         assert equal(checkpoint_weights(saved, file), checkpoint_weights(whole, file))
 
 
-def start(words, **environment):
+def start(words, *before):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words],
+        [*before, sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -557,6 +558,19 @@ def wait_for_lines(path: Path, count: int):
             return
         time.sleep(0.1)
     raise AssertionError(f"{path} never had {count} lines")
+
+
+def test_a_run_under_nohup_outlives_its_terminal_and_sigterm_stops_it(tiny_run, tmp_path):
+    log = tmp_path / "run" / "metrics.jsonl"
+    process = start([*tiny_run, "train.iterations=1000", "evaluation.every=0", "run.save_every=0"], "nohup")
+    wait_for_lines(log, 1)
+    process.send_signal(signal.SIGHUP)
+    wait_for_lines(log, len(metrics(tmp_path / "run")) + 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    newest = f"iteration-{len(metrics(tmp_path / 'run')):06d}"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
