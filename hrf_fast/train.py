@@ -95,7 +95,6 @@ def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
         if not asked:
             asked = iterate(components, run, done)
             done += 1
-            run.commit(components.state(done))
 
 
 def _due(every: int, done: int, end: str | None) -> bool:

@@ -143,11 +143,16 @@ class Ema:
 def averaged(parameters: list[nn.Parameter], averages: list[Tensor]) -> Iterator[None]:
     """The averages in place of the weights; nothing when there are none."""
     originals = [parameter.detach().clone() for parameter in parameters] if averages else []
-    _copy(parameters, averages)
     try:
+        _copy(parameters, averages)
         yield
     finally:
-        _copy(parameters, originals)
+        try:
+            _copy(parameters, originals)
+        except KeyboardInterrupt:
+            # a checkpoint follows, which half of the averages must not get into
+            _copy(parameters, originals)
+            raise
 
 
 @torch.no_grad()

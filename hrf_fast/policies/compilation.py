@@ -3,7 +3,7 @@
 Compiled are the forward functions: modules, the names of their weights and what is saved stay as they are. Timesteps
 come in as tensors and the batch dimension is dynamic, so neither steps, windows nor batch sizes compile again: there is
 a graph with and one without gradient, and the same two once more for batches of one, which torch treats as constant.
-`fullgraph` makes an error of whatever would fall back to eager. Left out: CUDA graphs (CONTRIBUTING says why).
+`fullgraph` makes an error of whatever would fall back to eager. Left out: CUDA graphs (docs/decisions.md says why).
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def _times(logs: Sequence[RunLog]) -> Table:
     sums = [sum(total.values()) or float("nan") for total in totals]
     for phase in dict.fromkeys(phase for total in totals for phase in total):
         spent = [total.get(phase, 0.0) for total in totals]
-        rows.append([phase, *(f"{part:.1f} ({part / whole:.0%})" for part, whole in zip(spent, sums, strict=True))])
+        rows.append([phase, *(f"{part:.1f} ({part / total:.0%})" for part, total in zip(spent, sums, strict=True))])
     rows.append(["total", *(f"{seconds:.1f}" for seconds in sums)])
     for counter, title in (("images", "images trained a second"), ("evaluations", f"{COST} a second")):
         counts = [log.metrics[-1][counter] for log in logs]

@@ -60,8 +60,8 @@ def diagnostics(panels: Sequence[tuple[str, Series]], *, x_label: str) -> bytes:
     """Small panels in two columns, (title, series) each; the interval is drawn as a band."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(1.5 * WIDTH, 0.6 * HEIGHT * rows), layout="constrained")
-    for place, (title, line) in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, 2, place)
+    for number, (title, line) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, number)
         axes.plot(line.x, line.y, color=COLOURS[0], linewidth=1.2, marker="." if len(line.x) < 30 else None)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=COLOURS[0], alpha=0.15, linewidth=0)

@@ -27,8 +27,9 @@ class Interrupts:
     def __init__(self, note: Callable[[str], None]) -> None:
         """`note` shows the user a line."""
         self.note = note
-        # the number of the first signal; 0 before there is one
-        self._asked = 0
+        self._asked = False
+        # the number of the first signal; 0 before there is one. A launcher answers Ctrl-C by SIGTERM to its ranks
+        self._first = 0
         self._held = 0
         self._handlers: dict[int, Any] = {}
 
@@ -64,18 +65,21 @@ class Interrupts:
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted on all ranks when one of them was asked to stop, unless signals are held."""
-        if self._held == 0 and (number := int(comm.gather_rows(torch.tensor([self._asked])).max())):
-            self._asked = 0
-            raise Interrupted(number)
+        if self._held:
+            return
+        numbers = comm.gather_rows(torch.tensor([self._first if self._asked else 0])).tolist()
+        if any(numbers):
+            self._asked = False
+            raise Interrupted(min(number for number in numbers if number))
 
     def _handle(self, number: int, _: object) -> None:
-        again, self._asked = bool(self._asked), self._asked or number
+        again, self._asked, self._first = self._asked, True, self._first or number
         name = signal.Signals(number).name
         if comm.world_size() > 1:
             if not again:
                 self.note(f"{name}: stopping as soon as all ranks are done with this")
         elif again or not self._held:
-            self._asked = 0
-            raise Interrupted(number)
+            self._asked = False
+            raise Interrupted(self._first)
         else:
             self.note(f"{name}: stopping as soon as this is done (send it again to stop at once, and lose it)")

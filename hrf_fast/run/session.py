@@ -1,7 +1,7 @@
 """Run: one training run from its start to its end, on all ranks alike: time, interrupts, logs, checkpoints, listeners.
 
-What a checkpoint may hold is said by two calls: `unbroken()` before the first update of an iteration, `commit(state)`
-after its last. In between the weights stand for no iteration, so Ctrl-C waits and nothing is saved.
+What a checkpoint may hold is said by two calls: `unbroken()` before the first update of an iteration, `log(record,
+state)` after its last. In between the weights stand for no iteration, so Ctrl-C waits and nothing is saved.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ class Run:
     def unbroken(self) -> None:
         """Let Ctrl-C wait and nothing be saved until `commit`: the weights stand for no iteration."""
         if not self._unbroken:
-            self._unbroken, self._state = True, None
+            # first, so that a Ctrl-C before it still finds the state that is to be saved
             self.interrupts.hold()
+            self._unbroken, self._state = True, None
 
     def commit(self, state: dict[str, Any]) -> None:
         """Let the weights stand for `state`, JSON-able and with `iteration`; a Ctrl-C that has waited stops the run."""
@@ -167,13 +168,13 @@ class Run:
                 self.save(engine)
             raise
 
-    def log(self, record: dict[str, Any], *, images: int, network_seconds: float) -> str | None:
-        """Write the metrics line of a finished iteration and tell the listeners.
+    def log(self, record: dict[str, Any], state: dict[str, Any], *, images: int, network_seconds: float) -> str | None:
+        """Write the metrics line of a finished iteration, tell the listeners and commit `state`.
 
         `overhead` is the iteration's time over that of its network calls, forwards and backwards.
 
         Args:
-            record: the line less its times; images: how many were trained on.
+            record: the line less its times; state: see `commit`; images: how many were trained on.
 
         Returns:
             A listener's reason to end the run, on all ranks.
@@ -189,12 +190,12 @@ class Run:
         }
         rounded = {name: {k: round(v, 4) for k, v in values.items()} for name, values in times.items()}
         line = record | rounded
-
-        def write() -> str | None:
-            self.folder.append("metrics.jsonl", line)
-            return self._tell(lambda listener: listener.iteration(line))
-
-        return comm.main_says(write)
+        comm.main_says(lambda: self.folder.append("metrics.jsonl", line))
+        # from here on the iteration can be saved, whatever a listener raises
+        self._state = state
+        asked = comm.main_says(lambda: self._tell(lambda listener: listener.iteration(line)))
+        self.commit(state)
+        return asked
 
     def log_panel(self, iteration: int, evaluations: int, panel: PanelMetrics) -> str | None:
         """Write the evaluation line and the panel's PNG grid, and tell the listeners; returns as `log`."""

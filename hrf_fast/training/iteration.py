@@ -59,8 +59,8 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     policy.calls = policy.calls.of_all_ranks(before)
     if not any(bool(values.any()) for values in outcome.advantages.values()):
         run.note_once(
-            f"iteration {iteration}: {components.reward.name} (reward.name) is the same for all samples of every "
-            "group, so nothing is learnt; use a reward that varies, or a larger train.group_size",
+            f"iteration {iteration}: reward.name {components.reward.name} is the same for all samples of every group, "
+            "so nothing is learnt; use a reward that varies, or a larger train.group_size",
             key="no spread",
         )
     record = {
@@ -70,7 +70,8 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
         "skipped_steps": outcome.skipped,
     }
     images = groups.per_iteration * groups.size
-    return run.log(record, images=images, network_seconds=policy.stopwatch.restart())
+    state = components.state(iteration + 1)
+    return run.log(record, state, images=images, network_seconds=policy.stopwatch.restart())
 
 
 def _counters(components: Components, iteration: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def dynamic(
     - bandit: `pulls` candidates per group and iteration, over what earlier iterations measured; see `Bandit`.
 
     The default is exact: `hrf bench search` wants the upper end of a search's regret over exact under 0.1. It found
-    0.12 for the bandit, 0.77 for x0 and 0.22 for a uniform draw: see the README.
+    0.12 for the bandit, 0.77 for x0 and 0.22 for a uniform draw: see docs/windows.md.
     """
     check_count("window.kwargs.stride", stride)
     _check_number("beta", beta, -math.inf, math.inf, "a finite number such as 0.5")

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hrf_kernels import ops
-from hrf_kernels.checks import check_kernel_inputs, check_per_sample, check_samples
-from hrf_kernels.coefficients import StepCoefficients
+from hrf_kernels.checks import check_inputs
+from hrf_kernels.coefficients import StepCoefficients, StepInputs
 from hrf_kernels.philox import philox_normal
 from hrf_kernels.reference import Surrogate, clips, gaussian_mean
 
@@ -79,14 +78,13 @@ def gaussian_step(
     Raises:
         ValueError, TypeError: names the argument, what was given and what is accepted.
     """
-    check_per_sample(latents, sample_id=sample_id)
-    _check(latents, coef, model_output=model_output, unconditional_output=unconditional_output)
-    for name, value, limit in (("seed", seed, 2**64), ("step", step, 2**32)):
-        if not 0 <= value < limit:
-            raise ValueError(f"{name} is {value}; use a whole number in [0, {limit})")
-    if sample_id.dtype != torch.int64:
-        raise TypeError(f"sample_id is {sample_id.dtype}; pass int64")
     with torch.no_grad():
+        check_inputs(StepInputs(model_output, latents, coef, unconditional_output), sample_id=sample_id)
+        for name, value, limit in (("seed", seed, 2**64), ("step", step, 2**32)):
+            if not 0 <= value < limit:
+                raise ValueError(f"{name} is {value}; use a whole number in [0, {limit})")
+        if sample_id.dtype != torch.int64:
+            raise TypeError(f"sample_id is {sample_id.dtype}; pass int64")
         return ops.gaussian_step(
             model_output, unconditional_output, latents, _tensors(coef), coef.x0_clip, guidance_scale,
             seed >> 32, seed & 0xFFFFFFFF, sample_id.contiguous(), step, choose_backend(backend, latents.device)[0],
@@ -108,8 +106,7 @@ def gaussian_log_prob(
     Raises:
         ValueError, TypeError: names the argument, what was given and what is accepted.
     """
-    fixed = {"latents": latents, "next_latents": next_latents}
-    _check(latents, coef, fixed, model_output=model_output, unconditional_output=unconditional_output)
+    check_inputs(StepInputs(model_output, latents, coef, unconditional_output, next_latents=next_latents))
     return ops.gaussian_log_prob(
         model_output, unconditional_output, latents, next_latents, _tensors(coef), coef.x0_clip,
         guidance_scale, choose_backend(backend, latents.device)[0],
@@ -141,28 +138,21 @@ def clipped_surrogate(
     Raises:
         ValueError, TypeError: names the argument, what was given and what is accepted.
     """
-    check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
-    fixed = {
-        "latents": latents,
-        "next_latents": next_latents,
-        "reference_output": reference_output,
-        "old_log_prob": old_log_prob,
-        "advantages": advantages,
-    }
-    outputs = {"model_output": model_output, "unconditional_output": unconditional_output}
-    _check(latents, coef, fixed, reference_output=reference_output, **outputs)
+    inputs = StepInputs(
+        model_output, latents, coef, unconditional_output, guidance_scale, next_latents, reference_output
+    )
+    check_inputs(inputs, old_log_prob=old_log_prob, advantages=advantages)
     numbers, tensors = _clips(latents, clip_range, advantage_clip, window_scale)
-    given = [output for output in outputs.values() if output is not None]
-    wants_gradient = torch.is_grad_enabled() and any(output.requires_grad for output in given)
+    outputs = [output for output in (model_output, unconditional_output) if output is not None]
+    wants_gradient = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
     # made in the forward pass a gradient has no loss scale yet, without which fp16 rounds it to zero
-    in_forward = wants_gradient and all(output.dtype != torch.float16 for output in given)
-    results = ops.surrogate(
+    in_forward = wants_gradient and all(output.dtype != torch.float16 for output in outputs)
+    results = ops.clipped_surrogate(
         model_output, unconditional_output, reference_output, latents, next_latents, _tensors(coef),
         coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
         tensors, loss_weight, kl_weight, in_forward, True, choose_backend(backend, latents.device)[0],
     )  # fmt: skip
-    loss, *statistics = results[: len(Surrogate._fields)]
-    return Surrogate(loss, *(value.detach() for value in statistics))
+    return Surrogate(*results[: len(Surrogate._fields)])
 
 
 def _clips(
@@ -178,12 +168,3 @@ def _clips(
 def _tensors(coef: StepCoefficients) -> list[Tensor]:
     """The six tensors as the operations take them: [B] ones dense."""
     return [value.contiguous() for value in coef.tensors().values()]
-
-
-def _check(
-    latents: Tensor, coef: StepCoefficients, fixed: dict[str, Any] | None = None, **tensors: Tensor | None
-) -> None:
-    fixed = fixed or {}
-    samples = {name: fixed[name] for name in ("next_latents",) if name in fixed} | tensors
-    check_samples(latents, coef, **samples)
-    check_kernel_inputs({"latents": latents, **samples}, fixed, coef)

@@ -1,4 +1,4 @@
-"""What every implementation refuses: shapes, devices, layouts and numbers that it would compute nonsense from."""
+"""Refusals of every implementation: shapes, devices, layouts and numbers that it would compute nonsense from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from hrf_kernels.coefficients import StepCoefficients
+from hrf_kernels.coefficients import StepCoefficients, StepInputs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # for differentiating in tests; no kernel takes it
@@ -52,15 +52,21 @@ def check_per_sample(latents: Tensor, **values: Tensor) -> None:
             raise ValueError(f"{name} is on {value.device} but latents are on {latents.device}; move one of them")
 
 
-def check_kernel_inputs(
-    tensors: dict[str, Tensor | None], fixed: dict[str, Tensor | None], coef: StepCoefficients
-) -> None:
-    """What the fused implementations want besides: dense float32, bfloat16 or float16; gradients for outputs only.
+def check_inputs(inputs: StepInputs, **per_sample: Tensor) -> None:
+    """Everything that eager.py and fused.py want of a step: dense float32, bfloat16 or float16 besides the above.
 
-    Args:
-        tensors: sample-shaped; fixed: those of any shape that get no gradient.
+    Only the model outputs get a gradient: where gradients are on, no other tensor may ask for one.
+
+    Raises:
+        ValueError, TypeError: names the argument, what was given and what is accepted.
     """
-    for name, tensor in tensors.items():
+    latents, coef = inputs.latents, inputs.coef
+    outputs = {"model_output": inputs.model_output, "unconditional_output": inputs.unconditional_output}
+    fixed = {"next_latents": inputs.next_latents, "reference_output": inputs.reference_output}
+    check_per_sample(latents, **per_sample)
+    check_samples(latents, coef, **outputs, **fixed)
+    fixed["latents"] = latents
+    for name, tensor in {**outputs, **fixed}.items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOATS:
@@ -71,7 +77,7 @@ def check_kernel_inputs(
         if value.dtype != torch.float32:
             raise TypeError(f"coefficient {name} is {value.dtype}; the fused kernels take float32")
     if torch.is_grad_enabled():
-        for name, tensor in fixed.items():
+        for name, tensor in {**fixed, **per_sample}.items():
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"{name} requires a gradient, but only model outputs get one; pass {name}.detach()")
 

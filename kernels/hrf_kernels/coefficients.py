@@ -1,9 +1,13 @@
-"""StepCoefficients: one affine form for every scheduler step, so that no scheduler is known below this line."""
+"""StepCoefficients: one affine form for every scheduler step, so that no scheduler is known below this line.
+
+StepInputs and ClipInputs are the arguments of a step as the checks and the implementations pass them on, by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,3 +50,28 @@ class StepCoefficients:
     def repeat_interleave(self, repeats: int) -> StepCoefficients:
         """[S] to [S·repeats]: each step's numbers once per sample, for a time-major batch."""
         return self._map(lambda tensor: tensor.repeat_interleave(repeats))
+
+
+class StepInputs(NamedTuple):
+    """Arguments of one denoising step under the names of the public functions; every tensor is [B, ...]."""
+
+    model_output: Tensor
+    latents: Tensor
+    coef: StepCoefficients
+    unconditional_output: Tensor | None = None
+    guidance_scale: float = 1.0
+    next_latents: Tensor | None = None
+    """None where they are drawn."""
+    reference_output: Tensor | None = None
+
+
+class ClipInputs(NamedTuple):
+    """Arguments of the clipped loss beside the step's, in the kernels' order; both clips include the window's scale."""
+
+    old_log_prob: Tensor
+    advantages: Tensor
+    clip_range: float | Tensor
+    advantage_clip: float | Tensor
+    """A number, or [B] where `clip_range` is [B]."""
+    loss_weight: float
+    kl_weight: float

@@ -37,6 +37,10 @@ class Surrogate(NamedTuple):
     """KL(policy ‖ reference) of the step, mean over C·H·W of (mean − reference mean)²/(2·std²); 0 without one."""
 
 
+# [B] each, as eager.py and fused.py compute them: the Surrogate, and ∂loss/∂log_prob for the backward pass
+RESULTS = dict.fromkeys((*Surrogate._fields, "slope"), torch.float32) | {"outside": torch.bool, "clipped": torch.bool}
+
+
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     """A scalar or [B] coefficient, shaped to broadcast over `like` [B, C, H, W]."""
     return value if value.dim() == 0 else value.reshape(-1, *[1] * (like.dim() - 1))

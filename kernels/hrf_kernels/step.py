@@ -30,9 +30,9 @@ def step_kernel(
     square_sum = tl.zeros([BLOCK], tl.float32)
     for i in range(ITERATIONS):
         first = (chunk * ITERATIONS + i) * BLOCK
-        place = first + tl.arange(0, BLOCK)
-        mask = place < size
-        offsets = b * size + place
+        element = first + tl.arange(0, BLOCK)
+        mask = element < size
+        offsets = b * size + element
         output = load_output(model_output, unconditional, guidance_scale, offsets, mask)
         now = tl.load(latents + offsets, mask=mask, other=0.0).to(tl.float32)
         mean, _ = gaussian_mean(

@@ -71,9 +71,9 @@ def sums_kernel(
     square_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
     for i in range(ITERATIONS):
-        place = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
-        mask = place < size
-        offsets = b * size + place
+        element = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
+        mask = element < size
+        offsets = b * size + element
         output = load_output(model_output, unconditional, guidance_scale, offsets, mask)
         now = tl.load(latents + offsets, mask=mask, other=0.0).to(tl.float32)
         mean, _ = gaussian_mean(output, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
@@ -146,9 +146,9 @@ def one_program_kernel(
     a_latents, a_output, b_x0, b_latents, b_output, sigma = load_coefficients(
         x0_latents, x0_output, mean_x0, mean_latents, mean_output, std, b, PER_SAMPLE
     )
-    place = tl.arange(0, BLOCK)
-    mask = place < size
-    offsets = b * size + place
+    element = tl.arange(0, BLOCK)
+    mask = element < size
+    offsets = b * size + element
     output = load_output(model_output, unconditional, guidance_scale, offsets, mask)
     now = tl.load(latents + offsets, mask=mask, other=0.0).to(tl.float32)
     mean, mean_slope = gaussian_mean(output, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
@@ -198,9 +198,9 @@ def gradient_kernel(
     if slope is not None:
         score_slope = factor * tl.load(slope + b)
     for i in range(ITERATIONS):
-        place = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
-        mask = place < size
-        offsets = b * size + place
+        element = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
+        mask = element < size
+        offsets = b * size + element
         output = load_output(model_output, unconditional, guidance_scale, offsets, mask)
         now = tl.load(latents + offsets, mask=mask, other=0.0).to(tl.float32)
         mean, mean_slope = gaussian_mean(output, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
@@ -220,7 +220,7 @@ def scale_kernel(gradient, upstream, size, BLOCK: tl.constexpr, ITERATIONS: tl.c
     factor = tl.load(upstream + b)
     if factor != 1.0:
         for i in range(ITERATIONS):
-            place = (tl.program_id(1) * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
-            address = gradient + b * size + place
-            value = tl.load(address, mask=place < size, other=0.0).to(tl.float32) * factor
-            tl.store(address, value.to(gradient.dtype.element_ty), mask=place < size)
+            element = (tl.program_id(1) * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
+            address = gradient + b * size + element
+            value = tl.load(address, mask=element < size, other=0.0).to(tl.float32) * factor
+            tl.store(address, value.to(gradient.dtype.element_ty), mask=element < size)

@@ -1,6 +1,9 @@
-"""What the ranks of the tests run, each function on every rank."""
+"""Functions that the ranks of the tests run, each on every rank."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +13,18 @@ def coarse(images, prompts=None):
     return (images.mean((1, 2, 3)) * 200).round()
 
 
+_rewarded = 0
+
+
+def failing(images, prompts=None):
+    """A reward that the second rank can compute for one group only."""
+    global _rewarded
+    _rewarded += 1
+    if os.environ["RANK"] == "1" and _rewarded > 1:
+        raise KeyError("no model")
+    return images.mean((1, 2, 3))
+
+
 def run(words: Sequence[str]) -> int:
     """A whole run by its command line; returns the exit code."""
     from hrf_fast.train import main
@@ -17,64 +32,63 @@ def run(words: Sequence[str]) -> int:
     return main(words)
 
 
-def four_groups(words: Sequence[str]):
-    """The configuration, parts, batch, windows (0, 4, 2 and 3 to 5) advantages and optimizer steps of an iteration.
+class FourGroups(NamedTuple):
+    """An iteration of four groups in one optimizer step: the arguments of `update`, which a rank's share is in."""
+
+    components: Any
+    rolled_out: Any
+    windows: list
+    advantages: dict[int, torch.Tensor]
+    steps: list[int]
+
+
+def four_groups(words: Sequence[str]) -> FourGroups:
+    """Groups of windows from 0, 4, 2 and 3 to 5.
 
     Every engine sees the same data to the bit: the rollouts are made before it lays out the weights anew, by weights
     that are aligned as it will align them (`load_policy` says why; a step of std 0.01 magnifies the rounding of
     unaligned ones to 2e-5 of the gradient).
     """
-    from hrf_fast.build import build_engine, build_policy
+    from hrf_fast.build import build_call_plan, build_engine, build_groups, build_policy, build_rules
     from hrf_fast.config.load import load_config
     from hrf_fast.noise import NoiseKey, noise_key
-    from hrf_fast.policies.sample import starting_noise
-    from hrf_fast.training.components import Parts
-    from hrf_fast.training.rollout import Start, rollout
-    from hrf_fast.training.update import Batch, own_groups, replays
+    from hrf_fast.training.components import Components
+    from hrf_fast.training.groups import Group
+    from hrf_fast.training.rollout import Rollout, rollout
     from hrf_fast.windows.base import Window
 
     config = load_config(words)
-    policy = build_policy(config)
+    policy, groups, plan = build_policy(config), build_groups(config), build_call_plan(config)
     if config.compute.activations == "checkpoint":
-        policy.checkpoint_activations()
+        policy.network.checkpoint_activations()
     windows = [Window(start, 5) for start in (0, 4, 2, 3)]
-    size = config.train.group_size
-    trajectories = {}
-    for group in own_groups(config):
-        place = NoiseKey(noise_key(0, 0, "rollout"), torch.arange(group * size, (group + 1) * size))
-        start = starting_noise(policy, place)
-        micro_batch_size = config.compute.micro_batch_size or size
-        beginning = {group: Start(windows[group], start, place)}
-        trajectories |= rollout(policy, beginning, micro_batch_size=micro_batch_size)[0]
+    rolled_out, condition = Rollout(), policy.condition([None] * groups.size)
+    for number in groups.own():
+        noise = NoiseKey(noise_key(0, 0, "rollout"), torch.tensor(groups.sample_ids(number)))
+        rolled_out.join(rollout(policy, [Group(number, windows[number], noise, condition)], plan))
     engine = build_engine(policy, config)
-    calls = replays(config, {group: windows[group] for group in trajectories})
-    for call in calls if config.compute.activations == "keep" else []:
+    for call in rolled_out.calls if config.compute.activations == "keep" else []:
         # as the rollout keeps them, on latents that are equal for every engine
-        assert len(call.pieces) == 1
         (piece,), step = call.pieces, call.steps.start
-        latents = trajectories[piece.group].latents[step - windows[piece.group].start, piece.samples]
-        call.output = policy.model_output(latents, policy.timestep_list[step])
+        latents = rolled_out.trajectories[piece.group].latents[step - windows[piece.group].start, piece.samples]
+        call.prediction = policy.predict(latents, step, condition[piece.samples])
     generator = torch.Generator().manual_seed(3)
-    advantages = {group: torch.randn(size, generator=generator) for group in range(len(windows))}
-    return (
-        config,
-        Parts(policy, None, None, engine, None, config),
-        Batch(trajectories, calls),
-        windows,
-        advantages,
-        [0],
-    )
+    advantages = {group: torch.randn(groups.size, generator=generator) for group in range(len(windows))}
+    unused: dict[str, Any] = dict.fromkeys(("reward", "rewarder", "schedule", "panel"))
+    components = Components(policy, engine, groups=groups, calls=plan, rules=build_rules(config), **unused)
+    return FourGroups(components, rolled_out, windows, advantages, [0])
 
 
 def gradient(words: Sequence[str]) -> tuple[torch.Tensor, float]:
     """The gradient of one optimizer step on all four groups, and its norm."""
-    from hrf_fast.training.update import learn
+    from hrf_fast.training.update import update
 
-    config, parts, *groups = four_groups(words)
+    iteration = four_groups(words)
+    engine = iteration.components.engine
     # low enough not to overflow
-    parts.engine.loss_scale.value = 1024.0 if config.compute.precision == "fp16" else 1.0
-    steps, _ = learn(parts, config, *groups, iteration=0, note=print)
-    tensors, _ = parts.engine.optimizer_state()
+    engine.loss_scale.value = 1024.0 if iteration.components.policy.precision == "fp16" else 1.0
+    steps, _ = update(*iteration, iteration=0, note=print)
+    tensors, _ = engine.optimizer_state()
     count = sum(name.endswith("exp_avg") for name in tensors)
     # AdamW's first average is (1 - beta1) times the gradient
     flat = [tensors[f"{index}.exp_avg"].flatten() / 0.1 for index in range(count)]
@@ -83,31 +97,30 @@ def gradient(words: Sequence[str]) -> tuple[torch.Tensor, float]:
 
 def not_finite(words: Sequence[str]) -> list:
     """A NaN in the last group, of the second rank: what stays, and whether the next step is made."""
-    from hrf_fast.training.update import learn
+    from hrf_fast.training.update import update
 
-    config, parts, batch, windows, advantages, steps = four_groups([*words, "stop.on_nan=skip"])
-    notes = []
+    iteration = four_groups([*words, "stop.on_nan=skip"])
+    components, notes = iteration.components, []
 
     def weights():
-        with parts.engine.gathered():
-            return torch.cat([p.detach().flatten().clone() for p in parts.policy.unet.parameters()])
+        with components.engine.gathered():
+            return torch.cat([value.flatten().clone() for value in components.engine.weights().values()])
 
-    parts.engine.set_learning_rate(0.01)
+    components.engine.set_learning_rate(0.01)
     before = weights()
-    broken = advantages | {3: advantages[3] * torch.nan}
-    where = {"iteration": 7, "note": notes.append}
-    made, skipped = learn(parts, config, batch, windows, broken, steps, **where)
-    kept = bool(torch.equal(weights(), before))
-    again, _ = learn(parts, config, batch, windows, advantages, steps, **where)
+    broken = iteration._replace(advantages=iteration.advantages | {3: iteration.advantages[3] * torch.nan})
+    made, skipped = update(*broken, iteration=7, note=notes.append)
+    unchanged = bool(torch.equal(weights(), before))
+    again, _ = update(*iteration, iteration=7, note=notes.append)
     after = weights()
     finite = bool(after.isfinite().all()) and not torch.equal(after, before)
-    config.stop.on_nan = "stop"
+    stopping = replace(components, rules=replace(components.rules, skip_not_finite=False))
     try:
-        learn(parts, config, batch, windows, broken, steps, **where)
-        error = ""
-    except FloatingPointError as found:
-        error = str(found)
-    return [len(made), skipped, kept, len(again), finite, notes, error]
+        update(*broken._replace(components=stopping), iteration=7, note=notes.append)
+        message = ""
+    except FloatingPointError as error:
+        message = str(error)
+    return [len(made), skipped, unchanged, len(again), finite, notes, message]
 
 
 def collectives() -> list:

@@ -9,7 +9,7 @@ import pytest
 
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.train import main
-from tests.faults.soak import compare
+from tests.runs import assert_equal_runs, with_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +39,8 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_with_a_clear_error_and_the_checkpoint_before_goes_on(tiny_run, tmp_path, small_disk, capsys):
     disk, resize = small_disk
-    words = [word for word in tiny_run if not word.startswith("run.folder=")]
-    words += ["train.iterations=12", "evaluation.every=0", "run.keep_checkpoints=99"]
-    assert main([*words, f"run.folder={disk / 'run'}"]) == 1
+    words = with_folder(tiny_run, disk / "run", "train.iterations=12", "evaluation.every=0", "run.keep_checkpoints=99")
+    assert main(words) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and str(disk / "run") in error
     kept = list_checkpoints(disk / "run" / "checkpoints")
@@ -49,7 +48,7 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_checkpoint_before_goes_on(
     assert json.loads((kept[0] / "state.json").read_text())["iteration"] == len(kept)
     # with room again, the same command ends as if nothing had happened
     assert resize("64m").returncode == 0
-    assert main([*words, f"run.folder={disk / 'run'}"]) == 0
+    assert main(words) == 0
     assert "is skipped" not in capsys.readouterr().out
-    assert main([*words, f"run.folder={tmp_path / 'whole'}"]) == 0
-    compare(tmp_path / "whole", disk / "run")
+    assert main(with_folder(words, tmp_path / "whole")) == 0
+    assert_equal_runs(tmp_path / "whole", disk / "run")

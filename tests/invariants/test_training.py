@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import hrf_fast
+import hrf_fast.engines.base as engine_module
 import hrf_fast.training.iteration as iteration_module
 import hrf_fast.training.update as update_module
 from hrf_fast.config.load import load_config
@@ -452,6 +453,92 @@ def test_calls_of_an_iteration_that_was_stopped_are_not_counted_twice(tiny_run, 
     train(words, reward=Interrupted())
     train(with_folder(words, tmp_path / "whole"), reward=Interrupted())
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+# listeners
+
+
+class Heard(hrf_fast.Listener):
+    """Writes down what it hears, and answers an iteration by `answer`."""
+
+    def __init__(self, answer=lambda record: None) -> None:
+        self.answer, self.records, self.panels, self.reasons = answer, [], [], []
+
+    def iteration(self, record):
+        self.records.append(record)
+        return self.answer(record)
+
+    def panel(self, record, images):
+        self.panels.append((record, images.shape))
+
+    def finished(self, reason):
+        self.reasons.append(reason)
+
+
+def test_listeners_hear_every_line_that_is_logged_and_a_resumed_run_goes_on_telling(tiny_run, tmp_path):
+    first, second = Heard(), Heard()
+    result = train([*tiny_run, "train.iterations=1"], listeners=[first])
+    assert (result.folder, result.reason) == (tmp_path / "run", first.reasons[0])
+    train(tiny_run, listeners=[second])
+    assert first.records + second.records == read_log(tmp_path / "run" / "metrics.jsonl")
+    heard = first.panels + second.panels
+    assert [record for record, _ in heard] == panels(tmp_path / "run")
+    assert {shape for _, shape in heard} == {(6, 3, 16, 16)}
+    assert len(first.reasons) == len(second.reasons) == 1
+
+
+def test_a_listener_ends_a_run_with_its_reason_and_the_run_can_go_on(tiny_run, tmp_path):
+    words = [*tiny_run, "train.iterations=3", "evaluation.every=0", "run.save_every=0"]
+    heard = Heard(lambda record: "seen enough" if record["iteration"] == 1 else None)
+    assert train(words, listeners=[heard]).reason == "seen enough"
+    assert heard.reasons == ["seen enough"] and len(metrics(tmp_path / "run")) == 2
+    assert [record["iteration"] for record in panels(tmp_path / "run")] == [0, 2]
+    assert (tmp_path / "run" / "model").is_dir()
+    train(words)
+    train(with_folder(words, tmp_path / "whole"))
+    assert_equal_training(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_error_of_a_listener_ends_the_run_after_a_checkpoint_of_what_it_heard(tiny_run, tmp_path):
+    words = [*tiny_run, "train.iterations=3", "evaluation.every=0", "run.save_every=0"]
+
+    def fail(record):
+        if record["iteration"] == 1:
+            raise ValueError("my plot")
+
+    heard = Heard(fail)
+    with pytest.raises(ValueError, match="my plot"):
+        train(words, listeners=[heard])
+    assert "ValueError" in heard.reasons[0] and len(heard.reasons) == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000002"]
+    train(words)
+    train(with_folder(words, tmp_path / "whole"))
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+# Ctrl-C and SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["in", "out"])
+def test_a_ctrl_c_while_averaged_weights_are_copied_saves_the_trained_ones(tiny_run, tmp_path, monkeypatch, moment):
+    words = [*tiny_run, "optimizer.ema_decay=0.9"]
+    train(with_folder(words, tmp_path / "whole"))
+    original, copies = engine_module._copy, []
+
+    def copy(parameters, values):
+        # there are values at panels only: averages in and weights back, before training and after the first iteration
+        copies.extend(values[:1])
+        if values and len(copies) == {"in": 3, "out": 4}[moment]:
+            original(parameters[:5], values[:5])
+            raise KeyboardInterrupt
+        original(parameters, values)
+
+    monkeypatch.setattr(engine_module, "_copy", copy)
+    with pytest.raises(KeyboardInterrupt):
+        train([*words, "run.save_every=0"])
+    saved, whole = (tmp_path / name / "checkpoints" / "iteration-000001" for name in ("run", "whole"))
+    for file in ("weights.safetensors", "ema.safetensors"):
+        assert equal(checkpoint_weights(saved, file), checkpoint_weights(whole, file))
 
 
 def start(words, **environment):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hrf_kernels import clipped_surrogate, gaussian_step, ops
+from hrf_kernels.coefficients import StepInputs
 from hrf_kernels.reference import LOG_RATIO_LIMIT
 from tests.kernels.cases import Case, Inputs, both_backends, coef_with, differentiate, draw, exact, worst
 
@@ -23,9 +24,8 @@ def test_no_std_that_is_not_positive_and_finite_has_a_finite_log_prob(shape, bac
         **outputs, latents=rest["latents"], coef=coef, seed=0, sample_id=torch.arange(2), step=0, backend=backend
     )
     assert not log_prob.isfinite().any()
-    tensors = list(coef.tensors().values())
-    run = ops._module(backend).gaussian_log_prob
-    log_prob = run(outputs["model_output"], None, rest["latents"], rest["next_latents"], tensors, None, 1.0)
+    inputs = StepInputs(outputs["model_output"], rest["latents"], coef, next_latents=rest["next_latents"])
+    log_prob = ops._module(backend).gaussian_log_prob(inputs)
     assert not log_prob.isfinite().any()
 
 

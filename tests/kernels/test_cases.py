@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hrf_kernels import analytic, triton_backend
+from hrf_kernels import eager, fused
 from tests.kernels.cases import (
     BF16,
     FP32,
@@ -67,6 +67,6 @@ def test_the_tolerance_rejects_truncation_to_bfloat16():
 
 
 def test_fresh_memory_is_nan_in_these_tests():
-    for module in (analytic, triton_backend):
+    for module in (eager, fused):
         assert module.torch.empty(3).isnan().all() and module.torch.empty_like(torch.ones(3, dtype=BF16)).isnan().all()
         assert module.torch.empty(3, dtype=torch.bool).view(torch.uint8).tolist() == [255] * 3

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hrf_kernels import StepCoefficients, analytic, clipped_surrogate, gaussian_log_prob, gaussian_step, reference
+import hrf_kernels.eager
+from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step, reference
 from tests.kernels.cases import (
     DTYPES,
     ONE,
@@ -80,7 +81,7 @@ def test_results_do_not_depend_on_the_size_of_a_block(monkeypatch, block, option
     policy = {**inputs.outputs, **{n: v for n, v in inputs.rest.items() if n in ("latents", "coef", "guidance_scale")}}
     key = {"seed": 5, "sample_id": torch.arange(8), "step": 2, "backend": "eager"}
     step = gaussian_step(**policy, **key)
-    monkeypatch.setattr(analytic, "_BLOCK", block)
+    monkeypatch.setattr(hrf_kernels.eager, "_BLOCK", block)
     parts, gradients = differentiate(clipped_surrogate, inputs, backend="eager")
     for name, ours, theirs in zip(parts._fields, parts, whole, strict=True):
         assert torch.equal(ours, theirs), name
@@ -91,7 +92,7 @@ def test_results_do_not_depend_on_the_size_of_a_block(monkeypatch, block, option
 def test_a_batch_of_several_real_blocks():
     # 2^18 elements to a block: four samples, four, one
     inputs = draw(Case((9, 1, 256, 256), clamp=0.75, per_sample=True), seed=46)
-    assert analytic._BLOCK == 2**18
+    assert hrf_kernels.eager._BLOCK == 2**18
     assert_within_tolerance(differentiate(clipped_surrogate, inputs, backend="eager"), exact(inputs))
 
 

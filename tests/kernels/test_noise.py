@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hrf_kernels import StepCoefficients, gaussian_step, philox_normal, reference, triton_backend
+from hrf_kernels import StepCoefficients, fused, gaussian_step, philox_normal, reference
+from hrf_kernels.coefficients import StepInputs
 from hrf_kernels.philox import philox
 from tests.kernels.cases import BACKENDS, DTYPES, FP32, Case, both_backends, draw, ulp, wide, worst
 
@@ -69,7 +70,7 @@ def words_kernel(words, sample_id, step, key_low, key_high, quads, BLOCK: tl.con
 def test_the_words_are_equal_to_the_bit(seed, sample, step):
     quads = 60
     words = torch.full((4, quads), -1)
-    signed = [triton_backend._word(value) for value in (step, seed, seed >> 32)]
+    signed = [fused._word(value) for value in (step, seed, seed >> 32)]
     words_kernel[(1,)](words, torch.tensor([sample]), *signed, quads, BLOCK=64, enable_fp_fusion=False)
     counter = torch.arange(quads)
     zero = torch.zeros_like(counter)
@@ -112,9 +113,9 @@ def test_the_next_latents_do_not_depend_on_how_a_batch_is_split(backend, shape):
 def test_the_noise_does_not_depend_on_the_block_plan():
     outputs, rest = draw(Case((2, 2, 45, 45)), seed=32)
     ids = torch.arange(2)
-    arguments = (outputs["model_output"], None, rest["latents"], list(rest["coef"].tensors().values()), None, 1.0)
-    one, one_log_prob = triton_backend.gaussian_step(*arguments, 5, ids, 1, one_program=True)
-    two, two_log_prob = triton_backend.gaussian_step(*arguments, 5, ids, 1, one_program=False)
+    inputs = StepInputs(outputs["model_output"], rest["latents"], rest["coef"])
+    one, one_log_prob = fused.gaussian_step(inputs, 5, ids, 1, one_program=True)
+    two, two_log_prob = fused.gaussian_step(inputs, 5, ids, 1, one_program=False)
     assert torch.equal(one, two)
     # the same sum in another order
     torch.testing.assert_close(one_log_prob, two_log_prob, atol=1e-6, rtol=0)

@@ -11,7 +11,7 @@ import torch
 import hrf_fast.policies.unconditional
 import hrf_kernels
 from hrf_fast.train import main
-from hrf_kernels import triton_backend
+from hrf_kernels import fused
 from tests.parity.test_golden import (  # noqa: F401
     test_loss_and_every_gradient,
     test_mean_sigma_and_log_prob_of_every_window_step,
@@ -39,7 +39,7 @@ METRIC_TOLERANCE, WEIGHT_TOLERANCE = 1e-3, 5e-3
 @pytest.fixture(autouse=True)
 def triton_ran(monkeypatch):
     """ "auto" means "triton", and the test launches its kernels."""
-    choose, launch, launches = hrf_kernels.choose_backend, triton_backend.launch, []
+    choose, launch, launches = hrf_kernels.choose_backend, fused.launch, []
 
     def choose_triton(backend, device):
         return choose("triton" if backend == "auto" else backend, device)
@@ -50,7 +50,7 @@ def triton_ran(monkeypatch):
 
     monkeypatch.setattr(hrf_kernels, "choose_backend", choose_triton)
     monkeypatch.setattr(hrf_fast.policies.unconditional, "choose_backend", choose_triton)
-    monkeypatch.setattr(triton_backend, "launch", count)
+    monkeypatch.setattr(fused, "launch", count)
     yield
     assert launches
 

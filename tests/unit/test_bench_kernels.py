@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench_kernels
-from benchmarks.kernel_bench import page as tables
-from benchmarks.kernel_bench import timing
+from benchmarks.kernel_bench import page, timing
 from benchmarks.kernel_bench.counting import Count, Traffic, count, count_analytic
 from benchmarks.kernel_bench.providers import NAMES, Disagreement, Result, check, exact, make_case, providers
 from hrf_fast.cli import main
@@ -88,12 +87,13 @@ def test_a_run_prints_tables_and_writes_json(tmp_path, capsys):
     out = tmp_path / "k.json"
     words = ["--shapes", "3x8x8", "--batch", "4", "--seconds", "0", "--threads", "1", "--out", str(out)]
     assert main(["bench", "kernels", *words, "--providers", *EAGER, "two-stage", "one-program"]) == 0
-    page = capsys.readouterr().out
-    assert "GPU columns" in page and "are empty" in page and "GB/s |" not in page
-    assert "| two-stage | 7 | 3 | 7 | 3 |" in page and "| one-program | 4 | 2 | 4 | 2 |" in page
-    assert "fashion" in page and "of the step" in page
+    printed = capsys.readouterr().out
+    assert "GPU columns" in printed and "are empty" in printed and "GB/s |" not in printed
+    assert "| two-stage | 7 | 3 | 7 | 3 |" in printed and "| one-program | 4 | 2 | 4 | 2 |" in printed
+    assert "fashion" in printed and "of the step" in printed
     result = json.loads(out.read_text())
-    assert {"device", "torch", "triton", "python", "commit", "seed", "threads"} <= set(result)
+    assert {"device", "cpu", "versions", "python", "commit", "threads"} <= set(result["machine"])
+    assert result["machine"]["commit"] in printed and {"seed", "dtype", "clock"} <= set(result)
     assert [(case["shape"], case["batch"], case["clamp"]) for case in result["cases"]] == [
         ([3, 8, 8], 4, False),
         ([3, 8, 8], 4, True),
@@ -107,21 +107,21 @@ def test_a_run_prints_tables_and_writes_json(tmp_path, capsys):
 def test_it_runs_as_a_script():
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_kernels.py"), "--batch", "0"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == "error: --batch is 0; use at least 1\n"
+    assert result.returncode == 1 and result.stderr.startswith("error: --batch is 0")
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
-        (["--shapes", "3x32"], "--shapes has '3x32'; use CxHxW"),
-        (["--shapes", "3x32x0"], "such as 3x32x32 or"),
-        (["--batch", "0"], "--batch is 0; use at least 1"),
-        (["--threads", "0"], "--threads is 0; use at least 1"),
-        (["--seconds", "-1"], "--seconds is -1.0; use 0 or more"),
-        (["--providers", "magic"], "--providers has 'magic'; use one or more of 'literal eager'"),
-        (["--clock", "cpu"], "use it with --threads 1"),
-        (["--out", "nowhere/k.json"], "there is no folder nowhere"),
-        (["--device", "abacus"], "--device is 'abacus'; use auto"),
+        (["--shapes", "3x32"], "--shapes has '3x32'"),
+        (["--shapes", "3x32x0"], "--shapes has '3x32x0'"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--seconds", "-1"], "--seconds is -1.0"),
+        (["--providers", "magic"], "--providers has 'magic'"),
+        (["--clock", "cpu"], "--clock cpu"),
+        (["--out", "nowhere/k.json"], "--out is nowhere"),
+        (["--device", "abacus"], "--device is 'abacus'"),
     ],
 )
 def test_bad_arguments_are_named(words, message, capsys):
@@ -132,7 +132,7 @@ def test_bad_arguments_are_named(words, message, capsys):
 def test_without_the_repository_the_command_says_what_to_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("hrf_fast.cli.__file__", str(tmp_path / "hrf_fast" / "cli.py"))
     assert main(["bench", "kernels"]) == 1
-    assert "there is no benchmarks folder beside" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_gpu_numbers_by_hand(monkeypatch):
@@ -147,12 +147,12 @@ def test_gpu_numbers_by_hand(monkeypatch):
     monkeypatch.setattr(triton.testing, "get_dram_gbps", lambda: 400.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "launches", lambda function: 3)
-    found = timing.gpu_times(lambda: None, 8e6)
-    assert found["cold_gb_per_s"] == pytest.approx(4) and found["cold_share_of_peak"] == pytest.approx(0.01)
-    assert found["warm_ms"] is None and found["warm_gb_per_s"] is None
-    assert found["no_warm_time"] == "operation not permitted when stream is capturing"
-    case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": found, "errors": {}}}}
-    assert "| 3×8×8 | 4 | on | two-stage | 2 |  | 4 | 0.01 |  | 3 |" in tables._gpu([case])
+    times = timing.gpu_times(lambda: None, 8e6)
+    assert times["cold_gb_per_s"] == pytest.approx(4) and times["cold_share_of_peak"] == pytest.approx(0.01)
+    assert times["warm_ms"] is None and times["warm_gb_per_s"] is None
+    assert times["no_warm_time"] == "operation not permitted when stream is capturing"
+    case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": times, "errors": {}}}}
+    assert "| 3×8×8 | 4 | on | two-stage | 2 |  | 4 | 0.01 |  | 3 |" in page._gpu([case])
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():

@@ -13,33 +13,33 @@ from hrf_fast.cli import main as hrf
 
 
 def measured(exact, x0, **options):
-    """Of [anchors][groups] rewards at the candidates 0, 2, 4, 6 of 8 steps; all distances are equal."""
+    """Measurements of [anchors][groups] rewards at the candidates 0, 2, 4, 6 of 8 steps; all distances are equal."""
     settings = {"steps": 8, "stride": 2, "beta": 0.5, "groups": 1, "warmup": 0, "repeats": 1, "seed": 0}
     arguments = SimpleNamespace(**{**settings, "noises": len(exact[0]), **options})
-    found = Measurements(arguments, [0, 2, 4, 6])
+    measurements = Measurements(arguments, [0, 2, 4, 6])
     for name, tables in (("exact", exact), ("x0", x0)):
-        found.tables[name] = [torch.stack([torch.tensor(t), torch.full((len(t), 4), 0.5)], 1) for t in tables]
-    return found
+        measurements.tables[name] = [torch.stack([torch.tensor(t), torch.full((len(t), 4), 0.5)], 1) for t in tables]
+    return measurements
 
 
 def test_regret_and_agreement_by_hand():
-    # rewards whose changes are (0, 1, 2), (2, 0, 1): scores (0, .5, 1) choose 4, (1, 0, .5) choose 0
+    # rewards whose changes are (0, 1, 2), (2, 0, 1): criteria (0, .5, 1) choose 4, (1, 0, .5) choose 0
     late, early = [0.0, 0.0, 1.0, 3.0], [0.0, 2.0, 2.0, 3.0]
     # anchor 0: both groups like 4; anchor 1: one likes 4, the other 0. x0 is right about anchor 0 and says 4 of 1
     rows = judge(measured([[late, late], [late, early]], [[late, late], [late, late]]), {"exact": [0.5], "x0": [0.1]})
-    found = {row["name"]: row for row in rows}
+    by_name = {row["name"]: row for row in rows}
     # anchor 1: 4 by `early` scores .5 and 0 by `late` 0: regrets .5 and 1; both choices differ from the other group's
-    assert found["exact"]["regret_of_anchors"] == pytest.approx([0, 0.75])
-    assert found["exact"]["same_start"] == 0.5 and found["exact"]["evaluations_per_sample"] == 8 + 6 + 4 + 2
-    assert found["exact"]["starts"] == {0: 1, 4: 3} and found["exact"]["seconds_per_sample"] == 0.5
+    assert by_name["exact"]["regret_of_anchors"] == pytest.approx([0, 0.75])
+    assert by_name["exact"]["same_start"] == 0.5 and by_name["exact"]["evaluations_per_sample"] == 8 + 6 + 4 + 2
+    assert by_name["exact"]["starts"] == {0: 1, 4: 3} and by_name["exact"]["seconds_per_sample"] == 0.5
     # 4 for anchor 1 twice: 0.5 by `early`, 0 by `late`; equal to the exact choice of the other group once
-    assert found["x0"]["regret_of_anchors"] == pytest.approx([0, 0.25])
-    assert found["x0"]["same_start"] == 0.75 and found["x0"]["evaluations_per_sample"] == 4
-    assert found["x0"]["over_exact"][0] == pytest.approx((0 - 0.5) / 2)
+    assert by_name["x0"]["regret_of_anchors"] == pytest.approx([0, 0.25])
+    assert by_name["x0"]["same_start"] == 0.75 and by_name["x0"]["evaluations_per_sample"] == 4
+    assert by_name["x0"]["over_exact"][0] == pytest.approx((0 - 0.5) / 2)
     # of any start the mean of (1, .5, 0) lost
-    assert found["uniform"]["regret_of_anchors"] == pytest.approx([0.5, 0.5])
+    assert by_name["uniform"]["regret_of_anchors"] == pytest.approx([0.5, 0.5])
     # for anchor 1 what anchor 0 likes, 4; for anchor 0 what both groups of anchor 1 together like: changes (1, .5, 1.5)
-    assert found["one start"]["regret_of_anchors"] == pytest.approx([0, 0.25])
+    assert by_name["one start"]["regret_of_anchors"] == pytest.approx([0, 0.25])
 
 
 def test_a_bandit_is_warmed_up_on_other_anchors_only():
@@ -69,11 +69,11 @@ def test_quick_search_benchmark_runs_through(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--anchors", "1"], "--anchors is 1; use at least 2"),
-        (["--warmup", "-1"], "--warmup is -1; use at least 0"),
-        (["--reference-group", "7"], "--reference-group is 7; use a multiple of --group-size, 5"),
+        (["--anchors", "1"], "--anchors is 1"),
+        (["--warmup", "-1"], "--warmup is -1"),
+        (["--reference-group", "7"], "--reference-group is 7"),
         (["--reference-group", "0"], "--reference-group is 0"),
-        (["--threads", "0"], "--threads is 0; use at least 1"),
+        (["--threads", "0"], "--threads is 0"),
         (["--stride", "39"], r"window\.kwargs\.stride is 39"),
         (["--beta", "nan"], r"window\.kwargs\.beta is nan"),
     ],

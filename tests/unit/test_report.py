@@ -244,7 +244,7 @@ def test_runs_whose_panels_differ_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a and .*b can't be compared.*: evaluation.seed is 1234 and 7\. Report each"):
         write_report([first, other])
     far = write_run(tmp_path / "c", start=[5.0, 6.0, 7.0, 8.0])
-    with pytest.raises(ValueError, match=r"same weights: .* panel scores 6.5, outside the first's \[0.5, 2.5\]"):
+    with pytest.raises(ValueError, match=r"same weights: .* 6.5, outside the first's \[0.5, 2.5\]"):
         summary_lines([first, far])
 
 

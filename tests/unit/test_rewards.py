@@ -88,7 +88,9 @@ def test_the_list_tells_what_a_reward_is_takes_and_needs():
     assert list(infos) == sorted(infos)
     assert {"jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "classifier"} <= set(infos)
     jpeg = infos["jpeg_compressibility"]
-    assert jpeg.description == "Minus the size of the image as a JPEG, in kB: smooth, simple pictures score high."
+    assert (
+        jpeg.description == "Minus the size of the image as a JPEG, in kB: smooth, simple pictures get a high reward."
+    )
     assert asdict(jpeg.arguments[0]) == {
         "name": "quality",
         "type": "int",

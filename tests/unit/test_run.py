@@ -28,7 +28,8 @@ def panel(count=6):
 
 
 def log(run, iteration, **options):
-    return run.log({"iteration": iteration, "reward_mean": 0.5}, **{"images": 8, "network_seconds": 1.0, **options})
+    record, state = {"iteration": iteration, "reward_mean": 0.5}, {"iteration": iteration + 1}
+    return run.log(record, state, **{"images": 8, "network_seconds": 1.0, **options})
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

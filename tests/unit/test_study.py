@@ -61,6 +61,7 @@ def test_a_configuration_without_features_is_refused_before_anything_is_trained(
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_the_smallest_study_by_its_command(tmp_path):
     config = ROOT / "configs" / "demo_fashion.yaml"
     words = ["sample.num_inference_steps=4", "train.iterations=1", "evaluation.panel_size=4", "evaluation.every=0"]
