@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,14 @@ def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
 
 
 def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
-    """The configuration with fields of its sample section replaced, in fp32 on `device`."""
+    """The configuration with fields of its sample section replaced, in fp32 on `device` and without CUDA's switches."""
     names = {"sampler": "scheduler", "num_inference_steps": "num_inference_steps", "eta": "eta"}
     for name, value in sampler.items():
         setattr(config.sample, names[name], value)
-    config.run.device, config.compute.precision, config.compute.channels_last = device, "fp32", False
+    config.run.device = device
+    config.compute = replace(
+        config.compute, precision="fp32", channels_last=False, deterministic=True, attention="sdpa", compile="none"
+    )
     return config
 
 

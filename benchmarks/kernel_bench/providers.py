@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import hrf_kernels
-from benchmarks.counting import Traffic
+from benchmarks.kernel_bench.counting import Traffic
 from hrf_kernels import StepCoefficients, eager, reference
 from hrf_kernels.coefficients import ClipInputs, StepInputs
 from hrf_kernels.launch import ONE_PROGRAM_LIMIT

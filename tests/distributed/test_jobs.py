@@ -76,7 +76,7 @@ def long_run(tiny_run):
     return [*tiny_run, "train.groups_per_step=2", "train.iterations=2000", "evaluation.every=0", "run.save_every=0"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_job_with_a_message_that_names_it(long_run, tmp_path, victim):
     processes = start(long_run)
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, processes)
@@ -151,7 +151,7 @@ def test_the_deepspeed_command_of_the_docs_runs(tmp_path):
     assert (tmp_path / "run" / "model").is_dir()
 
 
-@pytest.mark.parametrize("program", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("program", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_other_launchers_run_the_same_script(tiny_run, tmp_path, program):
     port = str(free_port())
     if program == "torchrun":

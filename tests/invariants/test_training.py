@@ -135,6 +135,7 @@ def test_a_bandit_resumes_with_what_it_has_measured(tiny_run, tmp_path):
     assert whole["schedule"] == halves["schedule"] and whole["calls"] == halves["calls"]
 
 
+@pytest.mark.slow
 def test_a_bandit_interrupted_in_mid_iteration_forgets_that_iteration(tiny_run, tmp_path):
     # Ctrl-C after the third iteration's search: the checkpoint is that of two iterations, and so are the pulls in it
     words = [*tiny_run, *BANDIT, "run.save_every=0", "train.iterations=4"]
@@ -573,7 +574,7 @@ def test_a_run_under_nohup_outlives_its_terminal_and_sigterm_stops_it(tiny_run, 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_stopped_process_resumes_to_the_uninterrupted_result(tiny_run, tmp_path, stop):
     words = [*tiny_run, "train.iterations=12", "evaluation.every=6"]
     process = start(words)

@@ -158,6 +158,7 @@ def test_another_checkout_must_have_the_benchmarks(tmp_path):
         table_of_tree(tmp_path, "fashion", "hrf", {})
 
 
+@pytest.mark.slow
 def test_quick_memory_benchmark_runs_through(tmp_path):
     bench_memory.main(["--quick", "--modes", "keep", "replay", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "memory.json").read_text())

@@ -141,7 +141,7 @@ def test_a_run_trains_and_its_model_is_an_ldm_that_decodes_equally(model, tmp_pa
     result = train(words, reward=brightness)
     assert sizes == {(3, IMAGE_SIDE, IMAGE_SIDE)}
     (record,) = metrics(result.folder)
-    assert record["ratio_max"] == pytest.approx(1.0, abs=1e-3) and record["grad_norm"] > 0
+    assert record["ratio_max"] == pytest.approx(1.0, abs=1e-2) and record["grad_norm"] > 0
     latents, images = decoded_by_pipeline(result.folder / "model")
     before, after = load(model), load(result.folder / "model")
     torch.testing.assert_close(after.decode(latents), images, atol=1e-5, rtol=0)

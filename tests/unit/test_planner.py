@@ -185,6 +185,7 @@ def test_the_search_of_hrf_d_is_counted_and_its_windows_are_a_bound(tiny_run, se
     assert made.counts.forwards("keep", 1) == made.counts.forwards("replay", 1) - made.counts.update
 
 
+@pytest.mark.slow
 def test_bytes_are_linear_in_the_images_and_less_with_checkpointing(model):
     files = read_model(str(model))
     footprints = measure_model(files, device="cuda")
