@@ -24,6 +24,8 @@ EXTRAS = {
         "torchmetrics",
         "vendi-score",
         "pytest",
+        # builds the wheel that a test installs
+        "setuptools>=77",
         "pytest-cov",
         "pytest-timeout",
         "pytest-xdist",

@@ -93,7 +93,6 @@ def test_links_lead_to_files(page):
     assert missing == []
 
 
-@pytest.mark.xfail(strict=True, reason="the strip of `make demo` is drawn last; delete this mark with it")
 def test_pictures_of_the_readme_exist():
     assert [
         name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text()) if not (ROOT / name).is_file()
