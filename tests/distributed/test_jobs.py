@@ -151,7 +151,9 @@ def test_the_deepspeed_command_of_the_docs_runs(tmp_path):
     assert (tmp_path / "run" / "model").is_dir()
 
 
-@pytest.mark.parametrize("program", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+# the deepspeed launcher of the test before runs the script in make test
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["torchrun", "accelerate"])
 def test_other_launchers_run_the_same_script(tiny_run, tmp_path, program):
     port = str(free_port())
     if program == "torchrun":

@@ -113,6 +113,7 @@ def test_the_literal_loop_refuses_what_was_not_published(literal_of, option):
         literal_of(option)
 
 
+@pytest.mark.slow
 def test_quick_training_benchmark_runs_through(tmp_path, capsys):
     bench_training.main(["--quick", "--methods", "hrf", "--rows", "*one group*", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "training.json").read_text())
