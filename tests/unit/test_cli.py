@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hrf_fast import cli
 from hrf_fast.cli import main
+from hrf_fast.config.load import load_config, to_yaml
 from hrf_fast.errors import Interrupted
 from tests.conftest import tiny_words
 from tests.runs import panels, weights
@@ -86,6 +87,16 @@ def test_a_checkpoint_is_exported_as_a_folder_that_diffusers_loads(finished, tmp
     assert any(not torch.equal(first[name], tuned[name]) for name in tuned)
 
 
+def test_a_run_that_was_trained_by_what_only_cuda_has_is_drawn_and_exported_on_a_cpu(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = load_config(["--config", str(run / "config.yaml")])
+    config.compute.deterministic, config.compute.attention, config.compute.precision = False, "xformers", "fp16"
+    (run / "config.yaml").write_text(to_yaml(config))
+    assert main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--count", "2", "--device", "cpu"]) == 0
+    assert main(["export", str(run / "checkpoints" / "iteration-000002"), "--out", str(tmp_path / "out")]) == 0
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "out").items())
+
+
 def test_what_is_no_checkpoint_is_not_exported_and_nothing_is_written_over(finished, tmp_path, capsys):
     out = str(tmp_path / "out")
     for folder in (finished, tmp_path / "nowhere"):
@@ -99,16 +110,13 @@ def test_what_is_no_checkpoint_is_not_exported_and_nothing_is_written_over(finis
 
 def test_weights_of_another_architecture_are_not_put_into_the_model(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace(str(_model_name(text)), "fashion"))
+    config = load_config(["--config", str(run / "config.yaml")])
+    config.model.name = "fashion"
+    (run / "config.yaml").write_text(to_yaml(config))
     checkpoint = run / "checkpoints" / "iteration-000002"
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert "weights.safetensors" in err and "model.name" in err and not (tmp_path / "out").exists()
-
-
-def _model_name(text):
-    return next(line.split(": ")[1] for line in text.splitlines() if line.startswith("  name: "))
 
 
 def test_evaluate_wants_a_finished_run(finished, tmp_path, capsys):
