@@ -60,11 +60,11 @@ def test_advantages_are_float32_whatever_the_rewards_dtype():
 
 @pytest.mark.parametrize("group", [[0, 0, 1], [0, 1, 2]])
 def test_a_group_of_one_is_refused(group):
-    with pytest.raises(ValueError, match=r"train\.group_size is 1: .*use at least 2"):
+    with pytest.raises(ValueError, match=r"train\.group_size is 1.* 2"):
         advantages([1.0, 2.0, 3.0], group)
 
 
 @pytest.mark.parametrize("floor", [0.0, -1.0])
 def test_a_floor_that_cannot_divide_is_refused(floor):
-    with pytest.raises(ValueError, match=rf"train\.advantage_floor is {floor}.*use a positive number"):
+    with pytest.raises(ValueError, match=rf"train\.advantage_floor is {floor};"):
         advantages([1.0, 2.0], [0, 0], floor=floor)

@@ -154,8 +154,10 @@ def test_an_exception_of_a_listener_ends_the_run_as_an_error(words, tmp_path):
         train(words, reward=brightness, listeners=[other, failing])
     assert failing.reasons == other.reasons == ["an error (LookupError)"]
     assert not (tmp_path / "run" / "model").exists()
-    # the folder is free again, and the run goes on
-    assert train(words, reward=brightness).reason == "train.iterations is 2"
+    # the folder is free again, and the run goes on after the iteration that was heard of
+    recorder = Recorder()
+    assert train(words, reward=brightness, listeners=[recorder]).reason == "train.iterations is 2"
+    assert recorder.iterations == [1]
     assert [record["iteration"] for record in read_log(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
