@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hrf_fast.build import build_config_reward, build_panel, build_policy
 from hrf_fast.config.load import load_config
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import ComputeConfig, Config
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.grids import save_grid
@@ -66,14 +66,14 @@ def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
 
 
 def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
-    """The configuration with fields of its sample section replaced, in fp32 on `device` and without CUDA's switches."""
+    """The configuration with fields of its sample section replaced, in fp32 on `device`.
+
+    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have.
+    """
     names = {"sampler": "scheduler", "num_inference_steps": "num_inference_steps", "eta": "eta"}
     for name, value in sampler.items():
         setattr(config.sample, names[name], value)
-    config.run.device = device
-    config.compute = replace(
-        config.compute, precision="fp32", channels_last=False, deterministic=True, attention="sdpa", compile="none"
-    )
+    config.run.device, config.compute = device, ComputeConfig()
     return config
 
 
