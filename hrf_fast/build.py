@@ -14,6 +14,7 @@ import torch
 from hrf_fast.config.options import Config, RewardConfig, WindowConfig
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
+from hrf_fast.cpu import emulation_note
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
@@ -81,7 +82,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config),
         panel=panel,
-        notes=(activations.reason,) if activations.reason else (),
+        notes=tuple(filter(None, (activations.reason, emulation_note(config.compute.precision, device.type)))),
     )
 
 
@@ -118,6 +119,7 @@ def build_rules(config: Config) -> Rules:
         peers=train.advantages,
         advantage_floor=train.advantage_floor,
         skip_not_finite=config.stop.on_nan == "skip",
+        max_drift=config.stop.max_drift,
         learning_rate=learning_rate_at(
             optimizer.learning_rate_schedule,
             peak=optimizer.learning_rate,

@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
         save_file(optimizer, path / "optimizer.safetensors")
         if ema:
             save_file({name: part.contiguous() for name, part in ema.items()}, path / "ema.safetensors")
-        record = {**state, **numbers}
+        record = {**state, "engine": numbers}
         (path / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -110,10 +110,7 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
     state = comm.main_says(read)
     if state is not None:
         weights, optimizer, ema = tensors
-        numbers: dict[str, Any] = {
-            name: state.pop(name) for name in ("optimizer_scalars", "loss_scale", "good_steps") if name in state
-        }
-        engine.load(weights, optimizer, numbers, ema)
+        engine.load(weights, optimizer, state.pop("engine"), ema)
     return state
 
 

@@ -34,6 +34,8 @@ class Rules:
     """Least standard deviation to divide by, in units of the reward."""
     skip_not_finite: bool
     """Skip optimizer steps of a reward or gradient that is not finite, instead of stopping."""
+    max_drift: float
+    """Largest drift, in nats per pixel, that an iteration's last optimizer step may cause; 0 for any."""
     learning_rate: Callable[[int], float]
     """By iteration."""
 

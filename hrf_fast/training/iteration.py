@@ -18,6 +18,7 @@ from hrf_fast.rewards import RewardError
 from hrf_fast.run.session import Run
 from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
+from hrf_fast.training.drift import check_drift, policy_drift
 from hrf_fast.training.metrics import StepStats, iteration_record
 from hrf_fast.training.rewarding import GroupRewards, gather_rewards, standardise
 from hrf_fast.training.update import update
@@ -38,6 +39,8 @@ class Outcome:
     """One per optimizer step that was made."""
     skipped: int = 0
     """Optimizer steps that were not made."""
+    drift: float = 0.0
+    """Largest |log ratio| after the last optimizer step, in nats per pixel, on samples of that step."""
 
 
 def iterate(components: Components, run: Run, iteration: int) -> str | None:
@@ -66,6 +69,7 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     record = {
         "iteration": iteration,
         **iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows),
+        "drift": outcome.drift,
         **_counters(components, iteration),
         "skipped_steps": outcome.skipped,
     }
@@ -114,8 +118,11 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         run.unbroken()
         with run.phase("update"):
             made, skipped = update(components, rolled_out, windows, advantages, steps, iteration=iteration, note=note)
+            if steps == rounds[-1]:
+                outcome.drift = policy_drift(components, rolled_out, windows, steps[-1])
         outcome.steps += made
         outcome.skipped += skipped
         # graphs of a skipped step are still kept: they must not outlive the next rollout's
         del rolled_out
+    check_drift(outcome.drift, rules.max_drift, iteration)
     return outcome
