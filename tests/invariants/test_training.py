@@ -576,9 +576,9 @@ def test_a_run_under_nohup_outlives_its_terminal_and_sigterm_stops_it(tiny_run, 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_stopped_process_resumes_to_the_uninterrupted_result(tiny_run, tmp_path, stop):
-    words = [*tiny_run, "train.iterations=12", "evaluation.every=6"]
+    words = [*tiny_run, "train.iterations=6", "evaluation.every=3"]
     process = start(words)
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2)
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     if stop == signal.SIGINT:
