@@ -45,7 +45,8 @@ test-kernels: $(VENV)/.test lint
 	$(PYTEST) tests/kernels tests/ptx tests/unit/test_reference.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-# kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"
+# stop a training run by SIGKILL, SIGTERM, SIGHUP and Ctrl-C in turn, resume it, and so on; then compare it with an
+# unbroken one. ENGINE="section.field=value"
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.faults.soak --kills 24 --seed $$(date +%s) $(ENGINE)
 

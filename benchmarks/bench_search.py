@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: names the argument, its value and the rule.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_intermixed_args(argv)
     if arguments.quick:
         arguments.model, arguments.anchors, arguments.group_size = arguments.model or "tiny", 2, 2
         arguments.reference_group, arguments.steps, arguments.warmup, arguments.repeats = 4, 8, 3, 2

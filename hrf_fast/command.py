@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from hrf_fast.distributed.launcher import speaker
 from hrf_fast.errors import Interrupted
 
 RESUMES = "the same command resumes the run"
@@ -38,8 +39,8 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
         if os.environ.get("HRF_TRACEBACK"):
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
+        rank = speaker()
         # what all ranks fail with is said by one
-        if rank == "0" or not getattr(error, "on_all_ranks", False):
-            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or not getattr(error, "on_all_ranks", False):
+            print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 1

@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" or nothing, to append to an error about `name`."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """ " (did you mean 'x'?)" or nothing, to append to an error about `name`; `cutoff` of 1 asks for equality."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

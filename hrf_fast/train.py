@@ -54,7 +54,7 @@ def train(
         RewardError, FloatingPointError: a reward or a gradient is not finite; no step was made of it.
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
-    with comm.job():
+    with comm.job(config.run.lost_after):
         return train_components(*build_components(config, reward=reward, schedule=schedule), listeners)
 
 

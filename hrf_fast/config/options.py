@@ -207,6 +207,8 @@ class RunConfig:
     """Newest checkpoints to keep."""
     keep_best: bool = option(False, resumable=True)
     """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
+    lost_after: float = option(600.0, at_least=10, at_most=36_000, resumable=True)
+    """Seconds after which a job gives up a machine that answers nothing. A rank that dies ends the job at once."""
     writers: list[str] = option([], choices=("tensorboard", "wandb"), resumable=True)
     """Logs besides metrics.jsonl; for wandb log in by `wandb login`."""
     progress: str = option("auto", choices=("auto", "bar", "json", "quiet"), resumable=True)

@@ -13,7 +13,6 @@ folder/
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import FACTS, Config
+from hrf_fast.errors import NotWritten
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.checkpoint import list_checkpoints, sweep
-from hrf_fast.run.files import read_log, replace_folder, write_atomically
+from hrf_fast.run.files import PANEL, append_line, read_log, replace_folder, write_atomically
 
 
 class RunFolder:
@@ -49,6 +49,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_claim()
             self._lock = lock.lock_folder(self.path)
+        except NotWritten:
+            raise
         except OSError as error:
             raise OSError(
                 f"run.folder is {str(self.path)!r}, which can't be written: {error}; choose another"
@@ -121,7 +123,7 @@ class RunFolder:
 
     def panels(self) -> list[dict[str, Any]]:
         """The lines of evaluations.jsonl."""
-        return read_log(self.path / "evaluations.jsonl")
+        return read_log(self.path / "evaluations.jsonl", PANEL)
 
     def append_panel(self, record: dict[str, Any], images: Tensor) -> None:
         """Write a panel's PNG grid and its line of evaluations.jsonl."""
@@ -134,8 +136,4 @@ class RunFolder:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log, whole or not at all."""
-        # one write of a whole line to an append-only file: a crash can't tear it
-        data = (json.dumps(record) + "\n").encode()
-        with open(self.path / name, "ab", buffering=0) as file:
-            file.write(data)
-            os.fsync(file.fileno())
+        append_line(self.path / name, json.dumps(record))

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from hrf_fast.errors import writing
 from hrf_fast.evaluation.grids import image_grid
+from hrf_fast.run.files import write_atomically
 from hrf_fast.run.listeners import Listener
 
 if TYPE_CHECKING:
@@ -48,17 +50,22 @@ class TensorBoardWriter(Writer):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('run.writers has tensorboard: `pip install "hrf_fast[writers]"`') from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+        self._folder = folder / "tensorboard"
+        with writing(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=done or None)
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
+        with writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, iteration)
 
     def image(self, iteration: int, name: str, picture: Image) -> None:
-        self._writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+        with writing(self._folder):
+            self._writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
 
     def finished(self, reason: str) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WandbWriter(Writer):
@@ -75,7 +82,7 @@ class WandbWriter(Writer):
         self._wandb = wandb
         known = folder / "wandb_id"
         if not known.exists():
-            known.write_text(uuid.uuid4().hex)
+            write_atomically(known, uuid.uuid4().hex.encode())
         identity = known.read_text()
         try:
             self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder), id=identity, resume="allow")
