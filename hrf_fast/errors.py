@@ -17,3 +17,7 @@ class Interrupted(KeyboardInterrupt):
     def name(self) -> str:
         """The signal as people call it."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+
+
+class UserCodeError(RuntimeError):
+    """Code of the user's failed: a reward, a schedule, a listener. The message names it, with file and line."""

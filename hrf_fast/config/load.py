@@ -32,7 +32,7 @@ def load_config(argv: Sequence[str]) -> Config:
     files, overrides = _split(argv)
     merged = OmegaConf.structured(Config)
     for name in files:
-        layer = _read(Path(name), ())
+        layer = _read(Path(name).expanduser(), ())
         with _naming(name):
             merged = _merge(merged, layer)
     for override in overrides:
@@ -129,7 +129,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
         raise ValueError(f"{path}: base is {base!r}; name a YAML file or a list of them, or leave it out")
     _check_names(values, str(path))
-    parents = [_read(path.parent / name, (*seen, path.resolve())) for name in bases]
+    parents = [_read(path.parent / Path(name).expanduser(), (*seen, path.resolve())) for name in bases]
     merged = OmegaConf.create({})
     with _naming(str(path)):
         for layer in (*parents, OmegaConf.create(values)):

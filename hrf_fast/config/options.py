@@ -204,6 +204,8 @@ class RunConfig:
     """Newest checkpoints to keep."""
     keep_best: bool = option(False, resumable=True)
     """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
+    edited_code: str = option("note", choices=("note", "refuse"), resumable=True)
+    """Answer, on resume, to a reward or schedule of yours whose file has changed since the run began."""
     writers: list[str] = option([], choices=("tensorboard", "wandb"), resumable=True)
     """Logs besides metrics.jsonl; for wandb log in by `wandb login`."""
     progress: str = option("auto", choices=("auto", "bar", "json", "quiet"), resumable=True)

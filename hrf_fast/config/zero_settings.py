@@ -35,7 +35,7 @@ def read_settings(file: str) -> dict[str, Any]:
     Raises:
         ValueError: not a file of JSON, an unknown stage, offload without a stage that has it, or a key that is ours.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"engine.deepspeed is {file!r}: no such file; use one of configs/deepspeed/, or null")
     try:
