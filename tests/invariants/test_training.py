@@ -186,8 +186,9 @@ def test_a_users_schedule_that_probes_what_is_not_there_is_told(tiny_run, candid
     assert all(part in str(error.value) for part in said)
 
 
-def test_a_users_schedule_that_calls_the_probe_of_an_earlier_version_is_a_programming_error(tiny_run):
-    with pytest.raises(TypeError):
+def test_a_users_schedule_that_calls_the_probe_of_an_earlier_version_is_told_its_line(tiny_run):
+    message = r"window.schedule .* failed with TypeError: .*__call__\(\) .*test_training.py:\d+ in <lambda>"
+    with pytest.raises(UserCodeError, match=message):
         train(tiny_run, schedule=scheduled(lambda num_groups, probe: probe(0, [0, 2])))
 
 
