@@ -44,7 +44,7 @@ def draw(model: str, out: Path, *, count: int, images_per_call: int, seed: int, 
 
 def _policy(model: str, device: str, sampler: dict[str, Any]) -> Policy:
     """A model by name, or a run's tuned model or checkpoint under the sampler that it was trained with."""
-    path = Path(model)
+    path = Path(model).expanduser()
     if _is_checkpoint(path):
         config = _with_sampler(_config(path.parents[1]), device, sampler)
         policy = build_policy(config)

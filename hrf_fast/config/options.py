@@ -209,6 +209,8 @@ class RunConfig:
     """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
     lost_after: float = option(600.0, at_least=10, at_most=36_000, resumable=True)
     """Seconds after which a job gives up a machine that answers nothing. A rank that dies ends the job at once."""
+    edited_code: str = option("note", choices=("note", "refuse"), resumable=True)
+    """Answer, on resume, to a reward or schedule of yours whose file has changed since the run began."""
     writers: list[str] = option([], choices=("tensorboard", "wandb"), resumable=True)
     """Logs besides metrics.jsonl; for wandb log in by `wandb login`."""
     progress: str = option("auto", choices=("auto", "bar", "json", "quiet"), resumable=True)

@@ -34,7 +34,7 @@ LAYERS = (
     ("hub",),
     ("devices", "stopwatch"),
     ("distributed",),
-    ("noise", "registry", "assets", "cpu", "errors", "version"),
+    ("noise", "registry", "user_code", "assets", "cpu", "errors", "version"),
 )
 MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
 SOURCES = sorted(
