@@ -34,6 +34,7 @@ def sample(arguments: argparse.Namespace) -> None:
         images_per_call=arguments.images_per_call,
         seed=arguments.seed,
         device=arguments.device,
+        variant=arguments.variant,
         sampler=arguments.scheduler,
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
+    command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234)
     command.add_argument("--images-per-call", type=int, default=64)
     command.add_argument("--device", default="auto")

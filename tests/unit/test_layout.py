@@ -31,7 +31,7 @@ LAYERS = (
     ("vision",),
     ("windows",),
     ("config",),
-    ("hub",),
+    ("hub", "weights"),
     ("devices", "stopwatch"),
     ("distributed",),
     ("noise", "registry", "assets", "errors", "version"),
