@@ -27,6 +27,7 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.sampler import precision_note
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.training.calls import CallPlan
@@ -97,6 +98,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
                 (
                     activations.reason,
                     emulation_note(config.compute.precision, device.type),
+                    precision_note(policy.sampler, config.sample.eta),
                     _no_network_note(config),
                 ),
             )
@@ -210,6 +212,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     return load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
+        variant=config.model.variant if name is None else None,
         sampler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,

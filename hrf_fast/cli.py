@@ -35,6 +35,7 @@ def sample(arguments: argparse.Namespace) -> None:
         images_per_call=arguments.images_per_call,
         seed=arguments.seed,
         device=arguments.device,
+        variant=arguments.variant,
         sampler=arguments.scheduler,
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
@@ -170,6 +171,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
+    command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234, help="of the noise")
     command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")

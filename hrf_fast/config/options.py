@@ -28,6 +28,8 @@ class ModelConfig:
     """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = option(None, panel=True)
     """Branch, tag or commit of a hub id."""
+    variant: str | None = option(None, panel=True)
+    """Variant of the weight files, such as fp16 for *.fp16.safetensors; null for the plain ones."""
 
 
 @dataclass

@@ -28,8 +28,9 @@ from hrf_fast.errors import NotWritten
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
+from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import list_checkpoints, sweep
-from hrf_fast.run.files import PANEL, append_line, read_log, replace_folder, write_atomically
+from hrf_fast.run.files import PANEL, append_line, read_log, write_atomically
 
 SOURCES = "sources.json"
 # memory of the W&B writer
@@ -179,8 +180,9 @@ class RunFolder:
         self.append("evaluations.jsonl", record)
 
     def save_model(self, policy: Policy) -> None:
-        """Write the tuned model as a diffusers folder."""
-        replace_folder(self.path / "model", policy.save)
+        """Write the tuned model of the last panel as a diffusers folder with its card."""
+        panels = self.panels()
+        save_model(self.path / "model", policy, self.config, panels, panels[-1]["iteration"])
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log, whole or not at all."""

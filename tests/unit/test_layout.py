@@ -31,7 +31,7 @@ LAYERS = (
     ("vision",),
     ("windows",),
     ("config",),
-    ("hub",),
+    ("hub", "weights"),
     ("devices", "stopwatch"),
     ("distributed",),
     ("noise", "registry", "user_code", "assets", "cpu", "errors", "version"),
