@@ -174,7 +174,7 @@ class StopConfig:
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
     on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)
     """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
-    max_drift: float = option(2.0, at_least=0, resumable=True)
+    max_drift: float = option(4.0, at_least=0, resumable=True)
     """Stop with an error where an iteration's last optimizer step changes the log-prob of its own samples by more than
     this, in nats per pixel: such a step has wrecked the model; 0 never stops."""
 
