@@ -147,7 +147,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "interval": lambda value: _are_numbers(value) and len(value) == 3,
     "mapping of numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
 }
-"""What a value of a log may be."""
+"""Kinds of values in a log."""
 PANEL = {
     "evaluations": "count",
     "reward": "interval",
