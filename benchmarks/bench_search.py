@@ -53,7 +53,7 @@ from benchmarks.training_bench.configurations import base_words
 from benchmarks.training_bench.models import make_model
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
-from hrf_fast.report.tables import reward_name
+from hrf_fast.run.card import reward_name
 
 HEAD = (
     "search",

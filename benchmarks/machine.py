@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hrf_fast.doctor import cpu_bf16_units
+from hrf_fast.cpu import cpu_bf16_units
 
 _PACKAGES = ("torch", "triton", "diffusers", "numpy")
 

@@ -30,11 +30,12 @@ def sample(arguments: argparse.Namespace) -> None:
 
     draw(
         arguments.model,
-        Path(arguments.out),
+        arguments.out,
         count=arguments.count,
         images_per_call=arguments.images_per_call,
         seed=arguments.seed,
         device=arguments.device,
+        variant=arguments.variant,
         sampler=arguments.scheduler,
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
@@ -46,14 +47,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
     from hrf_fast.commands import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(Path(arguments.run), arguments.overrides)} (95 % bootstrap intervals)")
+    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % bootstrap intervals)")
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint as a diffusers folder."""
     from hrf_fast.commands import export as export_checkpoint
 
-    export_checkpoint(Path(arguments.checkpoint), Path(arguments.out))
+    export_checkpoint(arguments.checkpoint, arguments.out)
     print(f"written to {arguments.out}")
 
 
@@ -61,13 +62,12 @@ def report(arguments: argparse.Namespace) -> None:
     """One HTML page from one or more runs."""
     from hrf_fast.report.page import summary_lines, write_report
 
-    runs = [Path(folder) for folder in arguments.runs]
-    print("\n".join(summary_lines(runs)))
-    print(write_report(runs, Path(arguments.out) if arguments.out else None))
+    print("\n".join(summary_lines(arguments.runs)))
+    print(write_report(arguments.runs, arguments.out))
     if arguments.strip:
         from hrf_fast.report.strip import write_strip
 
-        print(write_strip(runs, Path(arguments.strip)))
+        print(write_strip(arguments.runs, arguments.strip))
 
 
 def rewards(arguments: argparse.Namespace) -> None:
@@ -129,6 +129,11 @@ def _complete_option(prefix: str, **_: Any) -> list[str]:
     return completions(prefix)
 
 
+def _path(word: str) -> Path:
+    """A path of the command line; a shell leaves ~ alone in --out=~/page.html."""
+    return Path(word).expanduser()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `train`, whose words config/load.py reads."""
     return _parsers()[0]
@@ -161,24 +166,26 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(sample)
     models = "fashion, portraits, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
-    command.add_argument("--out", default="samples.png", help="picture to write")
+    command.add_argument("--out", type=_path, default="samples.png", help="picture to write")
     command.add_argument("--count", type=int, default=64, help="images, at least 1")
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
+    command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234, help="of the noise")
     command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(evaluate)
-    command.add_argument("run", help="a run folder")
+    command.add_argument("run", type=_path, help="a run folder")
     add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
     command = add(export)
-    command.add_argument("checkpoint", help="such as RUN/checkpoints/iteration-000010")
-    command.add_argument("--out", required=True, help="a new folder")
+    command.add_argument("checkpoint", type=_path, help="such as RUN/checkpoints/iteration-000010")
+    command.add_argument("--out", type=_path, required=True, help="a new folder")
     command = add(report)
-    command.add_argument("runs", nargs="+", help="run folders; several are compared")
-    command.add_argument("--out", help="HTML file; by default report.html in the first run")
-    command.add_argument("--strip", metavar="FILE.png", help="also write a strip of images, a row for each run")
+    command.add_argument("runs", nargs="+", type=_path, help="run folders; several are compared")
+    command.add_argument("--out", type=_path, help="HTML file; by default report.html in the first run")
+    strip = "also write a strip of images, a row for each run"
+    command.add_argument("--strip", type=_path, metavar="FILE.png", help=strip)
     command = add(plan)
     command.add_argument("--config", action="append", default=[], help="as in hrf train")
     command.add_argument("--gpus", type=int, default=1, help="GPUs, at least 1")

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hrf_fast import cpu
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.config.options import OPTIMIZERS
 from hrf_fast.version import __version__
@@ -31,9 +32,7 @@ INSTALL = {
     **dict.fromkeys(("tensorboard", "wandb"), "hrf_fast[writers]"),
 }
 HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
-CPU_FLAGS, MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-# flags of CPUs that compute in bf16, the last one Arm's
-BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
+MEMORY = Path("/proc/meminfo")
 GIB = 2**30
 # the last line of output: each op, whether it is built already, whether it would compile here
 _PROBE = """
@@ -99,18 +98,10 @@ def _cpu() -> str:
     return f"{os.cpu_count()} threads, {usable} usable"
 
 
-def cpu_bf16_units() -> list[str] | None:
-    """Flags of the CPU's bf16 units, without which bf16 is slower than fp32; None where the system doesn't say."""
-    if not CPU_FLAGS.is_file():
-        return None
-    words = set(CPU_FLAGS.read_text().split())
-    return [flag for flag in BF16_UNITS if flag in words]
-
-
 def _cpu_bf16() -> str:
-    units = cpu_bf16_units()
+    units = cpu.cpu_bf16_units()
     if units is None:
-        return f"unknown: this system has no {CPU_FLAGS}"
+        return f"unknown: this system has no {cpu.CPU_FLAGS}"
     return f"ok {', '.join(units)}" if units else "no avx512_bf16 or amx_bf16: compute.precision=bf16 is emulated"
 
 

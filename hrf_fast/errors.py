@@ -30,6 +30,10 @@ class NotWritten(OSError):
     """A file or folder could not be written: the message names it and the way out, `errno` says why."""
 
 
+class UserCodeError(RuntimeError):
+    """Code of the user's failed: a reward, a schedule, a listener. The message names it, with file and line."""
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Around what writes `path`: an error of the system, which may name no file, names it and the way out.

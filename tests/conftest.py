@@ -81,8 +81,9 @@ def make_policy(seed: int = 0, **scheduler_options) -> PixelPolicy:
     return PixelPolicy(make_unet(seed=seed).eval(), scheduler, sampler)
 
 
-def make_engine(policy, max_grad_norm: float = 0.0) -> PlainEngine:
-    return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=max_grad_norm)
+def make_engine(policy, max_grad_norm: float = 0.0, ema_decay: float = 0.0) -> PlainEngine:
+    options = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
+    return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, **options)
 
 
 def make_group(policy, window: Window, *, number: int = 0, size: int = 4, anchor=None) -> Group:

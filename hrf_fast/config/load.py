@@ -33,7 +33,7 @@ def load_config(argv: Sequence[str]) -> Config:
     files, overrides = _split(argv)
     merged = OmegaConf.structured(Config)
     for name in files:
-        layer = _read(Path(name), ())
+        layer = _read(Path(name).expanduser(), ())
         with _naming(name):
             merged = _merge(merged, layer)
     for override in overrides:
@@ -82,7 +82,8 @@ def _check_override(word: str) -> None:
         raise ValueError(f"{word!r} is not an option; write section.field=value, or --config FILE")
     with _naming(word):
         layer = OmegaConf.from_dotlist([word])
-        check_layer(OmegaConf.to_container(layer), word)
+        values: Any = OmegaConf.to_container(layer)
+        check_layer(values, word)
         OmegaConf.merge(_defaults(), layer)
 
 
@@ -138,7 +139,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
         raise ValueError(f"{path}: base is {base!r}; name a YAML file or a list of them, or leave it out")
     check_layer(values, str(path))
-    parents = [_read(path.parent / name, (*seen, path.resolve())) for name in bases]
+    parents = [_read(path.parent / Path(name).expanduser(), (*seen, path.resolve())) for name in bases]
     merged = OmegaConf.create({})
     with _naming(str(path)):
         for layer in (*parents, OmegaConf.create(values)):

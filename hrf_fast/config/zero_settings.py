@@ -69,7 +69,7 @@ def read_settings(file: str) -> dict[str, Any]:
         ValueError: not a file of JSON, an unknown stage, a key of `zero_optimization` that does not exist or has a
             value of another type, offload without a stage that has it, or a key that is ours; names file and key.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"engine.deepspeed is {file!r}: no such file; use one of configs/deepspeed/, or null")
     try:

@@ -6,6 +6,7 @@ dies, failures.py carries an exception to the other ranks.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,11 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def largest(value: float) -> float:
+    """The largest of the ranks' values; NaN counts as infinite."""
+    return max(math.inf if math.isnan(each) else each for each in gather(value))
 
 
 def broadcast(value: Value) -> Value:

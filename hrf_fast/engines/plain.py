@@ -90,7 +90,7 @@ class PlainEngine:
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, groups = flatten_optimizer(self.optimizer)
-        return tensors, {"optimizer_scalars": groups, **self.loss_scale.state()}
+        return tensors, {"optimizer_scalars": groups, **self.loss_scale.state(), "ema_steps": self.ema.steps}
 
     def ema_state(self) -> dict[str, Tensor]:
         names = [name for name, _ in self.model.named_parameters()]
@@ -109,6 +109,7 @@ class PlainEngine:
                 trained[name].copy_(value)
         restore_optimizer(self.optimizer, dict(comm.broadcast_tensors(optimizer)), numbers["optimizer_scalars"])
         self.loss_scale.load(numbers)
+        self.ema.steps = numbers["ema_steps"]
         saved = dict(comm.broadcast_tensors(ema))
         for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
             part.copy_(saved.get(name, parameter.detach()))

@@ -164,7 +164,7 @@ class DeepSpeedEngine:
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.zero:
             tensors, groups = flatten_optimizer(self.optimizer)
-            return tensors, {"optimizer_scalars": groups, **self.loss_scale.state()}
+            return tensors, {"optimizer_scalars": groups, **self.loss_scale.state(), "ema_steps": self.ema.steps}
         from deepspeed.utils import safe_get_full_optimizer_state
 
         # ZeRO has flattened the weights; here they have their own indices again, as in the plain engine
@@ -177,7 +177,7 @@ class DeepSpeedEngine:
                     tensors[f"{index}.{key}"] = state.cpu()
             # torch counts steps in a tensor, DeepSpeed's own Adam in an int
             tensors[f"{index}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).clone()
-        return tensors, {"optimizer_scalars": [group], **self.loss_scale.state()}
+        return tensors, {"optimizer_scalars": [group], **self.loss_scale.state(), "ema_steps": self.ema.steps}
 
     def ema_state(self) -> dict[str, Tensor]:
         averages = {}
@@ -197,6 +197,7 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero import GatheredParameters
 
         self.loss_scale.load(numbers)
+        self.ema.steps = numbers["ema_steps"]
         named = dict(self.model.named_parameters())
         for name, value in comm.broadcast_tensors(weights):
             with GatheredParameters([named[name]], modifier_rank=0), torch.no_grad():

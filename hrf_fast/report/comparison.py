@@ -17,9 +17,9 @@ import torch
 from hrf_fast.config.load import differences, load_config
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
+from hrf_fast.run.card import METHODS
 from hrf_fast.run.files import PANEL, read_log
 
-METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
 # names of metrics.jsonl that a report reads
 METRICS = {
     "images": "count",

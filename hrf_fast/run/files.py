@@ -147,7 +147,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "interval": lambda value: _are_numbers(value) and len(value) == 3,
     "mapping of numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
 }
-"""Kinds of values in a log."""
+"""Values that a log may hold."""
 PANEL = {
     "evaluations": "count",
     "reward": "interval",

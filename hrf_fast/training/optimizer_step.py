@@ -140,16 +140,17 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-@torch.enable_grad()
-def replay_ratio_error(policy: Policy, trajectories: Mapping[int, Trajectory], calls: Iterable[Call]) -> float:
-    """Largest |ratio − 1| when fresh trajectories are replayed under unchanged weights: 0 if the replay is exact.
+def replay_ratios(
+    policy: Policy, trajectories: Mapping[int, Trajectory], calls: Iterable[Call], *, as_in_update: bool = False
+) -> Tensor:
+    """The ratio [samples × steps of all calls] of trajectories under the current weights.
 
-    With gradient on, as the update does it: a compiled UNet is another graph then, an attention may be another kernel.
+    Args:
+        as_in_update: with gradient on: a compiled UNet is another graph then, an attention may be another kernel.
     """
-    worst = torch.zeros((), device=policy.device)
     advantages = {number: torch.zeros(t.group.size, device=policy.device) for number, t in trajectories.items()}
     clips = Clips(clip_range=1.0, advantage_clip=math.inf, scale_by_window=False)
-    for call in calls:
-        ratio = call_surrogate(policy, trajectories, advantages, call, clips).ratio.detach()
-        worst = torch.maximum(worst, (ratio - 1).abs().max())
-    return float(worst)
+    with torch.set_grad_enabled(as_in_update):
+        return torch.cat(
+            [call_surrogate(policy, trajectories, advantages, call, clips).ratio.detach() for call in calls]
+        )

@@ -14,7 +14,7 @@ from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Group
-from hrf_fast.training.optimizer_step import replay_ratio_error
+from hrf_fast.training.optimizer_step import replay_ratios
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 
@@ -40,10 +40,10 @@ def self_check(components: Components) -> str:
     with policy.uncounted():
         result = rollout(policy, pack, plan, keep_from=window.start if keeps_all else None)
         calls = plan.update(result.calls, dict.fromkeys(numbers, window))
-        error = replay_ratio_error(policy, result.trajectories, calls)
+        ratios = replay_ratios(policy, result.trajectories, calls, as_in_update=True)
+        error = float((ratios - 1).abs().max())
     # one rank's device may round otherwise; all ranks must come to one verdict
-    error = max(comm.gather(error), key=lambda value: math.inf if math.isnan(value) else value)
-    return _verdict(components, error, len(numbers) > 1)
+    return _verdict(components, comm.largest(error), len(numbers) > 1)
 
 
 def _verdict(components: Components, error: float, joined: bool) -> str:

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.registry import nearest
 from hrf_fast.vision.base import in_batches
+from hrf_fast.weights import judge
 
 PIXELS = 32
+REFERENCES = 512
 STAGES = ((5, 2), (3, 2), (3, 1), (3, 2))  # kernel and stride: 32 pixels become 16, 8, 8 and 4
 
 
@@ -95,13 +98,14 @@ def load_shipped(name: str, device: str | torch.device = "cpu") -> ShippedClassi
     """Open the classifier of a shipped data set.
 
     Raises:
-        ValueError: no classifier of this name ships.
+        ValueError: no classifier of this name ships, or its file is damaged.
     """
     folder = _shipped_folder(name) / "classifier"
     config = json.loads((folder / "config.json").read_text())
     labels: dict[str, list[str]] = config["labels"]
     network = ShippedNetwork(**config["architecture"], heads={head: len(names) for head, names in labels.items()})
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    needed = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    network.load_state_dict(_load_tensors(folder / "model.safetensors", needed))
     return ShippedClassifier(name, network.to(device), labels)
 
 
@@ -111,13 +115,27 @@ def load_reference(name: str) -> Tensor:
     (Of the portraits some ten are drawn alike by a training seed: the parts of a face are finite.)
 
     Returns:
-        [512, 3, 32, 32] fp32 in [0, 1]; a grey data set repeats its channel.
+        [REFERENCES, 3, 32, 32] fp32 in [0, 1]; a grey data set repeats its channel.
 
     Raises:
-        ValueError: no reference of this name ships.
+        ValueError: no reference of this name ships, or its file is damaged.
     """
-    images = load_file(_shipped_folder(name) / "reference.safetensors")["images"]
+    path = _shipped_folder(name) / "reference.safetensors"
+    channels = 1 if name == "fashion" else 3
+    images = _load_tensors(path, {"images": (REFERENCES, channels, PIXELS, PIXELS)})["images"]
     return (images.float() / 255).expand(-1, 3, -1, -1).contiguous()
+
+
+def _load_tensors(path: Path, needed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The tensors of these names in a file of this package, which must have these shapes and be finite."""
+    try:
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name in needed}
+        problem = judge(needed, tensors)
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path}, a file of this package, is damaged: {problem}; install hrf_fast again")
+    return tensors
 
 
 def _shipped_folder(name: str) -> Path:

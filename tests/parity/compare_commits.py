@@ -102,7 +102,8 @@ def first_difference(base: Sequence[dict[str, Any]], head: Sequence[dict[str, An
     if len(base) != len(head):
         return f"{len(base)} lines and {len(head)}"
     for before, after in zip(base, head, strict=True):
-        for key in {**before, **after}:
+        # a number that only the later commit logs is no difference
+        for key in before:
             # compared as text: a NaN equals a NaN
             old, new = (json.dumps(line.get(key, "none")) for line in (before, after))
             if old != new:

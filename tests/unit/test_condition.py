@@ -14,7 +14,7 @@ from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Group
-from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratio_error
+from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratios
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 from tests.conftest import make_scheduler
@@ -183,7 +183,7 @@ def test_rows_in_another_order_are_seen_by_the_ratio():
     turned = make_groups(policy, {0: PROMPTS[0][::-1]})[0]
     object.__setattr__(trajectories[0], "group", turned)
     calls = CallPlan(SIZE).replay(WINDOWS)
-    assert replay_ratio_error(policy, trajectories, calls) > 1e-3
+    assert float((replay_ratios(policy, trajectories, calls) - 1).abs().max()) > 1e-3
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hrf_fast import doctor
+from hrf_fast import cpu, doctor
 from hrf_fast.cli import main
 
 OPS = {"cpu_adam": [False, True], "fused_adam": [True, True], "async_io": [False, False]}
@@ -118,8 +118,23 @@ def test_the_launcher_on_and_off_the_path(monkeypatch):
 )
 def test_bf16_of_the_cpu_is_read_from_its_flags(monkeypatch, tmp_path, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
-    monkeypatch.setattr(doctor, "CPU_FLAGS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "CPU_FLAGS", tmp_path / "cpuinfo")
     assert table()["CPU bf16"] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "device", "said"),
+    [
+        ("fpu avx2", "bf16", "cpu", True),
+        ("fpu avx512_bf16", "bf16", "cpu", False),
+        ("fpu avx2", "fp32", "cpu", False),
+        ("fpu avx2", "bf16", "cuda", False),
+    ],
+)
+def test_a_run_says_that_its_cpu_emulates_bf16(monkeypatch, tmp_path, flags, precision, device, said):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(cpu, "CPU_FLAGS", tmp_path / "cpuinfo")
+    assert ("compute.precision=fp32" in cpu.emulation_note(precision, device)) == said
 
 
 def test_memory_in_gib(monkeypatch, tmp_path):
@@ -129,7 +144,7 @@ def test_memory_in_gib(monkeypatch, tmp_path):
 
 
 def test_a_system_without_proc(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "CPU_FLAGS", tmp_path / "none")
+    monkeypatch.setattr(cpu, "CPU_FLAGS", tmp_path / "none")
     monkeypatch.setattr(doctor, "MEMORY", tmp_path / "none")
     found = table()
     assert found["CPU bf16"].startswith("unknown") and found["memory"].endswith("GiB, free unknown")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hrf_fast.engines.base import LossScale, LossScaleOverflow
+from hrf_fast.engines.base import Ema, LossScale, LossScaleOverflow
 from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
 
@@ -104,18 +104,33 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_are_as_they_we
 
 def test_averaged_weights_follow_by_their_decay_and_stand_in_for_the_weights_while_gathered():
     model = nn.Linear(2, 1, bias=False)
-    engine = PlainEngine(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1.0, max_grad_norm=0.0, ema_decay=0.75)
+    engine = PlainEngine(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1.0, max_grad_norm=0.0, ema_decay=0.2)
     first = model.weight.detach().clone()
     engine.set_learning_rate(0.1)
     one_step(model, engine)
     second = model.weight.detach().clone()
-    expected = 0.75 * first + 0.25 * second
+    # step 1: min(0.2, 2/11) of the start; step 2: min(0.2, 3/12)
+    expected = 2 / 11 * first + 9 / 11 * second
+    assert torch.allclose(engine.ema_state()["weight"], expected)
+    one_step(model, engine)
+    second = model.weight.detach().clone()
+    expected = 0.2 * expected + 0.8 * second
     assert torch.allclose(engine.ema_state()["weight"], expected)
     with engine.gathered(ema=True):
         assert torch.allclose(model.weight, expected)
     assert torch.equal(model.weight, second)
     with engine.gathered():
         assert torch.equal(model.weight, second)
+
+
+def test_the_average_of_a_short_run_is_of_its_own_weights():
+    # the start is 0 and every weight after it 1: the average is 1 less the start's share, 2/11 · 3/12 · 4/13 …
+    ema, one = Ema([torch.zeros(1)], decay=0.9999), [torch.ones(1)]
+    ema.update(one)
+    assert float(ema.parts[0]) == pytest.approx(1 - 2 / 11)
+    for _ in range(9):
+        ema.update(one)
+    assert float(ema.parts[0]) == pytest.approx(1 - 5.9538e-5, abs=1e-7)
 
 
 def test_fp16_scales_the_loss_and_drops_a_step_that_overflows():

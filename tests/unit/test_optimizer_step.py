@@ -1,12 +1,15 @@
 """The optimizer step: gradients by hand and by autograd, and what must not change them."""
 
+import math
+import random
+
 import pytest
 import torch
 
 from hrf_fast.policies.base import Condition
 from hrf_fast.training.calls import CallPlan
-from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratio_error
-from hrf_fast.training.rollout import rollout
+from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratios
+from hrf_fast.training.rollout import Rollout, rollout
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_log_prob
 from tests.conftest import make_engine, make_group, make_policy
@@ -136,7 +139,8 @@ def test_replaying_a_fresh_trajectory_gives_ratio_one_to_the_bit():
     for clip_sample in (False, True):
         policy = make_policy(clip_sample=clip_sample)
         trajectory = roll_out(policy, Window(0, 5))
-        assert replay_ratio_error(policy, {0: trajectory}, replay_calls({0: trajectory})) == 0.0
+        ratios = replay_ratios(policy, {0: trajectory}, replay_calls({0: trajectory}), as_in_update=True)
+        assert ratios.tolist() == [1.0] * (5 * SIZE)
 
 
 def test_a_moved_policy_has_another_ratio():
@@ -144,7 +148,12 @@ def test_a_moved_policy_has_another_ratio():
     trajectory = roll_out(policy, Window(0, 5))
     with torch.no_grad():
         next(policy.unet.parameters()).mul_(1.1)
-    assert replay_ratio_error(policy, {0: trajectory}, replay_calls({0: trajectory})) > 0.0
+    # the log-probs of the moved policy by themselves, step by step
+    old = trajectory.old_log_prob
+    expected = torch.cat([(log_prob_of(policy, trajectory, i) - old[i]).exp() for i in range(5)]).detach()
+    ratios = replay_ratios(policy, {0: trajectory}, replay_calls({0: trajectory}))
+    assert torch.allclose(ratios, expected, rtol=1e-5) and not ratios.requires_grad
+    assert float((ratios - 1).abs().max()) > 1e-3
 
 
 def test_a_step_moves_the_log_prob_of_good_samples_up():
@@ -158,3 +167,35 @@ def test_a_step_moves_the_log_prob_of_good_samples_up():
         moved = torch.stack([log_prob_of(policy, trajectory, i) for i in range(3)])
     change = (moved - trajectory.old_log_prob).sum(0)
     assert float((change * ADVANTAGES).sum()) > 0
+
+
+# --- drawn plans ------------------------------------------------------------------------------------------------------
+
+
+def drawn_gradient(plan, windows, checkpoint):
+    """The flat gradient of one optimizer step as the loop makes it, with the same advantages for every plan."""
+    policy = make_policy()
+    policy.network.checkpoint_activations(checkpoint)
+    keep_from = plan.keep_from(windows.values()) if plan.order == "on_policy" else None
+    rolled_out = Rollout()
+    for pack in plan.packs(windows):
+        groups = [make_group(policy, windows[number], number=number, size=plan.group_size) for number in pack]
+        rolled_out.join(rollout(policy, groups, plan, keep_from=keep_from))
+    advantages = {number: torch.linspace(-1, 1 + number, plan.group_size) for number in windows}
+    calls = plan.update(rolled_out.calls, windows)
+    clips = Clips(1.0, 2.5, scale_by_window=True)
+    optimizer_step(make_engine(policy), policy, rolled_out.trajectories, advantages, calls, clips)
+    return flat_gradient(policy)
+
+
+@pytest.mark.parametrize("order", ["collect", "on_policy"])
+@pytest.mark.parametrize("images_per_call", [0, 1, 2, 4, 6, 11])
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_drawn_plan_has_the_gradient_of_the_published_one(size, images_per_call, order):
+    generator = random.Random(f"{size} {images_per_call} {order}")
+    windows = {group: Window(generator.randrange(5), 5) for group in range(generator.randint(1, 3))}
+    kept, checkpoint = generator.choice([0, 2 * size, math.inf]), generator.random() < 0.3
+    plan = CallPlan(size, images_per_call, order, kept)
+    published = drawn_gradient(CallPlan(size), windows, False)
+    # fp32: a UNet's sums depend on the batch in the last digits
+    assert relative(drawn_gradient(plan, windows, checkpoint), published) < 1e-4, (plan, windows, checkpoint)

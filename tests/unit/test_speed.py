@@ -124,7 +124,7 @@ def test_the_device_is_checked():
 
 
 def check(tiny_run, monkeypatch, error, *words):
-    monkeypatch.setattr(module, "replay_ratio_error", lambda *args, **kwargs: error)
+    monkeypatch.setattr(module, "replay_ratios", lambda *args, **kwargs: torch.tensor([1.0, 1.0 + error]))
     return self_check(build(tiny_run, *words))
 
 

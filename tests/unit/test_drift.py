@@ -1,0 +1,47 @@
+"""The drift of the ratio after an iteration's last step: what it is, and that a wrecked model ends its run."""
+
+import pytest
+
+from hrf_fast.training.drift import check_drift
+from tests.runs import metrics, panels, train
+
+
+def test_a_gentle_step_drifts_a_little_and_no_step_not_at_all(tiny_run, tmp_path):
+    train([*tiny_run, "evaluation.every=0"])
+    drifts = [record["drift"] for record in metrics(tmp_path / "run")]
+    assert all(1e-7 < drift < 1e-2 for drift in drifts)
+    # equal rewards have advantages of 0: the weights, without decay, stay as they are
+    words = ["optimizer.weight_decay=0", "train.iterations=1", f"run.folder={tmp_path / 'still'}"]
+    train([*tiny_run, *words], reward=lambda images, prompts=None: [1.0] * len(images))
+    assert metrics(tmp_path / "still")[0]["drift"] == 0
+
+
+def test_the_drift_is_not_counted_as_training(tiny_run, tmp_path):
+    # T 6, the last step is deterministic: 2 groups of 3 roll out 6 steps and train 5
+    train([*tiny_run, "window.schedule=full", "train.iterations=1"])
+    record = metrics(tmp_path / "run")[0]
+    assert (record["forwards"], record["backwards"]) == (2 * 3 * (6 + 5), 2 * 3 * 5)
+
+
+def test_a_step_that_wrecks_the_model_ends_the_run_before_the_next_panel(tiny_run, tmp_path):
+    # a random model has nothing to wreck
+    words = ["model.name=fashion", "evaluation.network=none", "evaluation.panel_size=2"]
+    words = [*tiny_run, *words, "optimizer.learning_rate=0.1", "train.iterations=3"]
+    with pytest.raises(FloatingPointError, match=r"iteration 0: .*stop\.max_drift is 2.*learning_rate"):
+        train(words)
+    assert not metrics(tmp_path / "run") and len(panels(tmp_path / "run")) == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("iteration-*"))
+    # whoever wants to see it may
+    train([*words, "stop.max_drift=0", "stop.on_nan=skip", "train.iterations=1"])
+    assert metrics(tmp_path / "run")[0]["drift"] > 2
+
+
+@pytest.mark.parametrize(("drift", "limit", "raises"), [(0.2, 0.1, True), (0.1, 0.1, False), (9.0, 0.0, False)])
+def test_the_limit_by_hand(drift, limit, raises):
+    if raises:
+        with pytest.raises(FloatingPointError):
+            check_drift(drift, limit, 0)
+    else:
+        check_drift(drift, limit, 0)
+    with pytest.raises(FloatingPointError, match="inf"):
+        check_drift(float("inf"), 0.1, 0)
