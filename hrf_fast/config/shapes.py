@@ -9,7 +9,6 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 from hrf_fast.config.options import FACTS, SECTIONS
@@ -21,11 +20,11 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "y", "n", "0", "1")
 
 
-def check_layer(values: Mapping[Any, Any], source: str) -> None:
+def check_layer(values: Any, source: str) -> None:
     """Refuse what is no option, and a value that its option can't take.
 
     Args:
-        values: sections as they were read; source: the file or the word that they come from.
+        values: a mapping of sections as it was read; source: the file or the word that they come from.
 
     Raises:
         ValueError: names the source, the whole path, its value, and the nearest name or what belongs there.

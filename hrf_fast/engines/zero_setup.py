@@ -33,6 +33,12 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise comm.on_all_ranks(ValueError(refused)) from error
 
 
+def ignore_old_names() -> None:
+    """Ignore torch's warnings about names that are DeepSpeed's to change: ZeRO-3 calls both in every forward."""
+    old_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
+
+
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed in a process group: that of the launcher, or one of a single rank."""
     if device.type == "cpu":
@@ -45,9 +51,7 @@ def import_deepspeed(device: torch.device) -> Any:
         ) from error
     from deepspeed.ops import __compatible_ops__
 
-    # ZeRO-3 calls both in every forward and backward, and which name torch gives them is DeepSpeed's to change
-    old_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
+    ignore_old_names()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
         # compiles for 100 seconds and is not used by training

@@ -44,9 +44,13 @@ def save_grid(images: Tensor, path: Path) -> None:
     """Write `image_grid` as PNG, making its folder.
 
     Raises:
-        NotWritten: the disk is full or unwritable, or `path` has the suffix of no picture.
+        NotWritten: the disk is full or unwritable.
+        ValueError: `path` has the suffix of no picture.
     """
     picture = image_grid(images)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        try:
+            picture.save(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is no name of a picture ({error}); end it with .png") from error

@@ -110,6 +110,15 @@ def test_sample_writes_a_grid_of_a_folder(tiny_model, tmp_path, capsys):
     assert "4 images" in capsys.readouterr().out
 
 
+def test_sample_names_a_file_that_is_no_picture_and_one_that_can_not_be_written(tiny_model, tmp_path, capsys):
+    words = ["sample", str(tiny_model), "--count", "1", "--steps", "2", "--out"]
+    assert main([*words, str(tmp_path / "grid.xyz")]) == 1
+    assert f"{tmp_path / 'grid.xyz'} is no name of a picture" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words, str(tmp_path / "file" / "grid.png")]) == 1
+    assert f"{tmp_path / 'file' / 'grid.png'} can't be written: " in capsys.readouterr().err
+
+
 def test_sample_refuses_a_count_of_zero(tiny_model, capsys):
     assert main(["sample", str(tiny_model), "--count", "0"]) == 1
     assert "--count is 0" in capsys.readouterr().err

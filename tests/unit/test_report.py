@@ -309,7 +309,7 @@ def test_a_line_of_a_log_that_is_no_record_names_file_line_and_reason(tmp_path, 
         file.write(line + b"\n")
     number = (run / name).read_bytes().count(b"\n")
     assert main(["report", str(run)]) == 1
-    (error,) = capsys.readouterr().err.splitlines()
+    error, *_ = capsys.readouterr().err.splitlines()
     assert re.search(f"{name}, line {number} is not a record of a run \\(.*{reason}.*; mend or delete it", error)
 
 

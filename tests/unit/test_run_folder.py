@@ -16,10 +16,14 @@ from hrf_fast.config.load import load_config
 from hrf_fast.errors import NotWritten
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.run.files import append_line, read_log, replace_folder, write_atomically
+from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.lock import lock_folder
 from hrf_fast.run.session import Run
 from hrf_fast.run.writers import TensorBoardWriter
 from tests.unit.test_run import log, panel
+
+# tensorboard fails in a thread, which tells its next call, and pytest during a later test
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture
@@ -145,9 +149,9 @@ def small_files():
 def write_to_tensorboard(path):
     # torch's writer names its files itself
     pytest.importorskip("tensorboard")
-    writer = TensorBoardWriter(path.parent, 0)
+    writer = TensorBoardWriter(RunFolder(load_config([f"run.folder={path.parent}"])))
     for iteration in range(20):
-        writer.scalars(iteration, {"reward": 1.0})
+        writer.send(iteration, {"reward": 1.0}, None, panel=False)
     writer.finished("")
 
 
@@ -161,8 +165,6 @@ WRITES = {
 }
 
 
-# tensorboard writes in a thread, which tells the next call
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("name", WRITES)
 def test_what_can_not_be_written_is_named_with_the_way_out(tmp_path, small_files, name):
     with pytest.raises(

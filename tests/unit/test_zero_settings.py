@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import typing
+import warnings
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,16 @@ def test_what_deepspeed_refuses_itself_is_one_line_that_names_the_key(tmp_path, 
         ValueError, match="^DeepSpeed refuses .*engine.deepspeed: CommsLoggerConfig.prof_ops is 3: [^\n]*$"
     ):
         check_settings(complete(read_settings(str(tmp_path / "ds.json")), max_grad_norm=1.0))
+
+
+def test_only_the_warnings_about_names_that_are_deepspeeds_to_change_are_ignored():
+    from hrf_fast.engines.zero_setup import ignore_old_names
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        ignore_old_names()
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+            warnings.warn(f"`torch.distributed.{name}` is deprecated. Please use another.", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == [
+        "`torch.distributed.all_reduce` is deprecated. Please use another."
+    ]
