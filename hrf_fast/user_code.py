@@ -18,12 +18,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hrf_fast.errors import UserCodeError
 
-_PACKAGE = str(Path(__file__).parent) + os.sep
+_OURS = ("hrf_fast", "hrf_kernels")
 _STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -79,7 +78,7 @@ def source_of(thing: Any) -> dict[str, str] | None:
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     module = str(named.__module__)
     file = getattr(sys.modules.get(module), "__file__", None)
-    if module.partition(".")[0] == "hrf_fast":
+    if module.partition(".")[0] in _OURS:
         return None
     try:
         alone = file is None or module == "__main__"
@@ -91,20 +90,22 @@ def source_of(thing: Any) -> dict[str, str] | None:
 
 def _raised_by_us(problem: BaseException) -> bool:
     """Whether the innermost frame outside of libraries is one of this package; a TypeError there is about the call."""
-    frames = [code for code, _, _ in _frames(problem) if not _in_library(code)]
-    return not isinstance(problem, TypeError) and frames[-1].co_filename.startswith(_PACKAGE)
+    frames = [frame for frame in _frames(problem) if frame.package in _OURS or not frame.in_library]
+    return not isinstance(problem, TypeError) and frames[-1].package in _OURS
 
 
 def _place(problem: BaseException) -> str:
     """The innermost frame of the user's as "file:line in function"; of an installed package, its own innermost one."""
     if isinstance(problem, SyntaxError) and problem.filename:
         return f"{_short(problem.filename)}:{problem.lineno}"
-    frames = [frame for frame in _frames(problem) if not frame[0].co_filename.startswith((_PACKAGE, "<frozen"))]
+    frames = [
+        frame for frame in _frames(problem) if frame.package not in _OURS and not frame.file.startswith("<frozen")
+    ]
     if not frames:
         return ""
-    outside = [frame for frame in frames if not _in_library(frame[0])]
-    code, line, _ = (outside or [frame for frame in frames if frame[2] == frames[0][2]])[-1]
-    return f"{_short(code.co_filename)}:{line} in {code.co_name}"
+    outside = [frame for frame in frames if not frame.in_library]
+    frame = (outside or [frame for frame in frames if frame.package == frames[0].package])[-1]
+    return f"{_short(frame.file)}:{frame.line} in {frame.function}"
 
 
 def _short(file: str) -> str:
@@ -112,18 +113,32 @@ def _short(file: str) -> str:
     return file.removeprefix(f"{_folder()}{os.sep}")
 
 
-def _frames(problem: BaseException) -> list[tuple[CodeType, int, str]]:
-    """Code, line and top-level package of every frame of a traceback, the innermost last."""
+class _Frame(NamedTuple):
+    """One frame of a traceback."""
+
+    file: str
+    line: int
+    function: str
+    package: str
+    """Top-level package of the module."""
+
+    @property
+    def in_library(self) -> bool:
+        installed = {"site-packages", "dist-packages"} & {*Path(self.file).parts}
+        return bool(installed) or self.file.startswith(("<frozen", _STANDARD_LIBRARY))
+
+
+def _frames(problem: BaseException) -> list[_Frame]:
+    """Frames of an error's traceback, the innermost last."""
     return [
-        (frame.f_code, line, str(frame.f_globals.get("__name__", "")).partition(".")[0])
+        _Frame(
+            frame.f_code.co_filename,
+            line,
+            frame.f_code.co_name,
+            str(frame.f_globals.get("__name__", "")).partition(".")[0],
+        )
         for frame, line in traceback.walk_tb(problem.__traceback__)
     ]
-
-
-def _in_library(code: CodeType) -> bool:
-    file = code.co_filename
-    installed = bool({"site-packages", "dist-packages"} & {*Path(file).parts})
-    return not file.startswith(_PACKAGE) and (installed or file.startswith(("<frozen", _STANDARD_LIBRARY)))
 
 
 def _restore(before: dict[str, Any]) -> list[str]:
@@ -209,7 +224,9 @@ def _handlers() -> tuple[Any, ...]:
 
 def _set_handlers(handlers: tuple[Any, ...]) -> None:
     for number, handler in zip(_SIGNALS, handlers, strict=True):
-        signal.signal(number, handler)
+        # None: set by something else than Python, and not for Python to set
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 def _set_filters(filters: list[Any]) -> None:

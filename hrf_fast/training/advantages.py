@@ -24,8 +24,8 @@ def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
     """
     if not floor > 0:
         raise ValueError(f"train.advantage_floor is {floor}; it divides, so use a positive number")
-    index, mean, std = _moments(rewards, group)
-    return ((rewards.double() - mean[index]) / std.clamp(min=floor)[index]).float()
+    index, centred, _, std = _moments(rewards, group)
+    return (centred / std.clamp(min=floor)[index]).float()
 
 
 def weak_spreads(rewards: Tensor, group: Tensor, *, floor: float) -> dict[str, str]:
@@ -35,7 +35,7 @@ def weak_spreads(rewards: Tensor, group: Tensor, *, floor: float) -> dict[str, s
         Sentences by kind: groups under the floor, whose advantages are small; and groups whose spread is a few rounding
         steps of their values, whose advantages are rounding noise. A group of equal rewards is neither.
     """
-    _, mean, std = _moments(rewards, group)
+    _, _, mean, std = _moments(rewards, group)
     sentences = {}
     under = std[(std > 0) & (std < floor)]
     if len(under):
@@ -57,12 +57,12 @@ def weak_spreads(rewards: Tensor, group: Tensor, *, floor: float) -> dict[str, s
     return sentences
 
 
-def _count(some: Tensor, std: Tensor) -> str:
-    return f"the rewards of {len(some)} of {len(std)} groups spread" if len(std) > 1 else "the rewards spread"
+def _count(chosen: Tensor, std: Tensor) -> str:
+    return f"the rewards of {len(chosen)} of {len(std)} groups spread" if len(std) > 1 else "the rewards spread"
 
 
-def _moments(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index [B] of each sample's group, and means and unbiased standard deviations of the groups in fp64.
+def _moments(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index of the group [B] and deviation from its mean [B] of each sample; mean and unbiased std of each group, fp64.
 
     Raises:
         ValueError: a group of one sample has no spread to standardise by.
@@ -70,8 +70,13 @@ def _moments(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, index, sizes = group.unique(return_inverse=True, return_counts=True)
     if int(sizes.min()) < 2:
         raise ValueError("train.group_size is 1: one sample has no spread to standardise by; use at least 2")
-    rewards = rewards.double()
-    zeros = torch.zeros(len(sizes), dtype=rewards.dtype, device=rewards.device)
-    mean = zeros.index_add(0, index, rewards) / sizes
-    std = (zeros.index_add(0, index, (rewards - mean[index]).square()) / (sizes - 1)).sqrt()
-    return index, mean, std
+    zeros = torch.zeros(len(sizes), dtype=torch.float64, device=rewards.device)
+    offset = zeros
+    if rewards.dtype == torch.float64:
+        # a sum of equal fp64 numbers is rounded, one of fp32 numbers is not
+        offset = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    shifted = rewards.double() - offset[index]
+    mean = zeros.index_add(0, index, shifted) / sizes
+    centred = shifted - mean[index]
+    std = (zeros.index_add(0, index, centred.square()) / (sizes - 1)).sqrt()
+    return index, centred, mean + offset, std

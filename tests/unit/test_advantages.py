@@ -70,6 +70,14 @@ def test_a_floor_that_cannot_divide_is_refused(floor):
         advantages([1.0, 2.0], [0, 0], floor=floor)
 
 
+@pytest.mark.parametrize("value", [0.1, 1e10 / 3])
+def test_a_group_of_equal_rewards_in_fp64_gets_zeros_too(value):
+    # seven times the number is no number of fp64
+    rewards = torch.full((7,), value, dtype=torch.float64)
+    assert group_advantages(rewards, torch.zeros(7, dtype=torch.long), floor=1e-6).tolist() == [0] * 7
+    assert weak_spreads(rewards, torch.zeros(7, dtype=torch.long), floor=1e-6) == {}
+
+
 # --- spreads that are too small ---------------------------------------------------------------------------------------
 
 
