@@ -27,7 +27,6 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
-from hrf_fast.policies.sampler import precision_note
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.training.calls import CallPlan
@@ -98,7 +97,6 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
                 (
                     activations.reason,
                     emulation_note(config.compute.precision, device.type),
-                    precision_note(policy.sampler, config.sample.eta),
                     _no_network_note(config),
                 ),
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
-from hrf_fast.run.files import read_log, write_atomically
+from hrf_fast.run.files import PANEL, read_log, write_atomically
 
 
 def draw(
@@ -155,7 +154,6 @@ def export(checkpoint: Path, out: Path) -> None:
     Raises:
         ValueError: not a checkpoint of a run, or a folder that is there already.
     """
-    checkpoint = Path(os.path.expanduser(checkpoint))
     run = _run_of(checkpoint)
     if run is None:
         raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/iteration-…")
@@ -166,4 +164,4 @@ def export(checkpoint: Path, out: Path) -> None:
     load_weights(policy, checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
-    save_model(out, policy, config, read_log(run / "evaluations.jsonl"), iterations)
+    save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)

@@ -77,9 +77,11 @@ def _load_parts(files: ModelFiles) -> tuple[Any, Any, Any]:
     import diffusers
     from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # diffusers suggests installing accelerate and safetensors variants; neither concerns the user of this call
     logging.set_verbosity_error()
+    # of shards, among the JSON lines of a run
+    logging.disable_progress_bar()
     try:
         unet = _load_module(files.name, diffusers.UNet2DModel, files.unet)
         scheduler_class = getattr(diffusers, files.scheduler.config["_class_name"])
@@ -87,6 +89,8 @@ def _load_parts(files: ModelFiles) -> tuple[Any, Any, Any]:
         vqvae = _load_module(files.name, diffusers.VQModel, files.vqvae) if files.vqvae else None
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     return unet, scheduler, vqvae
 
 

@@ -21,8 +21,6 @@ COMPATIBLE = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _NO_NOISE = 1e-8
 # float32 holds a latent of size 1 to 6e-8: a step's noise of this std is 6 % rounding, and so are its gradients
 _LEAST_STD = 1e-6
-# the same rounding is 0.006 % here
-_PRECISE_STD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -170,19 +168,6 @@ def _stochastic_steps(std: Tensor, eta: float) -> int:
             f"so its log-probs would be rounding errors; use at least {1.06 * _LEAST_STD / least * eta:.2g}"
         )
     return count
-
-
-def precision_note(sampler: Sampler, eta: float) -> str | None:
-    """A line about steps with so little noise that float32 limits their gradients; None where there are none."""
-    std = sampler.coefficients.std[: sampler.stochastic_steps]
-    least = float(std.min())
-    if least >= _PRECISE_STD:
-        return None
-    return (
-        f"sample.eta is {eta:g}: step {int(std.argmin())} has noise of std {least:.1g} only, so float32 rounds its "
-        f"gradients by {6e-8 / least:.2%}, and log-probs react about {1 / eta:.3g} times as strongly to the weights as "
-        "with eta 1"
-    )
 
 
 def _previous_alpha(alphas: Tensor, previous: Tensor, final: float) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.assets import SHIPPED
 from hrf_fast.config.options import Config, RewardConfig
 from hrf_fast.hub import HUB_ID
 from hrf_fast.policies.base import Policy
@@ -43,22 +44,26 @@ def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[di
 def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
     """README.md of a tuned model; arguments as `save_model`."""
     model, sample, evaluation = config.model, config.sample, config.evaluation
+    # where a folder lies is no one else's business
+    local = model.name not in SHIPPED and os.path.isdir(model.name)
+    base = Path(model.name).name if local else model.name
+    details = ["a local folder"] if local else []
+    details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
+    detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
-    versions = ", ".join(f"{name} {value}" for name, value in vars(model).items() if name != "name" and value)
     sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
-    of_hub = HUB_ID.fullmatch(model.name) and not os.path.isdir(model.name)
     lines = [
         "---",
         "library_name: diffusers",
-        *([f"base_model: {model.name}"] if of_hub else []),
+        *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
         "tags: [unconditional-image-generation, reinforcement-learning, hrf_fast]",
         "---",
         "",
-        f"# {Path(model.name).name} tuned by {method}",
+        f"# {Path(base).name} tuned by {method}",
         "",
         "| | |",
         "|---|---|",
-        f"| base model | `{model.name}`{f' ({versions})' if versions else ''} |",
+        f"| base model | {base}{detail} |",
         f"| method | {method} (`window.schedule={config.window.schedule}`), {iterations} iterations |",
         f"| reward | {reward_name(config.reward)} |",
         f"| trained by | hrf_fast {__version__} |",

@@ -120,7 +120,7 @@ def test_the_card_says_what_was_done_and_what_it_came_to(finished, tiny_model):
     first, last = (panel["reward"] for panel in (panels(finished)[0], panels(finished)[-1]))
     numbers = ["{:#.4g} [{:#.4g}, {:#.4g}]".format(*interval) for interval in (first, last)]
     for text in (
-        f"`{tiny_model}`",
+        f"| base model | {tiny_model.name} (a local folder) |",
         "HRF (`window.schedule=clusters`), 2 iterations",
         "jpeg_incompressibility",
         f"hrf_fast {__version__}",
@@ -128,8 +128,12 @@ def test_the_card_says_what_was_done_and_what_it_came_to(finished, tiny_model):
         "6 images from noise of seed 1234, ddim, 6 steps, eta 1, fp32",
     ):
         assert text in card, text
-    # a folder is no model of the hub
-    assert "base_model" not in card and card.startswith("---\nlibrary_name: diffusers\n")
+    # a folder is no model of the hub, and where it lies is not told
+    assert (
+        "base_model" not in card
+        and str(tiny_model.parent) not in card
+        and card.startswith("---\nlibrary_name: diffusers\n")
+    )
 
 
 def test_an_exported_checkpoint_has_the_card_of_its_own_iteration(finished, tmp_path):

@@ -57,9 +57,12 @@ def copy(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_shards_load(copy, tiny_model, safe, variant):
+def test_shards_load_without_a_word(copy, tiny_model, safe, variant, capsys):
     shard(copy, source=tiny_model, safe_serialization=safe, variant=variant)
+    capsys.readouterr()
     assert equal(load(copy, variant=variant), tiny_model)
+    # a bar would be among the JSON lines of a run
+    assert capsys.readouterr() == ("", "")
 
 
 def test_weights_in_a_bin_file_load(copy, tiny_model):

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from hrf_fast.build import build_components
-from hrf_fast.config.load import load_config
-from hrf_fast.policies.sampler import build_sampler, precision_note
+from hrf_fast.policies.sampler import build_sampler
 from hrf_kernels import gaussian_mean
 from tests.conftest import make_scheduler
 from tests.unit.test_sampler import TOLERANCE, ddpm_error, draw
@@ -91,24 +89,6 @@ def test_noise_below_the_rounding_of_float32_is_refused_with_an_eta_that_suffice
     assert build(suggested).stochastic_steps == 9
     with pytest.raises(ValueError, match="use at least"):
         build(0.8e-6 / least)
-
-
-def test_little_noise_is_noted_with_its_numbers():
-    note = precision_note(build_sampler(make_scheduler(), kind="ddim", num_inference_steps=10, eta=1.0), 1.0)
-    assert note is None
-    sampler = build_sampler(make_scheduler(), kind="ddim", num_inference_steps=10, eta=0.001)
-    least = float(sampler.coefficients.std[:9].min())
-    # the last stochastic step has the least noise
-    assert precision_note(sampler, 0.001) == (
-        f"sample.eta is 0.001: step 8 has noise of std {least:.1g} only, so float32 rounds its gradients by "
-        f"{6e-6 / least:.2f}%, and log-probs react about 1e+03 times as strongly to the weights as with eta 1"
-    )
-
-
-def test_a_run_notes_little_noise_at_its_start(tiny_run):
-    words = [*tiny_run, "window.schedule=full"]
-    notes = [build_components(load_config([*words, f"sample.eta={eta}"]))[1].notes for eta in (1, 0.01)]
-    assert notes[0] == () and len(notes[1]) == 1 and "sample.eta is 0.01" in notes[1][0]
 
 
 # numpy.arange(1000, 0, −1000/T) has an element too many for 62 of the T up to 1000, because of rounding
