@@ -54,6 +54,7 @@ def words(model, **options):
         "train.group_size": 3,
         # steps so large that their fp32 rounding is below the tolerance, and no division by tiny gradients
         "optimizer.learning_rate": 0.02,
+        "stop.max_drift": 0,
         "optimizer.kwargs.eps": 0.01,
         "evaluation.every": 0,
         "evaluation.panel_size": 2,
