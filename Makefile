@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
-INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py on_policy.py noise.py parity.py)
+INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py parity.py)
 # unit tests that train, compile or start processes
 LONG = $(addprefix tests/unit/test_,bench_kernels.py bench_search.py bench_training.py study.py compilation.py planner.py readme.py)
 # one run of every method
@@ -13,7 +13,7 @@ METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_chan
 PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
-.PHONY: demo demo-fashion check test test-all test-kernels soak lint install install-gpu clean
+.PHONY: demo demo-fashion check test interpreted test-all test-kernels soak lint install install-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_portraits.yaml
@@ -30,9 +30,12 @@ demo-fashion: $(VENV)/.base
 check: $(VENV)/.test lint
 	$(PYTEST) -m "not slow" tests/unit tests/parity $(METHODS) $(addprefix --ignore=,$(LONG))
 
-# what CI runs
-test: $(VENV)/.test lint
+# what CI runs; lint keeps one core busy, and the interpreter's tests the other
+test: $(VENV)/.test
+	$(MAKE) --jobs=2 --output-sync lint interpreted
 	$(PYTEST) -m "not slow" --durations=10
+
+interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(INTERPRETED)
 
 # everything, with a floor of coverage

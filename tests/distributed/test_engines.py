@@ -128,16 +128,8 @@ def results(tiny_model, tmp_path_factory, request):
     # and on another number of ranks, or another engine
     two["moved from"] = run("moved", *ENGINES["zero3"], ema, "train.iterations=1")
     if not every:
-        modes = {f"gradient {name}" for name in QUICK} | {f"gradient {name} micro" for name in QUICK}
-        kinds = (
-            "weights plain",
-            "weights zero",
-            "weights dynamic",
-            "collectives",
-            "not finite",
-            "resume zero2",
-            "moved",
-        )
+        modes = {f"gradient {name}" for name in QUICK} | {"gradient zero3 micro", "not finite zero2"}
+        kinds = ("weights plain", "weights zero", "weights dynamic", "collectives", "resume zero2", "moved")
         two = {name: case for name, case in two.items() if name in modes or name.startswith(kinds)}
         one.pop("weights bandit"), one.pop("gradient fp16")
     found = {f"one {name}": result for name, result in run_cases(CASES, one, ranks=1).items()}
@@ -189,7 +181,7 @@ def test_micro_batches_of_one_have_the_gradient_of_a_whole_group(results):
     # the rollouts are split alike, so the data differ by the rounding of batched convolutions
     assert relative(found["one gradient micro"][0], found["one gradient"][0]) < 1e-4
     micro = [name for name in ENGINES if f"gradient {name} micro" in found]
-    assert len(micro) >= 3
+    assert "zero3" in micro
     for name in micro:
         assert relative(found[f"gradient {name} micro"][0], found["one gradient micro"][0]) < GRADIENT_TOLERANCE
 
@@ -263,7 +255,9 @@ def test_a_checkpoint_of_a_sharded_run_holds_no_pickle_and_whole_tensors(results
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize("name", cases(*list(ENGINES)[:5]))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "zero2" else pytest.mark.slow) for name in list(ENGINES)[:5]]
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_names_the_groups(results, name):
     found, _ = results
     made, skipped, kept, steps, finite, notes, error = found[f"not finite {name}"]

@@ -389,6 +389,7 @@ def test_a_folder_that_holds_something_else_is_not_written_into(tiny_run, tmp_pa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(tiny_run, tmp_path, capsys):
     process = start([*tiny_run, "train.iterations=1000"])
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1)
@@ -563,6 +564,7 @@ def wait_for_lines(path: Path, count: int):
     raise AssertionError(f"{path} never had {count} lines")
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_outlives_its_terminal_and_sigterm_stops_it(tiny_run, tmp_path):
     log = tmp_path / "run" / "metrics.jsonl"
     process = start([*tiny_run, "train.iterations=1000", "evaluation.every=0", "run.save_every=0"], "nohup")
