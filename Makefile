@@ -18,13 +18,13 @@ CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 demo: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_portraits.yaml
 	$(BIN)/hrf train --config configs/demo_portraits.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-portraits-ddpo
-	$(BIN)/hrf report runs/demo-portraits-hrf runs/demo-portraits-ddpo --out runs/demo-portraits.html
+	$(BIN)/hrf report runs/demo-portraits-hrf runs/demo-portraits-ddpo --out runs/demo-portraits.html --strip runs/demo-portraits.png
 	@echo "the same on product photos: make demo-fashion"
 
 demo-fashion: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_fashion.yaml
 	$(BIN)/hrf train --config configs/demo_fashion.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-fashion-ddpo
-	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html
+	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html --strip runs/demo-fashion.png
 
 # while you work: lint, types, unit tests, one run of every method
 check: $(VENV)/.test lint
