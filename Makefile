@@ -6,7 +6,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 # the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py parity.py)
 # unit tests that train, compile or start processes
-LONG = $(addprefix tests/unit/test_,bench_kernels.py bench_search.py bench_training.py study.py compilation.py planner.py readme.py)
+LONG = $(addprefix tests/unit/test_,api.py bench_kernels.py bench_search.py bench_training.py card.py compilation.py \
+	drift.py latent.py model_files.py paths.py planner.py readme.py speed.py study.py user_runs.py watch.py writers.py)
 # one run of every method
 METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process
