@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
-INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py parity.py)
+# kernel tests that `make test` also runs in Triton's interpreter; without the variable they run on compiled PTX
+INTERPRETED = tests/kernels/test_accuracy.py
 # unit tests that train, compile or start processes
 LONG = $(addprefix tests/unit/test_,api.py bench_kernels.py bench_search.py bench_training.py card.py compilation.py \
 	drift.py latent.py model_files.py paths.py planner.py readme.py speed.py study.py user_runs.py watch.py writers.py)

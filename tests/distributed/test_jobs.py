@@ -142,6 +142,7 @@ def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path):
     reward = "tests.distributed.cases:failing"
     words = [
@@ -164,6 +165,7 @@ def launch(command, timeout=400):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_deepspeed_command_of_the_docs_runs(tmp_path):
     pytest.importorskip("deepspeed")
     command = "deepspeed --num_accelerators 2 hrf_fast/train.py --config configs/smoke_cpu.yaml"
@@ -178,7 +180,7 @@ def test_the_deepspeed_command_of_the_docs_runs(tmp_path):
     assert (tmp_path / "run" / "model").is_dir()
 
 
-# the deepspeed launcher of the test before runs the script in make test
+# make test starts its ranks without a launcher
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["torchrun", "accelerate"])
 def test_other_launchers_run_the_same_script(tiny_run, tmp_path, program):

@@ -47,7 +47,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_with_a_clear_error_and_the_checkpoint_before_goes_on(tiny_run, tmp_path, small_disk, capsys):
     disk, resize = small_disk
-    words = with_folder(tiny_run, disk / "run", "train.iterations=12", "evaluation.every=0", "run.keep_checkpoints=99")
+    words = with_folder(tiny_run, disk / "run", "train.iterations=8", "evaluation.every=0", "run.keep_checkpoints=99")
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and str(disk / "run") in error

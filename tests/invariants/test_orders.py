@@ -183,6 +183,7 @@ def components_with(tiny_run, tmp_path, *words):
     return build_components(load_config(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", *words)))[1]
 
 
+@pytest.mark.slow
 def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys, measured_once):
     words = ["compute.activations=auto", "train.group_size=8", "compute.images_per_call=8"]
     chosen = [

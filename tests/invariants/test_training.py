@@ -121,6 +121,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_run, tmp_pa
 BANDIT = ["window.schedule=dynamic", "window.kwargs.search=bandit", "window.kwargs.stride=1", "evaluation.every=0"]
 
 
+@pytest.mark.slow
 def test_a_bandit_resumes_with_what_it_has_measured(tiny_run, tmp_path):
     words = [*tiny_run, *BANDIT]
     assert main(with_folder(words, tmp_path / "whole", "train.iterations=4")) == 0
@@ -578,7 +579,8 @@ def test_a_run_under_nohup_outlives_its_terminal_and_sigterm_stops_it(tiny_run, 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_process_resumes_to_the_uninterrupted_result(tiny_run, tmp_path, stop):
     words = [*tiny_run, "train.iterations=6", "evaluation.every=3"]
     process = start(words)

@@ -129,6 +129,7 @@ def test_a_copy_of_a_compiled_unet_is_its_own(smallest_model, graphs):
     assert all(module._compiled_call_impl is None for module in twin.modules())
 
 
+@pytest.mark.slow
 def test_activations_checkpoint_has_the_gradient_of_eager_in_the_real_tracer(smallest_model, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     gradients, saved = [], []
