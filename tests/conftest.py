@@ -64,6 +64,24 @@ def make_unet(channels: int = 3, size: int = 16, seed: int = 0):
     )
 
 
+def make_smallest_unet(channels: int, size: int):
+    """A UNet of one block without attention, randomly initialised."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+
+
 def make_scheduler(kind: str = "DDIMScheduler", **options):
     import diffusers
 
