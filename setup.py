@@ -8,8 +8,6 @@ VERSION: dict[str, str] = {}
 exec(Path("hrf_fast/version.py").read_text(), VERSION)
 
 EXTRAS = {
-    # learned rewards and feature networks from the hub; 5.4 has image processors that need no torchvision
-    "rewards": ["transformers>=5.4"],
     "writers": ["tensorboard", "wandb"],
     # completes commands and options in a shell
     "completion": ["argcomplete"],
@@ -20,7 +18,6 @@ EXTRAS = {
         "deepspeed>=0.19.8",
         "accelerate>=1.0",
         "argcomplete",
-        "transformers>=5.4",
         # its compiler and interpreter test the kernels without a GPU
         "triton>=3.0; platform_system == 'Linux'",
         "tensorboard",
@@ -55,6 +52,9 @@ setup(
         "torch>=2.4",
         "numpy",
         "diffusers>=0.30",
+        # text encoders, and networks that look at images; 5.4 has image processors that need no torchvision
+        "transformers>=5.4",
+        "peft>=0.17",
         "safetensors",
         "huggingface_hub",
         "omegaconf>=2.3",

@@ -27,7 +27,7 @@ from hrf_fast.version import __version__
 
 INSTALL = {
     "diffusers": "hrf_fast",
-    "transformers": "hrf_fast[rewards]",
+    "transformers": "transformers>=5.4",
     **dict.fromkeys(("triton", "deepspeed", "bitsandbytes", "xformers"), "hrf_fast[gpu]"),
     **dict.fromkeys(("tensorboard", "wandb"), "hrf_fast[writers]"),
 }

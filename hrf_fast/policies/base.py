@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
+from hrf_fast.prompts import Prompt
 from hrf_fast.stopwatch import Stopwatch
 
 
@@ -97,8 +98,12 @@ class Policy(Protocol):
     calls: NetworkCalls
     stopwatch: Stopwatch
 
-    def condition(self, prompts: Sequence[str | None]) -> Condition:
-        """The condition of one sample per prompt, without gradient; None for a model that takes no prompt."""
+    def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
+        """The condition of one sample per prompt, without gradient; None for a model that takes no prompt.
+
+        Args:
+            guided: False leaves out the unconditional branch, so that calls cost half and `predict` guides nothing.
+        """
         ...
 
     def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:

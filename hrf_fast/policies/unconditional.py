@@ -13,6 +13,7 @@ from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.compilation import compile_network
 from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
+from hrf_fast.prompts import Prompt
 from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
 
@@ -57,7 +58,7 @@ class UnconditionalPolicy:
         self.stopwatch = Stopwatch(self.device)
         self.latent_shape: tuple[int, ...] = latent_shape(unet.config)
 
-    def condition(self, prompts: Sequence[str | None]) -> Condition:
+    def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The empty condition: nothing steers the model."""
         return Condition()
 

@@ -48,7 +48,7 @@ def import_transformers(option: str, value: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"{option} is {value!r}, which needs transformers, which does not import ({error}); "
-            'install it with: pip install "hrf_fast[rewards]"'
+            'install it with: pip install "transformers>=5.4"'
         ) from error
 
 

@@ -63,7 +63,7 @@ def test_missing_packages_name_their_extra(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     found = table()
     assert found["triton"] == found["xformers"] == 'missing: pip install "hrf_fast[gpu]"'
-    assert found["transformers"] == 'missing: pip install "hrf_fast[rewards]"'
+    assert found["transformers"] == 'missing: pip install "transformers>=5.4"'
     assert found["wandb"] == found["tensorboard"] == 'missing: pip install "hrf_fast[writers]"'
     assert found["launcher"] == 'missing: pip install "hrf_fast[gpu]" brings `deepspeed`'
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("engines",),
     ("policies",),
     ("vision",),
-    ("windows",),
+    ("windows", "prompts"),
     ("config",),
     ("hub", "weights"),
     ("devices", "stopwatch"),

@@ -194,7 +194,7 @@ def test_a_missing_package_gives_the_install_line(monkeypatch):
     with pytest.raises(ImportError) as caught:
         build_reward([RewardTerm("classifier", kwargs={"model": "someone/age", "target": 0})])
     assert "classifier.model is 'someone/age', which needs transformers" in str(caught.value)
-    assert 'pip install "hrf_fast[rewards]"' in str(caught.value)
+    assert 'pip install "transformers>=5.4"' in str(caught.value)
 
 
 # --- sums and checks around a call
