@@ -11,7 +11,8 @@ LONG = $(addprefix tests/unit/test_,api.py bench_kernels.py bench_search.py benc
 # one run of every method
 METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process
-PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile
+# and in the order of their folders: the first ones start processes, and what is short fills the end
+PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
 .PHONY: demo demo-fashion check test interpreted test-all test-kernels soak lint install install-gpu clean

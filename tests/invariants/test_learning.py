@@ -20,7 +20,7 @@ def brightness(images, prompts=None):
     return images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_ddpo_makes_images_of_noise_that_it_was_not_trained_on_brighter_or_darker(tiny_model, tmp_path, sign):
     words = [*WORDS, f"model.name={tiny_model}", "run.seed=5", f"run.folder={tmp_path / 'run'}"]
     result = hrf_fast.train(hrf_fast.load_config(words), reward=lambda images, prompts: sign * brightness(images))

@@ -40,7 +40,13 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train.groups_per_step=2"], ["train.groups_per_step=2", "compute.images_per_call=6"]], ids=" ".join
+    "words",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["train.groups_per_step=2"], marks=pytest.mark.slow),
+        ["train.groups_per_step=2", "compute.images_per_call=6"],
+    ],
+    ids=" ".join,
 )
 def test_keep_is_replay_is_checkpoint(tiny_run, tmp_path, words):
     kept = run(tiny_run, tmp_path / "keep", "compute.activations=keep", *words)

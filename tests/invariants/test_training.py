@@ -339,8 +339,9 @@ def no_model(images):
     ("fail", "said"),
     [
         (no_model, "KeyError"),
-        (lambda images: [float("nan")] * len(images), "nan"),
-        (lambda images: images.mean(), "[]"),
+        # how they are refused is a unit test of rewards
+        pytest.param(lambda images: [float("nan")] * len(images), "nan", marks=pytest.mark.slow),
+        pytest.param(lambda images: images.mean(), "[]", marks=pytest.mark.slow),
     ],
     ids=["raises", "NaN", "wrong shape"],
 )
@@ -524,7 +525,7 @@ def test_an_error_of_a_listener_ends_the_run_after_a_checkpoint_of_what_it_heard
 # Ctrl-C and SIGKILL
 
 
-@pytest.mark.parametrize("moment", ["in", "out"])
+@pytest.mark.parametrize("moment", ["in", pytest.param("out", marks=pytest.mark.slow)])
 def test_a_ctrl_c_while_averaged_weights_are_copied_saves_the_trained_ones(tiny_run, tmp_path, monkeypatch, moment):
     words = [*tiny_run, "optimizer.ema_decay=0.9"]
     train(with_folder(words, tmp_path / "whole"))

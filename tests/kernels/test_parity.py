@@ -60,6 +60,7 @@ def flat(run):
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
 
 
+@pytest.mark.slow
 def test_a_run_on_triton_is_the_run_on_eager(tiny_run, tiny_model, tmp_path, capsys, monkeypatch):
     logs, changes = {}, {}
     for kernels in ("eager", "triton"):

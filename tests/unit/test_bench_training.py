@@ -68,12 +68,15 @@ def test_the_literal_loop_reproduces_the_authors_numbers(golden, literal_of, nam
 @pytest.mark.parametrize(
     "options",
     [
-        ["window.schedule=full"],
+        pytest.param(["window.schedule=full"], marks=pytest.mark.slow),
         ["window.schedule=full", "train.advantages=batch"],
         ["window.kwargs.iterations_per_cluster=1"],
         ["window.schedule=dynamic", "window.kwargs.stride=1", "window.kwargs.search=exact"],
-        ["window.kwargs.iterations_per_cluster=1", "compute.images_per_call=9"],
-        ["window.kwargs.iterations_per_cluster=1", "compute.images_per_call=9", "compute.activations=checkpoint"],
+        pytest.param(["window.kwargs.iterations_per_cluster=1", "compute.images_per_call=9"], marks=pytest.mark.slow),
+        pytest.param(
+            ["window.kwargs.iterations_per_cluster=1", "compute.images_per_call=9", "compute.activations=checkpoint"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ddpo", "ddpo-batch", "hrf", "hrf_d", "hrf-batched", "hrf-checkpoint"],
 )

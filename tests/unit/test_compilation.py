@@ -67,7 +67,7 @@ def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("mode", PARTS)
+@pytest.mark.parametrize("mode", ["unet", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_run_of_many_window_lengths_steps_and_batches_compiles_its_graphs_once(
     mode, smallest_model, tmp_path, graphs, capsys
 ):

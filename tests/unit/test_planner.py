@@ -154,7 +154,9 @@ def test_smaller_calls_are_found_where_those_of_the_configuration_do_not_fit():
     assert made.choose("plain", "fp32", "keep") is None
 
 
-@pytest.mark.parametrize("schedule", ["full", "clusters", "random", "sliding"])
+@pytest.mark.parametrize(
+    "schedule", ["full", "clusters", *(pytest.param(s, marks=pytest.mark.slow) for s in ("random", "sliding"))]
+)
 def test_planned_unet_calls_equal_those_of_a_run(tiny_run, tmp_path, schedule):
     words = [*tiny_run, f"window.schedule={schedule}", "evaluation.every=0", "train.inner_epochs=2"]
     assert train_main(words) == 0
