@@ -8,6 +8,7 @@ from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
 from hrf_fast.config.trl import DEFAULTS, convert, translate
 from hrf_fast.config.trl_source import TrlRun, read_source, read_words
+from tests.runs import metrics, train, weights
 
 SCRIPT = """\
 from dataclasses import dataclass, field
@@ -87,11 +88,16 @@ def test_a_converted_configuration_loads(script, tmp_path, capsys):
 def test_every_field_has_an_effect():
     """A field that is known and does nothing would be an option that does nothing."""
     changed = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2, str: lambda v: v + "x"}
-    special = {"per_prompt_stat_tracking": False, "mixed_precision": "bf16", "log_with": "wandb", "train_use_8bit_adam": True}
+    special = {
+        "per_prompt_stat_tracking": False,
+        "mixed_precision": "bf16",
+        "log_with": "wandb",
+        "train_use_8bit_adam": True,
+    }
     tracked = {"per_prompt_stat_tracking": True}
     plain = translate(TrlRun(dict(tracked)))
     for name, default in DEFAULTS.items():
-        value = special.get(name) or changed[type(default)](default)
+        value = special[name] if name in special else changed[type(default)](default)
         assert translate(TrlRun(tracked | {name: value})) != plain, name
 
 
@@ -137,3 +143,20 @@ def test_bad_sources(tmp_path, name, text, named):
 def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.json"):
         convert(tmp_path / "nothing.json")
+
+
+# --- what TRL's batches need ------------------------------------------------------------------------------------------
+
+
+def test_groups_of_one_learn_from_the_batch(tiny_run, tiny_model):
+    words = ["window.schedule=full", "train.group_size=1", "train.groups_per_iteration=3", "train.groups_per_step=3"]
+    result = train([*tiny_run, *words, "train.advantages=batch", "train.iterations=1"])
+    (record,) = metrics(result.folder)
+    assert record["images"] == 3 and record["advantage_std"] > 0 and record["group_reward_std"] is None
+    before, after = weights(tiny_model), weights(result.folder)
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_a_group_of_one_is_no_peer_of_itself(tiny_run):
+    with pytest.raises(ValueError, match=r"train\.group_size is 1 with train\.advantages=group"):
+        load_config([*tiny_run, "train.group_size=1"])
