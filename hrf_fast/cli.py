@@ -95,6 +95,18 @@ def bench(arguments: argparse.Namespace) -> None:
     importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)
 
 
+def from_trl(arguments: argparse.Namespace) -> None:
+    """Translate a script or a JSON file for TRL's DDPOTrainer into a configuration; the script is not run."""
+    from hrf_fast.config.trl import convert
+
+    text = convert(arguments.source, arguments.words, processes=arguments.processes)
+    if arguments.out is None:
+        print(text, end="")
+        return
+    arguments.out.write_text(text, encoding="utf-8")
+    print(f"{arguments.out}: see its comments, then hrf plan or hrf train --config {arguments.out}")
+
+
 def doctor(arguments: argparse.Namespace) -> None:
     """Say what works on this machine and what does not, and why."""
     from hrf_fast.doctor import examine
@@ -152,7 +164,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     def add(function: Callable[[argparse.Namespace], Any], **kwargs: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__, formatter_class=_Help, **kwargs
+            function.__name__.replace("_", "-"),
+            help=function.__doc__,
+            description=function.__doc__,
+            formatter_class=_Help,
+            **kwargs,
         )
         command.set_defaults(function=function)
         return command
@@ -195,6 +211,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(bench)
     command.add_argument("what", choices=("kernels", "training", "memory", "search"), help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
+    command = add(from_trl)
+    command.add_argument("--out", type=_path, help="YAML file; printed by default")
+    command.add_argument("--processes", type=int, default=1, help="that TRL was launched on")
+    command.add_argument("source", type=_path, help="a script with a DDPOConfig, or a JSON file of its fields")
+    command.add_argument("words", nargs=argparse.REMAINDER, help="--field=value, as given to the script")
     add(doctor)
     return parser, commands.choices
 
@@ -207,8 +228,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    if words[:1] == ["bench"] or not words or words[0] not in commands:
-        # the words after `bench WHAT` are its own
+    if words[:1] in (["bench"], ["from-trl"]) or not words or words[0] not in commands:
+        # the words after `bench WHAT` and `from-trl SOURCE` are its own
         return parser.parse_args(words)
     arguments = commands[words[0]].parse_intermixed_args(words[1:])
     return argparse.Namespace(command=words[0], version=False, **vars(arguments))

@@ -86,8 +86,8 @@ class TrainConfig:
     """Rollout and update, this many times. A resume may raise it where the learning rate is constant."""
     groups_per_iteration: int = option(4, at_least=1)
     """Groups per iteration; in HRF each has an anchor."""
-    group_size: int = option(5, at_least=2)
-    """Samples of a group; they share an anchor."""
+    group_size: int = option(5, at_least=1)
+    """Samples of a group; they share an anchor and a prompt. 1 needs advantages that compare groups."""
     groups_per_step: int = option(1, at_least=1)
     """Groups averaged into one optimizer step; 1 as published. Must divide groups_per_iteration."""
     inner_epochs: int = option(1, at_least=1)

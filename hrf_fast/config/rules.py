@@ -32,6 +32,11 @@ def check_config(config: Config) -> None:
             f"train.groups_per_step is {train.groups_per_step}, which does not divide train.groups_per_iteration "
             f"{train.groups_per_iteration}; choose a divisor"
         )
+    if train.group_size == 1 and train.advantages == "group":
+        raise ValueError(
+            "train.group_size is 1 with train.advantages=group: one sample has no spread to standardise by; use at "
+            "least 2, or advantages=batch"
+        )
     _check_order(config)
     _check_optimizer_kwargs(config.optimizer.kwargs)
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
