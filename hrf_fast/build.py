@@ -27,6 +27,8 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
+from hrf_fast.prompts.draw import Prompts
+from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.training.calls import CallPlan
@@ -70,9 +72,19 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
         )
+        prompts, prompts_source = build_prompts(config)
+        check_prompts(
+            policy.takes_prompts,
+            config.model.name,
+            {"prompts.source": config.prompts.source, "evaluation.prompts": config.evaluation.prompts},
+            combined.prompt_readers,
+        )
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
-        panel = build_panel(config, device)
+        sources[f"prompts {config.prompts.source}"] = prompts_source
+        panel = build_panel(config, device, prompts)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
+    # a source of the user's may answer otherwise on every rank
+    panel = replace(panel, prompts=comm.broadcast(panel.prompts))
     # the rank with the least memory decides for all
     memory = min(comm.gather(memory))
     with comm.agreed():
@@ -91,6 +103,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config),
         panel=panel,
+        prompts=prompts,
         notes=tuple(
             filter(
                 None,
@@ -98,6 +111,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
                     activations.reason,
                     emulation_note(config.compute.precision, device.type),
                     _no_network_note(config),
+                    panel.note,
                 ),
             )
         ),
@@ -154,11 +168,24 @@ def build_rules(config: Config) -> Rules:
     )
 
 
-def build_panel(config: Config, device: torch.device) -> Panel:
-    """The panel of the evaluation section, with its network."""
+def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None]:
+    """The prompts to train on, None without a source, and the user's file or function as `source_of` gives it."""
+    section = config.prompts
+    return load_prompts("prompts.source", section.source, section.kwargs, negative=section.negative)
+
+
+def build_panel(config: Config, device: torch.device, prompts: Prompts | None = None) -> Panel:
+    """The panel of the evaluation section, with its network; `prompts` are the training's.
+
+    Raises:
+        ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
+    """
     evaluation = config.evaluation
     network = choose_network(evaluation.network, config.model.name, device)
-    return Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled, network)
+    panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled, network)
+    if evaluation.prompts is not None:
+        prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
+    return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)
 
 
 def _no_network_note(config: Config) -> str:

@@ -88,6 +88,8 @@ class Policy(Protocol):
     """Shape of one sample's latents; the loop never looks inside."""
     network: Network
     """The module that an engine owns; parameters with requires_grad are trained."""
+    takes_prompts: bool
+    """Whether samples are conditioned on a prompt; otherwise `condition` is given None for each."""
     device: torch.device
     precision: str
     kernels: str

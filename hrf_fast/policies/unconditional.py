@@ -21,6 +21,8 @@ from hrf_kernels import choose_backend
 class UnconditionalPolicy:
     """The denoising policy π(x_{t-1} | x_t, t) of a UNet2DModel; a subclass adds `decode`, `save` and `example`."""
 
+    takes_prompts = False
+
     def __init__(
         self,
         unet: Any,

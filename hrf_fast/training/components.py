@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.evaluation.panel import Panel, PanelMetrics
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.network import NetworkCalls
+from hrf_fast.prompts import Prompt
+from hrf_fast.prompts.draw import Prompts
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Groups
@@ -38,6 +41,8 @@ class Rules:
     """Largest drift, in nats per pixel, that an iteration's last optimizer step may cause; 0 for any."""
     learning_rate: Callable[[int], float]
     """By iteration."""
+    guided: bool = True
+    """Sample and train groups under guidance, where the policy has it; panels are guided anyway."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Components:
     calls: CallPlan
     rules: Rules
     panel: Panel
+    prompts: Prompts | None = None
+    """The groups' source; None for a model that takes none."""
     notes: tuple[str, ...] = ()
     """Choices that were made for the user, to be printed at the start."""
     sources: Mapping[str, dict[str, str]] = field(default_factory=dict)
@@ -62,6 +69,14 @@ class Components:
         """Evaluate the panel with the current weights, or the averaged ones; its calls are not training's."""
         with self.policy.uncounted(), self.engine.gathered(ema=True):
             return self.panel.evaluate(self.policy, self.reward)
+
+    def draw_prompts(self, iteration: int) -> list[Prompt | None]:
+        """The prompt of every group of an iteration, equal on all ranks; None for each without a source."""
+        source, count = self.prompts, self.groups.per_iteration
+        if source is None:
+            return [None] * count
+        # a function of the user's may draw otherwise on every rank
+        return [*comm.main_says(lambda: source.draw(self.rules.seed, iteration, count))]
 
     def state(self, iteration: int) -> dict[str, Any]:
         """The JSON-able part of a checkpoint after `iteration` iterations: everything but weights and optimizer."""

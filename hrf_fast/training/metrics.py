@@ -88,6 +88,7 @@ def iteration_record(
     all_rewards = torch.cat(by_group)
     terms = [group.terms for group in rewards.values() if group.rewards is not None]
     term_means = {name: sum(group[name] for group in terms) / len(terms) for name in terms[0]}
+    prompts = [group.prompt for group in rewards.values()]
     return {
         "reward_mean": float(all_rewards.mean()),
         "reward_std": float(all_rewards.std()),
@@ -98,6 +99,7 @@ def iteration_record(
         "advantage_max": float(all_advantages.abs().max()),
         "group_reward_std": float(torch.stack([values.std() for values in by_group]).mean()),
         **summarise(steps),
+        **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],
         "window_steps": sum(len(window) for window in windows),
     }

@@ -61,7 +61,7 @@ def test_a_reward_that_is_finite_only_at_the_second_time_of_asking_is_not_believ
 
 def stand_in(function):
     """A reward for `Rewarder` that is `function` of a batch; nothing is checked."""
-    return lambda batch: Rewards(function(batch), {})
+    return lambda batch, prompts: Rewards(function(batch), {})
 
 
 def test_the_thread_rewards_one_pack_after_the_other_and_hands_errors_on():
