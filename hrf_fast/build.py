@@ -35,6 +35,7 @@ from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
+from hrf_fast.training.peers import Advantages, build_advantages
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
@@ -72,6 +73,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
         )
+        advantages = build_config_advantages(config)
         prompts, prompts_source = build_prompts(config)
         check_prompts(
             policy.takes_prompts,
@@ -81,6 +83,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         )
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
+        sources[f"advantages {config.train.advantages}"] = source_of(advantages)
         panel = build_panel(config, device, prompts)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank
@@ -99,6 +102,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         reward=combined,
         rewarder=Rewarder(combined, device),
         schedule=windows,
+        advantages=advantages,
         groups=build_groups(config),
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config),
@@ -155,8 +159,6 @@ def build_rules(config: Config) -> Rules:
         seed=config.run.seed,
         clips=Clips(train.clip_range, train.advantage_clip, train.scale_clips_by_window),
         inner_epochs=train.inner_epochs,
-        peers=train.advantages,
-        advantage_floor=train.advantage_floor,
         skip_not_finite=config.stop.on_nan == "skip",
         max_drift=config.stop.max_drift,
         learning_rate=learning_rate_at(
@@ -165,6 +167,17 @@ def build_rules(config: Config) -> Rules:
             warmup_iterations=optimizer.warmup_iterations,
             iterations=train.iterations,
         ),
+    )
+
+
+def build_config_advantages(config: Config) -> Advantages:
+    """Build what train.advantages names."""
+    train = config.train
+    return build_advantages(
+        train.advantages,
+        advantage_floor=train.advantage_floor,
+        prompt_buffer=train.prompt_buffer,
+        prompt_min_count=train.prompt_min_count,
     )
 
 

@@ -107,8 +107,13 @@ class TrainConfig:
     order: str = option("collect", choices=("collect", "on_policy"))
     """collect rolls out all groups, then makes the optimizer steps, as published; on_policy rolls out one step's groups
     at a time, so that each step learns from the current policy."""
-    advantages: str = option("group", choices=("group", "batch"))
-    """Peers that rewards are standardised against: the group, or all groups of the iteration (batch)."""
+    advantages: str = option("group")
+    """Peers that rewards are standardised against: the group, all groups of the iteration (batch), the last rewards of
+    the same prompt (prompt), or module:function."""
+    prompt_buffer: int = option(16, at_least=1)
+    """Rewards that advantages=prompt remembers of each prompt."""
+    prompt_min_count: int = option(16, at_least=1)
+    """Remembered rewards from which on a prompt is its own peer; before, its peers are all groups of the iteration."""
     advantage_floor: float = option(1e-6, above=0)
     """Least standard deviation to divide by, in units of the reward."""
     advantage_clip: float = option(2.5, above=0)

@@ -13,10 +13,12 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.network import NetworkCalls
 from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import Prompts
+from hrf_fast.registry import load_state_of, state_of
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
+from hrf_fast.training.peers import Advantages
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import WindowSchedule
 from hrf_fast.windows.schedules import load_schedule_state, schedule_state
@@ -31,10 +33,6 @@ class Rules:
     clips: Clips
     inner_epochs: int
     """Passes over an iteration's rollouts."""
-    peers: str
-    """Samples that a reward is standardised against: group, or batch for the whole iteration."""
-    advantage_floor: float
-    """Least standard deviation to divide by, in units of the reward."""
     skip_not_finite: bool
     """Skip optimizer steps of a reward or gradient that is not finite, instead of stopping."""
     max_drift: float
@@ -54,6 +52,7 @@ class Components:
     reward: CombinedReward
     rewarder: Rewarder
     schedule: WindowSchedule
+    advantages: Advantages
     groups: Groups
     calls: CallPlan
     rules: Rules
@@ -63,7 +62,7 @@ class Components:
     notes: tuple[str, ...] = ()
     """Choices that were made for the user, to be printed at the start."""
     sources: Mapping[str, dict[str, str]] = field(default_factory=dict)
-    """The user's reward and schedule by name, as `source_of` gives them."""
+    """The user's reward, schedule, prompts and advantages by name, as `source_of` gives them."""
 
     def evaluate_panel(self) -> PanelMetrics:
         """Evaluate the panel with the current weights, or the averaged ones; its calls are not training's."""
@@ -80,10 +79,12 @@ class Components:
 
     def state(self, iteration: int) -> dict[str, Any]:
         """The JSON-able part of a checkpoint after `iteration` iterations: everything but weights and optimizer."""
-        return {"iteration": iteration, "calls": asdict(self.policy.calls), **schedule_state(self.schedule)}
+        remembered = {**schedule_state(self.schedule), **state_of(self.advantages, "advantages", "train.advantages")}
+        return {"iteration": iteration, "calls": asdict(self.policy.calls), **remembered}
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Restore what `state` gave, or start anew; returns how many iterations are done."""
         self.policy.calls = NetworkCalls(**state["calls"]) if state else NetworkCalls()
         load_schedule_state(self.schedule, state or {})
+        load_state_of(self.advantages, state or {}, "advantages", "train.advantages")
         return state["iteration"] if state else 0

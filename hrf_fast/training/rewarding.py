@@ -13,7 +13,7 @@ from torch import Tensor
 from hrf_fast.distributed import comm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import CombinedReward, NotFiniteError
-from hrf_fast.training.advantages import group_advantages, weak_spreads
+from hrf_fast.training.peers import Advantages, apply_advantages
 
 
 @dataclass(frozen=True)
@@ -107,34 +107,20 @@ def gather_rewards(
     return {group: everybody[group] for group in sorted(everybody)}
 
 
-def standardise(
-    rewards: Mapping[int, GroupRewards], *, peers: str, floor: float, device: torch.device
-) -> dict[int, Tensor]:
-    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others.
-
-    Args:
-        peers: group or batch, the samples that a reward is compared with; floor: see `group_advantages`.
-    """
+def standardise(rewards: Mapping[int, GroupRewards], advantages: Advantages, device: torch.device) -> dict[int, Tensor]:
+    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others."""
     finite = _finite(rewards)
     if not finite:
         return {}
-    advantages = group_advantages(*_with_peers(finite, peers), floor=floor)
-    sizes = [len(values) for values in finite.values()]
-    return dict(zip(finite, advantages.to(device).split(sizes), strict=True))
+    prompts = {group: rewards[group].prompt for group in finite}
+    return {group: values.to(device) for group, values in apply_advantages(advantages, finite, prompts).items()}
 
 
-def spread_notes(rewards: Mapping[int, GroupRewards], *, peers: str, floor: float) -> dict[str, str]:
-    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`."""
-    finite = _finite(rewards)
-    return weak_spreads(*_with_peers(finite, peers), floor=floor) if finite else {}
+def spread_notes(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[str, str]:
+    """Sentences about rewards whose spread is too small to learn from, by kind."""
+    finite, notes = _finite(rewards), getattr(advantages, "notes", None)
+    return notes(finite) if finite and notes else {}
 
 
 def _finite(rewards: Mapping[int, GroupRewards]) -> dict[int, Tensor]:
     return {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
-
-
-def _with_peers(rewards: Mapping[int, Tensor], peers: str) -> tuple[Tensor, Tensor]:
-    """All rewards [B], and [B] int64 that is equal for peers."""
-    sizes = torch.tensor([len(values) for values in rewards.values()])
-    index = torch.arange(len(rewards)).repeat_interleave(sizes)
-    return torch.cat(list(rewards.values())), index if peers == "group" else torch.zeros_like(index)

@@ -1,5 +1,6 @@
 """Prompts through the loop: groups, anchors, the search, rewards, panels and logs of a text-to-image run."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -176,14 +177,21 @@ def searching(num_groups, probe):
 @pytest.mark.slow
 def test_a_run_logs_its_prompts_and_resumes_to_equal_numbers(tmp_path, prompted):  # noqa: F811
     schedule = scheduled(searching)
-    train(words(tmp_path), reward=Colour(), schedule=schedule)
+    statistics = ["train.advantages=prompt", "train.prompt_buffer=4", "train.prompt_min_count=2"]
+    train(words(tmp_path, *statistics), reward=Colour(), schedule=schedule)
     drawn = [[prompt.text for prompt in SOURCE.draw(0, iteration, 2)] for iteration in range(2)]
     assert [record["prompts"] for record in metrics(tmp_path / "run")] == drawn
     assert panels(tmp_path / "run")[0]["prompts"] == list(WORDS)
-    again = with_folder(words(tmp_path), tmp_path / "again")
+    runs = tmp_path / "run", tmp_path / "again"
+    again = with_folder(words(tmp_path, *statistics), tmp_path / "again")
     for iterations in (1, 2):
         train([*again, f"train.iterations={iterations}"], reward=Colour(), schedule=schedule)
-    assert_equal_training(tmp_path / "run", tmp_path / "again")
+    states = [json.loads(next((run / "checkpoints").glob("*2/state.json")).read_text()) for run in runs]
+    remembered = states[0]["advantages"]
+    # two groups of 3 an iteration, of which the last 4 are remembered
+    assert set(remembered) == {text for texts in drawn for text in texts} and remembered == states[1]["advantages"]
+    assert all(3 <= len(buffer) <= 4 for buffer in remembered.values())
+    assert_equal_training(*runs)
 
 
 def test_an_edited_file_of_prompts_is_noticed_on_resume(tmp_path, prompted):  # noqa: F811
