@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hrf_fast.build import build_config_reward, build_panel, build_policy
+from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompts
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import ComputeConfig, Config
 from hrf_fast.devices import choose_device, set_precision_flags
@@ -136,7 +136,7 @@ def evaluate(run: Path, words: list[str]) -> Path:
     """
     config = _config(finished_run(run), tuple(words))
     device = choose_device(config.run.device)
-    reward, panel = build_config_reward(config, device), build_panel(config, device)
+    reward, panel = build_config_reward(config, device), build_panel(config, device, build_prompts(config)[0])
     result: dict[str, Any] = {name: asdict(getattr(config, name)) for name in ("sample", "reward", "evaluation")}
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
         result[title] = panel.evaluate(build_policy(config, name), reward).record()

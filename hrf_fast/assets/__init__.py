@@ -1,4 +1,4 @@
-"""The files that ship with the package: small models, their classifiers and reference images.
+"""The files that ship with the package: small models, their classifiers and reference images, lists of prompts.
 
 Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the references.
 """
@@ -7,3 +7,5 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent
 SHIPPED = ("fashion", "portraits")
+# lists of prompts, in prompts/NAME.txt
+PROMPT_LISTS = ("animals", "activities")

@@ -52,6 +52,18 @@ class SampleConfig:
 
 
 @dataclass
+class PromptsConfig:
+    """The prompts of a text-to-image model; each group draws one."""
+
+    source: str | None = option(None)
+    """animals, activities, a text file with a prompt on each line, a .jsonl file, or module:function."""
+    kwargs: dict[str, Any] = option({})
+    """Arguments of a source that is a function."""
+    negative: str = option("", panel=True)
+    """Negative prompt of prompts that have none of their own; it acts under guidance only."""
+
+
+@dataclass
 class WindowConfig:
     """Which denoising steps are trained."""
 
@@ -102,8 +114,13 @@ class TrainConfig:
     order: str = option("collect", choices=("collect", "on_policy"))
     """collect rolls out all groups, then makes the optimizer steps, as published; on_policy rolls out one step's groups
     at a time, so that each step learns from the current policy."""
-    advantages: str = option("group", choices=("group", "batch"))
-    """Peers that rewards are standardised against: the group, or all groups of the iteration (batch)."""
+    advantages: str = option("group")
+    """Peers that rewards are standardised against: the group, all groups of the iteration (batch), the last rewards of
+    the same prompt (prompt), or module:function."""
+    prompt_buffer: int = option(16, at_least=1)
+    """Rewards that advantages=prompt remembers of each prompt."""
+    prompt_min_count: int = option(16, at_least=1)
+    """Remembered rewards from which on a prompt is its own peer; before, its peers are all groups of the iteration."""
     advantage_floor: float = option(1e-6, above=0)
     """Least standard deviation to divide by, in units of the reward."""
     advantage_clip: float = option(2.5, above=0)
@@ -201,6 +218,10 @@ class EvaluationConfig:
     """Images in the panel."""
     seed: int = option(1234, at_least=0, at_most=LARGEST_SEED, panel=True)
     """Seed of the panel's noise; independent of run.seed."""
+    prompts: str | None = option(None)
+    """Source of the panel's prompts, as prompts.source; null for the training's own. The first ones are used."""
+    images_per_prompt: int = option(4, at_least=1, panel=True)
+    """Images of each prompt in the panel."""
     network: str = option("auto", panel=True)
     """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
 
@@ -245,6 +266,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

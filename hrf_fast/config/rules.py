@@ -76,10 +76,20 @@ def _check_order(config: Config) -> None:
             "epoch; use train.inner_epochs=1, or compute.activations=replay"
         )
     parted = train.order == "on_policy" and train.groups_per_step != train.groups_per_iteration
-    if train.advantages == "batch" and parted:
+    if train.advantages != "group" and parted:
         raise ValueError(
-            "train.advantages is batch but train.order is on_policy: peers must be rolled out together; use "
-            f"train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
+            f"train.advantages is {train.advantages} but train.order is on_policy: peers must be rolled out together; "
+            f"use train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
+        )
+    if train.advantages == "prompt" and config.prompts.source is None:
+        raise ValueError(
+            "train.advantages is prompt but prompts.source is null: there are no prompts to keep statistics of; name a "
+            "source, or use train.advantages=group or batch"
+        )
+    if train.advantages == "prompt" and train.prompt_min_count > train.prompt_buffer:
+        raise ValueError(
+            f"train.prompt_min_count is {train.prompt_min_count}, which a buffer of train.prompt_buffer "
+            f"{train.prompt_buffer} never holds; use at most that"
         )
     if compute.memory_budget is not None:
         parse_memory(compute.memory_budget, "compute.memory_budget")

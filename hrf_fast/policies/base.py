@@ -101,7 +101,7 @@ class Policy(Protocol):
     network: Network
     """The module that an engine owns; parameters with requires_grad are trained."""
     takes_prompts: bool
-    """Whether prompts steer the model."""
+    """Whether samples are conditioned on a prompt; otherwise `condition` is given None for each."""
     guidance_scale: float
     """Factor of guidance in `predict`; 1 for none."""
     device: torch.device

@@ -19,7 +19,12 @@ from hrf_fast.version import __version__
 
 METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
 NAME = "README.md"
-_METRICS = {"reward": "reward", "vendi": "Vendi Score", "inception": "Inception Score"}
+_METRICS = {
+    "reward": "reward",
+    "vendi": "Vendi Score",
+    "vendi_per_prompt": "Vendi Score per prompt",
+    "inception": "Inception Score",
+}
 
 
 def reward_name(reward: RewardConfig) -> str:
@@ -52,11 +57,13 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
     sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
+    task = "text-to-image" if config.prompts.source else "unconditional-image-generation"
+    prompts = f", {evaluation.images_per_prompt} to a prompt" if config.prompts.source else ""
     lines = [
         "---",
         "library_name: diffusers",
         *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
-        "tags: [unconditional-image-generation, reinforcement-learning, hrf_fast]",
+        f"tags: [{task}, reinforcement-learning, hrf_fast]",
         "---",
         "",
         f"# {Path(base).name} tuned by {method}",
@@ -70,7 +77,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "",
         *_panel_table(panels, iterations),
         "",
-        f"Panel: {evaluation.panel_size} images from noise of seed {evaluation.seed}, {sampler}, "
+        f"Panel: {evaluation.panel_size} images{prompts} from noise of seed {evaluation.seed}, {sampler}, "
         f"{config.compute.precision}. Brackets are 95 % bootstrap intervals over its images.",
         "",
         "## Draw as the panel does",

@@ -89,6 +89,7 @@ def iteration_record(
     spreads = [values.std() for values in by_group if len(values) > 1]
     terms = [group.terms for group in rewards.values() if group.rewards is not None]
     term_means = {name: sum(group[name] for group in terms) / len(terms) for name in terms[0]}
+    prompts = [group.prompt for group in rewards.values()]
     return {
         "reward_mean": float(all_rewards.mean()),
         "reward_std": float(all_rewards.std()),
@@ -100,6 +101,7 @@ def iteration_record(
         # a group of one has no spread
         "group_reward_std": float(torch.stack(spreads).mean()) if spreads else None,
         **summarise(steps),
+        **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],
         "window_steps": sum(len(window) for window in windows),
     }

@@ -44,14 +44,14 @@ class Shifted(nn.Module):
 class Conditional(PixelPolicy):
     """Conditions on the number that a prompt is."""
 
-    def condition(self, prompts):
+    def condition(self, prompts, *, guided=True):
         return Condition({"shift": torch.tensor([float(prompt) for prompt in prompts])})
 
 
 class Guided(Conditional):
     """Conditional with guidance away from the shift 0.5."""
 
-    def condition(self, prompts):
+    def condition(self, prompts, *, guided=True):
         shift = super().condition(prompts).conditional["shift"]
         return Condition({"shift": shift}, {"shift": torch.full_like(shift, 0.5)})
 
