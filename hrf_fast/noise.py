@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check")
+PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check", "adapters")
 
 
 def noise_key(seed: int, iteration: int, purpose: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import (
     UnconditionalPolicy,
     check_finite,
@@ -35,8 +36,9 @@ class PixelPolicy(UnconditionalPolicy):
 
         scheduler = saved_scheduler(self.scheduler)
         pipeline: Any = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
-        with contiguous(self.unet):
-            pipeline(unet=self.unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        unet = merged(self.unet)
+        with contiguous(unet):
+            pipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
         """See `Policy.example`."""
