@@ -24,6 +24,10 @@ _INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
 _LAYERS = (nn.Linear, nn.Conv2d)
 
 
+class WrongTarget(ValueError):
+    """A target of lora.targets that the UNet does not have."""
+
+
 def add_adapters(
     unet: Any,
     *,
@@ -44,13 +48,16 @@ def add_adapters(
         base_precision: see `store_frozen`; seed: of A, equal on every rank and device.
 
     Raises:
-        ValueError: a target that ends the name of no linear or convolution layer; names those that there are.
+        WrongTarget: a target that ends the name of no linear or convolution layer; names those that there are.
     """
     import peft
 
     _check_targets(unet, targets)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets), init_lora_weights=_INITS[init]
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        target_modules=list(targets),
+        init_lora_weights=_INITS[init],
     )
     unet.requires_grad_(False)
     # peft draws from the global generator of the CPU
@@ -120,7 +127,7 @@ def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
         matches = {name for name, _ in unet.named_modules() if f".{name}".endswith(f".{target}")}
         if not matches or not matches <= layers:
             endings = sorted({_ending(name) for name in layers})
-            raise ValueError(
+            raise WrongTarget(
                 f"lora.targets has {target!r}{nearest(target, endings)}, which ends the name of no linear or "
                 f"convolution layer of model.name; its layers end in {', '.join(endings)}"
             )
