@@ -27,6 +27,7 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.lora import add_adapters
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
@@ -241,14 +242,14 @@ def build_engine(policy: Policy, config: Config) -> Engine:
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
-    """The policy of a configuration, or another model `name` under the same sampler."""
+    """The policy of a configuration, or another model `name` under the same sampler and without adapters."""
     compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
     if device.type == "cuda":
         # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
         torch.cuda.set_device(device)
     set_precision_flags(device, deterministic=compute.deterministic)
-    return load_policy(
+    policy = load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
         variant=config.model.variant if name is None else None,
@@ -263,6 +264,9 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         offload=compute.offload,
         device=device,
     )
+    if config.lora.rank and name is None:
+        add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)
+    return policy
 
 
 def build_config_reward(config: Config, device: torch.device) -> CombinedReward:

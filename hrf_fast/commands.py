@@ -97,12 +97,13 @@ def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
 def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
     """The configuration with fields of its sample section replaced, in fp32 on `device`.
 
-    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have.
+    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have. Frozen weights
+    are in fp32 with it.
     """
     names = {"sampler": "scheduler", "num_inference_steps": "num_inference_steps", "eta": "eta"}
     for name, value in sampler.items():
         setattr(config.sample, names[name], value)
-    config.run.device, config.compute = device, ComputeConfig()
+    config.run.device, config.compute, config.lora.base_precision = device, ComputeConfig(), "fp32"
     return config
 
 

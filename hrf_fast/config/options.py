@@ -15,6 +15,7 @@ SAMPLERS = ("ddim", "ddpm", "ddim_trl")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("sdpa", "xformers")
+LORA_INITS = ("gaussian", "kaiming")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 # noise.py makes keys of 32 bits
 LARGEST_SEED = 2**32 - 1
@@ -167,6 +168,24 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters (LoRA) that are trained in place of the model's own weights."""
+
+    rank: int = option(0, at_least=0)
+    """Rank of the adapters; 0 trains all weights and has none."""
+    alpha: float | None = option(None, above=0)
+    """Adapters are scaled by alpha/rank; null for the rank, which is a scale of 1."""
+    targets: list[str] = option(["to_q", "to_k", "to_v", "to_out.0"])
+    """Endings of the names of layers that get an adapter: linear ones and convolutions."""
+    init: str = option("gaussian", choices=LORA_INITS)
+    """Start of A: normal of std 1/rank, or uniform as peft has it by default; B is 0, so that a run starts at its
+    pretrained model. peft's initialisations that change the frozen weights (pissa, olora) have no place here."""
+    base_precision: str = option("fp32", choices=PRECISIONS)
+    """Storage of the frozen weights: fp32, or that of compute.precision, which takes half the memory and gives the same
+    numbers. Adapters are fp32."""
+
+
+@dataclass
 class ComputeConfig:
     """How the machine computes the algorithm: precision, memory, compilation, batches."""
 
@@ -271,6 +290,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

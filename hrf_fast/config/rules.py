@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hrf_fast.config.amounts import parse_memory
-from hrf_fast.config.options import FACTS, Config
+from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
 
@@ -40,8 +40,29 @@ def check_config(config: Config) -> None:
     _check_order(config)
     _check_optimizer_kwargs(config.optimizer.kwargs)
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
+    _check_lora(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
+
+
+def _check_lora(config: Config) -> None:
+    """Check the options of adapters, and that there are none without adapters."""
+    lora, precision = config.lora, config.compute.precision
+    if not lora.rank:
+        for name, default in vars(LoraConfig()).items():
+            if (value := getattr(lora, name)) != default:
+                raise ValueError(
+                    f"lora.{name} is {value!r} but lora.rank is 0, which trains all weights and has no adapters; set "
+                    f"lora.rank, or leave lora.{name} out"
+                )
+    if not lora.targets:
+        raise ValueError("lora.targets is [], so nothing would be trained; name layers, such as [to_q, to_v]")
+    if lora.base_precision not in ("fp32", precision):
+        raise ValueError(
+            f"lora.base_precision is {lora.base_precision} but compute.precision is {precision}: frozen weights are "
+            f"stored in fp32 or in the precision that they compute in; use {lora.base_precision} for both, or fp32 "
+            "for the weights"
+        )
 
 
 def _check_optimizer_kwargs(kwargs: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
 from hrf_fast.noise import noise_generator
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.load import plan_sampler
+from hrf_fast.policies.lora import WrongTarget, add_adapters
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule
@@ -125,10 +126,13 @@ class Plan:
         """Modes that the configuration's order of updates has."""
         return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
 
-    def states(self, engine: str) -> States:
-        tensors, optimizer = self.any_footprint.tensors, self.config.optimizer
+    def states(self, engine: str, precision: str | None = None) -> States:
+        """Bytes that stay, for the configuration's precision or another one."""
+        optimizer = self.config.optimizer
+        footprint = self.footprints[precision or self.config.compute.precision, False]
         return model_states(
-            tensors,
+            footprint.tensors,
+            frozen=footprint.frozen_bytes,
             engine=engine,
             gpus=self.gpus,
             optimizer=optimizer.name,
@@ -184,7 +188,7 @@ class Plan:
 
     def need(self, engine: str, precision: str, mode: str, images_per_call: int) -> float:
         """Peak bytes of an iteration."""
-        states = self.states(engine)
+        states = self.states(engine, precision)
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
         most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
@@ -226,7 +230,9 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     sampler = plan_sampler(files, kind=sample.scheduler, num_inference_steps=sample.num_inference_steps, eta=sample.eta)
     counts = count_calls(config, sampler.stochastic_steps)
     try:
-        footprints = measure_model(files, device=device)
+        footprints = measure_model(files, device=device, prepare=_adapters(config))
+    except WrongTarget:
+        raise
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
@@ -244,6 +250,20 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             "--gpus, fewer samples an iteration, or a smaller model"
         )
     return result
+
+
+def _adapters(config: Config) -> Callable[[Any, str], None] | None:
+    """Make of a UNet in fp32 what the configuration trains; None for one that is trained whole."""
+    lora = config.lora
+    if not lora.rank:
+        return None
+
+    def prepare(unet: Any, precision: str) -> None:
+        # of the other precisions the table shows what they would need
+        stored = "fp32" if lora.base_precision == "fp32" else precision
+        add_adapters(unet, **{**vars(lora), "base_precision": stored})
+
+    return prepare
 
 
 def engine_of(config: Config) -> tuple[str, int]:

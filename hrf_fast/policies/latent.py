@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
 from hrf_fast.policies.unet import check_finite, contiguous
 
@@ -41,8 +42,9 @@ class LatentPolicy(UnconditionalPolicy):
         """Write a diffusers folder (safetensors) that `LDMPipeline.from_pretrained` loads and runs."""
         from diffusers import LDMPipeline
 
-        with contiguous(self.unet):
-            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=self.unet, scheduler=self.scheduler)
+        unet = merged(self.unet)
+        with contiguous(unet):
+            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=unet, scheduler=self.scheduler)
             pipeline.save_pretrained(folder, safe_serialization=True)
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:

@@ -16,6 +16,7 @@ from hrf_fast.policies.compilation import canonical
 
 # inputs that SDXL's UNet takes in a mapping of their own; flat here, so that engines and rows treat all inputs alike
 _ADDED = ("text_embeds", "time_ids")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the reentrant form loses gradients under ZeRO-3
 NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
@@ -50,7 +51,7 @@ class Network(nn.Module):
         if precision not in PRECISIONS:
             raise ValueError(f"compute.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.channels_last, self.compiled = channels_last, False
-        self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.unet, self.dtype = unet, None if precision == "fp32" else DTYPES[precision]
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

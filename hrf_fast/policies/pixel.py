@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
 from hrf_fast.policies.unet import check_finite, contiguous
 
@@ -29,8 +30,9 @@ class PixelPolicy(UnconditionalPolicy):
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
         pipeline: Any = DDIMPipeline if isinstance(self.scheduler, DDIMScheduler) else DDPMPipeline
-        with contiguous(self.unet):
-            pipeline(unet=self.unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
+        unet = merged(self.unet)
+        with contiguous(unet):
+            pipeline(unet=unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
         """See `Policy.example`."""
