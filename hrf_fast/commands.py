@@ -11,7 +11,8 @@ import torch
 
 from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompts
 from hrf_fast.config.load import load_config
-from hrf_fast.config.options import ComputeConfig, Config
+from hrf_fast.config.options import Config
+from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.grids import save_grid

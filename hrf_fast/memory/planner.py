@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.config.options import PRECISIONS, Config
+from hrf_fast.config.options import Config
+from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrf_fast.config.amounts import show_bytes
-from hrf_fast.config.options import PRECISIONS
+from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.memory.planner import MODES, RESERVE, Choice, Plan
 from hrf_fast.memory.zero import ENGINES
 

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from hrf_fast.config.options import PRECISIONS
+from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.distributed import comm
 from hrf_fast.policies.compilation import canonical
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from hrf_fast.cli import main
 from hrf_fast.config.load import to_yaml
-from hrf_fast.config.options import Config, EvaluationConfig, RunConfig, TrainConfig, WindowConfig
+from hrf_fast.config.options import Config, TrainConfig, WindowConfig
+from hrf_fast.config.run_options import EvaluationConfig, RunConfig
 from hrf_fast.evaluation.grids import Grid, image_grid, save_grid
 from hrf_fast.report.strip import CELL, GAP, IMAGES, Row, draw_strip, write_strip
 from tests.runs import REPORTED
