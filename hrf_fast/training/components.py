@@ -40,7 +40,7 @@ class Rules:
     learning_rate: Callable[[int], float]
     """By iteration."""
     guided: bool = True
-    """Sample and train groups under guidance, where the policy has it; panels are guided anyway."""
+    """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
 
 
 @dataclass(frozen=True)
