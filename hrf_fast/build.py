@@ -195,9 +195,14 @@ def build_panel(config: Config, device: torch.device, prompts: Prompts | None = 
     Raises:
         ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
     """
+    network = choose_network(config.evaluation.network, config.model.name, device)
+    return replace(build_prompted_panel(config, prompts), network=network)
+
+
+def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
+    """The panel without its network; arguments and errors as `build_panel`."""
     evaluation = config.evaluation
-    network = choose_network(evaluation.network, config.model.name, device)
-    panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled, network)
+    panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled)
     if evaluation.prompts is not None:
         prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
     return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)

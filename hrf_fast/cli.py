@@ -39,6 +39,9 @@ def sample(arguments: argparse.Namespace) -> None:
         sampler=arguments.scheduler,
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
+        prompts=arguments.prompt,
+        negatives=arguments.negative,
+        guidance_scale=arguments.guidance,
     )
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
 
@@ -187,6 +190,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
+    command.add_argument(
+        "--prompt", action="append", default=[], help="of a text-to-image model, may repeat; a run's own"
+    )
+    command.add_argument(
+        "--negative", action="append", default=[], help="negative prompt, of all prompts or one of each"
+    )
+    command.add_argument("--guidance", type=float, help="factor of guidance; a run's own, else 1 for none")
     command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234, help="of the noise")
     command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")

@@ -22,8 +22,9 @@ class PromptedPolicy(PixelPolicy):
         self.asked = []
 
     def condition(self, prompts, *, guided=True):
-        self.asked.append(([prompt.text for prompt in prompts], guided))
-        return Condition({"class_labels": torch.tensor([WORDS.index(prompt.text) for prompt in prompts])})
+        texts = [prompt.text if prompt else WORDS[0] for prompt in prompts]
+        self.asked.append((texts, guided))
+        return Condition({"class_labels": torch.tensor([WORDS.index(text) for text in texts])})
 
 
 def make_prompted_policy(num_inference_steps=6, **_) -> PromptedPolicy:

@@ -112,6 +112,12 @@ class Panel:
             f"source has {len(self.prompts)}: they are used again from the first"
         )
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of every `images_per_prompt` images; empty for an unconditional model."""
+        first = range(0, self.size if self.prompts else 0, self.images_per_prompt)
+        return tuple(prompt.text for prompt in map(self.prompt, first) if prompt is not None)
+
     def prompt(self, image: int) -> Prompt | None:
         """The prompt of an image; None for an unconditional model."""
         return self.prompts[image // self.images_per_prompt % len(self.prompts)] if self.prompts else None
@@ -146,7 +152,7 @@ class Panel:
             vendi=vendi,
             inception=inception,
             vendi_per_prompt=per_prompt,
-            prompts=tuple(prompt.text for prompt in prompts[:: self.images_per_prompt] if prompt is not None),
+            prompts=self.texts,
         )
 
 
