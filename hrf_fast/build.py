@@ -152,6 +152,7 @@ def build_rules(config: Config) -> Rules:
             warmup_iterations=optimizer.warmup_iterations,
             iterations=train.iterations,
         ),
+        guided=train.guidance,
     )
 
 
@@ -212,12 +213,15 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         name or config.model.name,
         revision=config.model.revision if name is None else None,
         variant=config.model.variant if name is None else None,
+        decoder=config.model.decoder,
         sampler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,
+        guidance_scale=sample.guidance_scale,
         precision=compute.precision,
         attention=compute.attention,
         channels_last=compute.channels_last,
+        offload=compute.offload,
         device=device,
     )
     if config.lora.rank and name is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hrf_fast.config.facts import Facts, option
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "ddim_trl")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("sdpa", "xformers")
@@ -31,6 +31,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
     variant: str | None = option(None, panel=True)
     """Variant of the weight files, such as fp16 for *.fp16.safetensors; null for the plain ones."""
+    decoder: str | None = option(None, panel=True)
+    """An AutoencoderTiny, a folder or a hub id such as madebyollin/taesd, that decodes latents of a text-to-image model
+    faster than its VAE; null for the VAE. RUN/model has the VAE."""
 
 
 @dataclass
@@ -38,11 +41,15 @@ class SampleConfig:
     """The sampler, in training and in evaluation."""
 
     scheduler: str = option("ddim", choices=SAMPLERS, panel=True)
-    """DDIM, or DDPM's ancestral sampling."""
+    """ddim; ddpm, ancestral sampling; or ddim_trl, DDIM as TRL has it: the last step goes to the first trained step and
+    not to the clean image, so it has noise and is trained. Where set_alpha_to_one is off (Stable Diffusion) this is
+    ddim."""
     num_inference_steps: int = option(40, at_least=1, panel=True)
     """Denoising steps, T; the paper uses 40."""
     eta: float = option(1.0, above=0, at_most=1, panel=True)
     """Noise scale of DDIM; leave it at 1 for ddpm."""
+    guidance_scale: float = option(1.0, at_least=1, panel=True)
+    """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none."""
 
 
 @dataclass
@@ -106,6 +113,9 @@ class TrainConfig:
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = option(True)
     """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    guidance: bool = option(True)
+    """Roll out and update under sample.guidance_scale, with gradient through both branches. false trains the model
+    without guidance at half the cost; panels have guidance either way."""
 
 
 @dataclass
@@ -176,6 +186,8 @@ class ComputeConfig:
     trained. Another number rounds otherwise."""
     attention: str = option("sdpa", choices=ATTENTIONS)
     """Implementation of attention: torch's own, or xformers (CUDA)."""
+    offload: bool = option(False, resumable=True)
+    """Keep a text-to-image model's text encoders and decoder in the CPU's memory while they are not used (CUDA)."""
     channels_last: bool = option(False)
     """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
     compile: str = option("none", choices=("none", "unet", "blocks"))

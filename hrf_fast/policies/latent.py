@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from hrf_fast.policies.lora import merged
-from hrf_fast.policies.unconditional import (
-    UnconditionalPolicy,
-    check_finite,
-    contiguous,
-    pipeline_example,
-    saved_scheduler,
-)
+from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
+from hrf_fast.policies.unet import check_finite, contiguous
 
 # images that the decoder takes at once: its activations are those of full-size images
 _DECODED_AT_ONCE = 8
@@ -49,7 +44,7 @@ class LatentPolicy(UnconditionalPolicy):
 
         unet = merged(self.unet)
         with contiguous(unet):
-            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=unet, scheduler=saved_scheduler(self.scheduler))
+            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=unet, scheduler=self.scheduler)
             pipeline.save_pretrained(folder, safe_serialization=True)
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:

@@ -15,6 +15,8 @@ from hrf_fast.distributed import comm
 from hrf_fast.policies.compilation import canonical
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# inputs that SDXL's UNet takes in a mapping of their own; flat here, so that engines and rows treat all inputs alike
+_ADDED = ("text_embeds", "time_ids")
 # the reentrant form loses gradients under ZeRO-3
 NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
@@ -63,9 +65,12 @@ class Network(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: int | Tensor, **condition: Tensor) -> Tensor:
         """The UNet's output [B, C, H, W] for latents of that shape; `timesteps` is one value or [B]."""
+        named: dict[str, Any] = {name: tensor for name, tensor in condition.items() if name not in _ADDED}
+        if added := {name: tensor for name, tensor in condition.items() if name in _ADDED}:
+            named["added_cond_kwargs"] = added
         if self.compiled:
             latents, timesteps = canonical(latents, timesteps)
         if self.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last)
         with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.unet(latents, timesteps, return_dict=False, **condition)[0].contiguous()
+            return self.unet(latents, timesteps, return_dict=False, **named)[0].contiguous()

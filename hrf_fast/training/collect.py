@@ -52,7 +52,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         if changes:
             run.note_once(note_of(what, changes), key=what)
         _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, what)
-    condition: Condition = policy.condition([None] * groups.size)
+    condition: Condition = policy.condition([None] * groups.size, guided=components.rules.guided)
     return windows, {
         number: Group(
             number,

@@ -38,6 +38,8 @@ class Rules:
     """Largest drift, in nats per pixel, that an iteration's last optimizer step may cause; 0 for any."""
     learning_rate: Callable[[int], float]
     """By iteration."""
+    guided: bool = True
+    """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
 
 
 @dataclass(frozen=True)

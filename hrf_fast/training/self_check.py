@@ -87,4 +87,4 @@ def _group(components: Components, number: int, window: Window) -> Group:
     policy, groups = components.policy, components.groups
     ids = torch.tensor(groups.sample_ids(number), device=policy.device)
     noise = NoiseKey(noise_key(components.rules.seed, 0, "self_check"), ids)
-    return Group(number, window, noise, policy.condition([None] * groups.size))
+    return Group(number, window, noise, policy.condition([None] * groups.size, guided=components.rules.guided))
