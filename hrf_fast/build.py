@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
-from hrf_fast.policies.lora import add_adapters
+from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
@@ -247,7 +248,14 @@ def build_engine(policy: Policy, config: Config) -> Engine:
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
-    """The policy of a configuration, or another model `name` under the same sampler and without adapters."""
+    """The policy of a configuration, or another model `name` under the same sampler.
+
+    Args:
+        name: a whole model, or the folder of a run's adapters, which are loaded beside the configuration's model.
+    """
+    tuned = None
+    if name is not None and Path(name, LORA_WEIGHTS).is_file():
+        tuned, name = Path(name), None
     compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
     if device.type == "cuda":
@@ -271,6 +279,8 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     )
     if config.lora.rank and name is None:
         add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)
+    if tuned is not None:
+        load_adapters(policy.network.unet, tuned)
     return policy
 
 

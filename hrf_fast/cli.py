@@ -57,7 +57,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint as a diffusers folder."""
     from hrf_fast.commands import export as export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out)
+    export_checkpoint(arguments.checkpoint, arguments.out, merge=arguments.merge)
     print(f"written to {arguments.out}")
 
 
@@ -207,6 +207,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(export)
     command.add_argument("checkpoint", type=_path, help="such as RUN/checkpoints/iteration-000010")
     command.add_argument("--out", type=_path, required=True, help="a new folder")
+    merge = "a whole pipeline with the adapters merged into its weights, of a text-to-image model tuned by LoRA"
+    command.add_argument("--merge", action="store_true", help=merge)
     command = add(report)
     command.add_argument("runs", nargs="+", type=_path, help="run folders; several are compared")
     command.add_argument("--out", type=_path, help="HTML file; by default report.html in the first run")

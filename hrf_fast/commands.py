@@ -20,6 +20,7 @@ from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.lora import merged
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_fast.run.card import save_model
@@ -192,11 +193,14 @@ def evaluate(run: Path, words: list[str]) -> Path:
     return run / "evaluation.json"
 
 
-def export(checkpoint: Path, out: Path) -> None:
+def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
     """Write a checkpoint as a diffusers folder, with averaged weights where the run averages.
 
+    Args:
+        merge: write a whole pipeline where a policy saves its adapters only.
+
     Raises:
-        ValueError: not a checkpoint of a run, or a folder that is there already.
+        ValueError: not a checkpoint of a run, a folder that is there already, or nothing to merge.
     """
     run = _run_of(checkpoint)
     if run is None:
@@ -206,6 +210,12 @@ def export(checkpoint: Path, out: Path) -> None:
     config = _with_sampler(_config(run), "cpu", {})
     policy = build_policy(config)
     load_weights(policy, checkpoint)
+    if merge:
+        if not (policy.takes_prompts and config.lora.rank):
+            raise ValueError(
+                "--merge is for adapters of a text-to-image model; this checkpoint is written whole anyway"
+            )
+        policy.network.unet = merged(policy.network.unet)
     out.parent.mkdir(parents=True, exist_ok=True)
     iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
     save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)

@@ -8,17 +8,22 @@ change W (PiSSA, OLoRA, LoftQ): B starts at 0, so that a run starts at its pretr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrf_fast.noise import noise_key
 from hrf_fast.policies.network import DTYPES
 from hrf_fast.registry import nearest
+from hrf_fast.weights import judge
 
 # peft's name of the one adapter
 ADAPTER = "default"
+# diffusers' name of a file of adapters
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 _INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
 # autocast rounds their weights at each use
 _LAYERS = (nn.Linear, nn.Conv2d)
@@ -53,12 +58,8 @@ def add_adapters(
     import peft
 
     _check_targets(unet, targets)
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        target_modules=list(targets),
-        init_lora_weights=_INITS[init],
-    )
+    options: dict[str, Any] = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+    config = peft.LoraConfig(target_modules=list(targets), init_lora_weights=_INITS[init], **options)
     unet.requires_grad_(False)
     # peft draws from the global generator of the CPU
     with torch.random.fork_rng(devices=[]):
@@ -115,6 +116,40 @@ def merged(unet: Any) -> Any:
         copy = type(unet).from_config(unet.config)
     copy.load_state_dict(state, assign=True)
     return copy
+
+
+def save_adapters(unet: Any, folder: Path, pipeline: Any) -> None:
+    """Write the adapters, with their rank and alpha, as a file that the pipeline's `load_lora_weights` reads.
+
+    Args:
+        pipeline: a class of diffusers that has `save_lora_weights`.
+    """
+    settings = unet.peft_config[ADAPTER].to_dict()
+    # a set, whose order differs between processes
+    settings["target_modules"] = sorted(settings["target_modules"])
+    weights = {saved: _saved(unet.get_parameter(name)) for name, saved in _names(unet).items()}
+    pipeline.save_lora_weights(folder, weights, unet_lora_adapter_metadata=settings)
+
+
+@torch.no_grad()
+def load_adapters(unet: Any, folder: Path) -> None:
+    """Put the adapters that `save_adapters` wrote into a UNet that has adapters of the same rank, alpha and targets.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, of another shape or not finite.
+    """
+    file, names = folder / LORA_WEIGHTS, _names(unet)
+    tensors = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
+    if problem := judge({saved: unet.get_parameter(name).shape for name, saved in names.items()}, tensors):
+        raise ValueError(f"{file} can't be used for the adapters of section lora: {problem}; restore the run's folder")
+    for name, saved in names.items():
+        unet.get_parameter(name).copy_(tensors[saved])
+
+
+def _names(unet: nn.Module) -> dict[str, str]:
+    """The names of adapters in a file, by those of the parameters."""
+    names = (name for name, _ in unet.named_parameters() if ".lora_" in name)
+    return {name: name.replace(f".{ADAPTER}.", ".") for name in names}
 
 
 def _saved(tensor: Tensor) -> Tensor:

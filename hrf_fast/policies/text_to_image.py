@@ -12,6 +12,7 @@ from torch import Tensor
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.encoders import PromptEncoder, resident
 from hrf_fast.policies.files import STABLE_DIFFUSION
+from hrf_fast.policies.lora import adapted_layers, save_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.unet import UNetPolicy, check_finite, contiguous, scheduler_of
@@ -88,8 +89,14 @@ class StableDiffusionPolicy(UNetPolicy):
         return latents * std / config.scaling_factor + mean
 
     def save(self, folder: Path) -> None:
-        """Write a diffusers folder (safetensors) with every part, which the pipeline's `from_pretrained` loads."""
+        """Write a diffusers folder (safetensors) with every part, which the pipeline's `from_pretrained` loads.
+
+        Of a UNet with adapters only these are written, for `load_lora_weights`.
+        """
         import diffusers
+
+        if adapted_layers(self.unet):
+            return save_adapters(self.unet, folder, getattr(diffusers, self._pipeline))
 
         # of the files that are written, among the JSON lines of a run
         with quiet(), contiguous(self.unet):
@@ -98,8 +105,9 @@ class StableDiffusionPolicy(UNetPolicy):
                 folder, safe_serialization=True
             )
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str) -> str:
         """See `Policy.example`."""
+        source, adapters = ('"."', "") if not adapted_layers(self.unet) else (base, 'pipeline.load_lora_weights(".")\n')
         kind, options, noise = scheduler_of(scheduler, eta)
         names = sorted((self._pipeline, kind, *(["AutoencoderTiny"] if self._decoder_name else [])))
         tiny = f'pipeline.vae = AutoencoderTiny.from_pretrained("{self._decoder_name}")\n' if self._decoder_name else ""
@@ -108,8 +116,8 @@ class StableDiffusionPolicy(UNetPolicy):
 import torch
 from diffusers import {", ".join(names)}
 
-pipeline = {self._pipeline}.from_pretrained(".")
-pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{options})
+pipeline = {self._pipeline}.from_pretrained({source})
+{adapters}pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{options})
 {tiny}images = pipeline(
     "your prompt",
     num_images_per_prompt=16,

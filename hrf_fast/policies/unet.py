@@ -45,7 +45,7 @@ class UNetPolicy:
         Raises:
             ValueError: an unknown precision, or kernels that can't run on the UNet's device.
         """
-        self.unet, self.scheduler, self.precision = unet, scheduler, precision
+        self.scheduler, self.precision = scheduler, precision
         self.guidance_scale = guidance_scale
         self.network = Network(unet, precision, channels_last=channels_last)
         self._with_gradient: Callable[..., Tensor] = self.network
@@ -61,6 +61,11 @@ class UNetPolicy:
         self.calls = NetworkCalls()
         self.stopwatch = Stopwatch(self.device)
         self.latent_shape: tuple[int, ...] = latent_shape(unet.config)
+
+    @property
+    def unet(self) -> Any:
+        """The network's UNet."""
+        return self.network.unet
 
     def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
         """The UNet's outputs for latents [B, C, H, W] at one step or at [B] steps, counted and timed.

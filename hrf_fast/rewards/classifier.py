@@ -16,6 +16,7 @@ from torch import Tensor
 from hrf_fast.registry import check_count
 from hrf_fast.rewards.registry import Reward, register_reward
 from hrf_fast.vision.load import load_classifier
+from hrf_fast.vision.shipped import load_shipped
 
 
 @register_reward(
@@ -44,6 +45,39 @@ def classifier(
         # log of the summed probability
         return network.log_probs(images)[head][:, indexes].logsumexp(1)
 
+    return reward
+
+
+@register_reward("attribute", needs="nothing: the classifier ships")
+def attribute(
+    target: str | Sequence[str] | None = None, model: str = "peeps", *, device: torch.device | str = "cpu"
+) -> Reward:
+    """Log-probability that the image has the attributes that its prompt names, or those given here; at most 0.
+
+    Args:
+        target: such as "accessories=sunglasses", or several of them; by default those in the metadata of each prompt,
+            {"attributes": {"accessories": "sunglasses"}}. The mean over them is the reward.
+        model: the shipped model whose classifier looks.
+    """
+    network = load_shipped(model, device)
+    fixed = [target] if isinstance(target, str) else target
+
+    def reward(images: Tensor, prompts: Sequence[str] | None, metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        log_probs = network.log_probs(images)
+        rewards = []
+        for row, data in enumerate(metadata):
+            wanted = fixed or [f"{head}={name}" for head, name in data.get("attributes", {}).items()]
+            if not wanted:
+                raise ValueError(
+                    "attribute.target is null and a prompt names no attributes; give prompts with the metadata "
+                    '{"attributes": {…}} as those of prompts.source=peeps, or set target'
+                )
+            places = [_find_class(item, network.labels) for item in wanted]
+            rewards.append(torch.stack([log_probs[head][row, index] for head, index in places]).mean())
+        return torch.stack(rewards)
+
+    for item in fixed or ():
+        _find_class(item, network.labels)
     return reward
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assets import SHIPPED
-from hrf_fast.config.options import Config, RewardConfig
+from hrf_fast.config.options import Config, LoraConfig, RewardConfig
 from hrf_fast.hub import HUB_ID
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.files import replace_folder
@@ -52,6 +52,12 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
     # where a folder lies is no one else's business
     local = model.name not in SHIPPED and os.path.isdir(model.name)
     base = Path(model.name).name if local else model.name
+    pinned = {name: value for name in ("revision", "variant") if (value := getattr(model, name))}
+    shipped = f'ASSETS / "{base}" / "model"' if model.name in SHIPPED else ""
+    source = shipped or ", ".join([f'"{base}"', *(f'{name}="{value}"' for name, value in pinned.items())])
+    example = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, source).strip()
+    if shipped and shipped in example:
+        example = f"from hrf_fast.assets import ASSETS\n{example}"
     details = ["a local folder"] if local else []
     details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
@@ -72,6 +78,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "|---|---|",
         f"| base model | {base}{detail} |",
         f"| method | {method} (`window.schedule={config.window.schedule}`), {iterations} iterations |",
+        *_trained(config.lora),
         f"| reward | {reward_name(config.reward)} |",
         f"| trained by | hrf_fast {__version__} |",
         "",
@@ -85,7 +92,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
         "",
         "```python",
-        policy.example(sample.scheduler, sample.num_inference_steps, sample.eta).strip(),
+        example,
         "```",
         "",
         "Another number of steps, another eta or another scheduler is another sampler, whose images get other rewards;",
@@ -93,6 +100,14 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "",
     ]
     return "\n".join(lines)
+
+
+def _trained(lora: LoraConfig) -> list[str]:
+    """The row about adapters, where there are any."""
+    if not lora.rank:
+        return []
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return [f"| trained | LoRA of rank {lora.rank}, alpha {alpha:g}, on {', '.join(lora.targets)} |"]
 
 
 def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]:

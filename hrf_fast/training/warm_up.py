@@ -10,6 +10,7 @@ import torch
 
 from hrf_fast.distributed import comm
 from hrf_fast.policies.base import Policy
+from hrf_fast.prompts import Prompt
 from hrf_fast.training.components import Components
 
 
