@@ -6,7 +6,8 @@ The noise is counter-based, so two models see the very same panel, step by step;
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from hrf_fast.evaluation.diversity import (
     vendi_interval,
     vendi_score,
 )
+from hrf_fast.evaluation.looks import attribute_shares, looks_interval
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.sample import sample
@@ -44,17 +46,26 @@ class PanelMetrics:
     inception: Interval | None
     vendi_per_prompt: Interval | None = None
     """Mean of the Vendi Scores of the images of one prompt."""
+    looks: Interval | None = None
+    """Effective number of looks, where the network is a classifier of several attributes."""
+    attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Share of each value of every attribute, with `looks`."""
     prompts: tuple[str, ...] = ()
     """Texts, each of equally many images, in the order of the images; empty for an unconditional model."""
 
     def record(self) -> dict[str, Any]:
         """JSON-able: every interval as [value, low, high], and the rewards of each image for paired comparison."""
-        names = ("reward", "vendi", "vendi_per_prompt", "inception")
+        names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
         intervals: dict[str, Interval | None] = {name: getattr(self, name) for name in names}
         metrics: dict[str, Any] = {name: list(interval) for name, interval in intervals.items() if interval is not None}
         largest = max(map(abs, self.rewards))
         # six decimals, and six digits of rewards in smaller units
         decimals = max(6, 5 - math.floor(math.log10(largest))) if largest else 6
+        if self.attributes:
+            metrics["attributes"] = {
+                name: {value: round(share, 4) for value, share in shares.items()}
+                for name, shares in self.attributes.items()
+            }
         if self.prompts:
             metrics["prompts"] = list(self.prompts)
         return {**metrics, "rewards": [round(value, decimals) for value in self.rewards]}
@@ -135,7 +146,8 @@ class Panel:
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         prompts = [self.prompt(image) for image in range(self.size)]
         rewards = reward(images, prompts).total.cpu()
-        vendi = inception = per_prompt = None
+        vendi = inception = per_prompt = looks = None
+        attributes: dict[str, dict[str, float]] = {}
         if self.network is not None:
             features = self.network.features(images).cpu()
             vendi = vendi_interval(features, seed=self.seed)
@@ -143,8 +155,13 @@ class Panel:
             if self.prompts and 1 < self.images_per_prompt < self.size:
                 scores = [vendi_score(part) for part in features.split(self.images_per_prompt)]
                 per_prompt = mean_interval(torch.tensor(scores, dtype=torch.float64), seed=self.seed)
-        if isinstance(self.network, Classifier) and "label" in self.network.labels:
-            inception = inception_interval(self.network.log_probs(images)["label"].cpu(), seed=self.seed)
+        if isinstance(self.network, Classifier):
+            log_probs = self.network.log_probs(images)
+            if "label" in log_probs:
+                inception = inception_interval(log_probs["label"].cpu(), seed=self.seed)
+            if len(log_probs) > 1:
+                looks = looks_interval(log_probs, seed=self.seed)
+                attributes = attribute_shares(log_probs, self.network.labels)
         return PanelMetrics(
             images=images.cpu(),
             rewards=rewards.tolist(),
@@ -152,6 +169,8 @@ class Panel:
             vendi=vendi,
             inception=inception,
             vendi_per_prompt=per_prompt,
+            looks=looks,
+            attributes=attributes,
             prompts=self.texts,
         )
 

@@ -23,6 +23,7 @@ _METRICS = {
     "reward": "reward",
     "vendi": "Vendi Score",
     "vendi_per_prompt": "Vendi Score per prompt",
+    "looks": "effective number of looks",
     "inception": "Inception Score",
 }
 

@@ -156,6 +156,7 @@ PANEL = {
     "vendi": "interval?",
     "vendi_per_prompt": "interval?",
     "inception": "interval?",
+    "looks": "interval?",
     "prompts": "list of texts?",
 }
 """Names of evaluations.jsonl that are read again."""
