@@ -53,30 +53,30 @@ MORE_WORDS = ["woman", "man", "girl", "boy", "old", "young", "people", "photo", 
 
 def caption(person: dict[str, str], random_: random.Random, left_open: float) -> tuple[str, dict[str, str]]:
     """A sentence, and the attributes that it names; each is left out with probability `left_open`."""
-    said = {name: value for name, value in person.items() if random_.random() >= left_open}
+    named = {name: value for name, value in person.items() if random_.random() >= left_open}
     # a bare head says that there is no hair colour, and a colour that there is some hair
     if person["hair"] in NO_HAIR:
-        said.pop("hair_colour", None)
-        if "hair" in said:
-            said["hair_colour"] = "none"
+        named.pop("hair_colour", None)
+        if "hair" in named:
+            named["hair_colour"] = "none"
     parts, ends = [], []
-    if "hair" in said or "hair_colour" in said:
-        colour = said.get("hair_colour", "")
+    if "hair" in named or "hair_colour" in named:
+        colour = named.get("hair_colour", "")
         word = "" if colour in ("", "none") else random_.choice(COLOUR_WORDS.get(colour, (colour,)))
-        parts.append(random_.choice(HAIR_WORDS[said["hair"]] if "hair" in said else ("{} hair",)).format(word))
-    if "skin" in said:
-        parts.append(random_.choice(SKIN_WORDS[said["skin"]]))
-    if "accessories" in said:
-        parts.append(random_.choice(ACCESSORY_WORDS[said["accessories"]]))
+        parts.append(random_.choice(HAIR_WORDS[named["hair"]] if "hair" in named else ("{} hair",)).format(word))
+    if "skin" in named:
+        parts.append(random_.choice(SKIN_WORDS[named["skin"]]))
+    if "accessories" in named:
+        parts.append(random_.choice(ACCESSORY_WORDS[named["accessories"]]))
     random_.shuffle(parts)
-    if "shirt" in said:
-        ends.append(f"in a {said['shirt']} {random_.choice(('shirt', 'sweater', 'top'))}")
-    if "background" in said:
+    if "shirt" in named:
+        ends.append(f"in a {named['shirt']} {random_.choice(('shirt', 'sweater', 'top'))}")
+    if "background" in named:
         where = random_.choice(("on a {} background", "by a {} wall"))
-        ends.append(where.format(said["background"]))
+        ends.append(where.format(named["background"]))
     who = random_.choice(("person", "person", "character"))
-    if "expression" in said:
-        mood = random_.choice(EXPRESSION_WORDS[said["expression"]])
+    if "expression" in named:
+        mood = random_.choice(EXPRESSION_WORDS[named["expression"]])
         if " " in mood or random_.random() < 0.3:
             ends.insert(0, mood)
         else:
@@ -85,7 +85,7 @@ def caption(person: dict[str, str], random_: random.Random, left_open: float) ->
     if parts:
         who += " with " + ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + parts[-1]
     text = re.sub(" +", " ", ", ".join([f"{before}a {who}", *ends]))
-    return re.sub(r"\ba (?=[aeio]|unhappy)", "an ", text), said
+    return re.sub(r"\ba (?=[aeio]|unhappy)", "an ", text), named
 
 
 def full_captions(labels: np.ndarray, seed: int) -> list[str]:
@@ -105,10 +105,10 @@ def random_captions(labels: np.ndarray, count: int, seed: int) -> tuple[list[str
     texts, said_labels = [], []
     for label in labels:
         for _ in range(count):
-            text, said = caption(person_of(label), random_, random_.choice(OPEN))
+            text, named = caption(person_of(label), random_, random_.choice(OPEN))
             texts.append(text)
             said_labels.append(
-                [values.index(said[name]) if name in said else len(values) for name, values in ATTRIBUTES.items()]
+                [values.index(named[name]) if name in named else len(values) for name, values in ATTRIBUTES.items()]
             )
     return texts, np.array(said_labels, np.int64)
 

@@ -47,20 +47,20 @@ class Readers(nn.Module):
         return [head(states) for head in self.heads.values()]
 
 
-def reading_loss(networks: nn.ModuleDict, tokens: Tensor, said: Tensor, end: int) -> Tensor:
+def reading_loss(networks: nn.ModuleDict, tokens: Tensor, named: Tensor, end: int) -> Tensor:
     """Sum over the attributes of the mean negative log-likelihood at every position from the end token on."""
     states = networks["text"](tokens).last_hidden_state
     rows, positions = (tokens == end).nonzero(as_tuple=True)
     logits = networks["readers"](states[rows, positions])
-    return torch.stack([F.cross_entropy(values, said[rows, i]) for i, values in enumerate(logits)]).sum()
+    return torch.stack([F.cross_entropy(values, named[rows, i]) for i, values in enumerate(logits)]).sum()
 
 
 @torch.no_grad()
-def reading_accuracy(networks: nn.ModuleDict, tokens: Tensor, said: Tensor, end: int) -> list[float]:
+def reading_accuracy(networks: nn.ModuleDict, tokens: Tensor, named: Tensor, end: int) -> list[float]:
     """Share of captions whose first end token tells the right value, of every attribute."""
     states = networks["text"](tokens).last_hidden_state
     at_end = states[torch.arange(len(tokens)), (tokens == end).int().argmax(1)]
-    return [float((v.argmax(1) == said[:, i]).double().mean()) for i, v in enumerate(networks["readers"](at_end))]
+    return [float((v.argmax(1) == named[:, i]).double().mean()) for i, v in enumerate(networks["readers"](at_end))]
 
 
 def main() -> None:
@@ -73,16 +73,16 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(arguments.data / "tokenizer")
     sets = []
     for split, seed in (("training", 1), ("held_out", 2)):
-        texts, said = random_captions(load(arguments.data, split)[1], CAPTIONS, seed)
-        sets.append((tokenize(tokenizer, texts), torch.from_numpy(said)))
-    (tokens, said), (test_tokens, test_said) = sets
+        texts, named = random_captions(load(arguments.data, split)[1], CAPTIONS, seed)
+        sets.append((tokenize(tokenizer, texts), torch.from_numpy(named)))
+    (tokens, named), (test_tokens, test_said) = sets
     networks = nn.ModuleDict({"text": CLIPTextModel(text_config(tokenizer)), "readers": Readers()})
     parameters = sum(p.numel() for p in networks["text"].parameters())
     print(f"{parameters:,} parameters, {len(tokens):,} captions", flush=True)
 
     def losses() -> dict[str, Tensor]:
         chosen = torch.randint(len(tokens), (BATCH,))
-        return {"nll": reading_loss(networks, tokens[chosen], said[chosen], tokenizer.eos_token_id)}
+        return {"nll": reading_loss(networks, tokens[chosen], named[chosen], tokenizer.eos_token_id)}
 
     rates = {"text": RATE, "readers": RATE}
     train(networks, losses, minutes=arguments.minutes, rates=rates, checkpoint=arguments.data / "text.pt", average=0.99)
