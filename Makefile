@@ -3,36 +3,40 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# the kernel tests that also run in Triton's interpreter; without the variable they run on compiled PTX
-INTERPRETED = $(addprefix tests/kernels/test_,accuracy.py on_policy.py noise.py parity.py)
+# kernel tests that `make test` also runs in Triton's interpreter; without the variable they run on compiled PTX
+INTERPRETED = tests/kernels/test_accuracy.py
 # unit tests that train, compile or start processes
-LONG = $(addprefix tests/unit/test_,bench_kernels.py bench_search.py bench_training.py study.py compilation.py planner.py readme.py)
+LONG = $(addprefix tests/unit/test_,api.py bench_kernels.py bench_search.py bench_training.py card.py compilation.py \
+	drift.py latent.py model_files.py paths.py planner.py readme.py speed.py study.py user_runs.py watch.py writers.py)
 # one run of every method
 METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process
 PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
-.PHONY: demo demo-fashion check test test-all test-kernels soak lint install install-gpu clean
+.PHONY: demo demo-fashion check test interpreted test-all test-kernels soak lint install install-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_portraits.yaml
 	$(BIN)/hrf train --config configs/demo_portraits.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-portraits-ddpo
-	$(BIN)/hrf report runs/demo-portraits-hrf runs/demo-portraits-ddpo --out runs/demo-portraits.html
+	$(BIN)/hrf report runs/demo-portraits-hrf runs/demo-portraits-ddpo --out runs/demo-portraits.html --strip runs/demo-portraits.png
 	@echo "the same on product photos: make demo-fashion"
 
 demo-fashion: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_fashion.yaml
 	$(BIN)/hrf train --config configs/demo_fashion.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-fashion-ddpo
-	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html
+	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html --strip runs/demo-fashion.png
 
 # while you work: lint, types, unit tests, one run of every method
 check: $(VENV)/.test lint
 	$(PYTEST) -m "not slow" tests/unit tests/parity $(METHODS) $(addprefix --ignore=,$(LONG))
 
-# what CI runs
-test: $(VENV)/.test lint
+# what CI runs; lint keeps one core busy, and the interpreter's tests the other
+test: $(VENV)/.test
+	$(MAKE) --jobs=2 --output-sync lint interpreted
 	$(PYTEST) -m "not slow" --durations=10
+
+interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(INTERPRETED)
 
 # everything, with a floor of coverage
@@ -45,7 +49,8 @@ test-kernels: $(VENV)/.test lint
 	$(PYTEST) tests/kernels tests/ptx tests/unit/test_reference.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-# kill a training run with SIGKILL, resume it, and so on; then compare it with an unbroken one. ENGINE="section.field=value"
+# stop a training run by SIGKILL, SIGTERM, SIGHUP and Ctrl-C in turn, resume it, and so on; then compare it with an
+# unbroken one. ENGINE="section.field=value"
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.faults.soak --kills 24 --seed $$(date +%s) $(ENGINE)
 

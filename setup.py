@@ -11,12 +11,15 @@ EXTRAS = {
     # learned rewards and feature networks from the hub; 5.4 has image processors that need no torchvision
     "rewards": ["transformers>=5.4"],
     "writers": ["tensorboard", "wandb"],
+    # completes commands and options in a shell
+    "completion": ["argcomplete"],
     # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
     "gpu": ["triton>=3.0", "deepspeed>=0.19.8", "bitsandbytes>=0.44", "xformers"],
     "test": [
         # sharding is tested on CPU ranks; its sdist needs no torch to build
         "deepspeed>=0.19.8",
         "accelerate>=1.0",
+        "argcomplete",
         "transformers>=5.4",
         # its compiler and interpreter test the kernels without a GPU
         "triton>=3.0; platform_system == 'Linux'",
@@ -61,6 +64,8 @@ setup(
         "matplotlib",
         "jinja2",
         "filelock",
+        # peak memory; elsewhere the standard library has it
+        "psutil; platform_system == 'Windows'",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hrf=hrf_fast.cli:main"]},

@@ -53,7 +53,7 @@ from benchmarks.training_bench.configurations import base_words
 from benchmarks.training_bench.models import make_model
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device
-from hrf_fast.report.tables import reward_name
+from hrf_fast.run.card import reward_name
 
 HEAD = (
     "search",
@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: names the argument, its value and the rule.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_intermixed_args(argv)
     if arguments.quick:
         arguments.model, arguments.anchors, arguments.group_size = arguments.model or "tiny", 2, 2
         arguments.reference_group, arguments.steps, arguments.warmup, arguments.repeats = 4, 8, 3, 2

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from hrf_fast.assets import SHIPPED
 from hrf_fast.config.options import Config, RewardConfig, WindowConfig
+from hrf_fast.config.paths import with_absolute_paths
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.cpu import emulation_note
@@ -32,6 +34,7 @@ from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.rewarding import Rewarder
+from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
 
 Named = str | Callable[..., Any] | None
@@ -50,18 +53,24 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
     config = _with_names(config, reward, schedule)
+    sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
         check_job(config, comm.world_size())
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config)
-        combined = build_reward(reward, device) if callable(reward) else build_config_reward(config, device)
+        combined = (
+            build_reward(reward, device, config.reward.kwargs)
+            if callable(reward)
+            else build_config_reward(config, device)
+        )
         windows = build_schedule(
             schedule if callable(schedule) else config.window.schedule,
             config.window.kwargs,
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
         )
+        sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         panel = build_panel(config, device)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # the rank with the least memory decides for all
@@ -82,20 +91,36 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config),
         panel=panel,
-        notes=tuple(filter(None, (activations.reason, emulation_note(config.compute.precision, device.type)))),
+        notes=tuple(
+            filter(
+                None,
+                (
+                    activations.reason,
+                    emulation_note(config.compute.precision, device.type),
+                    _no_network_note(config),
+                ),
+            )
+        ),
+        sources={name: source for name, source in sources.items() if source is not None},
     )
 
 
 def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
-    """The configuration that a run's folder will hold."""
+    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before."""
     if reward is not None:
-        name = qualified_name(reward) if callable(reward) else reward
-        config = replace(config, reward=RewardConfig(name=name))
+        name, kwargs = _named(reward, config.reward.name, config.reward.kwargs)
+        config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))
     if schedule is not None:
-        name = qualified_name(schedule) if callable(schedule) else schedule
-        same = name == config.window.schedule or callable(schedule)
-        config = replace(config, window=WindowConfig(schedule=name, kwargs=config.window.kwargs if same else {}))
-    return config
+        name, kwargs = _named(schedule, config.window.schedule, config.window.kwargs)
+        config = replace(config, window=WindowConfig(schedule=name, kwargs=kwargs))
+    return with_absolute_paths(config)
+
+
+def _named(thing: str | Callable[..., Any], before: str | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and kwargs of a reward or schedule that takes the place of `before`."""
+    if callable(thing):
+        return qualified_name(thing), kwargs
+    return thing, kwargs if thing == before else {}
 
 
 def build_groups(config: Config) -> Groups:
@@ -136,6 +161,17 @@ def build_panel(config: Config, device: torch.device) -> Panel:
     return Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled, network)
 
 
+def _no_network_note(config: Config) -> str:
+    """A line for a model of the user's, whose panels would lack the diversity without a word."""
+    if config.evaluation.network != "auto" or config.model.name in SHIPPED:
+        return ""
+    return (
+        f"evaluation.network is auto, which has no network for model.name {config.model.name}: panels will lack the "
+        "Vendi Score, and a loss of diversity won't show; set evaluation.network=openai/clip-vit-base-patch32 or "
+        f"another vision network ({' and '.join(SHIPPED)} are shipped), or none to do without"
+    )
+
+
 def build_engine(policy: Policy, config: Config) -> Engine:
     """The plain engine, or DeepSpeed's where engine.deepspeed names its settings.
 
@@ -174,6 +210,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     return load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
+        variant=config.model.variant if name is None else None,
         sampler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,11 +30,12 @@ def sample(arguments: argparse.Namespace) -> None:
 
     draw(
         arguments.model,
-        Path(arguments.out),
+        arguments.out,
         count=arguments.count,
         images_per_call=arguments.images_per_call,
         seed=arguments.seed,
         device=arguments.device,
+        variant=arguments.variant,
         sampler=arguments.scheduler,
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
@@ -45,14 +47,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
     from hrf_fast.commands import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(Path(arguments.run), arguments.overrides)} (95 % bootstrap intervals)")
+    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % bootstrap intervals)")
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint as a diffusers folder."""
     from hrf_fast.commands import export as export_checkpoint
 
-    export_checkpoint(Path(arguments.checkpoint), Path(arguments.out))
+    export_checkpoint(arguments.checkpoint, arguments.out)
     print(f"written to {arguments.out}")
 
 
@@ -60,13 +62,12 @@ def report(arguments: argparse.Namespace) -> None:
     """One HTML page from one or more runs."""
     from hrf_fast.report.page import summary_lines, write_report
 
-    runs = [Path(folder) for folder in arguments.runs]
-    print("\n".join(summary_lines(runs)))
-    print(write_report(runs, Path(arguments.out) if arguments.out else None))
+    print("\n".join(summary_lines(arguments.runs)))
+    print(write_report(arguments.runs, arguments.out))
     if arguments.strip:
         from hrf_fast.report.strip import write_strip
 
-        print(write_strip(runs, Path(arguments.strip)))
+        print(write_strip(arguments.runs, arguments.strip))
 
 
 def rewards(arguments: argparse.Namespace) -> None:
@@ -113,55 +114,110 @@ def plan(arguments: argparse.Namespace) -> None:
     print(describe(make_plan(config, gpus=arguments.gpus, memory=memory)))
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of an option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default in (None, [], False, argparse.SUPPRESS)
+        return action.help if none else super()._get_help_string(action)
+
+
+def _complete_option(prefix: str, **_: Any) -> list[str]:
+    """`section.option=` and its choices, for a shell that completes a word."""
+    from hrf_fast.config.describe import completions
+
+    return completions(prefix)
+
+
+def _path(word: str) -> Path:
+    """A path of the command line; a shell leaves ~ alone in --out=~/page.html."""
+    return Path(word).expanduser()
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hrf", description="Hierarchical Reward Fine-tuning of diffusion models")
+    """The parser of all commands but `train`, whose words config/load.py reads."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of `hrf` and that of each command."""
+    parser = argparse.ArgumentParser(
+        prog="hrf",
+        description="Hierarchical Reward Fine-tuning of diffusion models",
+        epilog="Completion of commands and options in bash and zsh: pip install 'hrf_fast[completion]', then put "
+        'eval "$(register-python-argcomplete hrf)" into .bashrc or .zshrc.',
+    )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command")
 
     def add(function: Callable[[argparse.Namespace], Any], **kwargs: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__, **kwargs)
+        command = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__, formatter_class=_Help, **kwargs
+        )
         command.set_defaults(function=function)
         return command
 
-    add(train, add_help=False)
+    def add_options(command: argparse.ArgumentParser, name: str, text: str) -> None:
+        command.add_argument(name, nargs="*", help=text).completer = _complete_option  # type: ignore[attr-defined]
+
+    command = add(train, add_help=False)
+    command.add_argument("--config", action="append")
+    add_options(command, "words", "section.option=value")
     command = add(sample)
     models = "fashion, portraits, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
-    command.add_argument("--out", default="samples.png")
-    command.add_argument("--count", type=int, default=64)
+    command.add_argument("--out", type=_path, default="samples.png", help="picture to write")
+    command.add_argument("--count", type=int, default=64, help="images, at least 1")
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
-    command.add_argument("--seed", type=int, default=1234)
-    command.add_argument("--images-per-call", type=int, default=64)
-    command.add_argument("--device", default="auto")
+    command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
+    command.add_argument("--seed", type=int, default=1234, help="of the noise")
+    command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
+    command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(evaluate)
-    command.add_argument("run", help="a run folder")
-    command.add_argument("overrides", nargs="*", help="such as evaluation.panel_size=512")
+    command.add_argument("run", type=_path, help="a run folder")
+    add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
     command = add(export)
-    command.add_argument("checkpoint", help="such as RUN/checkpoints/iteration-000010")
-    command.add_argument("--out", required=True, help="a new folder")
+    command.add_argument("checkpoint", type=_path, help="such as RUN/checkpoints/iteration-000010")
+    command.add_argument("--out", type=_path, required=True, help="a new folder")
     command = add(report)
-    command.add_argument("runs", nargs="+", help="run folders; several are compared")
-    command.add_argument("--out", help="HTML file; by default report.html in the first run")
-    command.add_argument("--strip", metavar="FILE.png", help="also write a strip of images, a row for each run")
+    command.add_argument("runs", nargs="+", type=_path, help="run folders; several are compared")
+    command.add_argument("--out", type=_path, help="HTML file; by default report.html in the first run")
+    strip = "also write a strip of images, a row for each run"
+    command.add_argument("--strip", type=_path, metavar="FILE.png", help=strip)
     command = add(plan)
     command.add_argument("--config", action="append", default=[], help="as in hrf train")
-    command.add_argument("--gpus", type=int, default=1)
+    command.add_argument("--gpus", type=int, default=1, help="GPUs, at least 1")
     command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
-    command.add_argument("overrides", nargs="*", help="section.field=value")
+    add_options(command, "overrides", "section.option=value, anywhere among the words")
     add(rewards)
     command = add(bench)
-    command.add_argument("what", choices=("kernels", "training", "memory", "search"))
+    command.add_argument("what", choices=("kernels", "training", "memory", "search"), help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     add(doctor)
-    return parser
+    return parser, commands.choices
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; options and positional words may come in any order."""
+    parser, commands = _parsers()
+    if "_ARGCOMPLETE" in os.environ:
+        # a shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    if words[:1] == ["bench"] or not words or words[0] not in commands:
+        # the words after `bench WHAT` are its own
+        return parser.parse_args(words)
+    arguments = commands[words[0]].parse_intermixed_args(words[1:])
+    return argparse.Namespace(command=words[0], version=False, **vars(arguments))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `hrf`; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["train"]:
+    if words[:1] == ["train"] and "_ARGCOMPLETE" not in os.environ:
         # options of training are section.field=value and --config, which config.py parses
         if not words[1:] or {"-h", "--help"} & set(words[1:]):
             from hrf_fast.config.describe import describe_options
@@ -169,15 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
             return 0
         return run_command(lambda: train(argparse.Namespace(words=words[1:])), RESUMES)
-    parser = build_parser()
-    arguments = parser.parse_args(words)
+    arguments = _parse(words)
     if arguments.version:
         from hrf_fast.version import __version__
 
         print(f"hrf_fast {__version__}")
         return 0
     if arguments.command is None:
-        parser.print_help()
+        build_parser().print_help()
         return 2
     return run_command(lambda: arguments.function(arguments))
 

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from hrf_fast.errors import Interrupted
+from hrf_fast.distributed.launcher import speaker
+from hrf_fast.errors import Interrupted, UserCodeError
 
 RESUMES = "the same command resumes the run"
 
@@ -17,13 +18,12 @@ RESUMES = "the same command resumes the run"
 def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     """Run a command and turn the errors that a user can mend into one line and an exit code.
 
-    HRF_TRACEBACK=1 shows the traceback too; `interrupted` is what a signal leaves to be said.
+    HRF_TRACEBACK=1 shows the traceback too, and an error of user code says so; `interrupted` is what a signal leaves to
+    be said.
 
     Returns:
         0, 1 for an error, 128 and the signal's number after a signal: 130 after Ctrl-C.
     """
-    from hrf_fast.rewards import RewardError
-
     try:
         command()
         return 0
@@ -35,11 +35,13 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
         # the reader of our output, such as `head`, has left; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, ImportError, OSError, RewardError, FloatingPointError) as error:
-        if os.environ.get("HRF_TRACEBACK"):
+    except (ValueError, ImportError, OSError, UserCodeError, FloatingPointError) as error:
+        if traced := bool(os.environ.get("HRF_TRACEBACK")):
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
+        rank = speaker()
         # what all ranks fail with is said by one
-        if rank == "0" or not getattr(error, "on_all_ranks", False):
-            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or not getattr(error, "on_all_ranks", False):
+            print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+            if not traced and (isinstance(error, UserCodeError) or error.__cause__ is not None):
+                print("HRF_TRACEBACK=1 in the environment shows the whole traceback", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from hrf_fast.build import build_config_reward, build_panel, build_policy
 from hrf_fast.config.load import load_config
@@ -20,14 +19,26 @@ from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
-from hrf_fast.run.checkpoint import WEIGHTS
-from hrf_fast.run.files import replace_folder, write_atomically
+from hrf_fast.run.card import save_model
+from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
+from hrf_fast.run.files import PANEL, read_log, write_atomically
 
 
-def draw(model: str, out: Path, *, count: int, images_per_call: int, seed: int, device: str, **sampler: Any) -> None:
+def draw(
+    model: str,
+    out: Path,
+    *,
+    count: int,
+    images_per_call: int,
+    seed: int,
+    device: str,
+    variant: str | None = None,
+    **sampler: Any,
+) -> None:
     """Write a grid of images of a model, a run or one of its checkpoints.
 
     Args:
+        variant: of the weight files of a model's folder or a hub id.
         sampler: scheduler, steps and eta; None for a run's own, or the defaults of `load_policy`.
 
     Raises:
@@ -37,28 +48,46 @@ def draw(model: str, out: Path, *, count: int, images_per_call: int, seed: int, 
         raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
-    policy = _policy(model, device, {name: value for name, value in sampler.items() if value is not None})
+    policy = _policy(model, device, variant, {name: value for name, value in sampler.items() if value is not None})
     noise = Panel(count, seed, images_per_call).noise(policy)
     save_grid(policy.decode(sample(policy, noise, images_per_call=images_per_call)).cpu(), out)
 
 
-def _policy(model: str, device: str, sampler: dict[str, Any]) -> Policy:
+def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
     """A model by name, or a run's tuned model or checkpoint under the sampler that it was trained with."""
-    path = Path(model)
-    if _is_checkpoint(path):
-        config = _with_sampler(_config(path.parents[1]), device, sampler)
-        policy = build_policy(config)
-        load_weights(policy, path)
-        return policy
-    if not (path / "config.yaml").is_file():
-        return load_policy(model, **sampler, device=choose_device(device))
-    finished_run(path)
-    config = _with_sampler(_config(path), device, sampler)
-    return build_policy(config, str(path / "model"))
+    path = Path(model).expanduser()
+    run = _run_of(path)
+    if run is None and not (path / "config.yaml").is_file():
+        return load_policy(model, variant=variant, **sampler, device=choose_device(device))
+    if variant is not None:
+        raise ValueError(f"--variant is {variant!r}, but {model} is of a run, whose weights have none; leave it out")
+    if run is None:
+        finished_run(path)
+        return build_policy(_with_sampler(_config(path), device, sampler), str(path / "model"))
+    policy = build_policy(_with_sampler(_config(run), device, sampler))
+    load_weights(policy, path)
+    return policy
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return (path / WEIGHTS).is_file() and (path.parents[1] / "config.yaml").is_file()
+def _run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to, or None for a path that is no checkpoint's.
+
+    Raises:
+        ValueError: a checkpoint that is in no run's folder, or the folder of all checkpoints of a run.
+    """
+    # from inside a run's folder too
+    path = checkpoint.absolute()
+    if checkpoints := list_checkpoints(path):
+        raise ValueError(f"{checkpoint} holds the checkpoints of a run; name one of them, such as {checkpoints[0]}")
+    if not (path / WEIGHTS).is_file():
+        return None
+    run = path.parents[1]
+    if not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"{checkpoint} is a checkpoint, but {run} has no config.yaml, which says what model it is of; put it back "
+            "into RUN/checkpoints"
+        )
+    return run
 
 
 def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
@@ -78,22 +107,12 @@ def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Confi
 
 
 def load_weights(policy: Policy, checkpoint: Path) -> None:
-    """Put a checkpoint's trained weights into a policy.
-
-    Raises:
-        ValueError: the weights are of another architecture.
-    """
-    weights, trained = load_file(checkpoint / WEIGHTS), trained_weights(policy.network)
-    wrong = [
-        name
-        for name in {**trained, **weights}
-        if name not in weights or name not in trained or weights[name].shape != trained[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{checkpoint / WEIGHTS} is of another architecture than model.name's: {wrong[0]} differs")
+    """Put a checkpoint's weights into a policy, averaged ones if there are any; see `read_weights`."""
+    trained = trained_weights(policy.network)
+    weights = read_weights(checkpoint, {name: tuple(weight.shape) for name, weight in trained.items()})
     with torch.no_grad():
-        for name, value in weights.items():
-            trained[name].copy_(value)
+        for name, weight in trained.items():
+            weight.copy_(weights[name])
 
 
 def finished_run(run: Path) -> Path:
@@ -130,16 +149,19 @@ def evaluate(run: Path, words: list[str]) -> Path:
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint as a diffusers folder.
+    """Write a checkpoint as a diffusers folder, with averaged weights where the run averages.
 
     Raises:
         ValueError: not a checkpoint of a run, or a folder that is there already.
     """
-    if not _is_checkpoint(checkpoint):
+    run = _run_of(checkpoint)
+    if run is None:
         raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/iteration-…")
     if out.exists():
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
-    policy = build_policy(_with_sampler(_config(checkpoint.parents[1]), "cpu", {}))
+    config = _with_sampler(_config(run), "cpu", {})
+    policy = build_policy(config)
     load_weights(policy, checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(out, policy.save)
+    iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
+    save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)

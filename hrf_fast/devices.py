@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 
 import torch
 
-from hrf_fast.distributed import comm
+from hrf_fast.distributed import comm, launcher
+
+try:
+    import resource
+except ImportError:
+    # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: of the device's allocator on CUDA, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     # Linux counts in KiB, macOS in bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -49,7 +58,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and comm.world_size() > 1:
-        name = f"cuda:{comm.local_rank()}"
+        name = f"cuda:{launcher.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -58,6 +67,11 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count() and comm.world_size() > 1:
+        raise ValueError(
+            f"LOCAL_RANK is {device.index} but torch sees {torch.cuda.device_count()} GPUs on this machine; start a "
+            "rank for each GPU, or set run.device=cpu"
+        )
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"run.device is {name!r} but torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
     return device

@@ -106,6 +106,8 @@ def _cpu_bf16() -> str:
 
 
 def _memory() -> str:
+    if not MEMORY.is_file() and not hasattr(os, "sysconf"):
+        return "unknown on this system"
     if not MEMORY.is_file():
         return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.1f} GiB, free unknown"
     kib = {line.split(":")[0]: int(line.split()[1]) for line in MEMORY.read_text().splitlines()}

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -17,3 +24,32 @@ class Interrupted(KeyboardInterrupt):
     def name(self) -> str:
         """The signal as people call it."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+
+
+class NotWritten(OSError):
+    """A file or folder could not be written: the message names it and the way out, `errno` says why."""
+
+
+class UserCodeError(RuntimeError):
+    """Code of the user's failed: a reward, a schedule, a listener. The message names it, with file and line."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what writes `path`: an error of the system, which may name no file, names it and the way out.
+
+    Raises:
+        NotWritten: instead of an OSError.
+    """
+    try:
+        yield
+    except NotWritten:
+        # something inside knows better
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        full = error.errno in _FULL or os.strerror(errno.ENOSPC) in reason
+        way_out = "free space" if full else "mend that"
+        raised = NotWritten(f"{Path(path)} can't be written: {reason}; {way_out}, then the same command goes on")
+        raised.errno = errno.ENOSPC if full else error.errno
+        raise raised from error

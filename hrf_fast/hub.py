@@ -1,18 +1,22 @@
 """Hub: where a model lies that an option names as shipped, as a local folder or by hub id; one rule for all options.
 
-Only the files asked for are downloaded. huggingface_hub is imported when something has to be fetched.
+Only the files asked for are downloaded, and none that an earlier download of any program has left in the hub's cache.
+huggingface_hub is imported when something has to be fetched.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hrf_fast.registry import nearest
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+Choose = Callable[[Path, Collection[str]], Collection[str]]
+"""(folder of the files that came first, names of all files of the repository) -> names of files to download besides."""
 
 
 def find_folder(
@@ -21,8 +25,8 @@ def find_folder(
     *,
     shipped: Mapping[str, Path] | None = None,
     revision: str | None = None,
-    files: Sequence[str] = ("*.json",),
-    weights: Sequence[str] = ("*.safetensors", "*.bin"),
+    files: Sequence[str],
+    choose: Choose | None = None,
 ) -> Path:
     """The local folder of a model, downloaded if need be.
 
@@ -30,8 +34,9 @@ def find_folder(
         option, value: the option that names the model, for errors, and what it was set to.
         shipped: folders of the names that ship with the package.
         revision: of a hub repository: a branch, tag or commit.
-        files: patterns of the repository's files to download.
-        weights: patterns to download besides, of which the first that matches something is enough; () for none.
+        files: names or patterns of the repository's files to download first; which of them are needed is the caller's
+            to check, for in a cache that another program has filled some may be missing.
+        choose: answers which files to download then, and may refuse the model instead; not called for a local folder.
 
     Raises:
         ValueError: no such folder, and neither a shipped name nor a hub id that can be downloaded.
@@ -39,19 +44,70 @@ def find_folder(
     local = find_local_folder(option, value, shipped=shipped)
     if local is not None:
         return local
+    snapshot, names, unreachable = _snapshot(option, value, revision, files)
+    try:
+        chosen = choose(snapshot, names) if choose else ()
+    except ValueError as error:
+        if unreachable is None:
+            raise
+        searched = f"only {snapshot} was searched: the hub could not be asked, {first_line(unreachable)}"
+        raise ValueError(f"{error} ({searched})") from error
+    if missing := [name for name in chosen if not (snapshot / name).is_file()]:
+        if unreachable is not None:
+            raise _not_delivered(option, value, "folder", unreachable) from unreachable
+        # the folder's name is the commit, which cannot change in between as a branch can
+        _download(option, value, snapshot.name, missing)
+    return snapshot
 
-    def download() -> Path:
-        from huggingface_hub import snapshot_download
 
-        for pattern in weights:
-            snapshot = Path(snapshot_download(value, revision=revision, allow_patterns=[*files, pattern]))
-            if list(snapshot.rglob(pattern)):
-                return snapshot
-        if weights:
-            raise FileNotFoundError(f"no file is named like {' or '.join(weights)}")
-        return Path(snapshot_download(value, revision=revision, allow_patterns=list(files)))
+def files_in(folder: Path) -> list[str]:
+    """The names of all files in a folder and below it, relative and with slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
-    return _fetch(option, value, "folder", f"hf download {value} --local-dir some/folder", "some/folder", download)
+
+def _snapshot(
+    option: str, value: str, revision: str | None, files: Sequence[str]
+) -> tuple[Path, Collection[str], Exception | None]:
+    """A repository's folder in the hub's cache with the named files, as far as there are any.
+
+    Returns:
+        The folder; the names of all files of the repository, or of those in the folder where the hub can't be asked;
+        and the error in that case.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        repository = HfApi().model_info(value, revision=revision)
+    # besides its own errors the client lets through those of its HTTP library
+    except Exception as error:
+        snapshot = _cached(value, revision, files)
+        if snapshot is None:
+            raise _not_delivered(option, value, "folder", error) from error
+        return snapshot, files_in(snapshot), error
+    names = [file.rfilename for file in repository.siblings or ()]
+    return _download(option, value, revision, files), names, None
+
+
+def _cached(value: str, revision: str | None, names: Sequence[str]) -> Path | None:
+    """The folder in the hub's cache that holds one of the named files, whatever else it lacks."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        path = try_to_load_from_cache(value, name, revision=revision)
+        # a file that is known not to exist answers with a marker
+        if isinstance(path, str):
+            return Path(path).parents[name.count("/")]
+    return None
+
+
+def _download(option: str, value: str, revision: str | None, names: Collection[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(value, revision=revision, allow_patterns=list(names)))
+    # besides its own errors the client lets through those of its HTTP and transfer libraries
+    except Exception as error:
+        raise _not_delivered(option, value, "folder", error) from error
 
 
 def find_local_folder(option: str, value: Any, *, shipped: Mapping[str, Path] | None = None) -> Path | None:
@@ -63,7 +119,7 @@ def find_local_folder(option: str, value: Any, *, shipped: Mapping[str, Path] | 
     shipped = shipped or {}
     forms = f"{', '.join(shipped)}, a folder or a hub id" if shipped else "a folder or a hub id"
     _check_text(option, value, forms)
-    folder = shipped.get(value, Path(value).expanduser())
+    folder = shipped.get(value, Path(os.path.expanduser(value)))
     # the path of an empty text would be the current folder
     if value and folder.is_dir():
         return folder
@@ -83,20 +139,20 @@ def find_file(option: str, value: Any) -> Path:
     """
     forms = 'a file or "owner/repository:filename" on the hub'
     _check_text(option, value, forms)
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if path.is_file():
         return path
     repository, _, filename = value.partition(":")
     if not HUB_ID.fullmatch(repository) or not filename:
         raise ValueError(f"{option} is {value!r}: no such file, and not of the hub's form; use {forms}")
 
-    def download() -> Path:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
+    try:
         return Path(hf_hub_download(repository, filename))
-
-    command = f"hf download {repository} {filename} --local-dir some/folder"
-    return _fetch(option, value, "file", command, f"some/folder/{filename}", download)
+    # as for a folder
+    except Exception as error:
+        raise _not_delivered(option, repository, "file", error, filename) from error
 
 
 def first_line(error: Exception) -> str:
@@ -110,12 +166,12 @@ def _check_text(option: str, value: Any, forms: str) -> None:
         raise ValueError(f"{option} is {value!r}; use {forms}, as text")
 
 
-def _fetch(option: str, value: str, kind: str, command: str, result: str, download: Callable[[], Path]) -> Path:
-    try:
-        return download()
-    # besides its own errors the client lets through those of its HTTP and transfer libraries
-    except Exception as error:
-        raise ValueError(
-            f"{option} is {value!r}: no such {kind}, and the hub did not deliver it ({first_line(error)}); on a "
-            f"connected machine run `{command}` and set {option}={result}"
-        ) from error
+def _not_delivered(option: str, repository: str, kind: str, error: Exception, filename: str = "") -> ValueError:
+    """An error about a folder, or about the file of this name, that can't be had from the hub."""
+    value, name, path = (
+        (f"{repository}:{filename}", f" {filename}", f"/{filename}") if filename else (repository, "", "")
+    )
+    return ValueError(
+        f"{option} is {value!r}: no such {kind}, and the hub did not deliver it ({first_line(error)}); on a connected "
+        f"machine run `hf download {repository}{name} --local-dir some/folder` and set {option}=some/folder{path}"
+    )

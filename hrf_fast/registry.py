@@ -10,15 +10,20 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Generic, TypeVar
+
+from hrf_fast.errors import UserCodeError
+from hrf_fast.user_code import describe, note_of, user_code
 
 T = TypeVar("T")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" or nothing, to append to an error about `name`."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """ " (did you mean 'x'?)" or nothing, to append to an error about `name`; `cutoff` of 1 asks for equality."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -68,16 +73,17 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
+        with _before_the_run(f"importing {module_name}", UserCodeError):
+            module = importlib.import_module(module_name)
+    except UserCodeError as error:
+        problem = error.__cause__ or error
+        if isinstance(problem, ModuleNotFoundError) and f"{module_name}.".startswith(f"{problem.name}."):
+            raise ValueError(
+                f"{option} is {spec!r} but importing {module_name!r} failed: {problem}; is it on PYTHONPATH?"
+            ) from problem
         raise ValueError(
-            f"{option} is {spec!r} but importing {module_name!r} failed: {error}; is it on PYTHONPATH?"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"{option} is {spec!r} but importing {module_name!r} raised {type(error).__name__}: {error}; "
-            "correct that module"
-        ) from error
+            f"{option} is {spec!r} but importing {module_name!r} raised {describe(problem)}; correct that module"
+        ) from problem
     function = getattr(module, attribute, None)
     if not callable(function):
         callables = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -85,6 +91,15 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
             f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, callables)}"
         )
     return function
+
+
+@contextmanager
+def _before_the_run(what: str, error: type[UserCodeError] | None = None) -> Iterator[None]:
+    """A block of user code that runs before the run's output begins, which what it prints must not be taken for."""
+    with redirect_stdout(sys.stderr), user_code(what, error) as changes:
+        yield
+    if changes:
+        warnings.warn(note_of(what, changes), stacklevel=3)
 
 
 def qualified_name(thing: Any) -> str:
@@ -98,6 +113,7 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
 
     Raises:
         ValueError: an option that the factory does not have, or one it needs and did not get.
+        UserCodeError: a factory of the user's failed.
     """
     parameters = inspect.signature(factory).parameters
     accepted = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD} - set(given)
@@ -113,7 +129,8 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
         )
         if required and name in accepted and name not in kwargs:
             raise ValueError(f"{option}.{name} is missing; this choice needs it")
-    return factory(**given, **kwargs)
+    with _before_the_run(f"building {qualified_name(factory)}"):
+        return factory(**given, **kwargs)
 
 
 def check_count(option: str, value: Any) -> None:

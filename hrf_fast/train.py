@@ -46,15 +46,16 @@ def train(
 
     Args:
         reward: instead of the configuration's: a name, or a callable `(images [B, 3, H, W] in [0, 1], prompts) -> [B]`.
-        schedule: instead of the configuration's: a name, or a factory as `register_schedule` takes.
+        schedule: as the reward: a name, or a factory as `register_schedule` takes. Another name gets no kwargs.
         listeners: hear of every iteration and panel, and may end the run; on the main rank.
 
     Raises:
         ValueError: the configuration can't work; nothing has run.
         RewardError, FloatingPointError: a reward or a gradient is not finite; no step was made of it.
+        UserCodeError: a reward (RewardError is one), a schedule or a listener failed; the message says where.
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
-    with comm.job():
+    with comm.job(config.run.lost_after):
         return train_components(*build_components(config, reward=reward, schedule=schedule), listeners)
 
 
@@ -70,7 +71,7 @@ def train_components(config: Config, components: Components, listeners: Sequence
 def _resume(components: Components, run: Run, budget: Budget) -> int:
     """Restore the newest checkpoint and get ready to train; returns how many iterations are done."""
     done = components.restore(run.load(components.engine))
-    run.begin(done)
+    run.begin(done, components.sources)
     run.commit(components.state(done))
     with components.engine.gathered():
         warm_up(components, run.note)

@@ -64,6 +64,24 @@ def make_unet(channels: int = 3, size: int = 16, seed: int = 0):
     )
 
 
+def make_smallest_unet(channels: int, size: int):
+    """A UNet of one block without attention, randomly initialised."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+
+
 def make_scheduler(kind: str = "DDIMScheduler", **options):
     import diffusers
 
@@ -81,8 +99,9 @@ def make_policy(seed: int = 0, **scheduler_options) -> PixelPolicy:
     return PixelPolicy(make_unet(seed=seed).eval(), scheduler, sampler)
 
 
-def make_engine(policy, max_grad_norm: float = 0.0) -> PlainEngine:
-    return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=max_grad_norm)
+def make_engine(policy, max_grad_norm: float = 0.0, ema_decay: float = 0.0) -> PlainEngine:
+    options = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
+    return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, **options)
 
 
 def make_group(policy, window: Window, *, number: int = 0, size: int = 4, anchor=None) -> Group:

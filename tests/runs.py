@@ -15,6 +15,19 @@ MEASURED = ("seconds", "speed", "peak_memory_bytes")
 _PREFIX = "unet."
 
 
+# of a line of metrics.jsonl: what a report reads
+REPORTED = {
+    "images": 1,
+    "evaluations": 1,
+    "seconds": {},
+    "reward_mean": 1.0,
+    "reward_std": 1.0,
+    "approx_kl": 0.0,
+    "clip_fraction": 0.0,
+    "grad_norm": 1.0,
+}
+
+
 def with_folder(words, folder, *more):
     return [word for word in words if not word.startswith("run.folder=")] + [f"run.folder={folder}", *more]
 

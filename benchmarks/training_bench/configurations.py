@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.report.comparison import METHODS as NAMES
+from hrf_fast.run.card import METHODS as NAMES
 from hrf_fast.training.calls import SAMPLED_TOGETHER
 
 METHODS = {name.lower().replace("-", "_"): schedule for schedule, name in NAMES.items()}

@@ -53,7 +53,7 @@ def _run_ours(config: Any, server: Server) -> None:
     from hrf_fast.distributed import comm
     from hrf_fast.train import train_components
 
-    with comm.job(), server.meter():
+    with comm.job(config.run.lost_after), server.meter():
         config, components = build_components(config)
         network = components.policy.network
         server.watch(network, network, components.policy.device)

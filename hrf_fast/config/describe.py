@@ -30,6 +30,9 @@ _ENVIRONMENT = {
 }
 
 
+_TRUTHS = ("true", "false")
+
+
 @dataclass(frozen=True)
 class Description:
     """One option as people read it."""
@@ -56,6 +59,23 @@ def describe_options() -> str:
             )
     lines += ["\nEnvironment variables:", *(f"  {name}: {doc}" for name, doc in _ENVIRONMENT.items())]
     return "\n".join(lines)
+
+
+def completions(prefix: str) -> list[str]:
+    """Words that may follow in a shell: `section.option=`, or `section.option=choice` after the equals sign."""
+    name, equals, _ = prefix.partition("=")
+    if not equals:
+        words = [f"{option}=" for option in FACTS]
+    else:
+        values = {**{option: facts.choices for option, facts in FACTS.items()}, **dict.fromkeys(_switches(), _TRUTHS)}
+        words = [f"{name}={value}" for value in values.get(name, ())]
+    return [word for word in words if word.startswith(prefix)]
+
+
+def _switches() -> list[str]:
+    """Options that are true or false."""
+    kinds = {f"{section}.{entry.name}": entry.type for section, part in SECTIONS.items() for entry in fields(part)}
+    return [option for option, kind in kinds.items() if kind == "bool"]
 
 
 def options_page() -> str:

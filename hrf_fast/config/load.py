@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hrf_fast.config.options import SECTIONS, Config
-from hrf_fast.config.renamed import refuse_old_names
 from hrf_fast.config.rules import check_config
+from hrf_fast.config.shapes import check_layer, missing_space
 from hrf_fast.registry import nearest
 
 
@@ -32,7 +33,7 @@ def load_config(argv: Sequence[str]) -> Config:
     files, overrides = _split(argv)
     merged = OmegaConf.structured(Config)
     for name in files:
-        layer = _read(Path(name), ())
+        layer = _read(Path(name).expanduser(), ())
         with _naming(name):
             merged = _merge(merged, layer)
     for override in overrides:
@@ -48,8 +49,8 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Turn errors of YAML and OmegaConf about `source`, a word or a file, into a ValueError that names it."""
+def _naming(source: str, text: str = "") -> Iterator[None]:
+    """Turn errors of YAML and OmegaConf about `source`, a word or a file of `text`, into a ValueError that names it."""
     import yaml
     from omegaconf.errors import OmegaConfBaseException
 
@@ -58,8 +59,13 @@ def _naming(source: str) -> Iterator[None]:
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key and not source.startswith(error.full_key) else ""
         raise ValueError(f"{source}: {key}{str(error).splitlines()[0]}; `hrf train --help` shows its type") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        lines = (text or source).splitlines()
+        hint = "; YAML wants a space after a colon, as in {name: value}"
+        if mark is None or mark.line >= len(lines) or not missing_space(lines[mark.line]):
+            hint = ""
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}{hint}") from error
     except TypeError as error:
         # OmegaConf's own "Cannot merge incompatible container types" does not say which
         raise ValueError(
@@ -76,7 +82,8 @@ def _check_override(word: str) -> None:
         raise ValueError(f"{word!r} is not an option; write section.field=value, or --config FILE")
     with _naming(word):
         layer = OmegaConf.from_dotlist([word])
-        _check_names(OmegaConf.to_container(layer), word)
+        values: Any = OmegaConf.to_container(layer)
+        check_layer(values, word)
         OmegaConf.merge(_defaults(), layer)
 
 
@@ -115,26 +122,44 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     """A YAML file merged over the `base` files that it names."""
     from omegaconf import OmegaConf
 
+    if path.is_dir():
+        raise ValueError(f"--config {path} is a folder; name a YAML file, as in --config {path / 'config.yaml'}")
     if not path.is_file():
         others = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ValueError(f"--config {path} does not exist{nearest(str(path), others)}")
     if path.resolve() in seen:
         raise ValueError(f"{path} is its own base; remove the circle")
-    with _naming(str(path)):
-        values = OmegaConf.to_container(OmegaConf.load(path))
+    text = _text(path)
+    with _naming(str(path), text):
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold sections such as `train:`, not a {type(values).__name__}")
     base = values.pop("base", [])
     bases = [base] if isinstance(base, str) else base
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
         raise ValueError(f"{path}: base is {base!r}; name a YAML file or a list of them, or leave it out")
-    _check_names(values, str(path))
-    parents = [_read(path.parent / name, (*seen, path.resolve())) for name in bases]
+    check_layer(values, str(path))
+    parents = [_read(path.parent / Path(name).expanduser(), (*seen, path.resolve())) for name in bases]
     merged = OmegaConf.create({})
     with _naming(str(path)):
         for layer in (*parents, OmegaConf.create(values)):
             merged = _merge(merged, layer)
     return merged
+
+
+def _text(path: Path) -> str:
+    try:
+        # editors of Windows begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or name a YAML file"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty; write sections such as `train:`, or leave --config out")
+    return text
 
 
 def _merge(config: Any, layer: Any) -> Any:
@@ -146,25 +171,6 @@ def _merge(config: Any, layer: Any) -> Any:
         if new and old and selector in new and new[selector] != old.get(selector):
             old.kwargs = {}
     return OmegaConf.merge(config, layer)
-
-
-def _check_names(values: Any, source: str) -> None:
-    refuse_old_names(values, source)
-    for section, options in values.items():
-        if section not in SECTIONS:
-            raise ValueError(
-                f"{source}: no section {section!r}{nearest(str(section), SECTIONS)}; use {', '.join(SECTIONS)}"
-            )
-        if options is None:
-            continue
-        if not isinstance(options, dict):
-            raise ValueError(f"{source}: {section} is a section; write {section}.field=value")
-        names = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        for name in options:
-            if name not in names:
-                raise ValueError(
-                    f"{source}: no option {section}.{name}{nearest(str(name), names)}; use {', '.join(names)}"
-                )
 
 
 def to_yaml(config: Config) -> str:

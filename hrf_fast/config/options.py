@@ -28,6 +28,8 @@ class ModelConfig:
     """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = option(None, panel=True)
     """Branch, tag or commit of a hub id."""
+    variant: str | None = option(None, panel=True)
+    """Variant of the weight files, such as fp16 for *.fp16.safetensors; null for the plain ones."""
 
 
 @dataclass
@@ -172,7 +174,7 @@ class StopConfig:
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
     on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)
     """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
-    max_drift: float = option(2.0, at_least=0, resumable=True)
+    max_drift: float = option(4.0, at_least=0, resumable=True)
     """Stop with an error where an iteration's last optimizer step changes the log-prob of its own samples by more than
     this, in nats per pixel: such a step has wrecked the model; 0 never stops."""
 
@@ -207,6 +209,10 @@ class RunConfig:
     """Newest checkpoints to keep."""
     keep_best: bool = option(False, resumable=True)
     """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
+    lost_after: float = option(600.0, at_least=10, at_most=36_000, resumable=True)
+    """Seconds after which a job gives up a machine that answers nothing. A rank that dies ends the job at once."""
+    edited_code: str = option("note", choices=("note", "refuse"), resumable=True)
+    """Answer, on resume, to a reward or schedule of yours whose file has changed since the run began."""
     writers: list[str] = option([], choices=("tensorboard", "wandb"), resumable=True)
     """Logs besides metrics.jsonl; for wandb log in by `wandb login`."""
     progress: str = option("auto", choices=("auto", "bar", "json", "quiet"), resumable=True)

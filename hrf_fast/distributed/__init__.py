@@ -1,1 +1,1 @@
-"""The ranks of a job, and the heartbeat by which a dead one is found."""
+"""The ranks of a job, what their launcher says, and the watch by which a dead one is found."""

@@ -1,7 +1,7 @@
 """Comm: the ranks of a job, by plain torch.distributed (gloo on CPU, nccl on CUDA).
 
-`deepspeed`, torchrun and `accelerate launch` all set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With
-one process everything here does nothing. A rank that dies is found by heartbeat.py.
+With one process everything here does nothing. launcher.py reads what the launcher has set, watch.py finds a rank that
+dies, failures.py carries an exception to the other ranks.
 """
 
 from __future__ import annotations
@@ -16,19 +16,29 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from hrf_fast.distributed import failures, launcher
 
 Value = TypeVar("Value")
 
-# of one collective; a dead rank is found much sooner by its heartbeat, a slow checkpoint or reward must not end a job
+# of one collective; the watch finds a dead rank much sooner, a slow checkpoint or reward must not end a job
 _TIMEOUT = timedelta(hours=2)
+# for all ranks to come to the start
+_JOIN = timedelta(minutes=10)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if _joined() else 0
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if _joined() else 1
+
+
+def _joined() -> bool:
+    # some builds of torch have no ranks
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
@@ -37,29 +47,26 @@ def is_main() -> bool:
 
 
 @contextmanager
-def job() -> Iterator[None]:
+def job(lost_after: float) -> Iterator[None]:
     """Join the launcher's process group, watch the other ranks, and leave it; joined already (a test), nothing.
 
+    Args:
+        lost_after: run.lost_after, seconds after which a machine that answers nothing is given up.
+
     Raises:
-        ValueError: a launcher's variable is missing.
+        ValueError: a launcher's variable is missing or wrong, or the ranks don't come together.
     """
-    if world_size() == 1 or dist.is_initialized():
+    if _joined():
         yield
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size()} but {', '.join(missing)} is not set; start with deepspeed, torchrun or "
-            "accelerate launch, or unset WORLD_SIZE"
-        )
-    from hrf_fast.distributed.heartbeat import Watch
+    here = launcher.read_place()
+    if here.world_size == 1:
+        yield
+        return
+    from hrf_fast.distributed.watch import Watch
 
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
-    watch = Watch(rank(), world_size())
+    _join(here)
+    watch = Watch(rank(), world_size(), broadcast, lost_after=lost_after)
     try:
         yield
         dist.barrier()
@@ -77,6 +84,35 @@ def job() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def _join(here: launcher.Place) -> None:
+    """Make the process group of all ranks.
+
+    Raises:
+        ValueError: they don't come together; says where they were to meet.
+    """
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        # choose_device refuses a rank that has no GPU of its own
+        if here.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(here.local_rank)
+    try:
+        store, number, count = next(rendezvous("env://", timeout=_JOIN))
+        store.set_timeout(_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        way_out = (
+            "the port is in use; set MASTER_PORT to a free one"
+            if "EADDRINUSE" in str(error)
+            else "see that all of them were started, and that MASTER_ADDR is the machine of rank 0"
+        )
+        raise ValueError(
+            f"rank {here.rank} could not join the {here.world_size} ranks at MASTER_ADDR {address}, MASTER_PORT "
+            f"{port}: {way_out} ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def said_by_main(error: BaseException) -> bool:
     """Whether every rank raises this error at the same place, so that the main rank speaks for all."""
     return isinstance(error, KeyboardInterrupt) or getattr(error, "on_all_ranks", False)
@@ -86,10 +122,6 @@ def on_all_ranks(error: Value) -> Value:
     """Mark an error that every rank raises, each for the same reason."""
     error.on_all_ranks = True  # type: ignore[attr-defined]
     return error
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def gather(value: Value) -> list[Value]:
@@ -167,13 +199,6 @@ def agreed() -> Iterator[None]:
         failure = error
     if world_size() == 1:
         return
-    failures = gather(None if failure is None else (type(failure), str(failure)))
-    for number, problem in enumerate(failures):
-        if problem is not None:
-            kind, message = problem
-            try:
-                raised = kind(f"rank {number}: {message}" if number else message)
-            # an exception that wants other arguments
-            except TypeError:
-                raised = RuntimeError(message)
-            raise on_all_ranks(raised) from failure
+    for number, packed in enumerate(gather(None if failure is None else failures.pack(failure))):
+        if packed is not None:
+            raise on_all_ranks(failures.unpack(packed, number)) from failure

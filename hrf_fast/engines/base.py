@@ -25,6 +25,8 @@ class Engine(Protocol):
 
     lockstep: bool
     """Whether a forward or backward waits for the other ranks, so that all must make equally many."""
+    ema: Ema
+    """The averaged weights, of which a decay of 0 keeps none."""
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Around the backwards of one optimizer step, each after its forward; kept forwards may come before."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hrf_fast.config.options import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from hrf_fast.registry import nearest
+from hrf_fast.weights import compare, not_finite
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 # bitsandbytes keeps the state of smaller tensors in fp32
@@ -102,6 +103,24 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
             tensor = torch.as_tensor(value)
             tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
     return tensors, state["param_groups"]
+
+
+def judge_state(tensors: Mapping[str, Tensor], shapes: Sequence[Sequence[int]]) -> str:
+    """The problem with tensors as `flatten_optimizer` gives them for weights of these shapes; empty where they fit.
+
+    Before the first step an optimizer has none.
+    """
+    if not tensors:
+        return ""
+    # bitsandbytes' names
+    quantised = [key for key in ("state1", "state2") if any(name.endswith(f".{key}") for name in tensors)]
+    moments = quantised or ["exp_avg", "exp_avg_sq"]
+    needed: dict[str, Sequence[int]] = {}
+    for index, shape in enumerate(shapes):
+        needed |= {f"{index}.{moment}": shape for moment in moments} | {f"{index}.step": ()}
+    # which keeps maps and maxima of blocks besides
+    present = {name: tensor.shape for name, tensor in tensors.items() if name in needed or not quantised}
+    return compare(needed, present) or not_finite(tensors)
 
 
 def restore_optimizer(

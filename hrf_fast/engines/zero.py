@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hrf_fast.config.zero_settings import complete
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
+from hrf_fast.engines.zero_setup import check_settings, import_deepspeed
 
 # AdamW's elementwise states
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -46,7 +46,7 @@ class DeepSpeedEngine:
         optimizer: str = "adamw",
     ) -> None:
         """Shard `model`; `settings` are those that `read_settings` has checked."""
-        deepspeed = _import_deepspeed(next(model.parameters()).device)
+        deepspeed = import_deepspeed(next(model.parameters()).device)
         self.model, self.max_grad_norm = model, max_grad_norm
         self.stage = int(settings["zero_optimization"].get("stage", 0))
         self.lockstep = self.stage >= 2
@@ -56,6 +56,7 @@ class DeepSpeedEngine:
             optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
         )
         settings = complete(settings, max_grad_norm=max_grad_norm)
+        check_settings(settings)
         self.module, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         self.zero: Any = self.module.optimizer if self.stage else None
         # losses of kept graphs, and the inputs of the last forward: two rows, to make padding of
@@ -253,29 +254,3 @@ class DeepSpeedEngine:
 def _two_rows(value: Any) -> Any:
     """The first two samples of a network's input; a batch of one would be another compiled graph."""
     return value[:2].detach() if isinstance(value, Tensor) and value.dim() else value
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed in a process group: that of the launcher, or one of a single rank."""
-    import logging
-    import os
-
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ImportError(
-            'engine.deepspeed needs DeepSpeed: `pip install "hrf_fast[gpu]"`, or set it to null'
-        ) from error
-    from deepspeed.ops import __compatible_ops__
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if device.type == "cpu":
-        # compiles for 100 seconds and is not used by training
-        __compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return deepspeed

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hrf_fast.errors import writing
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -39,6 +41,16 @@ def grid_columns(count: int) -> int:
 
 
 def save_grid(images: Tensor, path: Path) -> None:
-    """Write `image_grid` as PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images).save(path)
+    """Write `image_grid` as PNG, making its folder.
+
+    Raises:
+        NotWritten: the disk is full or unwritable.
+        ValueError: `path` has the suffix of no picture.
+    """
+    picture = image_grid(images)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            picture.save(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is no name of a picture ({error}); end it with .png") from error

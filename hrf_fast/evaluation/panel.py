@@ -5,6 +5,7 @@ The noise is counter-based, so two models see the very same panel, step by step;
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,10 @@ class PanelMetrics:
         """JSON-able: every interval as [value, low, high], and the rewards of each image for paired comparison."""
         intervals = {"reward": self.reward, "vendi": self.vendi, "inception": self.inception}
         metrics = {name: list(interval) for name, interval in intervals.items() if interval is not None}
-        return {**metrics, "rewards": [round(value, 6) for value in self.rewards]}
+        largest = max(map(abs, self.rewards))
+        # six decimals, and six digits of rewards in smaller units
+        decimals = max(6, 5 - math.floor(math.log10(largest))) if largest else 6
+        return {**metrics, "rewards": [round(value, decimals) for value in self.rewards]}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ auto        keep as many steps as fit into memory, replay the rest; checkpoint w
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from hrf_fast.config.amounts import parse_memory, show_bytes
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
+from hrf_fast.distributed.launcher import ranks_of_machine
 from hrf_fast.memory.footprint import measure_running
 from hrf_fast.memory.planner import RESERVE, Plan, count_calls, engine_of
 from hrf_fast.policies.base import Policy
@@ -131,8 +131,7 @@ def memory_for(config: Config, policy: Policy) -> int:
     # a container may have less than the machine
     room = min(float(kib["MemAvailable"] * 1024), _left_to_container())
     # ranks of one machine share it
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return int(room) // ranks + weights
+    return int(room) // ranks_of_machine() + weights
 
 
 def _left_to_container() -> float:

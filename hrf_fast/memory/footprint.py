@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_iter
 
 from hrf_fast.config.options import PRECISIONS
 from hrf_fast.policies.base import Policy
-from hrf_fast.policies.load import ModelFiles, untrained_network
+from hrf_fast.policies.files import ModelFiles
+from hrf_fast.policies.load import untrained_network
 from hrf_fast.policies.network import Network
 
 

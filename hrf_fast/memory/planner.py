@@ -20,7 +20,8 @@ from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
 from hrf_fast.noise import noise_generator
-from hrf_fast.policies.load import plan_sampler, read_model
+from hrf_fast.policies.files import read_model
+from hrf_fast.policies.load import plan_sampler
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule

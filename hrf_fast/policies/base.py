@@ -138,3 +138,10 @@ class Policy(Protocol):
     def save(self, folder: Path) -> None:
         """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
         ...
+
+    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+        """Lines of Python by which diffusers draws as this policy does, run in the folder that `save` wrote.
+
+        The arguments are those of the policy's sampler. Afterwards `images` is [16, 3, H, W] in [0, 1].
+        """
+        ...

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.policies.unconditional import UnconditionalPolicy, check_finite, contiguous, saved_scheduler
+from hrf_fast.policies.unconditional import (
+    UnconditionalPolicy,
+    check_finite,
+    contiguous,
+    pipeline_example,
+    saved_scheduler,
+)
 
 # images that the decoder takes at once: its activations are those of full-size images
 _DECODED_AT_ONCE = 8
@@ -43,3 +49,7 @@ class LatentPolicy(UnconditionalPolicy):
         with contiguous(self.unet):
             pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=self.unet, scheduler=saved_scheduler(self.scheduler))
             pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+        """See `Policy.example`."""
+        return pipeline_example("LDMPipeline", scheduler, num_inference_steps, eta)

@@ -1,55 +1,31 @@
-"""Load: a policy from a shipped name, a diffusers folder or a hub id.
-
-The pipeline's class in model_index.json decides which policy it is; a class that has none is refused by name.
-"""
+"""Load: a policy from a shipped name, a diffusers folder or a hub id. Weights that don't fit are refused by name."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from hrf_fast.assets import ASSETS, SHIPPED
-from hrf_fast.hub import find_folder
+from hrf_fast.hub import first_line
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
+from hrf_fast.policies.files import Component, ModelFiles, read_model, shards_of
 from hrf_fast.policies.latent import LatentPolicy
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.pixel import PixelPolicy
-from hrf_fast.policies.sampler import COMPATIBLE, Sampler, build_sampler
+from hrf_fast.policies.sampler import Sampler, build_sampler
 from hrf_fast.policies.unconditional import latent_shape
-
-PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-LATENT_PIPELINES = ("LDMPipeline",)
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of a pipeline: the folder that holds it, and its config."""
-
-    folder: Path
-    config: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where a model's parts lie; nothing is loaded yet."""
-
-    name: str
-    unet: Component
-    scheduler: Component
-    vqvae: Component | None
-    """The decoder of a latent model; None for a pixel model."""
+from hrf_fast.weights import describe, not_finite
 
 
 def load_policy(
     name: str,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     sampler: str = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
@@ -63,6 +39,7 @@ def load_policy(
     Args:
         name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
+        variant: of the weight files, such as fp16; None for the plain ones.
         sampler, num_inference_steps, eta: see `build_sampler`.
         precision, channels_last: see `UnconditionalPolicy`; attention: see `set_attention`.
 
@@ -70,12 +47,12 @@ def load_policy(
     triton (fused), eager (plain torch), or auto.
 
     Raises:
-        ValueError: no such model, no UNet in it, or one that this trainer cannot drive; or an HRF_KERNELS that can't
-            run here.
+        ValueError: no such model, no UNet in it, one that this trainer cannot drive, or weights that are not those of
+            its config or not finite; or an HRF_KERNELS that can't run here.
     """
-    files = read_model(name, revision)
+    files = read_model(name, revision, variant)
     unet, scheduler, vqvae = _load_parts(files)
-    _check_unet(name, unet.config, latent=vqvae is not None)
+    _check_unet(name, unet.config, scheduler.config, latent=vqvae is not None)
     unet = _aligned(unet.to(device).float())
     set_attention(unet, attention)
     kernels = os.environ.get("HRF_KERNELS") or "auto"
@@ -100,30 +77,82 @@ def _load_parts(files: ModelFiles) -> tuple[Any, Any, Any]:
     import diffusers
     from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # diffusers suggests installing accelerate and safetensors variants; neither concerns the user of this call
     logging.set_verbosity_error()
+    # of shards, among the JSON lines of a run
+    logging.disable_progress_bar()
     try:
-        unet = _from_pretrained(diffusers.UNet2DModel, files.unet.folder)
+        unet = _load_module(files.name, diffusers.UNet2DModel, files.unet)
         scheduler_class = getattr(diffusers, files.scheduler.config["_class_name"])
-        scheduler = scheduler_class.from_pretrained(files.scheduler.folder)
-        vqvae = _from_pretrained(diffusers.VQModel, files.vqvae.folder) if files.vqvae else None
-    # diffusers checks no types: a wrong value in a config can raise nearly anything
-    except Exception as error:
-        folders = [part.folder for part in (files.unet, files.scheduler, files.vqvae) if part]
-        raise ValueError(
-            f"model.name is {files.name!r} but its weights and configs in {', '.join(map(str, folders))} do not load: "
-            f"{type(error).__name__}: {error}; save the model again with diffusers' save_pretrained"
-        ) from error
+        scheduler = _from_pretrained(files.name, scheduler_class, files.scheduler)
+        vqvae = _load_module(files.name, diffusers.VQModel, files.vqvae) if files.vqvae else None
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     return unet, scheduler, vqvae
 
 
-def _from_pretrained(kind: Any, folder: Path) -> Any:
-    # a .bin file is read by diffusers with torch.load(weights_only=True): tensors only, no code
-    safe = (folder / "diffusion_pytorch_model.safetensors").exists()
-    return kind.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=safe)
+def _load_module(name: str, kind: Any, part: Component) -> Any:
+    """A network with all of its weights.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, of another shape or not finite: diffusers leaves the memory of
+            missing ones as it is.
+    """
+    module, report = _from_pretrained(
+        name,
+        kind,
+        part,
+        variant=part.variant,
+        # a .bin file is read by diffusers with torch.load(weights_only=True): tensors only, no code
+        use_safetensors=any(file.endswith(".safetensors") for file in part.weights),
+        low_cpu_mem_usage=False,
+        # to be told all of them at once
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    problem = (
+        describe(report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+        or _shard_problem(part)
+        or not_finite(module.state_dict())
+    )
+    if problem:
+        raise ValueError(
+            f"model.name is {name!r}, whose weights in {part.folder} can't be used: {problem}; give the config.json "
+            "and the weights of one model, as diffusers' save_pretrained writes them"
+        )
+    return module
+
+
+def _from_pretrained(name: str, kind: Any, part: Component, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(part.folder, **options)
+    # diffusers checks no types: a wrong value in a config can raise nearly anything
+    except Exception as error:
+        raise ValueError(
+            f"model.name is {name!r} but its weights and config in {part.folder} do not load: {first_line(error)}; "
+            "save the model again with diffusers' save_pretrained"
+        ) from error
+
+
+def _shard_problem(part: Component) -> str:
+    """The tensors that an index promises and its shards lack, or the reverse; diffusers believes the index."""
+    index, *shards = part.weights
+    if not shards:
+        return ""
+    promised, held = shards_of(part.folder / index).keys(), set[str]()
+    for shard in shards:
+        held |= _names(part.folder / shard)
+    return describe(promised - held, held - promised, [])
+
+
+def _names(shard: Path) -> set[str]:
+    if shard.suffix == ".safetensors":
+        with safe_open(shard, framework="pt") as file:
+            return set(file.keys())
+    return set(torch.load(shard, map_location="cpu", weights_only=True))
 
 
 def _aligned(module: Any) -> Any:
@@ -133,7 +162,13 @@ def _aligned(module: Any) -> Any:
     return module
 
 
-def _check_unet(name: str, config: Any, *, latent: bool) -> None:
+def _check_unet(name: str, config: Any, scheduler: Any, *, latent: bool) -> None:
+    """Refuse a UNet whose input, output or table of steps is not what the sampler needs."""
+    if config.time_embedding_type == "learned" and config.num_train_timesteps < scheduler.num_train_timesteps:
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet has learned {config.num_train_timesteps} steps but whose scheduler "
+            f"has {scheduler.num_train_timesteps}; use the scheduler that the model was trained with"
+        )
     if config.out_channels != config.in_channels:
         raise ValueError(
             f"model.name is {name!r}, whose UNet returns {config.out_channels} channels for {config.in_channels}: a "
@@ -152,91 +187,9 @@ def _check_unet(name: str, config: Any, *, latent: bool) -> None:
         )
 
 
-def read_model(name: str, revision: str | None = None, *, weights: bool = True) -> ModelFiles:
-    """Find a model's parts and read their configs; without `weights` nothing else is downloaded.
-
-    Raises:
-        ValueError: no such model, no UNet in it, or one of a kind that this trainer cannot drive.
-    """
-    folder = find_folder(
-        "model.name",
-        name,
-        shipped={known: ASSETS / known / "model" for known in SHIPPED},
-        revision=revision,
-        weights=("*.safetensors", "*.bin") if weights else (),
-    )
-    latent = _pipeline(folder, name) in LATENT_PIPELINES
-    unet = _component(folder, "unet", "config.json")
-    scheduler = _component(folder, "scheduler", "scheduler_config.json")
-    if unet.config.get("_class_name") != "UNet2DModel":
-        raise ValueError(
-            f"model.name is {name!r}, whose UNet is a {unet.config.get('_class_name')}; this trainer drives "
-            "unconditional UNet2DModel pipelines (DDPM, DDIM, LDM), e.g. google/ddpm-celebahq-256"
-        )
-    for key in ("num_class_embeds", "class_embed_type"):
-        if unet.config.get(key) is not None:
-            raise ValueError(
-                f"model.name is {name!r}, whose UNet is conditioned on a class ({key}: {unet.config[key]!r}), which is "
-                "not supported; use an unconditional model"
-            )
-    if scheduler.config.get("_class_name") not in COMPATIBLE:
-        raise ValueError(
-            f"model.name is {name!r}, whose scheduler is {scheduler.config.get('_class_name')}; "
-            f"use one of {', '.join(COMPATIBLE)}"
-        )
-    vqvae = _component(folder, "vqvae", "config.json") if latent else None
-    if vqvae is not None and vqvae.config.get("_class_name") != "VQModel":
-        raise ValueError(
-            f"model.name is {name!r}, whose vqvae is a {vqvae.config.get('_class_name')}; an LDMPipeline has a VQModel"
-        )
-    return ModelFiles(name, unet, scheduler, vqvae)
-
-
 def plan_sampler(files: ModelFiles, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:
     """The sampler of a model, made from its scheduler's config alone; see `build_sampler`."""
     import diffusers
 
     scheduler = getattr(diffusers, files.scheduler.config["_class_name"]).from_config(files.scheduler.config)
     return build_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, eta=eta)
-
-
-def _pipeline(folder: Path, name: str) -> str:
-    """The class that model_index.json names; a folder without the file is taken for a pixel model.
-
-    Raises:
-        ValueError: a class that no policy drives.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return PIXEL_PIPELINES[0]
-    kind = _read_json(index).get("_class_name", PIXEL_PIPELINES[0])
-    if kind not in (*PIXEL_PIPELINES, *LATENT_PIPELINES):
-        raise ValueError(
-            f"model.name is {name!r}, whose model_index.json says {kind}; there is a policy for "
-            f"{', '.join((*PIXEL_PIPELINES, *LATENT_PIPELINES))} only"
-        )
-    return str(kind)
-
-
-def _component(folder: Path, name: str, config: str) -> Component:
-    """A pipeline part and its config: in its own subfolder, or at the top as in older hub repositories."""
-    for candidate in (folder / name, folder):
-        if (candidate / config).is_file():
-            return Component(candidate, _read_json(candidate / config))
-    raise ValueError(
-        f"model.name is {str(folder)!r}, which holds no {name}/{config} (nor {config}); "
-        "give a diffusers pipeline folder with unet/ and scheduler/"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"model.name: {path} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"model.name: {path} holds a JSON {type(values).__name__}, not an object; "
-            "give the file that diffusers' save_pretrained writes"
-        )
-    return values

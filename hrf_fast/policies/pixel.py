@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hrf_fast.policies.unconditional import UnconditionalPolicy, check_finite, contiguous, saved_scheduler
+from hrf_fast.policies.unconditional import (
+    UnconditionalPolicy,
+    check_finite,
+    contiguous,
+    pipeline_example,
+    saved_scheduler,
+)
 
 
 class PixelPolicy(UnconditionalPolicy):
@@ -31,3 +37,8 @@ class PixelPolicy(UnconditionalPolicy):
         pipeline: Any = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
         with contiguous(self.unet):
             pipeline(unet=self.unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+
+    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+        """See `Policy.example`."""
+        pipeline = {"ddim": "DDIMPipeline", "ddpm": "DDPMPipeline"}[scheduler]
+        return pipeline_example(pipeline, scheduler, num_inference_steps, eta)

@@ -19,6 +19,8 @@ from hrf_kernels import StepCoefficients
 COMPATIBLE = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 # under this the step is deterministic to float32: diffusers floors a DDPM variance at 1e-20
 _NO_NOISE = 1e-8
+# float32 holds a latent of size 1 to 6e-8: a step's noise of this std is 6 % rounding, and so are its gradients
+_LEAST_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
         eta: DDIM's noise scale in (0, 1]; ancestral sampling has no eta and wants 1.
 
     Raises:
-        ValueError: an option that the affine step cannot express, or no stochastic step at all.
+        ValueError: an option that the affine step cannot express, no stochastic step at all, or noise below float32's
+            rounding.
     """
     _check_sampler(scheduler, kind, num_inference_steps, eta)
     template = _template(scheduler, kind, num_inference_steps)
@@ -87,6 +90,8 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
     x0_latents, x0_output = _x0_factors(prediction, alpha)
     x0 = {"x0_latents": x0_latents, "x0_output": x0_output}
     _check_signal(x0 | stochastic, prediction)
+    stochastic_steps = _stochastic_steps(stochastic["std"], eta)
+    stochastic["std"] = torch.where(stochastic["std"] < _NO_NOISE, 0.0, stochastic["std"])
     clip = template.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
     return Sampler(
         timesteps=timesteps,
@@ -94,7 +99,7 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
         deterministic=_table(x0 | _ddim_step(prediction, alpha, alpha_ddim, 0.0), clip),
         signal=alpha.sqrt().float(),
         noise=(1 - alpha).sqrt().float(),
-        stochastic_steps=_stochastic_steps(stochastic["std"]),
+        stochastic_steps=stochastic_steps,
     )
 
 
@@ -143,14 +148,24 @@ def _check_signal(coefficients: dict[str, Tensor], prediction: str) -> None:
             )
 
 
-def _stochastic_steps(std: Tensor) -> int:
-    """The number of steps before the deterministic end."""
-    noisy = std > 0
+def _stochastic_steps(std: Tensor, eta: float) -> int:
+    """The number of steps before the deterministic end.
+
+    Args:
+        std: [T], before the least of it is taken for zero.
+    """
+    noisy = std > _NO_NOISE * eta
     count = int(noisy.sum())
     if count == 0 or not noisy[:count].all():
         raise ValueError(
-            f"sample.num_inference_steps is {len(std)}: no step is stochastic before the end, so nothing can be "
-            "trained; use at least 2"
+            f"sample.num_inference_steps is {len(std)}: no step is stochastic before the deterministic last one, so "
+            "there is no policy to sample or train; use at least 2 (--steps of hrf sample)"
+        )
+    least = float(std[:count].min())
+    if least < _LEAST_STD:
+        raise ValueError(
+            f"sample.eta is {eta}, which leaves a step with noise of std {least:.1g}: float32 rounds latents by 6e-8, "
+            f"so its log-probs would be rounding errors; use at least {1.06 * _LEAST_STD / least * eta:.2g}"
         )
     return count
 
@@ -189,7 +204,7 @@ def _ddim_step(prediction: str, alpha: Tensor, alpha_previous: Tensor, eta: floa
         "mean_x0": alpha_previous.sqrt(),
         "mean_latents": direction * of_latents,
         "mean_output": direction * of_output,
-        "std": _floor(variance.clamp(min=0).sqrt()),
+        "std": variance.clamp(min=0).sqrt(),
     }
 
 
@@ -209,12 +224,8 @@ def _ancestral_step(variance_type: str, alpha: Tensor, alpha_previous: Tensor, t
         "mean_x0": alpha_previous.sqrt() * beta / (1 - alpha),
         "mean_latents": (alpha / alpha_previous).sqrt() * (1 - alpha_previous) / (1 - alpha),
         "mean_output": torch.zeros_like(alpha),
-        "std": _floor(torch.where(timesteps > 0, variance.sqrt(), 0.0)),
+        "std": torch.where(timesteps > 0, variance.sqrt(), 0.0),
     }
-
-
-def _floor(std: Tensor) -> Tensor:
-    return torch.where(std < _NO_NOISE, 0.0, std)
 
 
 def _table(values: dict[str, Tensor], clip: float | None) -> StepCoefficients:

@@ -18,7 +18,7 @@ from hrf_kernels import choose_backend
 
 
 class UnconditionalPolicy:
-    """The denoising policy π(x_{t-1} | x_t, t) of a UNet2DModel; a subclass adds `decode` and `save`."""
+    """The denoising policy π(x_{t-1} | x_t, t) of a UNet2DModel; a subclass adds `decode`, `save` and `example`."""
 
     def __init__(
         self,
@@ -120,6 +120,21 @@ def saved_scheduler(scheduler: Any) -> Any:
     if type(scheduler).__name__ == "PNDMScheduler":
         return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     return scheduler
+
+
+def pipeline_example(pipeline: str, scheduler: str, num_inference_steps: int, eta: float) -> str:
+    """The lines of `Policy.example` for a pipeline class of diffusers."""
+    kind, noise = {"ddim": ("DDIMScheduler", f", eta={eta}"), "ddpm": ("DDPMScheduler", "")}[scheduler]
+    return f"""\
+import torch
+from diffusers import {", ".join(sorted((pipeline, kind)))}
+
+pipeline = {pipeline}.from_pretrained(".")
+pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config)
+images = pipeline(batch_size=16, num_inference_steps={num_inference_steps}{noise}, output_type="np").images
+# [16, 3, height, width] in [0, 1], as rewards see them
+images = torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+"""
 
 
 @contextmanager

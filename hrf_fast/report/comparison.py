@@ -17,9 +17,18 @@ import torch
 from hrf_fast.config.load import differences, load_config
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
-from hrf_fast.run.files import read_log
+from hrf_fast.run.card import METHODS
+from hrf_fast.run.files import PANEL, read_log
 
-METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
+# names of metrics.jsonl that a report reads
+METRICS = {
+    "images": "count",
+    "evaluations": "count",
+    "seconds": "mapping of numbers",
+    **dict.fromkeys(("reward_mean", "reward_std"), "number"),
+    # an iteration may make no optimizer step
+    **dict.fromkeys(("approx_kl", "clip_fraction", "grad_norm"), "number or null"),
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def _read(folder: Path) -> RunLog:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
     config = load_config(["--config", str(folder / "config.yaml")])
-    panels, metrics = read_log(folder / "evaluations.jsonl"), read_log(folder / "metrics.jsonl")
+    panels, metrics = read_log(folder / "evaluations.jsonl", PANEL), read_log(folder / "metrics.jsonl", METRICS)
     if not panels or panels[0]["iteration"] != 0:
         raise ValueError(
             f"{folder} has no panel of the pretrained model in evaluations.jsonl, the first thing that training makes; "

@@ -23,9 +23,9 @@ from hrf_fast.report.tables import (
     equal_reward_table,
     findings,
     result_table,
-    reward_name,
     run_title,
 )
+from hrf_fast.run.card import reward_name
 from hrf_fast.run.files import write_atomically
 
 TEMPLATE = "page.html.j2"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrf_fast.config.options import RewardConfig
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
+from hrf_fast.run.card import reward_name
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,6 @@ def describe(log: RunLog) -> str:
         str(log.folder),
     ]
     return " · ".join(parts)
-
-
-def reward_name(reward: RewardConfig) -> str:
-    """The reward's name, or the weighted sum of its terms."""
-    return reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in reward.terms)
 
 
 def _interval(interval: Interval | None, sign: str = "") -> str:

@@ -22,6 +22,7 @@ from hrf_fast.registry import check_count
 from hrf_fast.rewards.registry import Reward, register_reward
 from hrf_fast.vision.hub import HubNetwork, find_network, load_config, load_network
 from hrf_fast.vision.processor import Source, import_transformers, load_processor
+from hrf_fast.weights import not_finite
 
 # state-dict prefixes of the linear layers and their output widths
 HEADS: dict[tuple[str, ...], tuple[int, ...]] = {
@@ -112,21 +113,26 @@ def build_head(weights: Any, head: str) -> nn.Sequential:
     """The linear layers of a head, by the layout of its weights: "weight", "bias" (v1) or "layers.0.weight"… (v2).
 
     Raises:
-        ValueError: any other layout, a head with activations included.
+        ValueError: any other layout, a head with activations included; or a number that is not finite.
     """
     tensors = weights if isinstance(weights, Mapping) else {}
+    present = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
     for prefixes, widths in HEADS.items():
         names = [f"{prefix}{kind}" for prefix in prefixes for kind in ("weight", "bias")]
         if set(tensors) != set(names):
             continue
-        inputs = (tensors[names[0]].shape[-1], *widths)
+        inputs = (*present[names[0]][-1:], *widths)
         shapes = [shape for i, o in zip(inputs, widths, strict=False) for shape in ((o, i), (o,))]
-        if [tuple(tensors[name].shape) for name in names] != shapes:
+        if [present[name] for name in names] != shapes:
             break
+        if problem := not_finite(tensors):
+            raise ValueError(
+                f"aesthetic.head is {head!r}, whose weights can't be used: {problem}; download the file again"
+            )
         layers = nn.Sequential(*(nn.Linear(i, o) for i, o in zip(inputs, widths, strict=False)))
         layers.load_state_dict(dict(zip(layers.state_dict(), (tensors[name].float() for name in names), strict=True)))
         return layers.eval().requires_grad_(False)
-    layout = {name: list(getattr(value, "shape", [])) for name, value in list(tensors.items())[:12]}
+    layout = {name: list(shape) for name, shape in list(present.items())[:12]}
     raise ValueError(
         f"aesthetic.head {head!r} is not a LAION head: its weights are {layout or type(weights).__name__}; expected "
         "weight [1, D] and bias [1], or layers.{0,2,4,6,7} of widths 1024, 128, 64, 16, 1 (no activations)"

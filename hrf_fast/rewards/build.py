@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hrf_fast.config.options import RewardTerm
 from hrf_fast.rewards.registry import NotFiniteError, Reward, RewardError, Rewards, build_registered
 from hrf_fast.rewards.user import build_function, build_user
+from hrf_fast.user_code import note_of, source_of, user_code
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,9 @@ RANGE_TOLERANCE = 1e-3
 
 
 def build_reward(
-    reward: str | Callable[..., Any] | Sequence[RewardTerm], device: torch.device | str = "cpu"
+    reward: str | Callable[..., Any] | Sequence[RewardTerm],
+    device: torch.device | str = "cpu",
+    kwargs: dict[str, Any] | None = None,
 ) -> CombinedReward:
     """Build a reward that checks its calls.
 
@@ -32,16 +35,18 @@ def build_reward(
         reward: the terms of a config, summed by weight; the name of one, registered or `module:function`; or a
             function, called as `module:function` is (see `user.py`) and named after itself.
         device: where the networks of learned rewards live.
+        kwargs: arguments of a name or a function; terms have their own.
 
     Raises:
         ValueError: no terms, a weight that is not finite, only zero weights, an unknown name or argument, a function
             that does not take (images, prompts), or weights that are neither on disk nor downloadable.
         ImportError: a package that the reward needs is not installed.
+        UserCodeError: a factory of the user's failed.
     """
     if callable(reward):
         name = getattr(reward, "__name__", type(reward).__name__)
-        return CombinedReward([_BuiltTerm(name, name, 1.0, build_function(reward, name, {}))])
-    terms = [RewardTerm(reward)] if isinstance(reward, str) else reward
+        return CombinedReward([_BuiltTerm(name, name, 1.0, build_function(reward, name, kwargs or {}))])
+    terms = [RewardTerm(reward, kwargs=kwargs or {})] if isinstance(reward, str) else reward
     if not terms:
         raise ValueError('reward.terms is empty; give at least one, for example name: "jpeg_compressibility"')
     for term in terms:
@@ -68,11 +73,14 @@ class _BuiltTerm:
 
 
 class CombinedReward:
-    """Weighted sum of rewards; every call is checked, nothing is differentiated, and calls remember nothing."""
+    """Weighted sum of rewards; every call is checked, nothing is differentiated, and what calls change is put back."""
 
     def __init__(self, terms: Sequence[_BuiltTerm]) -> None:
         self._terms = tuple(terms)
         self.name = " + ".join(term.key for term in terms)
+        # lines about global state that calls have changed, each once
+        self.notes: dict[str, None] = {}
+        self.sources = {f"reward {term.key}": source_of(term.reward) for term in terms}
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Rewards:
         """Reward a batch.
@@ -88,20 +96,21 @@ class CombinedReward:
         import torch
 
         check_images(images, prompts)
-        total = torch.zeros(len(images), device=images.device)
+        total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         means = {}
         # a reward must not depend on the precision that the run trains in
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for term in self._terms:
-                try:
+                what = f"reward {term.key!r}"
+                with user_code(what, RewardError) as changes:
                     # a reward may write into its images; the next term and the caller need theirs
                     values = term.reward(images.clone(), prompts)
-                except Exception as error:
-                    message = f"reward {term.key!r} failed with {type(error).__name__}: {error}"
-                    raise RewardError(message) from error
+                if changes:
+                    self.notes[note_of(what, changes)] = None
                 values = check_rewards(images, values, term.key)
                 means[term.key] = values.mean()
-                total += term.weight * values
+                # fp64 where a term is
+                total = total + term.weight * values
         return Rewards(total, means)
 
 
@@ -128,7 +137,7 @@ def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
 
 
 def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
-    """Turn what a reward returned into [B] fp32 on the images' device, or say what is wrong with it.
+    """Turn what a reward returned into [B] fp32 on the images' device, or say what is wrong with it; fp64 stays fp64.
 
     Args:
         images: [B, 3, H, W], the images that were rewarded.
@@ -152,12 +161,14 @@ def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
         raise RewardError(f"reward {name!r} returned {values.dtype}; {expected}")
     if values.shape != (len(images),):
         raise RewardError(f"reward {name!r} returned shape {list(values.shape)}; {expected}: [{len(images)}]")
-    values = values.detach().to(images.device, torch.float32)
+    # fp32 has no digits for small differences beside a large offset
+    double = values.dtype == torch.float64
+    values = values.detach().to(images.device, torch.float64 if double else torch.float32)
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(f"{index} ({values[index].item()})" for index in bad[:5])
         raise NotFiniteError(
             f"reward {name!r} returned {len(bad)} of {len(images)} values that are NaN or infinite, "
-            f"first at index {shown}; {expected}, finite in fp32"
+            f"first at index {shown}; {expected}, finite in {'fp64' if double else 'fp32'}"
         )
     return values

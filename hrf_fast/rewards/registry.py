@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from hrf_fast.errors import UserCodeError
 from hrf_fast.registry import Registry, call_factory
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class Rewards(NamedTuple):
     """The rewards of a batch, and what its terms contribute."""
 
     total: Tensor
-    """[B] fp32 on the images' device: the weighted sum of the terms."""
+    """[B] on the images' device: the weighted sum of the terms; fp32, or fp64 where a term returns that."""
     terms: dict[str, Tensor]
     """Batch mean of each term before its weight, 0-dim, by name; a name used twice gets `_2` the second time."""
 
 
-class RewardError(RuntimeError):
-    """A reward raised, or returned something that is not B finite numbers. The message names the reward."""
+class RewardError(UserCodeError):
+    """A reward failed, or returned something that is not B finite numbers. The message names the reward."""
 
 
 class NotFiniteError(RewardError):

@@ -64,6 +64,8 @@ def build_function(function: Callable[..., Any], name: str, kwargs: dict[str, An
         result = function(images, prompts, tuple({} for _ in images), **kwargs)
         return result[0] if isinstance(result, tuple) and len(result) == 2 else result
 
+    # whose source it is
+    reward.__wrapped__ = function  # type: ignore[attr-defined]
     return reward
 
 

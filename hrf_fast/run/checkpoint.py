@@ -20,10 +20,13 @@ from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
+from hrf_fast.engines.optimizers import judge_state
 from hrf_fast.run.files import replace_folder, sha256
+from hrf_fast.weights import judge
 
 _PREFIX = "iteration-"
-WEIGHTS = "weights.safetensors"
+WEIGHTS, OPTIMIZER, AVERAGES = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep: int, best: int | None = None) -> Path:
@@ -41,9 +44,9 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
 
     def fill(path: Path) -> None:
         save_file({name: value.contiguous() for name, value in engine.weights().items()}, path / WEIGHTS)
-        save_file(optimizer, path / "optimizer.safetensors")
+        save_file(optimizer, path / OPTIMIZER)
         if ema:
-            save_file({name: part.contiguous() for name, part in ema.items()}, path / "ema.safetensors")
+            save_file({name: part.contiguous() for name, part in ema.items()}, path / AVERAGES)
         record = {**state, "engine": numbers}
         (path / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
@@ -88,9 +91,10 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
         The saved state with `iteration`, or None where there is no checkpoint.
 
     Raises:
-        ValueError: there are checkpoints, but every one is broken, or it is of another architecture.
+        ValueError: there are checkpoints, but every one is broken; or it is of another architecture, lacks a tensor or
+            holds a number that is not finite.
     """
-    shapes = engine.shapes()
+    shapes, averaging = engine.shapes(), engine.ema.decay > 0
     tensors: list[Mapping[str, Tensor]] = [{}, {}, {}]
 
     def read() -> dict[str, Any] | None:
@@ -98,7 +102,7 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
         for path in checkpoints:
             reason = _broken(path)
             if reason is None:
-                tensors[:] = _read(path, shapes)
+                tensors[:] = _read(path, shapes, averaging)
                 return json.loads((path / "state.json").read_text())
             warn(f"checkpoint {path} is skipped: {reason}")
         if checkpoints:
@@ -117,7 +121,7 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
 def _broken(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        lacking = {"state.json", "optimizer.safetensors", WEIGHTS} - set(manifest)
+        lacking = {"state.json", OPTIMIZER, WEIGHTS} - set(manifest)
         if lacking:
             return f"its manifest lacks {', '.join(sorted(lacking))}"
         for name, digest in manifest.items():
@@ -128,15 +132,42 @@ def _broken(path: Path) -> str | None:
     return None
 
 
-def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> list[Mapping[str, Tensor]]:
+def read_weights(path: Path, shapes: Shapes) -> dict[str, Tensor]:
+    """The weights that a checkpoint stands for: the averaged ones where the run averages, as in its panels and model/.
+
+    Args:
+        shapes: of the trained weights, by name.
+
+    Raises:
+        ValueError: the checkpoint is broken, of another architecture, or not finite.
+    """
+    if reason := _broken(path):
+        raise ValueError(f"{path} is broken: {reason}; take another checkpoint, or restore a copy")
+    return _read_tensors(path, AVERAGES if (path / AVERAGES).is_file() else WEIGHTS, shapes)
+
+
+def _read(path: Path, shapes: Shapes, averaging: bool) -> list[Mapping[str, Tensor]]:
     """Weights, optimizer tensors and averaged weights of a checkpoint."""
-    weights = load_file(path / WEIGHTS)
-    saved = {name: tuple(value.shape) for name, value in weights.items()}
-    if saved != shapes:
-        name = next(name for name in {**shapes, **saved} if saved.get(name) != shapes.get(name))
-        raise ValueError(
-            f"checkpoint {path} is of another architecture than model.name's: {name} is {saved.get(name)} there and "
-            f"{shapes.get(name)} here; choose another run.folder, or restore the model"
-        )
-    ema = path / "ema.safetensors"
-    return [weights, load_file(path / "optimizer.safetensors"), load_file(ema) if ema.exists() else {}]
+    weights, optimizer = _read_tensors(path, WEIGHTS, shapes), load_file(path / OPTIMIZER)
+    if problem := judge_state(optimizer, list(shapes.values())):
+        raise _unusable(path / OPTIMIZER, problem)
+    if averaging and not (path / AVERAGES).is_file():
+        raise ValueError(f"{path} has no {AVERAGES}, but optimizer.ema_decay is above 0; restore a copy of it")
+    return [weights, optimizer, _read_tensors(path, AVERAGES, shapes) if averaging else {}]
+
+
+def _read_tensors(path: Path, name: str, shapes: Shapes) -> dict[str, Tensor]:
+    """A file of weights; that of averages holds frozen ones too."""
+    tensors = load_file(path / name)
+    if problem := judge(
+        shapes, tensors if name == WEIGHTS else {key: tensors[key] for key in shapes if key in tensors}
+    ):
+        raise _unusable(path / name, problem)
+    return tensors
+
+
+def _unusable(file: Path, problem: str) -> ValueError:
+    return ValueError(
+        f"{file} can't be used for the model of model.name: {problem}; restore that model, choose another run.folder, "
+        f"or delete {file.parent} to go on from the checkpoint before"
+    )

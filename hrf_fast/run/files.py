@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from hrf_fast.errors import writing
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of it."""
+    """Write a file so that a crash leaves the old one or the new one, never half of it.
+
+    Raises:
+        NotWritten: the disk is full or unwritable.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with writing(path):
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all.
+
+    Raises:
+        NotWritten: the disk is full or unwritable.
+    """
+    # one write of a whole line to an append-only file: a crash can't tear it
+    data = (line + "\n").encode()
+    with writing(path), open(path, "ab", buffering=0) as file:
+        if file.write(data) < len(data):
+            # a disk that has room for a part of it takes that part without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+
+
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder with `fill(path)` so that a crash leaves the old one, the new one or none; never half a one."""
+    """Write a folder with `fill(path)` so that a crash leaves the old one, the new one or none; never half a one.
+
+    Raises:
+        NotWritten: the disk is full or unwritable; the old one is as it was.
+    """
+    with writing(folder):
+        _replace_folder(folder, fill)
+
+
+def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -47,13 +79,17 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _fsync(folder.parent)
     except SafetensorError as error:
         # what a full disk is called by safetensors
-        raise OSError(f"{folder} can't be written: {error}; free space, then the same command goes on") from error
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        # Windows can't open a folder, and writes names with the files
+        return
+    # and flushes only a file that is open for writing
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -68,19 +104,55 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path, needs: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Records of metrics.jsonl or evaluations.jsonl; a last line without its end, left by a full disk, is not one.
+
+    Args:
+        needs: names that every record must have besides `iteration`, each with a kind of KINDS; one that may be left
+            out has a question mark.
 
     Raises:
         ValueError: a line that is not a record, by file and number.
     """
     records = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
-            record = json.loads(line)
-            if not isinstance(record["iteration"], int):
-                raise TypeError("iteration is not a whole number")
-        except (ValueError, TypeError, KeyError) as error:
+            record = json.loads(line.decode())
+            if not isinstance(record, dict):
+                raise TypeError("it is no mapping")
+            for name, kind in {"iteration": "count", **(needs or {})}.items():
+                if name not in record and not kind.endswith("?"):
+                    raise TypeError(f"it lacks {name!r}")
+                if name in record and not KINDS[kind.removesuffix("?")](record[name]):
+                    raise TypeError(f"its {name!r} is {str(record[name])[:40]!r}, no {kind.removesuffix('?')}")
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a record of a run ({error}); mend or delete it") from error
         records.append(record)
     return records
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "count": lambda value: type(value) is int,
+    "number": _is_number,
+    "number or null": lambda value: value is None or _is_number(value),
+    "list of numbers": _are_numbers,
+    "interval": lambda value: _are_numbers(value) and len(value) == 3,
+    "mapping of numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+}
+"""Values that a log may hold."""
+PANEL = {
+    "evaluations": "count",
+    "reward": "interval",
+    "rewards": "list of numbers",
+    "vendi": "interval?",
+    "inception": "interval?",
+}
+"""Names of evaluations.jsonl that are read again."""

@@ -7,13 +7,14 @@ folder/
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
+    sources.json         file and SHA-256 of the user's reward and schedule, where there are any
     .lock, .lock-owner   held while a process trains here, and by which
 """
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,18 @@ from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import FACTS, Config
+from hrf_fast.config.paths import absolute, with_absolute_paths
+from hrf_fast.errors import NotWritten
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
+from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import list_checkpoints, sweep
-from hrf_fast.run.files import read_log, replace_folder, write_atomically
+from hrf_fast.run.files import PANEL, append_line, read_log, write_atomically
+
+SOURCES = "sources.json"
+# memory of the W&B writer
+WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
 
 
 class RunFolder:
@@ -34,7 +42,7 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.path = Path(config.run.folder)
+        self.path = absolute(config.run.folder)
         self.checkpoints = self.path / "checkpoints"
         self._lock: BaseFileLock | None = None
 
@@ -49,6 +57,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_claim()
             self._lock = lock.lock_folder(self.path)
+        except NotWritten:
+            raise
         except OSError as error:
             raise OSError(
                 f"run.folder is {str(self.path)!r}, which can't be written: {error}; choose another"
@@ -65,7 +75,7 @@ class RunFolder:
         if path.exists():
             if not list_checkpoints(self.checkpoints) and not read_log(self.path / "metrics.jsonl"):
                 return
-            changes = differences(load_config(["--config", str(path)]), self.config)
+            changes = self._changes()
             changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
             if changes:
                 listed = "; ".join(f"{option} was {old!r} and is {new!r}" for option, (old, new) in changes.items())
@@ -81,11 +91,18 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def begin(self, done: int) -> None:
+    def begin(self, done: int, sources: Mapping[str, dict[str, str]]) -> list[str]:
         """Make the folder this configuration's, after `done` iterations; log lines of later iterations are dropped.
 
+        Args:
+            sources: the user's code by name, as `source_of` gives it.
+
+        Returns:
+            A line for each of the user's sources that has changed since the run began.
+
         Raises:
-            ValueError: more iterations are done than asked for, or a finished run has lost its checkpoints.
+            ValueError: more iterations are done than asked for, a finished run has lost its checkpoints, or a source
+                has changed and run.edited_code is refuse.
         """
         if done > self.config.train.iterations:
             raise ValueError(
@@ -98,12 +115,38 @@ class RunFolder:
                 "run.folder, or delete the folder to train again"
             )
         path = self.path / "config.yaml"
-        if done == 0 and path.exists() and differences(load_config(["--config", str(path)]), self.config):
-            # the panel of a configuration that never trained
-            (self.path / "evaluations.jsonl").unlink(missing_ok=True)
+        edited = self._edited(sources)
+        if edited and done and self.config.run.edited_code == "refuse":
+            raise ValueError(
+                f"{edited[0]}, and run.edited_code is refuse; restore the file, choose another run.folder, or set "
+                "run.edited_code=note"
+            )
+        if done == 0 and path.exists() and (edited or self._changes()):
+            # the panel of a configuration that never trained, and the W&B run that shows it
+            for name in ("evaluations.jsonl", WANDB_ID, WANDB_SENT):
+                (self.path / name).unlink(missing_ok=True)
         sweep(self.checkpoints)
         self.rewind(done)
         write_atomically(path, to_yaml(self.config).encode())
+        if sources and (done == 0 or not (self.path / SOURCES).exists()):
+            write_atomically(self.path / SOURCES, json.dumps(sources, indent=1).encode())
+        return edited if done else []
+
+    def _changes(self) -> dict[str, tuple[Any, Any]]:
+        """Options of the folder's config.yaml that the configuration has otherwise."""
+        before = load_config(["--config", str(self.path / "config.yaml")])
+        return differences(with_absolute_paths(before), with_absolute_paths(self.config))
+
+    def _edited(self, sources: Mapping[str, dict[str, str]]) -> list[str]:
+        """A line for each of the user's sources that is not what it was when the run began."""
+        path = self.path / SOURCES
+        before = json.loads(path.read_text()) if path.exists() else {}
+        return [
+            f"{name} has changed since the run began ({source['file']}): what came before and what comes now can't be "
+            "compared"
+            for name, source in sources.items()
+            if name in before and before[name]["sha256"] != source["sha256"]
+        ]
 
     def _may_change(self, option: str) -> bool:
         if option == "train.iterations":
@@ -121,21 +164,26 @@ class RunFolder:
 
     def panels(self) -> list[dict[str, Any]]:
         """The lines of evaluations.jsonl."""
-        return read_log(self.path / "evaluations.jsonl")
+        return read_log(self.path / "evaluations.jsonl", PANEL)
+
+    def iterations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_log(self.path / "metrics.jsonl")
+
+    def grid(self, iteration: int) -> Path:
+        """The PNG grid of the panel after `iteration` iterations."""
+        return self.path / "samples" / f"iteration-{iteration:06d}.png"
 
     def append_panel(self, record: dict[str, Any], images: Tensor) -> None:
         """Write a panel's PNG grid and its line of evaluations.jsonl."""
-        save_grid(images, self.path / "samples" / f"iteration-{record['iteration']:06d}.png")
+        save_grid(images, self.grid(record["iteration"]))
         self.append("evaluations.jsonl", record)
 
     def save_model(self, policy: Policy) -> None:
-        """Write the tuned model as a diffusers folder."""
-        replace_folder(self.path / "model", policy.save)
+        """Write the tuned model of the last panel as a diffusers folder with its card."""
+        panels = self.panels()
+        save_model(self.path / "model", policy, self.config, panels, panels[-1]["iteration"])
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log, whole or not at all."""
-        # one write of a whole line to an append-only file: a crash can't tear it
-        data = (json.dumps(record) + "\n").encode()
-        with open(self.path / name, "ab", buffering=0) as file:
-            file.write(data)
-            os.fsync(file.fileno())
+        append_line(self.path / name, json.dumps(record))

@@ -17,8 +17,9 @@ import torch
 from hrf_fast.distributed import comm
 from hrf_fast.errors import Interrupted
 
-# Windows has no SIGHUP
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Windows has no SIGHUP, and only Windows has Ctrl-Break, by which a parent asks a child to stop
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Interrupts:

@@ -11,7 +11,7 @@ class Listener:
     """Does nothing: subclass and override what you want to hear. A run calls its listeners on the main rank only.
 
     An `iteration` or `panel` that returns a string ends the run on all ranks, for that reason; an exception ends the
-    run as an error.
+    run with a UserCodeError that says where, after a checkpoint.
     """
 
     def iteration(self, record: dict[str, Any]) -> str | None:

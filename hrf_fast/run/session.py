@@ -7,8 +7,8 @@ state)` after its last. In between the weights stand for no iteration, so Ctrl-C
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hrf_fast.engines.base import Engine
 from hrf_fast.evaluation.grids import SHOWN
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.policies.base import Policy
+from hrf_fast.run.audience import Audience
 from hrf_fast.run.checkpoint import load_newest, save_checkpoint
 from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.interrupts import Interrupts
@@ -50,9 +51,11 @@ class Run:
         self.config = config
         self.folder = RunFolder(config)
         self.reason = "an error"
-        self._listeners = check_listeners(listeners)
+        heard = check_listeners(listeners)
         comm.main_says(self.folder.claim)
         self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
+        self._audience = Audience(heard, self.progress, self.note_once)
+        self._stdout = redirect_stdout(self.progress.prints)
         self.interrupts = Interrupts(self.progress.note)
         self._seconds: dict[str, float] = {}
         self._began = 0.0
@@ -65,21 +68,22 @@ class Run:
 
     def __enter__(self) -> Run:
         self.interrupts.__enter__()
+        self._stdout.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if self._unbroken:
             self._unbroken = False
             self.interrupts.release()
         self.interrupts.__exit__(kind)
-        if comm.is_main():
-            if kind is not None:
-                self.reason = "a signal" if issubclass(kind, KeyboardInterrupt) else f"an error ({kind.__name__})"
-            try:
-                for listener in self._listeners:
-                    listener.finished(self.reason)
-            finally:
-                self.folder.release()
+        if kind is not None:
+            self.reason = "a signal" if issubclass(kind, KeyboardInterrupt) else f"an error ({kind.__name__})"
+        try:
+            if comm.is_main():
+                self._audience.finish(self.reason, failing=kind is not None)
+        finally:
+            self._stdout.__exit__(kind, *rest)
+            self.folder.release()
 
     def note(self, text: str) -> None:
         """Show the user a line."""
@@ -95,20 +99,23 @@ class Run:
         """Restore the newest intact checkpoint; returns the state that was committed, or None without one."""
         return load_newest(self.folder.checkpoints, engine, warn=self.note)
 
-    def begin(self, done: int) -> None:
+    def begin(self, done: int, sources: Mapping[str, dict[str, str]] | None = None) -> None:
         """Start, or go on after `done` iterations: from here on the folder is this configuration's.
 
+        Args:
+            sources: the user's code by name, as `source_of` gives it.
+
         Raises:
-            ValueError: more iterations are done than asked for, or a finished run has lost its checkpoints.
+            ValueError: more iterations are done than asked for, a finished run has lost its checkpoints, or the user's
+                code has changed and run.edited_code is refuse.
             ImportError: the package of a writer is missing.
         """
         self._saved = done
 
         def begin() -> None:
-            self.folder.begin(done)
-            writers = build_writers(self.config.run.writers, self.folder.path, done)
-            # the display comes last: a line that is shown has been written
-            self._listeners = [*writers, *self._listeners, self.progress]
+            for line in self.folder.begin(done, sources or {}):
+                self.note(line)
+            self._audience.begin(build_writers(self.folder))
 
         comm.main_says(begin)
 
@@ -158,13 +165,15 @@ class Run:
     def saving_on_error(self, engine: Engine) -> Iterator[None]:
         """Save what was learnt before an error ends the run.
 
-        Nothing is saved where the disk is full, the weights have diverged, or other ranks can't save with this one.
+        Nothing is saved where the disk is full, the weights have diverged, or other ranks can't save with this one. An
+        output that nobody reads any more is no disk.
         """
         try:
             yield
         except BaseException as error:
             together = comm.world_size() == 1 or comm.said_by_main(error)
-            if together and not isinstance(error, (OSError, FloatingPointError)):
+            hopeless = isinstance(error, (OSError, FloatingPointError)) and not isinstance(error, BrokenPipeError)
+            if together and not hopeless:
                 self.save(engine)
             raise
 
@@ -193,7 +202,7 @@ class Run:
         comm.main_says(lambda: self.folder.append("metrics.jsonl", line))
         # from here on the iteration can be saved, whatever a listener raises
         self._state = state
-        asked = comm.main_says(lambda: self._tell(lambda listener: listener.iteration(line)))
+        asked = comm.main_says(lambda: self._audience.tell("iteration", line))
         self.commit(state)
         return asked
 
@@ -204,14 +213,9 @@ class Run:
 
         def write() -> str | None:
             self.folder.append_panel(line, shown)
-            return self._tell(lambda listener: listener.panel(line, shown))
+            return self._audience.tell("panel", line, shown)
 
         return comm.main_says(write)
-
-    def _tell(self, call: Callable[[Listener], str | None]) -> str | None:
-        """Call every listener; returns the first reason to end the run."""
-        reasons = [call(listener) for listener in self._listeners]
-        return next((reason for reason in reasons if reason), None)
 
     def panels(self) -> list[dict[str, Any]]:
         """The lines of evaluations.jsonl, on all ranks."""

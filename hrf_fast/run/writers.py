@@ -1,104 +1,177 @@
-"""Writers: send a run's numbers to TensorBoard or Weights & Biases.
+"""Writers: send a run's numbers to TensorBoard or Weights & Biases, every series over the iteration.
 
-Both are optional packages and take no credential from a config: W&B uses what `wandb login` stored.
+Both are optional packages and take no credential from a config: W&B uses what `wandb login` stored. A run that was
+killed and goes on repeats iterations, to equal numbers; neither service shows one twice, or lacks one.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
+from hrf_fast.errors import writing
 from hrf_fast.evaluation.grids import image_grid
+from hrf_fast.run.files import write_atomically
+from hrf_fast.run.folder import WANDB_ID, WANDB_SENT, RunFolder
 from hrf_fast.run.listeners import Listener
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+# options of a user's reward that a log for others must not hold
+_CREDENTIAL = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key|apikey|auth)(_|$)", re.IGNORECASE)
 
 
 class Writer(Listener):
-    """Sends an iteration's numbers and a panel's numbers and images to a service; a subclass says how."""
+    """Sends an iteration's numbers, and a panel's numbers and images, to a service; a subclass says how."""
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+    name: str
+    """Its name in run.writers."""
+
+    def send(self, iteration: int, values: dict[str, float], picture: Image.Image | None, *, panel: bool) -> None:
+        """Send the numbers of an iteration, or those and the picture of the panel after so many iterations."""
         raise NotImplementedError
 
-    def image(self, iteration: int, name: str, picture: Image) -> None:
-        raise NotImplementedError
+    def has(self, iteration: int, *, panel: bool) -> bool:
+        """Whether the service has a record already, from a process before this one."""
+        return False
+
+    def catch_up(self, folder: RunFolder) -> None:
+        """Send what the folder's logs hold and the service lacks, in the order in which it was logged."""
+        logged = [*((r, True) for r in folder.panels()), *((r, False) for r in folder.iterations())]
+        for record, panel in sorted(logged, key=lambda pair: (pair[0]["iteration"], not pair[1])):
+            if self.has(record["iteration"], panel=panel):
+                continue
+            if not panel:
+                self.iteration(record)
+                continue
+            grid = folder.grid(record["iteration"])
+            self._panel(record, Image.open(grid) if grid.is_file() else None)
 
     def iteration(self, record: dict[str, Any]) -> None:
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
         timed = {f"{name}/{k}": v for name in ("seconds", "speed") for k, v in record[name].items()}
         numbers.pop("iteration")
-        self.scalars(record["iteration"], numbers | timed)
+        self.send(record["iteration"], numbers | timed, None, panel=False)
 
     def panel(self, record: dict[str, Any], images: Tensor) -> None:
+        self._panel(record, image_grid(images))
+
+    def _panel(self, record: dict[str, Any], picture: Image.Image | None) -> None:
         intervals = {name: value for name, value in record.items() if isinstance(value, list) and name != "rewards"}
-        self.scalars(record["iteration"], {f"panel/{name}": interval[0] for name, interval in intervals.items()})
-        self.image(record["iteration"], "panel", image_grid(images))
+        values = {f"panel/{name}": interval[0] for name, interval in intervals.items()}
+        self.send(record["iteration"], values, picture, panel=True)
 
 
 class TensorBoardWriter(Writer):
-    """Event files in run_dir/tensorboard."""
+    """Event files in RUN/tensorboard."""
 
-    def __init__(self, folder: Path, done: int) -> None:
+    name = "tensorboard"
+
+    def __init__(self, folder: RunFolder) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('run.writers has tensorboard: `pip install "hrf_fast[writers]"`') from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+        # hides what earlier processes have written, of which a kill may have torn the end
+        self._folder = folder.path / "tensorboard"
+        with writing(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=0)
+        self.catch_up(folder)
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-
-    def image(self, iteration: int, name: str, picture: Image) -> None:
-        self._writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+    def send(self, iteration: int, values: dict[str, float], picture: Image.Image | None, *, panel: bool) -> None:
+        with writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, iteration)
+            if picture is not None:
+                self._writer.add_image("panel", np.asarray(picture), iteration, dataformats="HWC")
+            self._writer.flush()
 
     def finished(self, reason: str) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WandbWriter(Writer):
     """A W&B run named after the folder, gone on with after a resume.
 
-    Log in once with `wandb login`, or set WANDB_MODE=offline.
+    W&B's own step counts records, since it may only rise: twice the iteration for a panel, one more for the iteration
+    itself. Series are shown over the metric `iteration`. Records that W&B has already are not sent again.
     """
 
-    def __init__(self, folder: Path, done: int) -> None:
+    name = "wandb"
+
+    def __init__(self, folder: RunFolder) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ImportError('run.writers has wandb: `pip install "hrf_fast[writers]"`, then `wandb login`') from error
         self._wandb = wandb
-        known = folder / "wandb_id"
+        known = folder.path / WANDB_ID
         if not known.exists():
-            known.write_text(uuid.uuid4().hex)
-        identity = known.read_text()
+            write_atomically(known, uuid.uuid4().hex.encode())
         try:
-            self._run = wandb.init(project="hrf_fast", name=folder.name, dir=str(folder), id=identity, resume="allow")
+            self._run = wandb.init(
+                project="hrf_fast",
+                name=folder.path.name,
+                dir=str(folder.path),
+                id=known.read_text(),
+                resume="allow",
+                config=without_credentials(asdict(folder.config)),
+                allow_val_change=True,
+            )
+            self._run.define_metric("iteration")
+            self._run.define_metric("*", step_metric="iteration")
         except Exception as error:
             raise ValueError(
                 f"run.writers has wandb, which did not start ({error}); run `wandb login`, or set WANDB_MODE=offline"
             ) from error
+        # an offline run knows nothing of the process before it
+        self._sent = folder.path / WANDB_SENT if self._run.offline else None
+        remembered = int(self._sent.read_text()) if self._sent is not None and self._sent.exists() else 0
+        self._next = max(self._run.starting_step, remembered)
+        self.catch_up(folder)
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        self._run.log({"iteration": iteration, **values})
+    def has(self, iteration: int, *, panel: bool) -> bool:
+        return _step(iteration, panel) < self._next
 
-    def image(self, iteration: int, name: str, picture: Image) -> None:
-        self._run.log({"iteration": iteration, name: self._wandb.Image(picture)})
+    def send(self, iteration: int, values: dict[str, float], picture: Image.Image | None, *, panel: bool) -> None:
+        step = _step(iteration, panel)
+        # of an iteration that a resumed run repeats
+        if step < self._next:
+            return
+        image = {} if picture is None else {"panel": self._wandb.Image(picture)}
+        self._run.log({"iteration": iteration, **values, **image}, step=step, commit=True)
+        self._next = step + 1
+        if self._sent is not None:
+            write_atomically(self._sent, str(self._next).encode())
 
     def finished(self, reason: str) -> None:
         self._run.finish()
 
 
-def build_writers(names: list[str], folder: Path, done: int = 0) -> list[Writer]:
-    """The writers of run.writers; `done` iterations are behind a resumed run.
+def _step(iteration: int, panel: bool) -> int:
+    """W&B's step of a record: the panel after so many iterations comes before the iteration of that number."""
+    return 2 * iteration + (not panel)
+
+
+def without_credentials(value: Any) -> Any:
+    """A configuration without the options whose names say that they are secret, and without passwords in addresses."""
+    if isinstance(value, dict):
+        return {k: without_credentials(v) for k, v in value.items() if not _CREDENTIAL.search(str(k))}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1", value) if isinstance(value, str) else value
+
+
+def build_writers(folder: RunFolder) -> list[Writer]:
+    """The writers of a run's run.writers, with what its logs hold already.
 
     Raises:
         ImportError: a package is missing; says how to install it.
     """
-    kinds: dict[str, type[Writer]] = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter}
-    return [kinds[name](folder, done) for name in names]  # type: ignore[call-arg]
+    kinds: dict[str, Any] = {kind.name: kind for kind in (TensorBoardWriter, WandbWriter)}
+    return [kinds[name](folder) for name in folder.config.run.writers]

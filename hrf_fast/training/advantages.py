@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+# a spread of fewer rounding steps has less than two digits
+_ROUNDING_STEPS = 64
+
 
 def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
     """Standardise rewards within each group (HRF, arXiv 2410.08315).
 
     Args:
-        rewards: [B] fp32.
+        rewards: [B] fp32 or fp64.
         group: [B] int64; a group shares its anchor, so its mean is the baseline. One value for all: the whole batch.
         floor: least standard deviation to divide by, in units of the reward. It keeps a group whose rewards hardly
             differ from being blown up to full-size advantages.
@@ -21,12 +24,59 @@ def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
     """
     if not floor > 0:
         raise ValueError(f"train.advantage_floor is {floor}; it divides, so use a positive number")
+    index, centred, _, std = _moments(rewards, group)
+    return (centred / std.clamp(min=floor)[index]).float()
+
+
+def weak_spreads(rewards: Tensor, group: Tensor, *, floor: float) -> dict[str, str]:
+    """Say where advantages are not what the rewards mean; arguments as `group_advantages`.
+
+    Returns:
+        Sentences by kind: groups under the floor, whose advantages are small; and groups whose spread is a few rounding
+        steps of their values, whose advantages are rounding noise. A group of equal rewards is neither.
+    """
+    _, _, mean, std = _moments(rewards, group)
+    sentences = {}
+    under = std[(std > 0) & (std < floor)]
+    if len(under):
+        least, share = float(under.min()), "all" if len(under) == len(std) else "some"
+        sentences[f"floor, {share}"] = (
+            f"{_count(under, std)} by {least:.2g}, which is under train.advantage_floor {floor:g}, so advantages are "
+            f"down to {least / floor:.2g} of their size; lower the floor, or scale the reward"
+        )
+    # the distance between numbers of the rewards' type near the mean
+    steps = torch.finfo(rewards.dtype).eps * mean.abs()
+    rounded = (std > 0) & (std < _ROUNDING_STEPS * steps)
+    if rounded.any():
+        worst = int((std / steps).masked_fill(~rounded, torch.inf).argmin())
+        sentences["rounding"] = (
+            f"{_count(std[rounded], std)} by {float(std[worst]):.2g} around {float(mean[worst]):.4g}, where "
+            f"numbers of {str(rewards.dtype).removeprefix('torch.')} are {float(steps[worst]):.2g} apart, so "
+            "advantages are rounding noise; subtract the offset in the reward, or return float64"
+        )
+    return sentences
+
+
+def _count(chosen: Tensor, std: Tensor) -> str:
+    return f"the rewards of {len(chosen)} of {len(std)} groups spread" if len(std) > 1 else "the rewards spread"
+
+
+def _moments(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index of the group [B] and deviation from its mean [B] of each sample; mean and unbiased std of each group, fp64.
+
+    Raises:
+        ValueError: a group of one sample has no spread to standardise by.
+    """
     _, index, sizes = group.unique(return_inverse=True, return_counts=True)
     if int(sizes.min()) < 2:
         raise ValueError("train.group_size is 1: one sample has no spread to standardise by; use at least 2")
-    rewards = rewards.double()
-    zeros = torch.zeros(len(sizes), dtype=rewards.dtype, device=rewards.device)
-    mean = zeros.index_add(0, index, rewards) / sizes
-    centred = rewards - mean[index]
+    zeros = torch.zeros(len(sizes), dtype=torch.float64, device=rewards.device)
+    offset = zeros
+    if rewards.dtype == torch.float64:
+        # a sum of equal fp64 numbers is rounded, one of fp32 numbers is not
+        offset = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    shifted = rewards.double() - offset[index]
+    mean = zeros.index_add(0, index, shifted) / sizes
+    centred = shifted - mean[index]
     std = (zeros.index_add(0, index, centred.square()) / (sizes - 1)).sqrt()
-    return (centred / std.clamp(min=floor)[index]).float()
+    return index, centred, mean + offset, std

@@ -22,6 +22,7 @@ from hrf_fast.training.groups import Group
 from hrf_fast.training.probe import StartProbe
 from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.training.rollout import Rollout, rollout
+from hrf_fast.user_code import note_of, user_code
 from hrf_fast.windows.base import Window
 
 
@@ -45,8 +46,12 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         generator = noise_generator(seed, iteration, "windows")
         noises = {number: group_noise(components, iteration, "search", number) for number in numbers}
         probe = StartProbe(components, anchors, noises)
-        windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
-        _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, qualified_name(schedule))
+        what = f"window.schedule {qualified_name(schedule)}"
+        with user_code(what) as changes:
+            windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
+        if changes:
+            run.note_once(note_of(what, changes), key=what)
+        _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, what)
     condition: Condition = policy.condition([None] * groups.size)
     return windows, {
         number: Group(
@@ -84,12 +89,12 @@ def group_noise(components: Components, iteration: int, purpose: str, group: int
     return NoiseKey(noise_key(components.rules.seed, iteration, purpose), ids)
 
 
-def _check_windows(windows: Any, groups: int, stop: int, name: str) -> None:
+def _check_windows(windows: Any, groups: int, stop: int, what: str) -> None:
     """Refuse what a user's schedule may have returned."""
     if not isinstance(windows, list) or not all(isinstance(window, Window) for window in windows):
-        raise ValueError(f"window.schedule {name} returned {windows!r}; return a list of Window(start, stop)")
+        raise ValueError(f"{what} returned {windows!r}; return a list of Window(start, stop)")
     if len(windows) != groups:
-        raise ValueError(f"window.schedule {name} returned {len(windows)} windows for {groups} groups; return one each")
+        raise ValueError(f"{what} returned {len(windows)} windows for {groups} groups; return one each")
     last = max(window.stop for window in windows)
     if last > stop:
-        raise ValueError(f"window.schedule {name} returned a window to {last}; steps from {stop} are deterministic")
+        raise ValueError(f"{what} returned a window to {last}; steps from {stop} are deterministic")

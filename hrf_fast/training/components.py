@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hrf_fast.engines.base import Engine
@@ -55,6 +55,8 @@ class Components:
     panel: Panel
     notes: tuple[str, ...] = ()
     """Choices that were made for the user, to be printed at the start."""
+    sources: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    """The user's reward and schedule by name, as `source_of` gives them."""
 
     def evaluate_panel(self) -> PanelMetrics:
         """Evaluate the panel with the current weights, or the averaged ones; its calls are not training's."""

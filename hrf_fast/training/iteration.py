@@ -20,7 +20,7 @@ from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
 from hrf_fast.training.drift import check_drift, policy_drift
 from hrf_fast.training.metrics import StepStats, iteration_record
-from hrf_fast.training.rewarding import GroupRewards, gather_rewards, standardise
+from hrf_fast.training.rewarding import GroupRewards, gather_rewards, spread_notes, standardise
 from hrf_fast.training.update import update
 from hrf_fast.windows.base import Window
 
@@ -63,9 +63,12 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     if not any(bool(values.any()) for values in outcome.advantages.values()):
         run.note_once(
             f"iteration {iteration}: reward.name {components.reward.name} is the same for all samples of every group, "
-            "so nothing is learnt; use a reward that varies, or a larger train.group_size",
+            "so nothing is learnt; use a reward that varies, or a larger train.group_size; where a large offset hides "
+            "the differences in fp32, subtract the offset in the reward, or return float64",
             key="no spread",
         )
+    for line in tuple(components.reward.notes):
+        run.note_once(line, key=line)
     record = {
         "iteration": iteration,
         **iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows),
@@ -107,6 +110,8 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
             advantages = standardise(
                 rewards, peers=rules.peers, floor=rules.advantage_floor, device=components.policy.device
             )
+            for kind, sentence in spread_notes(rewards, peers=rules.peers, floor=rules.advantage_floor).items():
+                run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards
         outcome.advantages |= advantages
         for group in rewards.keys() - advantages.keys():

@@ -99,7 +99,7 @@ def probe_starts(
 
     Returns:
         Per group the mean reward and the mean distance 1 − cos(x̃0, x0) on flattened latents over all its samples, each
-        [C] fp32 on the CPU in the order of its candidates.
+        [C] on the CPU in the order of its candidates; fp32, or fp64 for a reward of fp64.
 
     Raises:
         ValueError: another estimate.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.rewards import CombinedReward, NotFiniteError
-from hrf_fast.training.advantages import group_advantages
+from hrf_fast.training.advantages import group_advantages, weak_spreads
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class GroupRewards:
     """A group's rewards, or why it has none."""
 
     rewards: Tensor | None
-    """[B] fp32 on the CPU; None where one is not finite."""
+    """[B] fp32 or fp64 on the CPU; None where one is not finite."""
     terms: dict[str, float]
     """Mean of each reward term."""
     problem: str = ""
@@ -98,12 +98,26 @@ def standardise(
     Args:
         peers: group or batch, the samples that a reward is compared with; floor: see `group_advantages`.
     """
-    finite = {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
+    finite = _finite(rewards)
     if not finite:
         return {}
+    advantages = group_advantages(*_with_peers(finite, peers), floor=floor)
     sizes = [len(values) for values in finite.values()]
-    index = torch.arange(len(finite)).repeat_interleave(torch.tensor(sizes))
-    advantages = group_advantages(
-        torch.cat(list(finite.values())), index if peers == "group" else torch.zeros_like(index), floor=floor
-    )
     return dict(zip(finite, advantages.to(device).split(sizes), strict=True))
+
+
+def spread_notes(rewards: Mapping[int, GroupRewards], *, peers: str, floor: float) -> dict[str, str]:
+    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`."""
+    finite = _finite(rewards)
+    return weak_spreads(*_with_peers(finite, peers), floor=floor) if finite else {}
+
+
+def _finite(rewards: Mapping[int, GroupRewards]) -> dict[int, Tensor]:
+    return {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
+
+
+def _with_peers(rewards: Mapping[int, Tensor], peers: str) -> tuple[Tensor, Tensor]:
+    """All rewards [B], and [B] int64 that is equal for peers."""
+    sizes = torch.tensor([len(values) for values in rewards.values()])
+    index = torch.arange(len(rewards)).repeat_interleave(sizes)
+    return torch.cat(list(rewards.values())), index if peers == "group" else torch.zeros_like(index)

@@ -20,8 +20,8 @@ from hrf_fast.windows.base import Window
 
 # steps to replay: the least that several steps to a call need, and cheap
 _STEPS = 2
-# under this the fp32 gradients of a step lose digits (measured: 6e-4 relative at 1e-4)
-_SMALL_STD = 1e-3
+# under this the fp32 gradients of a step lose digits: latents of size 1 are rounded by 6e-8
+_SMALL_STD, _ROUNDING = 1e-3, 6e-8
 
 
 def self_check(components: Components) -> str:
@@ -67,9 +67,12 @@ def _verdict(components: Components, error: float, joined: bool) -> str:
             f"a train.clip_range of at least {least_clip:.2g}" if math.isfinite(error) else "",
         ]
         line += f"; the clip will act on rounding noise: use {' or '.join(filter(None, ways_out))}"
-    least_std = float(policy.sampler.coefficients.std[:stop].min())
-    if least_std < _SMALL_STD:
-        line += f"; std falls to {least_std:.2g}, under which fp32 gradients lose digits"
+    std = policy.sampler.coefficients.std[:stop]
+    if (least_std := float(std.min())) < _SMALL_STD:
+        line += (
+            f"; step {int(std.argmin())} has noise of std {least_std:.2g} only, where fp32 rounds gradients by "
+            f"{_ROUNDING / least_std:.2%}: a larger sample.eta has more"
+        )
     return line
 
 

@@ -6,8 +6,10 @@ settings which do not fit the network are refused before a run starts.
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from hrf_fast.hub import find_folder, find_local_folder, first_line
 from hrf_fast.vision.base import BATCH, in_batches
 from hrf_fast.vision.processor import FILES, Source, import_transformers, load_processor, process
+from hrf_fast.weights import describe, not_finite
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# a file or its shards, the better kind first; files of a variant have another name
+WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
 # the trial picture is not square, so that the processor's handling of shape is tried too
 TRIAL = (1, 3, 48, 64)
 
@@ -34,7 +38,15 @@ def find_network(option: str, value: Any, shipped: Mapping[str, Path] | None = N
     # before the download, which would be for nothing
     import_transformers(option, value)
     files = ("config.json", "*.index.json", *FILES)
-    return Source(option, value, find_folder(option, value, shipped=shipped, files=files, weights=WEIGHTS))
+
+    def choose(folder: Path, names: Collection[str]) -> list[str]:
+        for patterns in WEIGHTS:
+            if weights := [name for pattern in patterns for name in fnmatch.filter(names, pattern)]:
+                return weights
+        kinds = " or ".join(patterns[0] for patterns in WEIGHTS)
+        raise ValueError(f"{option} is {value!r}, which has no {kinds}; name a network that transformers loads")
+
+    return Source(option, value, find_folder(option, value, shipped=shipped, files=files, choose=choose))
 
 
 def load_config(source: Source) -> Any:
@@ -63,8 +75,8 @@ def load_network(
         The network on the CPU, and the names of the optional weights that are missing.
 
     Raises:
-        ValueError: no weights, weights that do not fit the config, or a checkpoint without some of them, which
-            transformers would make up at random.
+        ValueError: no weights, weights that do not fit the config or are not finite, or a checkpoint without some of
+            them, which transformers would make up at random.
     """
     transformers = import_transformers(source.option, source.value)
     logging = transformers.utils.logging
@@ -74,7 +86,13 @@ def load_network(
     try:
         # takes safetensors where there is one, and otherwise a pickle without code
         network, report = getattr(transformers, kind).from_pretrained(
-            str(source.folder), config=config, weights_only=True, trust_remote_code=False, output_loading_info=True
+            str(source.folder),
+            config=config,
+            weights_only=True,
+            trust_remote_code=False,
+            # to be told their names
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
         problem = f"whose weights could not be loaded as {kind}: {first_line(error)}"
@@ -82,12 +100,24 @@ def load_network(
     finally:
         logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
-    if needed := sorted(name for name in missing if not optional(name)):
+    problem = describe(
+        [name for name in missing if not optional(name)],
+        _stray_layers(network, report["unexpected_keys"]),
+        report["mismatched_keys"],
+    ) or not_finite(network.state_dict())
+    if problem:
         raise source.error(
-            f"whose weights lack {len(needed)} tensors of {type(network).__name__} ({', '.join(needed[:3])}, …)",
-            "name a network that was trained for this",
+            f"whose weights can't be used as {type(network).__name__}: {problem}",
+            "name a network that was trained for this, with its own config.json",
         )
     return network.float().eval().requires_grad_(False), missing
+
+
+def _stray_layers(network: Any, unexpected: Collection[str]) -> list[str]:
+    """Tensors of layers beyond those of the config; other unexpected ones are of heads and halves that are left out."""
+    stacks = [re.escape(name) for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
+    layer = re.compile(rf"({re.escape(network.base_model_prefix)}\.)?({'|'.join(stacks)})\.\d+\.")
+    return [name for name in unexpected if layer.match(name)]
 
 
 class HubNetwork:

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.registry import nearest
 from hrf_fast.vision.base import in_batches
+from hrf_fast.weights import judge
 
+REFERENCES = 512
 STAGES = ((5, 2), (3, 2), (3, 1), (3, 2))  # kernel and stride: 32 pixels become 16, 8, 8 and 4
 
 
@@ -64,6 +67,7 @@ class ShippedClassifier:
 
     def __init__(self, name: str, network: ShippedNetwork, labels: dict[str, list[str]]) -> None:
         self.name, self.labels = name, labels
+        self.channels, self.pixels = network.channels, network.pixels
         self._network = network.eval()
 
     def features(self, images: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ class ShippedClassifier:
             return self._network.log_probs(features)
 
     def _features(self, images: Tensor) -> Tensor:
-        size = (self._network.pixels, self._network.pixels)
+        size = (self.pixels, self.pixels)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         return self._network.features(images)
@@ -99,13 +103,14 @@ def load_shipped(name: str, device: str | torch.device = "cpu") -> ShippedClassi
     """Open the classifier of a shipped data set.
 
     Raises:
-        ValueError: no classifier of this name ships.
+        ValueError: no classifier of this name ships, or its file is damaged.
     """
     folder = _shipped_folder(name) / "classifier"
     config = json.loads((folder / "config.json").read_text())
     labels: dict[str, list[str]] = config["labels"]
     network = ShippedNetwork(**config["architecture"], heads={head: len(names) for head, names in labels.items()})
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    needed = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    network.load_state_dict(_load_tensors(folder / "model.safetensors", needed))
     return ShippedClassifier(name, network.to(device), labels)
 
 
@@ -115,13 +120,28 @@ def load_reference(name: str) -> Tensor:
     (Of the portraits some ten are drawn alike by a training seed: the parts of a face are finite.)
 
     Returns:
-        [512, 3, H, W] fp32 in [0, 1], H = W = 64 for peeps and 32 for the others; a grey data set repeats its channel.
+        [REFERENCES, 3, H, W] fp32 in [0, 1] of the classifier's size; a grey data set repeats its channel.
 
     Raises:
-        ValueError: no reference of this name ships.
+        ValueError: no reference of this name ships, or its file is damaged.
     """
-    images = load_file(_shipped_folder(name) / "reference.safetensors")["images"]
+    folder = _shipped_folder(name)
+    network = load_shipped(name)
+    shape = (REFERENCES, network.channels, network.pixels, network.pixels)
+    images = _load_tensors(folder / "reference.safetensors", {"images": shape})["images"]
     return (images.float() / 255).expand(-1, 3, -1, -1).contiguous()
+
+
+def _load_tensors(path: Path, needed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The tensors of these names in a file of this package, which must have these shapes and be finite."""
+    try:
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name in needed}
+        problem = judge(needed, tensors)
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path}, a file of this package, is damaged: {problem}; install hrf_fast again")
+    return tensors
 
 
 def _shipped_folder(name: str) -> Path:

@@ -1,5 +1,6 @@
 """Functions that the ranks of the tests run, each on every rank."""
 
+import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,13 @@ def failing(images, prompts=None):
     _rewarded += 1
     if os.environ["RANK"] == "1" and _rewarded > 1:
         raise KeyError("no model")
+    return images.mean((1, 2, 3))
+
+
+def holding(images, prompts=None):
+    """A reward of native code that keeps Python's lock on the second rank for more than half a minute."""
+    if os.environ["RANK"] == "1":
+        ctypes.PyDLL(None).sleep(35)
     return images.mean((1, 2, 3))
 
 

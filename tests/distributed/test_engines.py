@@ -27,7 +27,7 @@ CHECKPOINTED = ("plain", "zero2", "zero3")
 # with all forwards before the first backward
 KEPT = ("plain", "zero0", "zero1", "zero2")
 # cases of `make test`; the others are slow ones, of engines and modes between these
-QUICK = {"plain", "zero2", "zero3", "zero3 checkpoint", "zero2 keep", "zero2 bf16", "dynamic", "moved"}
+QUICK = {"plain", "zero2", "zero3", "zero3 checkpoint", "zero2 keep", "zero2 bf16", "dynamic"}
 # relative: sums over ranks in another order
 GRADIENT_TOLERANCE = 1e-6
 # of the largest change
@@ -54,6 +54,7 @@ def words(model, **options):
         "train.group_size": 3,
         # steps so large that their fp32 rounding is below the tolerance, and no division by tiny gradients
         "optimizer.learning_rate": 0.02,
+        "stop.max_drift": 0,
         "optimizer.kwargs.eps": 0.01,
         "evaluation.every": 0,
         "evaluation.panel_size": 2,
@@ -127,23 +128,15 @@ def results(tiny_model, tmp_path_factory, request):
     # and on another number of ranks, or another engine
     two["moved from"] = run("moved", *ENGINES["zero3"], ema, "train.iterations=1")
     if not every:
-        modes = {f"gradient {name}" for name in QUICK} | {f"gradient {name} micro" for name in QUICK}
-        kinds = (
-            "weights plain",
-            "weights zero",
-            "weights dynamic",
-            "collectives",
-            "not finite",
-            "resume zero2",
-            "moved",
-        )
+        modes = {f"gradient {name}" for name in QUICK} | {"gradient zero3 micro", "not finite zero2"}
+        kinds = ("weights plain", "weights zero", "weights dynamic", "collectives", "resume zero2")
         two = {name: case for name, case in two.items() if name in modes or name.startswith(kinds)}
         one.pop("weights bandit"), one.pop("gradient fp16")
     found = {f"one {name}": result for name, result in run_cases(CASES, one, ranks=1).items()}
     found |= run_cases(CASES, two)
-    shutil.copytree(folder / "moved", folder / "moved-to-zero1")
-    found |= run_cases(CASES, {"moved to one": run("moved", ema)}, ranks=1)
     if every:
+        shutil.copytree(folder / "moved", folder / "moved-to-zero1")
+        found |= run_cases(CASES, {"moved to one": run("moved", ema)}, ranks=1)
         found |= run_cases(CASES, {"moved to zero1": run("moved-to-zero1", *ENGINES["zero1"], ema)})
     return found, folder
 
@@ -188,7 +181,7 @@ def test_micro_batches_of_one_have_the_gradient_of_a_whole_group(results):
     # the rollouts are split alike, so the data differ by the rounding of batched convolutions
     assert relative(found["one gradient micro"][0], found["one gradient"][0]) < 1e-4
     micro = [name for name in ENGINES if f"gradient {name} micro" in found]
-    assert len(micro) >= 3
+    assert "zero3" in micro
     for name in micro:
         assert relative(found[f"gradient {name} micro"][0], found["one gradient micro"][0]) < GRADIENT_TOLERANCE
 
@@ -262,7 +255,9 @@ def test_a_checkpoint_of_a_sharded_run_holds_no_pickle_and_whole_tensors(results
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize("name", cases(*list(ENGINES)[:5]))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "zero2" else pytest.mark.slow) for name in list(ENGINES)[:5]]
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_names_the_groups(results, name):
     found, _ = results
     made, skipped, kept, steps, finite, notes, error = found[f"not finite {name}"]

@@ -30,23 +30,31 @@ def environment(**variables):
     return {**clean, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}", **variables}
 
 
-def start(words, ranks=2):
-    """The ranks as torchrun starts them."""
-    port = str(free_port())
+def as_torchrun(rank, ranks, port):
+    """The variables of a rank under torchrun."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in place.items()}
+
+
+def as_srun(rank, ranks, port):
+    """The variables of a task under srun, whose job has a number that gives the port."""
+    step = {"SLURM_STEP_NUM_TASKS": ranks, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_TASKS_PER_NODE": ranks}
+    step |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": 0, "SLURM_JOB_ID": port, "SLURM_STEP_ID": 0}
+    return {name: str(value) for name, value in step.items()}
+
+
+def start(words, ranks=2, launcher=as_torchrun):
+    """The ranks as a launcher starts them."""
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(ranks),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
+            env=environment(**launcher(rank, ranks, port)),
         )
         for rank in range(ranks)
     ]
@@ -75,6 +83,23 @@ def wait_for_lines(path: Path, count: int, processes=()):
 @pytest.fixture
 def long_run(tiny_run):
     return [*tiny_run, "train.groups_per_step=2", "train.iterations=2000", "evaluation.every=0", "run.save_every=0"]
+
+
+@pytest.mark.slow
+def test_a_rank_whose_reward_holds_pythons_lock_for_long_is_waited_for(tiny_run, tmp_path):
+    words = [*tiny_run, "reward.name=tests.distributed.cases:holding", "train.iterations=1", "train.groups_per_step=2"]
+    for code, _, errors in finish(start([*words, "evaluation.every=0", "run.lost_after=10"])):
+        assert code == 0, errors
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_are_the_ranks_of_one_job(tiny_run, tmp_path):
+    words = [*tiny_run, "train.groups_per_step=2", "evaluation.every=0", "train.iterations=1"]
+    for code, _, errors in finish(start(words, launcher=as_srun)):
+        assert code == 0, errors
+    (record,) = read_log(tmp_path / "run" / "metrics.jsonl")
+    assert record["images"] == 6
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -117,6 +142,7 @@ def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path):
     reward = "tests.distributed.cases:failing"
     words = [
@@ -139,6 +165,7 @@ def launch(command, timeout=400):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_deepspeed_command_of_the_docs_runs(tmp_path):
     pytest.importorskip("deepspeed")
     command = "deepspeed --num_accelerators 2 hrf_fast/train.py --config configs/smoke_cpu.yaml"
@@ -153,7 +180,7 @@ def test_the_deepspeed_command_of_the_docs_runs(tmp_path):
     assert (tmp_path / "run" / "model").is_dir()
 
 
-# the deepspeed launcher of the test before runs the script in make test
+# make test starts its ranks without a launcher
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["torchrun", "accelerate"])
 def test_other_launchers_run_the_same_script(tiny_run, tmp_path, program):

@@ -1,11 +1,12 @@
 """Soak: stop a training run again and again, resume it by the same command, compare with an unbroken run.
 
-    python -m tests.faults.soak --kills 20 [--seed 0] [--signal INT] [section.field=value …]
+    python -m tests.faults.soak --kills 24 [--seed 0] [--signal KILL …] [section.field=value …]
 
-Each life is a fork of this process, which has imported everything and computed nothing. It is stopped by SIGKILL, or
-with `--signal INT` by Ctrl-C: in a rollout, in an update, while a checkpoint is written, and anywhere, in turn. After a
-round the weights must be equal to the bit, and so must the logs but for times and memory. Another engine is an override
-such as `engine.deepspeed=configs/deepspeed/zero2.json`.
+Each life is a fork of this process, which has imported everything and computed nothing. It is stopped by SIGKILL,
+SIGTERM, SIGHUP and SIGINT in turn, or by those that `--signal` names: in a rollout, in an update, while a checkpoint is
+written, and anywhere, so that 16 signals are every signal at every moment. After a round the weights must be equal to
+the bit, and so must the logs but for times and memory. Another engine is an override such as
+`engine.deepspeed=configs/deepspeed/zero2.json`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,8 +30,9 @@ from tests.runs import assert_equal_runs, train
 
 MOMENTS = ("rollout", "update", "write", "anywhere")
 ITERATIONS, GROUPS, GROUP_SIZE = 8, 2, 3
-# exit codes of a life that was stopped
-STOPPED = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
+SIGNALS = ("KILL", "TERM", "HUP", "INT")
+# exit codes of a life that was stopped: by the system, before the run heeds signals, or as an error of 128 and more
+STOPPED = {code for name in SIGNALS for code in (-signal.Signals[f"SIG{name}"], 128 + signal.Signals[f"SIG{name}"])}
 
 
 class Watched(hrf_fast.Listener):
@@ -61,6 +64,8 @@ def live(words: list[str], log: Path, letter: mmap.mmap) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         signal.alarm(600)
+        # under nohup the hang-up would be ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         watched = Watched(letter)
         code = run_command(lambda: train(words, reward=watched, listeners=[watched]))
     except KeyboardInterrupt:
@@ -99,7 +104,7 @@ def stop_at(moment: str, pid: int, folder: Path, letter: mmap.mmap, dice: random
 def end_of(pid: int, log: Path) -> int:
     """Wait for a life to end; its exit code, or minus the signal that killed it."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code not in (0, *STOPPED.values()):
+    if code not in {0, *STOPPED}:
         raise SystemExit(f"a life ended with {code}:\n{log.read_text()[-3000:]}")
     return code
 
@@ -111,11 +116,17 @@ def compare(whole: Path, broken: Path) -> None:
         raise SystemExit(f"{whole} and {broken} differ: {error}") from error
 
 
-def soak(folder: Path, *, kills: int, seed: int, by: signal.Signals, overrides: list[str]) -> dict[str, int]:
+def turn(hits: int, names: list[str]) -> tuple[str, signal.Signals]:
+    """The moment and the signal of the next hit: every pair comes once before one comes again."""
+    turns, moment = divmod(hits, len(MOMENTS))
+    return MOMENTS[moment], signal.Signals[f"SIG{names[(moment + turns) % len(names)]}"]
+
+
+def soak(folder: Path, *, kills: int, seed: int, names: list[str], overrides: list[str]) -> dict[str, int]:
     """Rounds of stopped and resumed runs until `kills` signals have hit.
 
     Returns:
-        Hits per moment, and how many of all left half a checkpoint.
+        Hits per moment and per signal, and how many of all left half a checkpoint.
     """
     from diffusers import DDPMPipeline
 
@@ -129,38 +140,43 @@ def soak(folder: Path, *, kills: int, seed: int, by: signal.Signals, overrides: 
     whole = folder / "whole"
     if end_of(live([*words, f"run.folder={whole}"], log, letter), log):
         raise SystemExit("the unbroken run was stopped by another than us")
-    counts, rounds, halves = dict.fromkeys(MOMENTS, 0), 0, 0
-    while sum(counts.values()) < kills:
+    counts: Counter[str] = Counter()
+    hits = rounds = halves = 0
+    while hits < kills:
         broken, rounds = folder / f"broken-{rounds}", rounds + 1
         alive = True
         while alive:
-            moment = MOMENTS[sum(counts.values()) % len(MOMENTS)]
+            moment, by = turn(hits, names)
             letter[0:1] = b"-"
             pid = live([*words, f"run.folder={broken}"], log, letter)
-            if sum(counts.values()) < kills:
+            if hits < kills:
                 stop_at(moment, pid, broken, letter, dice, by)
             # a run may end by itself before its moment, even in the milliseconds before the signal
             alive = end_of(pid, log) != 0
-            counts[moment] += alive
+            hits += alive
+            counts.update([moment, by.name] * alive)
             halves += alive and any((broken / "checkpoints").glob(".*.tmp"))
         compare(whole, broken)
         shutil.rmtree(broken)
-    return {**counts, "half checkpoints": halves}
+    listed = (*MOMENTS, *(f"SIG{name}" for name in names))
+    return {**{name: counts[name] for name in listed}, "half checkpoints": halves}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", choices=["KILL", "INT"], default="KILL")
+    parser.add_argument("--signal", choices=SIGNALS, action="append", help="of those that come in turn; all by default")
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     started = time.monotonic()
-    by = signal.Signals[f"SIG{arguments.signal}"]
+    options = {"kills": arguments.kills, "seed": arguments.seed, "overrides": arguments.overrides}
     with tempfile.TemporaryDirectory() as folder:
-        counts = soak(Path(folder), kills=arguments.kills, seed=arguments.seed, by=by, overrides=arguments.overrides)
+        counts = soak(Path(folder), names=arguments.signal or list(SIGNALS), **options)
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"{arguments.kills} kills ({listed}) in {time.monotonic() - started:.0f} s: the runs are equal, bit for bit")
+    print(
+        f"{arguments.kills} signals ({listed}) in {time.monotonic() - started:.0f} s: the runs are equal, bit for bit"
+    )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,33 @@
-"""What happens to a run from outside: SIGKILL at any moment, and a full disk."""
+"""What happens to a run from outside: a signal at any moment, and a full disk."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from signal import Signals
 
 import pytest
 
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.train import main
+from tests.faults.soak import MOMENTS, SIGNALS, turn
 from tests.runs import assert_equal_runs, with_folder
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_runs_killed_at_random_moments_equal_the_unbroken_one():
+def test_runs_stopped_at_random_moments_equal_the_unbroken_one():
     # a process of its own: it forks, which a process that has computed must not
     command = [sys.executable, "-m", "tests.faults.soak", "--kills", "4"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("4 kills (rollout 1, update 1, write 1, anywhere 1, half checkpoints ")
+    once = "rollout 1, update 1, write 1, anywhere 1, SIGKILL 1, SIGTERM 1, SIGHUP 1, SIGINT 1, half checkpoints "
+    assert result.stdout.startswith(f"4 signals ({once}")
+
+
+def test_sixteen_signals_are_every_signal_at_every_moment():
+    turns = [turn(hits, list(SIGNALS)) for hits in range(16)]
+    assert set(turns) == {(moment, Signals[f"SIG{name}"]) for moment in MOMENTS for name in SIGNALS}
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_with_a_clear_error_and_the_checkpoint_before_goes_on(tiny_run, tmp_path, small_disk, capsys):
     disk, resize = small_disk
-    words = with_folder(tiny_run, disk / "run", "train.iterations=12", "evaluation.every=0", "run.keep_checkpoints=99")
+    words = with_folder(tiny_run, disk / "run", "train.iterations=8", "evaluation.every=0", "run.keep_checkpoints=99")
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and str(disk / "run") in error

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hrf_fast.training.advantages import group_advantages
+from hrf_fast.training.advantages import group_advantages, weak_spreads
 
 
 def advantages(rewards, group, floor=1e-6):
@@ -68,3 +68,44 @@ def test_a_group_of_one_is_refused(group):
 def test_a_floor_that_cannot_divide_is_refused(floor):
     with pytest.raises(ValueError, match=rf"train\.advantage_floor is {floor};"):
         advantages([1.0, 2.0], [0, 0], floor=floor)
+
+
+@pytest.mark.parametrize("value", [0.1, 1e10 / 3])
+def test_a_group_of_equal_rewards_in_fp64_gets_zeros_too(value):
+    # seven times the number is no number of fp64
+    rewards = torch.full((7,), value, dtype=torch.float64)
+    assert group_advantages(rewards, torch.zeros(7, dtype=torch.long), floor=1e-6).tolist() == [0] * 7
+    assert weak_spreads(rewards, torch.zeros(7, dtype=torch.long), floor=1e-6) == {}
+
+
+# --- spreads that are too small ---------------------------------------------------------------------------------------
+
+
+def weak(rewards, group, floor=1e-6, dtype=torch.float32):
+    return weak_spreads(torch.tensor(rewards, dtype=dtype), torch.tensor(group), floor=floor)
+
+
+def test_ordinary_rewards_are_not_remarked_on_nor_are_equal_ones():
+    assert weak([1.0, 2.0, 3.0, 7.0, 7.0], [0, 0, 0, 1, 1]) == {}
+
+
+def test_a_spread_under_the_floor_is_said_with_the_size_of_the_advantages():
+    # (0, 2e-9): std √2·1e-9 = 1.4e-9, over 1e-6; (0, 4e-9) is larger
+    sentences = weak([0.0, 2e-9, 0.0, 4e-9, 1.0, 2.0], [0, 0, 1, 1, 2, 2])
+    assert list(sentences) == ["floor, some"]
+    text = sentences["floor, some"]
+    assert text.startswith("the rewards of 2 of 3 groups spread by 1.4e-09, which is under train.advantage_floor 1e-06")
+    assert "down to 0.0014 of their size; lower the floor, or scale the reward" in text
+    assert list(weak([0.0, 2e-9], [0, 0])) == ["floor, all"]
+
+
+def test_a_spread_of_a_few_rounding_steps_is_said_with_their_size():
+    # fp32 has 2^-23 of 2^20 = 0.125 between numbers there; ±0.125: std √2·0.125 = 0.177, two digits need 64·0.125 = 8
+    base = 2.0**20
+    sentences = weak([base - 0.125, base + 0.125, base, base + 16], [0, 0, 1, 1])
+    assert list(sentences) == ["rounding"]
+    assert sentences["rounding"].startswith(
+        "the rewards of 1 of 2 groups spread by 0.18 around 1.049e+06, where numbers of float32 are 0.12 apart"
+    )
+    # fp64 counts in 2^-32 there
+    assert weak([base - 0.125, base + 0.125], [0, 0], dtype=torch.float64) == {}

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import hrf_fast
+from hrf_fast.errors import UserCodeError
 from hrf_fast.run.files import read_log
 from tests.runs import metrics, panels, train, with_folder
 
@@ -150,9 +151,10 @@ def test_an_exception_of_a_listener_ends_the_run_as_an_error(words, tmp_path):
         raise LookupError("no such column")
 
     failing, other = Recorder(fail), Recorder()
-    with pytest.raises(LookupError, match="no such column"):
+    message = r"listener Recorder failed with LookupError: no such column \(.*test_api.py:\d+ in fail\)"
+    with pytest.raises(UserCodeError, match=message):
         train(words, reward=brightness, listeners=[other, failing])
-    assert failing.reasons == other.reasons == ["an error (LookupError)"]
+    assert failing.reasons == other.reasons == ["an error (UserCodeError)"]
     assert not (tmp_path / "run" / "model").exists()
     # the folder is free again, and the run goes on after the iteration that was heard of
     recorder = Recorder()

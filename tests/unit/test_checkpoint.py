@@ -7,16 +7,19 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, load_newest, save_checkpoint, sweep
+from hrf_fast.run.checkpoint import AVERAGES, OPTIMIZER, WEIGHTS, list_checkpoints, load_newest, save_checkpoint, sweep
 from hrf_fast.run.files import replace_folder, sha256, write_atomically
 from tests.conftest import make_engine, make_policy
 
+# of an AdamW, for each weight
+STATE = ("exp_avg", "exp_avg_sq", "step")
 
-def make_stepped(policy):
+
+def make_stepped(policy, **options):
     """An engine that has made one optimizer step."""
-    engine = make_engine(policy)
+    engine = make_engine(policy, **options)
     engine.set_learning_rate(1e-3)
     with engine.accumulating():
         engine.backward(sum(parameter.sum() for parameter in policy.unet.parameters()))
@@ -199,9 +202,64 @@ def test_a_full_disk_is_an_oserror_that_names_the_folder(saved, monkeypatch):
     assert load_newest(folder, engine, warn=fail)["iteration"] == 1
 
 
+def rewrite(folder, name, change):
+    """Change the tensors in a file of the checkpoint, and the manifest so that it vouches for them."""
+    path = folder / "iteration-000001"
+    tensors = load_file(path / name)
+    change(tensors)
+    save_file(tensors, path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {name: sha256(path / name)}))
+
+
+def replaced(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+NAN = torch.full((3,), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (WEIGHTS, lambda tensors: tensors.pop("unet.conv_out.bias"), r"missing tensors \(unet.conv_out.bias\)"),
+        (WEIGHTS, replaced("unet.other", NAN), r"unexpected tensors \(unet.other\)"),
+        (WEIGHTS, replaced("unet.conv_out.bias", NAN), r"NaN or infinity in tensors \(unet.conv_out.bias\)"),
+        (AVERAGES, lambda tensors: tensors.pop("unet.conv_out.bias"), r"missing tensors \(unet.conv_out.bias\)"),
+        (AVERAGES, replaced("unet.conv_out.bias", torch.ones(1)), r"\(unet.conv_out.bias is \[1\] instead of \[3\]\)"),
+        (AVERAGES, replaced("unet.conv_out.bias", NAN), r"NaN or infinity in tensors \(unet.conv_out.bias\)"),
+        (OPTIMIZER, lambda tensors: [tensors.pop(f"0.{key}") for key in STATE], r"\(0.exp_avg, 0.exp_avg_sq, 0.step\)"),
+        (OPTIMIZER, lambda tensors: tensors.pop("1.exp_avg"), r"missing tensors \(1.exp_avg\)"),
+        (OPTIMIZER, replaced("999.step", torch.ones(())), r"unexpected tensors \(999.step\)"),
+        (OPTIMIZER, replaced("1.exp_avg", torch.ones(1)), r"\(1.exp_avg is \[1\] instead of \[8\]\)"),
+        (OPTIMIZER, replaced("1.step", NAN[0]), r"NaN or infinity in tensors \(1.step\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name_whatever_the_manifest_says(tmp_path, file, change, message):
+    engine = make_stepped(make_policy(), ema_decay=0.5)
+    save_checkpoint(tmp_path, engine, {"iteration": 1}, keep=2)
+    load_newest(tmp_path, engine, warn=fail)
+    rewrite(tmp_path, file, change)
+    with pytest.raises(ValueError, match=rf"iteration-000001/{file} can't be used .*{message}.*checkpoint before"):
+        load_newest(tmp_path, engine, warn=fail)
+
+
+def test_a_run_that_averages_does_not_begin_its_average_again_without_a_word(tmp_path):
+    engine = make_stepped(make_policy())
+    save_checkpoint(tmp_path, engine, {"iteration": 1}, keep=2)
+    with pytest.raises(ValueError, match="iteration-000001 has no ema.safetensors, but optimizer.ema_decay is above 0"):
+        load_newest(tmp_path, make_stepped(make_policy(), ema_decay=0.5), warn=fail)
+
+
+def test_a_checkpoint_before_the_first_optimizer_step_is_read(tmp_path):
+    engine = make_engine(make_policy())
+    save_checkpoint(tmp_path, engine, {"iteration": 1}, keep=2)
+    assert load_newest(tmp_path, engine, warn=fail) == {"iteration": 1}
+
+
 def test_weights_of_another_architecture_are_refused(saved):
     folder, _ = saved
     other = make_policy()
     other.unet.conv_in = torch.nn.Conv2d(3, 9, 3)
-    with pytest.raises(ValueError, match=r"unet\.conv_in\.weight is \(8, 3, 3, 3\).*\(9, 3, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"unet\.conv_in\.weight is \[8, 3, 3, 3\] instead of \[9, 3, 3, 3\]"):
         load_newest(folder, make_engine(other), warn=fail)

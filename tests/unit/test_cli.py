@@ -1,8 +1,12 @@
 """The commands that do not train, through main()."""
 
+import argparse
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,6 +36,64 @@ def test_train_help_lists_every_option(capsys):
     assert "train.clip_range=0.0001" in out and "--config FILE" in out
 
 
+def test_every_option_of_a_command_says_what_it_is_and_its_default():
+    for name, command in cli._parsers()[1].items():
+        # the options of training are those of the configuration
+        for action in command._actions if name != "train" else ():
+            assert action.help, (name, action.dest)
+            if action.default and action.default != argparse.SUPPRESS:
+                assert f"(default: {action.default})" in " ".join(command.format_help().split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.group_size=4", "--gpus", "8", "train.iterations=3", "--memory", "80GB", "run.seed=2"],
+        ["--memory", "80GB", "train.group_size=4", "train.iterations=3", "--gpus=8", "run.seed=2"],
+        ["--gpus", "8", "--memory", "80GB", "train.group_size=4", "train.iterations=3", "run.seed=2"],
+    ],
+)
+def test_options_of_a_plan_stand_anywhere_among_its_words(words, monkeypatch, capsys):
+    def plan(config, *, gpus, memory):
+        return f"{config.train.group_size} {config.train.iterations} {config.run.seed} {gpus} {memory}"
+
+    monkeypatch.setattr("hrf_fast.memory.planner.plan", plan)
+    monkeypatch.setattr("hrf_fast.memory.table.describe", lambda text: text)
+    assert main(["plan", *words]) == 0
+    assert capsys.readouterr().out == f"4 3 2 8 {80 * 10**9}\n"
+
+
+def test_options_of_other_commands_stand_anywhere_too(monkeypatch, capsys):
+    monkeypatch.setattr("hrf_fast.report.page.summary_lines", lambda runs: [str(run) for run in runs])
+    monkeypatch.setattr("hrf_fast.report.page.write_report", lambda runs, out: out)
+    assert main(["report", "one", "--out", "page.html", "two"]) == 0
+    assert capsys.readouterr().out.split() == ["one", "two", "page.html"]
+    with pytest.raises(SystemExit):
+        main(["report", "--out", "page.html"])
+    assert "required: runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("hrf ev", ["evaluate "]),
+        ("hrf train compute.prec", ["compute.precision="]),
+        ("hrf train compute.precision=", ["fp32", "bf16", "fp16"]),
+        ("hrf train --config a.yaml compute.deterministic=f", ["false "]),
+        ("hrf plan --memory 8GB train.iter", ["train.iterations="]),
+        ("hrf sample fashion --sch", ["--scheduler "]),
+    ],
+)
+def test_a_shell_is_told_what_may_follow(line, words, tmp_path):
+    pytest.importorskip("argcomplete")
+    # as the function of register-python-argcomplete asks; it cuts words at the equals sign, as bash does
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": ","}
+    asked |= {"_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}
+    code = "import sys; from hrf_fast.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, check=True)
+    assert (tmp_path / "out").read_text().split(",") == words
+
+
 def test_rewards_are_listed_with_arguments_and_needs(capsys):
     assert main(["rewards"]) == 0
     out = capsys.readouterr().out
@@ -46,6 +108,15 @@ def test_sample_writes_a_grid_of_a_folder(tiny_model, tmp_path, capsys):
     # four images of 16 pixels, two by two, enlarged four times
     assert Image.open(out).size == (128, 128)
     assert "4 images" in capsys.readouterr().out
+
+
+def test_sample_names_a_file_that_is_no_picture_and_one_that_can_not_be_written(tiny_model, tmp_path, capsys):
+    words = ["sample", str(tiny_model), "--count", "1", "--steps", "2", "--out"]
+    assert main([*words, str(tmp_path / "grid.xyz")]) == 1
+    assert f"{tmp_path / 'grid.xyz'} is no name of a picture" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words, str(tmp_path / "file" / "grid.png")]) == 1
+    assert f"{tmp_path / 'file' / 'grid.png'} can't be written: " in capsys.readouterr().err
 
 
 def test_sample_refuses_a_count_of_zero(tiny_model, capsys):

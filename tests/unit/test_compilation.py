@@ -14,7 +14,7 @@ from hrf_fast.run.files import read_log
 from hrf_fast.train import train
 from hrf_fast.training import warm_up as warm_up_module
 from hrf_fast.training.warm_up import warm_up
-from tests.conftest import make_scheduler
+from tests.conftest import make_scheduler, make_smallest_unet
 
 # a graph with gradient and one without, for each of conv-in to conv-out, or of down, mid and up
 PARTS = {"unet": 1, "blocks": 3}
@@ -23,22 +23,10 @@ PARTS = {"unet": 1, "blocks": 3}
 @pytest.fixture(scope="module")
 def smallest_model(tmp_path_factory):
     """A UNet of one block down and one up, so that tracing it takes a second."""
-    from diffusers import DDPMPipeline, UNet2DModel
+    from diffusers import DDPMPipeline
 
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        add_attention=False,
-    )
     folder = tmp_path_factory.mktemp("models") / "smallest"
-    DDPMPipeline(unet, make_scheduler("DDPMScheduler")).save_pretrained(folder)
+    DDPMPipeline(make_smallest_unet(1, 8), make_scheduler("DDPMScheduler")).save_pretrained(folder)
     return folder
 
 
@@ -129,6 +117,7 @@ def test_a_copy_of_a_compiled_unet_is_its_own(smallest_model, graphs):
     assert all(module._compiled_call_impl is None for module in twin.modules())
 
 
+@pytest.mark.slow
 def test_activations_checkpoint_has_the_gradient_of_eager_in_the_real_tracer(smallest_model, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     gradients, saved = [], []

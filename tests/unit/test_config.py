@@ -106,11 +106,34 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["--config"], "^--config "),
         (["--config", "nowhere/x.yaml"], "^--config nowhere/x.yaml "),
         (["run.seed=1", "reward.kwargs={a"], r"^reward.kwargs=\{a .*YAML"),
-        (["run.seed=1", "reward.terms={name: x}"], r"^reward.terms=\{name: x\} .*list.*mapping"),
-        (["reward.terms.0.weight=2"], r"^reward.terms.0.weight=2 .*list.*mapping"),
-        (["reward.kwargs=[1]"], r"^reward.kwargs=\[1\] .*list.*mapping"),
-        (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\]: "),
-        (["reward.terms=[{nam: x}]"], r"^reward.terms=\[\{nam: x\}\]: .*'name'"),
+        (["run.seed=1", "reward.terms={name: x}"], r"^reward.terms=\{name: x\}: reward.terms is .* list: write .*=\["),
+        (["reward.terms.0.weight=2"], r"^reward.terms.0.weight=2: one item of reward.terms can't .*=\[\{name: …\}"),
+        (["reward.terms[0].weigth=2"], r"no option reward.terms\[0\].weigth \(did you mean 'weight'\?\)"),
+        (["reward.kwargs=[1]"], r"^reward.kwargs=\[1\]: reward.kwargs is \[1\]; it is a mapping"),
+        (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\] is 3; write \{name: …, weight: …, kwargs: …\}"),
+        (["reward.terms=[{nam: x}]"], r"^reward.terms=.*: no option reward.terms\[0\].nam \(did you mean 'name'\?\)"),
+        (["reward.terms=[{name: x, weight: heavy}]"], r"reward.terms\[0\].weight is 'heavy'; use a number"),
+        (["reward.terms=[{name: x, kwargs: 5}]"], r"reward.terms\[0\].kwargs is 5; it is a mapping"),
+        (
+            ["run.writers=tensorboard"],
+            r"run.writers is 'tensorboard'; it is a list: write run.writers=\[tensorboard\]$",
+        ),
+        (["run.writers=(tensorboard, wandb)"], r"it is a list: write run.writers=\[tensorboard, wandb\]$"),
+        (["run.writers=null"], r"run.writers is null; it is a list: write run.writers=\[…\]$"),
+        (["run.writers=[[wandb]]"], r"run.writers\[0\] is \['wandb'\]; use text"),
+        (["window.kwargs=5"], r"window.kwargs is 5; it is a mapping: write window.kwargs=\{name: value\}"),
+        (["window.kwargs=null"], "window.kwargs is null; it is a mapping"),
+        (["window.kwargs={beta:1}"], r"window.kwargs has the name 'beta:1' .* a space after a colon: \{beta: 1\}"),
+        (["window.kwargs={clusters: [{steps:3}]}"], r"window.kwargs.clusters\[0\] has .*\{steps: 3\}"),
+        (["reward.terms=[{name:x}]"], r"reward.terms\[0\] has the name 'name:x' .*\{name: x\}"),
+        (["train={iterations:5}"], r"^train=\{iterations:5\}: train has the name .*\{iterations: 5\}"),
+        (["window.kwargs={clusters:[{steps:[10]}]}"], "YAML wants a space after a colon, as in {name: value}$"),
+        (["train.iterations=null"], "train.iterations is null; use a whole number, at least 1$"),
+        (["train.iterations=2.5"], "train.iterations is 2.5; use a whole number"),
+        (["train.iterations=true"], "train.iterations is true; use a whole number"),
+        (["train.scale_clips_by_window=5"], "train.scale_clips_by_window is 5; use true or false$"),
+        (["run.folder=[a]"], r"run.folder is \['a'\]; use text$"),
+        (["optimizer.learning_rate=1e-3x"], "optimizer.learning_rate is '1e-3x'; use a number, above 0$"),
         (["run.seed=1", "--local_rank"], "^--local_rank "),
         (["optimizer.max_grad_norm=nan"], "optimizer.max_grad_norm is nan.* 0"),
         (["optimizer.weight_decay=inf"], "optimizer.weight_decay is inf"),
@@ -121,6 +144,15 @@ def test_a_circle_of_bases_is_refused(tmp_path):
 def test_a_wrong_option_names_itself_and_the_way_out(words, message):
     with pytest.raises(ValueError, match=message):
         load_config(words)
+
+
+def test_values_that_only_look_wrong_are_taken():
+    words = ["run.folder=5", "train.iterations='7'", "optimizer.learning_rate=1", "train.scale_clips_by_window='off'"]
+    config = load_config([*words, "model.revision=null", "run.device=${run.progress}", "reward.kwargs={a: {b: null}}"])
+    assert (config.run.folder, config.train.iterations, config.optimizer.learning_rate) == ("5", 7, 1.0)
+    assert (config.train.scale_clips_by_window, config.model.revision) == (False, None)
+    # an interpolation, and a null that is a value
+    assert config.run.device == "auto" and config.reward.kwargs == {"a": {"b": None}}
 
 
 def test_a_missing_file_answers_with_the_nearest_one():
@@ -134,6 +166,36 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="broken.yaml"):
         load_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "broken.yaml is empty; write sections"),
+        (b" \n\n", "broken.yaml is empty; write sections"),
+        (b"run: {folder: r\xe9}\n", "broken.yaml is not UTF-8 text .byte 15.; save it as UTF-8"),
+        (b"run: {folder: a\0b}\n", "broken.yaml is not valid YAML: .*character"),
+        (b"5\n", "broken.yaml is not valid YAML: .* int"),
+        (b"- a\n", "broken.yaml must hold sections .* not a list"),
+        (b"train:\nrun: {seed: 1}\n", "broken.yaml: train is a section, not null; .* or leave it out"),
+        (
+            b"run: {seed: 1}\nwindow: {kwargs: {clusters:[[0, 5]]}}\n",
+            "broken.yaml is not valid YAML: .* a space after a",
+        ),
+        (b"run: {writers: tensorboard}\n", "broken.yaml: run.writers is 'tensorboard'; it is a list"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named_with_what_it_is(tmp_path, data, message):
+    (tmp_path / "broken.yaml").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        load_config(["--config", str(tmp_path / "broken.yaml")])
+
+
+def test_a_folder_is_no_configuration_and_a_mark_of_windows_editors_is_no_part_of_one(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a YAML file, as in --config .*config.yaml"):
+        load_config(["--config", str(tmp_path)])
+    (tmp_path / "mark.yaml").write_text("run: {seed: 7}\n", encoding="utf-8-sig")
+    assert load_config(["--config", str(tmp_path / "mark.yaml")]).run.seed == 7
 
 
 @pytest.mark.parametrize("base", ["5", "null", "[3]", "{a: b}"])
@@ -155,7 +217,7 @@ def test_a_list_or_mapping_in_the_wrong_place_names_its_file(tmp_path, text):
 def test_a_list_over_a_mapping_of_its_base_names_the_file(tmp_path):
     (tmp_path / "base.yaml").write_text("reward: {kwargs: {quality: 5}}\n")
     (tmp_path / "child.yaml").write_text("base: base.yaml\nreward: {kwargs: [5]}\n")
-    with pytest.raises(ValueError, match="child.yaml.*list.*mapping"):
+    with pytest.raises(ValueError, match="child.yaml: reward.kwargs is .*mapping"):
         load_config(["--config", str(tmp_path / "child.yaml")])
 
 

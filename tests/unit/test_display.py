@@ -1,8 +1,8 @@
-"""What a run shows and sends: displays, writers, and images as one picture."""
+"""What a run shows: displays, and images as one picture."""
 
+import contextlib
 import json
 import sys
-import types
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from hrf_fast.evaluation.panel import choose_network
 from hrf_fast.run.files import read_log
 from hrf_fast.run.progress import BarProgress, JsonProgress, Progress, build_progress
 from hrf_fast.run.session import Run
-from hrf_fast.run.writers import build_writers
-from tests.unit.test_run import log, panel
+from tests.unit.test_run import log
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -39,6 +38,35 @@ def test_the_json_display_is_json(capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     shown = {name: value for name, value in PANEL.items() if name != "rewards"}
     assert lines == [RECORD, {"panel": shown}, {"note": "careful"}]
+
+
+def test_json_lines_say_how_long_it_took_and_takes(capsys, monkeypatch):
+    clock = iter([100.0, 106.0, 100.0, 110.0])
+    monkeypatch.setattr("hrf_fast.run.progress.time.perf_counter", lambda: next(clock))
+    # a run resumed at 2 of 10 iterations has done 2 in 6 seconds: 6 more take 18
+    display = JsonProgress()
+    display.start("iterations", 2, 10)
+    display.iteration(RECORD)
+    # 50 evaluations in 10 seconds, and the last iteration has passed the 100 of the budget
+    display.start("evaluations", 60, 100)
+    display.iteration({**RECORD, "evaluations": 110})
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first == {**RECORD, "elapsed_seconds": 6.0, "seconds_left": 18.0}
+    assert (second["elapsed_seconds"], second["seconds_left"]) == (10.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "out", "err"), [("json", "", "one\ntwo"), ("bar", "one\ntwo\n", ""), ("quiet", "one\ntwo", "")]
+)
+def test_prints_of_others_stay_out_of_the_display(capsys, kind, out, err):
+    display = build_progress(kind)
+    with contextlib.redirect_stdout(display.prints):
+        print("o", end="")
+        print("ne")
+        print("two", end="")
+    # above a bar lines are whole
+    display.finished("train.iterations is 4")
+    assert capsys.readouterr() == (out, err)
 
 
 def test_the_bar_shows_reward_rate_and_panels(capsys):
@@ -73,73 +101,6 @@ def test_the_display_comes_last_so_that_a_line_that_is_shown_has_been_written(tm
         run.begin(0)
         log(run, 0)
     assert [[record["iteration"] for record in records] for records in written] == [[0]]
-
-
-# --- writers ----------------------------------------------------------------------------------------------------------
-
-
-def test_tensorboard_gets_scalars_and_the_panel(tmp_path):
-    words = [f"run.folder={tmp_path / 'run'}", "run.writers=[tensorboard]", "run.progress=quiet"]
-    with Run(load_config(words)) as run:
-        run.begin(0)
-        log(run, 0)
-        run.log_panel(1, 0, panel())
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert events.Scalars("reward_mean")[0].value == 0.5 and events.Scalars("panel/reward")[0].step == 1
-    assert events.Images("panel")
-
-
-def test_wandb_gets_numbers_and_the_panel_and_no_key(tmp_path, monkeypatch):
-    logged, options = [], {}
-
-    class FakeRun:
-        def log(self, values):
-            logged.append(values)
-
-        def finish(self):
-            logged.append("finished")
-
-    def init(**kwargs):
-        options.update(kwargs)
-        return FakeRun()
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda picture: picture.size))
-    (writer,) = build_writers(["wandb"], tmp_path)
-    writer.iteration(RECORD)
-    writer.panel(PANEL, IMAGES)
-    writer.finished("train.iterations is 4")
-    assert set(options) == {"project", "name", "dir", "id", "resume"} and options["resume"] == "allow"
-    # a resume is the same run
-    first = options["id"]
-    build_writers(["wandb"], tmp_path, 4)
-    assert options["id"] == first and len(first) == 32
-    times = {"seconds/rollout": 2.0, "speed/images_per_second": 4.0, "speed/overhead": 1.0312}
-    assert logged == [
-        {"iteration": 3, "reward_mean": 0.5, **times},
-        {"iteration": 4, "panel/reward": 1.0, "panel/vendi": 7.0},
-        # four images of 8 pixels, two by two, enlarged 8 times
-        {"iteration": 4, "panel": (128, 128)},
-        "finished",
-    ]
-
-
-@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_missing_writer_says_how_to_install_it(tmp_path, monkeypatch, name, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"run.writers has {name}.*hrf_fast\[writers\]"):
-        build_writers([name], tmp_path)
-
-
-def test_wandb_that_does_not_start_says_how_to_log_in(tmp_path, monkeypatch):
-    def init(**_):
-        raise RuntimeError("no API key")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with pytest.raises(ValueError, match="run.writers has wandb.*no API key.*wandb login"):
-        build_writers(["wandb"], tmp_path)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hrf_fast.memory import planner
 from hrf_fast.memory.footprint import Footprint, Line, measure_model
 from hrf_fast.memory.planner import Plan, count_calls, plan
 from hrf_fast.memory.zero import ENGINES, model_states
-from hrf_fast.policies.load import read_model
+from hrf_fast.policies.files import read_model
 from hrf_fast.run.files import read_log
 from hrf_fast.train import main as train_main
 from tests.conftest import make_scheduler

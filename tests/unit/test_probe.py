@@ -117,6 +117,14 @@ def test_a_reward_sees_at_most_the_images_of_a_call():
     assert sum(seen) == 48 and max(seen) <= 9
 
 
+def test_a_reward_in_fp64_keeps_its_differences_beside_an_offset():
+    policy = make_policy()
+    plain = measure(policy, CANDIDATES)
+    offset = measure(policy, CANDIDATES, reward=lambda images: Rewards(1e9 + brightness(images).total.double(), {}))
+    for (rewards, _), (shifted, _) in zip(plain, offset, strict=True):
+        torch.testing.assert_close(shifted - 1e9, rewards.double(), atol=1e-6, rtol=0)
+
+
 def test_nothing_asked_costs_nothing():
     policy = make_policy()
     for estimate in ("exact", "x0"):

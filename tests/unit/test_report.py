@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -275,6 +276,41 @@ def test_logs_that_lack_something_name_the_folder_and_the_way_out(tmp_path):
     (run / "evaluations.jsonl").write_text("{oops\n")
     with pytest.raises(ValueError, match="evaluations.jsonl, line 1 is not a record of a run .*; mend or delete it"):
         write_report([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "reason"),
+    [
+        ("evaluations.jsonl", b'{"iteration": 1}', "it lacks 'evaluations'"),
+        (
+            "evaluations.jsonl",
+            b'{"iteration": 1, "evaluations": 1, "reward": [1, 2], "rewards": [1]}',
+            r"its 'reward' is '\[1, 2\]', no interval",
+        ),
+        (
+            "evaluations.jsonl",
+            b'{"iteration": 1, "evaluations": 1, "reward": [1, 0, 2], "rewards": [1], "vendi": 3}',
+            "its 'vendi' is '3', no interval",
+        ),
+        ("evaluations.jsonl", b'{"iteration": 1, "rewards": "\xff"}', "'utf-8' codec can't decode"),
+        ("evaluations.jsonl", b"[1]", "it is no mapping"),
+        ("metrics.jsonl", b'{"iteration": 1, "images": 5, "evaluations": 5}', "it lacks 'seconds'"),
+        (
+            "metrics.jsonl",
+            b'{"iteration": 1, "images": 5, "evaluations": 5, "seconds": {"update": "long"}}',
+            "its 'seconds' is .*, no mapping of numbers",
+        ),
+        ("metrics.jsonl", b"\xfe\xff", "codec can't decode"),
+    ],
+)
+def test_a_line_of_a_log_that_is_no_record_names_file_line_and_reason(tmp_path, name, line, reason, capsys):
+    run = write_run(tmp_path / "run")
+    with open(run / name, "ab") as file:
+        file.write(line + b"\n")
+    number = (run / name).read_bytes().count(b"\n")
+    assert main(["report", str(run)]) == 1
+    error, *_ = capsys.readouterr().err.splitlines()
+    assert re.search(f"{name}, line {number} is not a record of a run \\(.*{reason}.*; mend or delete it", error)
 
 
 @pytest.mark.usefixtures("no_plots")

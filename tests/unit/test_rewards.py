@@ -246,9 +246,10 @@ def test_terms_are_summed_with_their_weights_and_logged_without(scratch_registry
         torch.tensor([1.0, 2.0], requires_grad=True),
     ],
 )
-def test_numbers_of_any_kind_become_fp32_without_gradient(result):
+def test_numbers_of_any_kind_lose_their_gradient_and_become_fp32_unless_they_are_fp64(result):
     values = check_rewards(images_of(0, 1), result, "r")
-    assert values.dtype == torch.float32 and not values.requires_grad
+    double = getattr(result, "dtype", None) in (np.float64, torch.float64)
+    assert values.dtype == (torch.float64 if double else torch.float32) and not values.requires_grad
     assert values.tolist() == [1, 2]
 
 

@@ -15,6 +15,7 @@ from hrf_fast.rewards import RewardTerm, build_reward
 from hrf_fast.rewards.aesthetic import build_head
 from hrf_fast.rewards.classifier import find_classes
 from hrf_fast.vision.shipped import load_reference, load_shipped
+from tests.hub import ID, Hub
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 
@@ -221,6 +222,8 @@ def test_a_head_for_another_clip_or_a_network_that_is_no_clip_is_refused(clip_fo
         # with ReLU in between the indexes of the layers differ
         {f"layers.{i}.{kind}": torch.zeros(1) for i in (0, 3, 6, 9, 11) for kind in ("weight", "bias")},
         {"weight": torch.zeros(2, WIDTH), "bias": torch.zeros(2)},
+        {"weight": torch.tensor(1.0), "bias": torch.zeros(1)},
+        {"weight": [1, 2], "bias": torch.zeros(1)},
         {"state_dict": {}},
         {},
         [1, 2],
@@ -228,6 +231,13 @@ def test_a_head_for_another_clip_or_a_network_that_is_no_clip_is_refused(clip_fo
 )
 def test_a_head_of_another_layout_is_refused(weights):
     with pytest.raises(ValueError, match=r"'h.pth' is not a LAION head: .*expected weight \[1, D\] and bias \[1\], or"):
+        build_head(weights, "h.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_is_refused_by_name(value):
+    weights = {"weight": torch.zeros(1, WIDTH), "bias": torch.tensor([value])}
+    with pytest.raises(ValueError, match=r"aesthetic.head is 'h.pth', .*NaN or infinity in tensors \(bias\)"):
         build_head(weights, "h.pth")
 
 
@@ -261,19 +271,14 @@ def test_clip_and_head_on_the_hub_are_downloaded_by_the_files_that_are_needed(cl
         asked.append((repository, filename))
         return str(tmp_path / filename)
 
-    def snapshot(repository, revision, allow_patterns):
-        asked.append((repository, allow_patterns))
-        return str(clip_folder)
-
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    hub = Hub(monkeypatch, clip_folder, tmp_path / "cache")
     _, images = byte_images(2)
     local = ratings(images, clip=clip_folder, head=tmp_path / "v1.pth")
     assert asked == []
-    assert torch.equal(ratings(images, clip="owner/clip", head="owner/heads:v1.pth"), local)
-    (head, (clip, patterns)) = asked
-    assert head == ("owner/heads", "v1.pth") and clip == "owner/clip"
-    assert {"config.json", "preprocessor_config.json", "model*.safetensors"} <= set(patterns)
+    assert torch.equal(ratings(images, clip=ID, head="owner/heads:v1.pth"), local)
+    assert asked == [("owner/heads", "v1.pth")]
+    assert hub.downloaded == ["config.json", "preprocessor_config.json", "model.safetensors"]
 
 
 def test_a_clip_that_cannot_be_reached_or_found_is_one_line_with_the_way_out(tmp_path):
@@ -293,7 +298,7 @@ def test_a_clip_folder_without_weights_or_with_half_of_them_is_refused(clip_fold
     whole = transformers.CLIPModel.from_pretrained(clip_folder).state_dict()
     text_only = {key: value.clone() for key, value in whole.items() if key.startswith("text")}
     save_file(text_only, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="aesthetic.clip is .* lack .* CLIPVisionModelWithProjection"):
+    with pytest.raises(ValueError, match="aesthetic.clip is .* CLIPVisionModelWithProjection: missing tensors"):
         aesthetic(clip=folder, head=tmp_path / "v1.pth")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="aesthetic.clip is .*model.safetensors"):
@@ -432,7 +437,7 @@ def test_a_folder_that_would_give_meaningless_scores_is_refused(vit_folder, tmp_
         build_reward([RewardTerm("classifier", kwargs=kwargs)])
     copied(vit_folder, tmp_path)
     transformers.ViTModel.from_pretrained(vit_folder).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="classifier.model is .*lack 2 tensors .*classifier.bias, classifier.weight"):
+    with pytest.raises(ValueError, match="classifier.model is .*missing tensors .classifier.bias, classifier.weight"):
         build_reward([RewardTerm("classifier", kwargs=kwargs)])
     config = transformers.ViTConfig.from_pretrained(vit_folder, problem_type="multi_label_classification")
     config.save_pretrained(tmp_path)

@@ -44,6 +44,20 @@ def test_a_panel_is_logged_with_its_evaluations_and_intervals(config, tmp_path):
     assert record == {"iteration": 3, "evaluations": 40, "reward": interval, "vendi": interval, "rewards": [1.0, 1.0]}
 
 
+@pytest.mark.parametrize(
+    ("rewards", "logged"),
+    [
+        # six decimals, as long as six digits of the largest are among them
+        ([0.123456789, -1.0], [0.123457, -1.0]),
+        ([1.23456789e-9, -4e-10], [1.23457e-9, -4e-10]),
+        ([0.0, 0.0], [0.0, 0.0]),
+    ],
+)
+def test_rewards_of_a_panel_keep_six_digits_in_any_unit(rewards, logged):
+    record = PanelMetrics(torch.rand(2, 3, 8, 8), rewards, INTERVAL, None, None).record()
+    assert record["rewards"] == logged
+
+
 def test_phases_add_up_within_an_iteration_and_start_again_in_the_next(config, tmp_path, monkeypatch):
     # a clock that moves a second at each look: 1 begins, phases of 1 s end at 3 and 5, 6 is the log
     clock = iter(range(1, 100))

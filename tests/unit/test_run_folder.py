@@ -1,17 +1,29 @@
 """The run folder: whose it is, what a resume may change, and logs that a crash leaves whole."""
 
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hrf_fast.config.load import load_config
-from hrf_fast.run.files import read_log
+from hrf_fast.errors import NotWritten
+from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.run.files import append_line, read_log, replace_folder, write_atomically
+from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.lock import lock_folder
 from hrf_fast.run.session import Run
+from hrf_fast.run.writers import TensorBoardWriter
 from tests.unit.test_run import log, panel
+
+# tensorboard fails in a thread, which tells its next call, and pytest during a later test
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture
@@ -119,6 +131,65 @@ def test_a_lock_whose_owner_cannot_be_written_is_not_kept(tmp_path, monkeypatch)
         patch.setattr("hrf_fast.run.lock.write_atomically", full)
         lock_folder(tmp_path)
     lock_folder(tmp_path).release()
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files():
+    """Let no file grow beyond 64 bytes: the system takes a part of a longer write, and refuses the next one."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_to_tensorboard(path):
+    # torch's writer names its files itself
+    pytest.importorskip("tensorboard")
+    writer = TensorBoardWriter(RunFolder(load_config([f"run.folder={path.parent}"])))
+    for iteration in range(20):
+        writer.send(iteration, {"reward": 1.0}, None, panel=False)
+    writer.finished("")
+
+
+WRITES = {
+    "metrics.jsonl": lambda path: append_line(path, "x" * 100),
+    "config.yaml": lambda path: write_atomically(path, b"x" * 100),
+    "samples/grid.png": lambda path: save_grid(torch.rand(4, 3, 16, 16), path),
+    "checkpoint": lambda path: replace_folder(path, lambda folder: (folder / "state.json").write_text("x" * 100)),
+    "tensors": lambda path: replace_folder(path, lambda f: save_file({"a": torch.zeros(99)}, f / "w.safetensors")),
+    "tensorboard": write_to_tensorboard,
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_can_not_be_written_is_named_with_the_way_out(tmp_path, small_files, name):
+    with pytest.raises(
+        NotWritten, match=rf"^{tmp_path / name} can't be written: .*; .*, then the same command goes on$"
+    ):
+        WRITES[name](tmp_path / name)
+    assert name in ("metrics.jsonl", "tensorboard") or not (tmp_path / name).exists()
+
+
+def test_a_full_disk_is_called_so_and_keeps_its_number(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(
+        OSError, match=r"^/dev/full can't be written: No space left on device; free space, then"
+    ) as caught:
+        append_line(Path("/dev/full"), "x")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_part_of_a_line_is_an_error_and_not_a_line(tmp_path, small_files):
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, json.dumps({"iteration": 0}))
+    with pytest.raises(NotWritten, match="No space left on device; free space"):
+        append_line(path, json.dumps({"iteration": 1, "note": "x" * 100}))
+    assert read_log(path) == [{"iteration": 0}]
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

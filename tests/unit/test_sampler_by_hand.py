@@ -75,6 +75,22 @@ def test_a_sampler_without_a_stochastic_step_is_refused(spacing):
         build_sampler(make_scheduler(timestep_spacing=spacing), kind="ddim", num_inference_steps=1, eta=1.0)
 
 
+def test_noise_below_the_rounding_of_float32_is_refused_with_an_eta_that_suffices():
+    def build(eta):
+        return build_sampler(make_scheduler(), kind="ddim", num_inference_steps=10, eta=eta)
+
+    # std grows with eta, and its least with eta 1 is s: an eta under 1e-6 / s is refused
+    least = float(build(1.0).coefficients.std[:9].min())
+    assert 1e-3 < least < 0.1
+    with pytest.raises(ValueError, match=r"sample.eta is 1e-06.* std .*use at least") as caught:
+        build(1e-6)
+    suggested = float(str(caught.value).rsplit(" ", 1)[1])
+    assert 1e-6 / least <= suggested < 1.2e-6 / least
+    assert build(suggested).stochastic_steps == 9
+    with pytest.raises(ValueError, match="use at least"):
+        build(0.8e-6 / least)
+
+
 # numpy.arange(1000, 0, −1000/T) has an element too many for 62 of the T up to 1000, because of rounding
 @pytest.mark.parametrize("num_inference_steps", [61, 103, 121])
 def test_trailing_timesteps_are_as_many_as_asked_for_and_none_is_negative(num_inference_steps):

@@ -176,3 +176,11 @@ def test_the_self_check_replays_where_only_some_steps_are_kept(tiny_run):
 
 def test_the_self_check_calls_an_exact_replay_exact(tiny_run, monkeypatch):
     assert check(tiny_run, monkeypatch, 0.0).endswith(": exact")
+
+
+def test_the_self_check_says_how_much_float32_rounds_steps_of_little_noise(tiny_run, monkeypatch):
+    # std grows with eta; 6e-8 of it is the rounding of latents of size 1
+    least = float(build(tiny_run).policy.sampler.coefficients.std[:5].min())
+    line = check(tiny_run, monkeypatch, 0.0, "sample.eta=0.001")
+    numbers = f"step 4 has noise of std {0.001 * least:.2g} only, where fp32 rounds gradients by {6e-3 / least:.2f}%"
+    assert numbers in line and line.endswith("a larger sample.eta has more")

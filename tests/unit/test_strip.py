@@ -11,6 +11,7 @@ from hrf_fast.config.load import to_yaml
 from hrf_fast.config.options import Config, EvaluationConfig, RunConfig, TrainConfig, WindowConfig
 from hrf_fast.evaluation.grids import image_grid, save_grid
 from hrf_fast.report.strip import CELL, GAP, IMAGES, Row, cut_grid, draw_strip, write_strip
+from tests.runs import REPORTED
 
 
 def greys(count, height, width, first=0):
@@ -31,9 +32,7 @@ def write_run(folder, schedule, *, size, first):
         reward, vendi = [1.0 + i, 0.5, 2.5], [4.0 - i, 3.0, 5.0]
         panels.append({"iteration": i, "evaluations": i, "reward": reward, "vendi": vendi, "rewards": [1.0] * size})
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(panel) + "\n" for panel in panels))
-    (folder / "metrics.jsonl").write_text(
-        json.dumps({"iteration": 0, "images": 1, "evaluations": 1, "seconds": {}}) + "\n"
-    )
+    (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 0, **REPORTED}) + "\n")
     return folder
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import study
 from hrf_fast.config.load import load_config, to_yaml
+from tests.runs import REPORTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ def write_run(folder, schedule, panels):
         record = {"iteration": iteration, "evaluations": evaluations, "rewards": rewards}
         lines.append(record | {"reward": [mean, mean - 1, mean + 1], "vendi": [vendi, vendi - 1, vendi + 1]})
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = {"iteration": panels[-1][0] - 1, "evaluations": panels[-1][1]}
+    record = {**REPORTED, "iteration": panels[-1][0] - 1, "evaluations": panels[-1][1]}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     return folder
 

@@ -1,13 +1,14 @@
 """Networks that look at images: the shipped classifiers, and transformers' networks behind their own processors."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.evaluation.diversity import vendi_interval, vendi_score
@@ -183,6 +184,31 @@ def test_an_unknown_name_is_answered_with_the_nearest(load):
     message = r"'fashions' \(did you mean 'fashion'\?\) does not ship with the package; use one of fashion, portraits"
     with pytest.raises(ValueError, match=message):
         load("fashions")
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "nan", "cut"])
+@pytest.mark.parametrize(("load", "file"), [(load_shipped, "classifier/model"), (load_reference, "reference")])
+def test_a_damaged_file_of_the_package_is_refused_by_its_path(tmp_path, monkeypatch, load, file, fault):
+    shutil.copytree(ASSETS / "fashion", tmp_path / "fashion", ignore=shutil.ignore_patterns("model"))
+    monkeypatch.setattr("hrf_fast.vision.shipped.ASSETS", tmp_path)
+    load("fashion")
+    path = tmp_path / "fashion" / f"{file}.safetensors"
+    weights = load_file(path)
+    name = max(weights, key=lambda name: weights[name].numel())
+    if fault == "missing":
+        del weights[name]
+    elif fault == "shape":
+        weights[name] = weights[name][:5].clone()
+    elif fault == "nan":
+        weights[name] = torch.full(weights[name].shape, float("nan"))
+    save_file(weights, path)
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    words = {"missing": "missing tensors", "shape": "another shape", "nan": "NaN or infinity", "cut": "incomplete"}[
+        fault
+    ]
+    with pytest.raises(ValueError, match=f"{path}, a file of this package, is damaged: .*(?i:{words})"):
+        load("fashion")
 
 
 def test_a_shipped_name_is_a_feature_network_and_a_classifier():

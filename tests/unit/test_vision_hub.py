@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.vision.load import load_classifier, load_feature_network
+from tests.hub import ID, Hub
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 
@@ -200,7 +201,33 @@ def test_a_checkpoint_with_holes_is_refused_by_the_name_of_a_missing_weight(vit,
     weights = load_file(vit / "model.safetensors")
     del weights[weight]
     save_file(weights, vit / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{OPTION} is .*lack 1 tensors of ViT.*{weight}"):
+    with pytest.raises(ValueError, match=rf"{OPTION} is .*used as ViT.*: missing tensors \({weight}\)"):
+        load(OPTION, str(vit))
+
+
+@pytest.mark.parametrize("load", [load_feature_network, load_classifier])
+@pytest.mark.parametrize("fault", ["shape", "nan", "too few layers in the config"])
+def test_weights_that_are_not_those_of_the_config_are_refused_by_name(vit, load, fault):
+    config = transformers.ViTConfig(**TINY | {"num_hidden_layers": 2})
+    (transformers.ViTForImageClassification if load is load_classifier else transformers.ViTModel)(
+        config
+    ).save_pretrained(vit)
+    load(OPTION, str(vit))
+    weights = load_file(vit / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("embeddings.cls_token"))
+    if fault == "shape":
+        weights[name], message = (
+            torch.zeros(1, 1, 3),
+            rf"another shape \({name} is \[1, 1, 3\] instead of \[1, 1, 16\]\)",
+        )
+    elif fault == "nan":
+        weights[name][0, 0, 1], message = float("nan"), rf"NaN or infinity in tensors \({name}\)"
+    else:
+        values = json.loads((vit / "config.json").read_text())
+        (vit / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 1}))
+        message = r"unexpected tensors \(.*layers?\.1\."
+    save_file(weights, vit / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{OPTION} is .*{message}"):
         load(OPTION, str(vit))
 
 
@@ -216,19 +243,43 @@ def test_a_folder_without_a_model_or_with_a_damaged_one_is_one_clear_error(vit, 
 
 
 @pytest.mark.parametrize("load", [load_feature_network, load_classifier])
-def test_a_hub_id_is_fetched_by_the_files_that_are_needed(vit, load, monkeypatch):
-    transformers.ViTForImageClassification(transformers.ViTConfig(**TINY)).save_pretrained(vit)
-    asked = []
+def test_a_hub_id_is_fetched_by_the_files_that_are_needed(vit, load, monkeypatch, tmp_path_factory):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**TINY))
+    model.save_pretrained(vit)
+    hub = Hub(monkeypatch, vit, tmp_path_factory.mktemp("cache"))
+    for name in (
+        "pytorch_model.bin",
+        "model.fp16.safetensors",
+        "tf_model.h5",
+        "tokenizer.json",
+        "onnx/model.safetensors",
+    ):
+        (vit / name).parent.mkdir(exist_ok=True)
+        (vit / name).write_text("{}")
+    load(OPTION, ID)
+    assert hub.downloaded == ["config.json", "preprocessor_config.json", "model.safetensors"]
+    hub.online = False
+    load(OPTION, ID)
 
-    def snapshot(name, revision, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(vit)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    load(OPTION, "owner/model")
-    ((name, patterns),) = asked
-    assert name == "owner/model" and "model*.safetensors" in patterns and "preprocessor_config.json" in patterns
-    assert "*.json" not in patterns and not any(pattern.endswith(".bin") for pattern in patterns)
+def test_shards_and_pickles_of_the_hub_are_fetched_where_there_is_nothing_else(vit, monkeypatch, tmp_path_factory):
+    model = transformers.ViTModel(transformers.ViTConfig(**TINY))
+    (vit / "model.safetensors").unlink()
+    model.save_pretrained(vit, max_shard_size="5KB")
+    hub = Hub(monkeypatch, vit, tmp_path_factory.mktemp("cache"))
+    shards = sorted(path.name for path in vit.glob("model-*.safetensors"))
+    load_feature_network(OPTION, ID)
+    assert len(shards) > 1 and hub.downloaded[-len(shards) :] == shards
+    for path in vit.glob("model*.safetensors*"):
+        path.unlink()
+    torch.save(model.state_dict(), vit / "pytorch_model.bin")
+    hub = Hub(monkeypatch, vit, tmp_path_factory.mktemp("cache"))
+    load_feature_network(OPTION, ID)
+    assert hub.downloaded == ["config.json", "preprocessor_config.json", "pytorch_model.bin"]
+    (vit / "pytorch_model.bin").unlink()
+    hub = Hub(monkeypatch, vit, tmp_path_factory.mktemp("cache"))
+    with pytest.raises(ValueError, match=f"{OPTION} is 'owner/model'.*no model.safetensors or pytorch_model.bin"):
+        load_feature_network(OPTION, ID)
 
 
 @pytest.mark.parametrize("load", [load_feature_network, load_classifier])

@@ -1,0 +1,102 @@
+"""Card: the README.md of a tuned model's folder, with the lines of diffusers that draw as the run's panels did.
+
+Without them a user of the folder would get the pipeline's own number of steps and eta: another sampler.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hrf_fast.assets import SHIPPED
+from hrf_fast.config.options import Config, RewardConfig
+from hrf_fast.hub import HUB_ID
+from hrf_fast.policies.base import Policy
+from hrf_fast.run.files import replace_folder
+from hrf_fast.version import __version__
+
+METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
+NAME = "README.md"
+_METRICS = {"reward": "reward", "vendi": "Vendi Score", "inception": "Inception Score"}
+
+
+def reward_name(reward: RewardConfig) -> str:
+    """The reward's name, or the weighted sum of its terms."""
+    return reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in reward.terms)
+
+
+def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> None:
+    """Write a tuned model as a diffusers folder with its card, whole or not at all.
+
+    Args:
+        panels: the run's lines of evaluations.jsonl; iterations: done to the weights that the policy has.
+    """
+
+    def fill(path: Path) -> None:
+        policy.save(path)
+        (path / NAME).write_text(model_card(policy, config, panels, iterations), encoding="utf-8")
+
+    replace_folder(folder, fill)
+
+
+def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
+    """README.md of a tuned model; arguments as `save_model`."""
+    model, sample, evaluation = config.model, config.sample, config.evaluation
+    # where a folder lies is no one else's business
+    local = model.name not in SHIPPED and os.path.isdir(model.name)
+    base = Path(model.name).name if local else model.name
+    details = ["a local folder"] if local else []
+    details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
+    detail = f" ({', '.join(details)})" if details else ""
+    method = METHODS.get(config.window.schedule, config.window.schedule)
+    sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
+    lines = [
+        "---",
+        "library_name: diffusers",
+        *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
+        "tags: [unconditional-image-generation, reinforcement-learning, hrf_fast]",
+        "---",
+        "",
+        f"# {Path(base).name} tuned by {method}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {base}{detail} |",
+        f"| method | {method} (`window.schedule={config.window.schedule}`), {iterations} iterations |",
+        f"| reward | {reward_name(config.reward)} |",
+        f"| trained by | hrf_fast {__version__} |",
+        "",
+        *_panel_table(panels, iterations),
+        "",
+        f"Panel: {evaluation.panel_size} images from noise of seed {evaluation.seed}, {sampler}, "
+        f"{config.compute.precision}. Brackets are 95 % bootstrap intervals over its images.",
+        "",
+        "## Draw as the panel does",
+        "",
+        'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
+        "",
+        "```python",
+        policy.example(sample.scheduler, sample.num_inference_steps, sample.eta).strip(),
+        "```",
+        "",
+        "Another number of steps, another eta or another scheduler is another sampler, whose images get other rewards;",
+        "the pipeline's own defaults are one. The noise is PyTorch's here and not the panel's.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]:
+    """A table of the pretrained model's panel and of that after `iterations`, as far as they were evaluated."""
+    by_iteration = {panel["iteration"]: panel for panel in panels}
+    columns = {title: by_iteration[i] for title, i in (("pretrained", 0), ("tuned", iterations)) if i in by_iteration}
+    if "tuned" not in columns:
+        return [f"No panel was evaluated after iteration {iterations}; `hrf evaluate` does."]
+    rows = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for key, title in _METRICS.items():
+        if key in columns["tuned"]:
+            cells = ("{:#.4g} [{:#.4g}, {:#.4g}]".format(*panel[key]) for panel in columns.values())
+            rows.append(f"| {title} | {' | '.join(cells)} |")
+    return rows

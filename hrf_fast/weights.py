@@ -1,0 +1,57 @@
+"""Weights as a file holds them, judged before they are used: their names, their shapes and their numbers.
+
+Every loader says by these functions why the weights of a file can't be used: "missing tensors (conv_out.bias)".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = Sequence[int]
+# names that an error lists
+_LISTED = 3
+
+
+def judge(needed: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> str:
+    """The problem with `tensors` for a module of these shapes by name; empty where they fit and are finite."""
+    return compare(needed, {name: tensor.shape for name, tensor in tensors.items()}) or not_finite(tensors)
+
+
+def compare(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -> str:
+    """The difference between two mappings of shapes by name, as `describe` puts it."""
+    wrong = [(name, present[name], shape) for name, shape in needed.items() if name in present]
+    return describe(
+        needed.keys() - present.keys(),
+        present.keys() - needed.keys(),
+        [entry for entry in wrong if tuple(entry[1]) != tuple(entry[2])],
+    )
+
+
+def describe(missing: Collection[str], unexpected: Collection[str], wrong: Iterable[tuple[str, Shape, Shape]]) -> str:
+    """Missing and unexpected tensors, and wrong shapes as (name, shape in the file, shape needed), in words.
+
+    Returns:
+        Empty where there are none.
+    """
+    shapes = [f"{name} is {list(present)} instead of {list(needed)}" for name, present, needed in sorted(wrong)]
+    parts = {
+        "missing tensors": missing,
+        "unexpected tensors": unexpected,
+        "tensors of another shape": shapes,
+    }
+    return " and ".join(f"{text} ({_listed(names)})" for text, names in parts.items() if names)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The names of tensors that hold NaN or infinity, in words; empty where all numbers are finite."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return f"NaN or infinity in tensors ({_listed(bad)})" if bad else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(sorted(names)[:_LISTED]) + (f" and {more} more" if more > 0 else "")
