@@ -6,4 +6,4 @@ Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the 
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
-SHIPPED = ("fashion", "portraits")
+SHIPPED = ("fashion", "portraits", "peeps")
