@@ -33,8 +33,8 @@ EXTRAS = {
         "mypy",
         "types-PyYAML",
     ],
-    # drawing the portraits again; Fashion-MNIST comes from Debian's dataset-fashion-mnist
-    "pretraining": ["dicebear-core", "dicebear-styles", "resvg-py"],
+    # drawing portraits and peeps again, and text encoders; Fashion-MNIST comes from Debian's dataset-fashion-mnist
+    "pretraining": ["dicebear-core", "dicebear-styles", "resvg-py", "transformers>=5.4"],
 }
 
 setup(

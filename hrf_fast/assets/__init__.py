@@ -6,6 +6,6 @@ Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the 
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
-SHIPPED = ("fashion", "portraits")
-# lists of prompts, in prompts/NAME.txt
-PROMPT_LISTS = ("animals", "activities")
+SHIPPED = ("fashion", "portraits", "peeps")
+# lists of prompts, in prompts/NAME.txt or NAME.jsonl
+PROMPT_LISTS = ("animals", "activities", "peeps")

@@ -34,7 +34,8 @@ def classifier(
     Args:
         target: a class name or index, "head=class" for a model with several heads, or a list of classes of one head,
             of which the image may be any.
-        model: "fashion" or "portraits" (shipped), or the hub id or local folder of a transformers image classifier.
+        model: "fashion", "portraits" or "peeps" (shipped), or the hub id or local folder of a transformers image
+            classifier.
         batch_size: images that go through a transformers network at once.
     """
     check_count("classifier.batch_size", batch_size)
