@@ -13,9 +13,7 @@ CASES = ("sd.eta0", "sd.eta1", "sd.negative", "xl.eta0", "xl.eta1")
 def load(key):
     facts, tensors = case("pipelines", key)
     steps, scale = facts["num_inference_steps"], facts["guidance_scale"]
-    loaded = policy(
-        "pipelines", f"{key.partition('.')[0]}_", num_inference_steps=steps, guidance_scale=scale
-    )
+    loaded = policy("pipelines", f"{key.partition('.')[0]}_", num_inference_steps=steps, guidance_scale=scale)
     negative = facts.get("negative_prompt", [""] * len(facts["prompts"]))
     return facts, tensors, loaded, [Prompt(*texts) for texts in zip(facts["prompts"], negative, strict=True)]
 
