@@ -70,7 +70,7 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
-        rules=SimpleNamespace(seed=SEED),
+        rules=SimpleNamespace(seed=SEED, guided=True),
     )
 
 
