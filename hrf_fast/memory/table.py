@@ -27,6 +27,7 @@ def describe(plan: Plan) -> str:
     if lora.rank:
         trained = f"{sum(footprint.tensors):,} of them trained (LoRA of rank {lora.rank})"
         side += f", {trained}, the others in {lora.base_precision}"
+    side += f" and {show_bytes(plan.frozen)} of text encoders and decoder" if plan.frozen else ""
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     tables = (_states(plan), _activations(plan), _fits(plan))
     return "\n\n".join([head, *map(_table, tables), _calls(plan), _verdict(plan)])

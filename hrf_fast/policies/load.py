@@ -14,7 +14,6 @@ from hrf_fast.policies.checks import check_unet
 from hrf_fast.policies.encoders import PromptEncoder, PromptEncoderXL, time_ids
 from hrf_fast.policies.files import STABLE_DIFFUSION, ModelFiles, read_decoder, read_model
 from hrf_fast.policies.latent import LatentPolicy
-from hrf_fast.policies.network import Network
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import Sampler, build_sampler
@@ -77,19 +76,6 @@ def load_policy(
             vqvae = load_module(_model(files), files.parts["vqvae"]).to(device)
             return LatentPolicy(unet, scheduler, steps, vqvae, **options)
         return PixelPolicy(unet, scheduler, steps, **options)
-
-
-def untrained_network(files: ModelFiles) -> tuple[Network, tuple[int, int, int]]:
-    """The model's network in fp32 with random weights, and the shape of its latents; for planning."""
-    import diffusers
-
-    unet = getattr(diffusers, files.unet.kind).from_config(files.unet.config)
-    return Network(unet, "fp32"), latent_shape(unet.config)
-
-
-def plan_sampler(files: ModelFiles, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:
-    """The sampler of a model, made from its scheduler's config alone; see `build_sampler`."""
-    return build_sampler(_scheduler(files), kind=kind, num_inference_steps=num_inference_steps, eta=eta)
 
 
 def _model(files: ModelFiles) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from hrf_fast.hub import first_line
-from hrf_fast.policies.files import Component, shards_of
+from hrf_fast.policies.component import Component, shards_of
 from hrf_fast.weights import describe, not_finite
 
 
