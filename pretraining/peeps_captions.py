@@ -150,12 +150,26 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def write_prompts(path: Path, count: int = 64) -> None:
+    """Prompts for fine-tuning as JSON lines; each names two to four attributes, which its metadata repeats."""
+    random_ = random.Random(3)
+    lines: dict[str, str] = {}
+    while len(lines) < count:
+        text, named = caption(random_person(random_), random_, 0.55)
+        if 2 <= len(named) <= 4:
+            lines[text] = json.dumps({"prompt": text, "metadata": {"attributes": named}})
+    path.write_text("".join(f"{line}\n" for line in lines.values()))
+
+
 def main() -> None:
     from transformers import CLIPTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of peeps_data.py; writes tokenizer/ in it")
+    parser.add_argument("--prompts", type=Path, help="also write the list of prompts, a .jsonl file")
     arguments = parser.parse_args()
+    if arguments.prompts:
+        write_prompts(arguments.prompts)
     write_tokenizer(arguments.data / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(arguments.data / "tokenizer")
     random_ = random.Random(1)

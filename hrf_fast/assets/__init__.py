@@ -7,5 +7,5 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent
 SHIPPED = ("fashion", "portraits", "peeps")
-# lists of prompts, in prompts/NAME.txt or NAME.jsonl
-PROMPT_LISTS = ("animals", "activities", "peeps")
+# lists of prompts, in prompts/
+PROMPT_LISTS = {"animals": "animals.txt", "activities": "activities.txt", "peeps": "peeps.jsonl"}

@@ -18,7 +18,7 @@ from hrf_fast.prompts.draw import PromptFunction, PromptList, Prompts
 from hrf_fast.registry import call_factory, load_user_function, nearest
 from hrf_fast.user_code import source_of, source_of_file
 
-LISTS = {name: ASSETS / "prompts" / f"{name}.txt" for name in PROMPT_LISTS}
+LISTS = {name: ASSETS / "prompts" / file for name, file in PROMPT_LISTS.items()}
 """Files of the lists that ship with the package, by name."""
 
 
