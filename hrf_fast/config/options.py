@@ -61,7 +61,7 @@ class PromptsConfig:
     """The prompts of a text-to-image model; each group draws one."""
 
     source: str | None = option(None)
-    """animals, activities, peeps (for the model of that name), a text file with a prompt on each line, a .jsonl file, or
+    """animals, activities, peeps (for that model), a text file with a prompt on each line, a .jsonl file, or
     module:function."""
     kwargs: dict[str, Any] = option({})
     """Arguments of a source that is a function."""
