@@ -151,12 +151,15 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_prompts(path: Path, count: int = 64) -> None:
-    """Prompts for fine-tuning as JSON lines; each names two to four attributes, which its metadata repeats."""
+    """Prompts for fine-tuning as JSON lines; each names two to four attributes, which its metadata repeats.
+
+    Glasses are left open, so that a reward for them has something to move.
+    """
     random_ = random.Random(3)
     lines: dict[str, str] = {}
     while len(lines) < count:
         text, named = caption(random_person(random_), random_, 0.55)
-        if 2 <= len(named) <= 4:
+        if 2 <= len(named) <= 4 and "accessories" not in named:
             lines[text] = json.dumps({"prompt": text, "metadata": {"attributes": named}})
     path.write_text("".join(f"{line}\n" for line in lines.values()))
 
