@@ -78,7 +78,8 @@ def rewards(arguments: argparse.Namespace) -> None:
     from hrf_fast.rewards import list_rewards
 
     for info in list_rewards():
-        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}")
+        prompts = ", and a model with prompts" if info.reads_prompts else ""
+        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}{prompts}")
         for argument in info.arguments:
             default = "required" if argument.required else f"default {argument.default!r}"
             print(f"    {argument.name} ({argument.type}, {default}): {argument.doc}")
