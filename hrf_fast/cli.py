@@ -86,6 +86,20 @@ def rewards(arguments: argparse.Namespace) -> None:
     print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
 
 
+def serve_reward(arguments: argparse.Namespace) -> None:
+    """Serve a reward over HTTP, for runs with reward.name=remote."""
+    from hrf_fast.commands import serve
+
+    serve(
+        arguments.reward,
+        arguments.kwargs,
+        host=arguments.host,
+        port=arguments.port,
+        max_bytes=arguments.max_bytes,
+        device=arguments.device,
+    )
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """Measure: kernels, training against the loop as published, memory, or what HRF-D's cheap searches lose."""
     root = Path(__file__).parents[1]
@@ -156,7 +170,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     def add(function: Callable[[argparse.Namespace], Any], **kwargs: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__, formatter_class=_Help, **kwargs
+            function.__name__.replace("_", "-"),
+            help=function.__doc__,
+            description=function.__doc__,
+            formatter_class=_Help,
+            **kwargs,
         )
         command.set_defaults(function=function)
         return command
@@ -203,6 +221,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
     add_options(command, "overrides", "section.option=value, anywhere among the words")
     add(rewards)
+    command = add(serve_reward)
+    command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
+    command.add_argument("kwargs", nargs="*", help="its arguments, as name=value in YAML")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it can ask")
+    command.add_argument("--port", type=int, default=8000, help="port, 0 for any that is free")
+    command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
+    command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(bench)
     command.add_argument("what", choices=("kernels", "training", "memory", "search"), help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
