@@ -44,11 +44,10 @@ def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[di
 def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
     """README.md of a tuned model; arguments as `save_model`."""
     model, sample, evaluation = config.model, config.sample, config.evaluation
-    # where a folder lies is no one else's business
     local = model.name not in SHIPPED and os.path.isdir(model.name)
-    base = Path(model.name).name if local else model.name
+    base = _shown(model.name)
     details = ["a local folder"] if local else []
-    details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
+    details += [f"{name} {_shown(value)}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
     sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
@@ -56,7 +55,8 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "---",
         "library_name: diffusers",
         *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
-        "tags: [unconditional-image-generation, reinforcement-learning, hrf_fast]",
+        f"tags: [{'text-to-image' if policy.takes_prompts else 'unconditional-image-generation'}, "
+        "reinforcement-learning, hrf_fast]",
         "---",
         "",
         f"# {Path(base).name} tuned by {method}",
@@ -86,6 +86,11 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "",
     ]
     return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    """A shipped name, a hub id, or the last part of a folder: where it lies is no one else's business."""
+    return Path(name).name if name not in SHIPPED and os.path.isdir(name) else name
 
 
 def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]:
