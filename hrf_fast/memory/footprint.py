@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from hrf_fast.config.options import PRECISIONS
-from hrf_fast.policies.base import Policy
+from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.files import ModelFiles
-from hrf_fast.policies.load import untrained_network
 from hrf_fast.policies.network import Network
+from hrf_fast.policies.untrained import untrained_condition, untrained_network
+
+Conditions = Callable[[int], tuple[Condition, Condition]]
+"""Images -> their conditions where nothing is trained, and in an update."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,14 @@ class Footprint:
         return sum(self.tensors)
 
 
-def measure_model(files: ModelFiles, *, device: str) -> dict[tuple[str, bool], Footprint]:
+def measure_model(
+    files: ModelFiles, *, device: str, guided: tuple[bool, bool] = (False, False)
+) -> dict[tuple[str, bool], Footprint]:
     """Count a model's activations without its weights, for (precision, with gradient checkpointing).
 
     Args:
         device: cuda or cpu, whose autocast rules differ.
+        guided: whether there is guidance where nothing is trained, and in an update.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -74,6 +80,10 @@ def measure_model(files: ModelFiles, *, device: str) -> dict[tuple[str, bool], F
     try:
         with FakeTensorMode():
             network, shape = untrained_network(files)
+
+            def conditions(images: int) -> tuple[Condition, Condition]:
+                return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
+
             if device == "cuda":
                 for module in network.modules():
                     if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
@@ -83,7 +93,9 @@ def measure_model(files: ModelFiles, *, device: str) -> dict[tuple[str, bool], F
                 for precision in PRECISIONS:
                     # fp16 takes as much as bf16
                     known = footprints.get(("bf16", checkpointing)) if precision != "fp32" else None
-                    footprints[precision, checkpointing] = known or _footprint(Network(network.unet, precision), shape)
+                    footprints[precision, checkpointing] = known or _footprint(
+                        Network(network.unet, precision), shape, conditions
+                    )
     finally:
         gc.unfreeze()
     return footprints
@@ -94,38 +106,51 @@ def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
     return (inputs[0].float(), *inputs[1:])
 
 
-def measure_running(policy: Policy, *, checkpointing: bool) -> Footprint:
-    """Like `measure_model`, for a loaded policy in its own precision, on three images; clears its gradients."""
+def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True) -> Footprint:
+    """Like `measure_model`, for a loaded policy in its own precision, on three images; clears its gradients.
+
+    Args:
+        guided: whether updates are under the policy's guidance.
+    """
+
+    def conditions(images: int) -> tuple[Condition, Condition]:
+        return policy.condition([None] * images), policy.condition([None] * images, guided=guided)
+
     policy.network.checkpoint_activations(checkpointing)
     try:
-        return _footprint(policy.network, policy.latent_shape)
+        return _footprint(policy.network, policy.latent_shape, conditions)
     finally:
         policy.network.checkpoint_activations(False)
         for parameter in policy.network.parameters():
             parameter.grad = None
 
 
-def _footprint(network: nn.Module, shape: tuple[int, ...]) -> Footprint:
+def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Conditions) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
-    two, three = (_peaks(network, shape, images) for images in (2, 3))
+    two, three = (_peaks(network, shape, images, *conditions(images)) for images in (2, 3))
     sampling, graph, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
     image_bytes = 4 * math.prod(shape)
     return Footprint(sampling, graph, update, tuple(p.numel() for p in network.parameters()), image_bytes)
 
 
-def _peaks(network: nn.Module, shape: tuple[int, ...], images: int) -> tuple[int, int, int]:
-    """Bytes of `sampling`, `kept` and `update` for a number of images."""
+def _peaks(
+    network: nn.Module, shape: tuple[int, ...], images: int, sampled: Condition, trained: Condition
+) -> tuple[int, int, int]:
+    """Bytes of `sampling`, `kept` and `update` for a number of images, whose calls have their branches as rows."""
     parameters = list(network.parameters())
-    latents = torch.zeros(images, *shape, device=parameters[0].device)
+    latents = torch.zeros(2 * images, *shape, device=parameters[0].device)
+    rows, trained_rows = latents[: images * sampled.branches], latents[: images * trained.branches]
+    inputs, trained_inputs = sampled.inputs, trained.inputs
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 
-    with _Live([*parameters, *gradients, *network.buffers(), latents]) as live:
+    prepared = [latents, *inputs.values(), *trained_inputs.values()]
+    with _Live([*parameters, *gradients, *network.buffers(), *prepared]) as live:
         with torch.no_grad():
-            network(latents, 0).float()
+            network(rows, 0, **inputs).float()
         sampling = live.restart()
-        output = network(latents, 0).float()
+        output = network(trained_rows, 0, **trained_inputs).float()
         gc.collect()
         graph = live.now
         output.sum().backward()

@@ -23,6 +23,7 @@ _TITLES = {
 def describe(plan: Plan) -> str:
     """States per GPU, activations per mode, what fits, network calls, and a verdict on the configuration itself."""
     side = f"{plan.config.model.name}: {plan.any_footprint.parameters / 1e6:.1f} M parameters"
+    side += f" and {show_bytes(plan.frozen)} of text encoders and decoder" if plan.frozen else ""
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     tables = (_states(plan), _activations(plan), _fits(plan))
     return "\n\n".join([head, *map(_table, tables), _calls(plan), _verdict(plan)])

@@ -7,8 +7,6 @@ is a UNet of a kind that the trainer can't drive (checks.py). Both happen before
 from __future__ import annotations
 
 import fnmatch
-import json
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.hub import files_in, find_folder
 from hrf_fast.policies.checks import check_text_to_image, check_unconditional
+from hrf_fast.policies.component import INDEXES, VARIANT, Component, read_json, stems, weight_files
 from hrf_fast.policies.schedulers import check_scheduler
 
 # the parts of a pipeline by name, and the class that a part's config must say it is
@@ -39,41 +38,12 @@ PIPELINES = {
     STABLE_DIFFUSION: _TEXT,
     STABLE_DIFFUSION_XL: _TEXT_XL,
 }
-# the names of a part's weights, one file or shards that an index lists: diffusers', and transformers' by suffix
-_DIFFUSERS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
-_TRANSFORMERS = {"safetensors": "model", "bin": "pytorch_model"}
-_STEMS = "diffusion_pytorch_model|model|pytorch_model"
-_VARIANT = re.compile(rf"(?:{_STEMS})\.(?:(?:safetensors|bin)\.index\.)?([^.-]+)\.(?:safetensors|bin|json)")
-_INDEXES = "diffusion_pytorch_model.*index*.json"
 # of every model; those of text-to-image parts follow where model_index.json has them
 CONFIGS = (
     *("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"),
     *("config.json", "scheduler_config.json"),
-    *(_INDEXES, f"unet/{_INDEXES}", f"vqvae/{_INDEXES}"),
+    *(INDEXES, f"unet/{INDEXES}", f"vqvae/{INDEXES}"),
 )
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of a pipeline: the folder that holds it, its config, and the files of its weights."""
-
-    folder: Path
-    config: dict[str, Any]
-    kind: str = ""
-    """Its class in diffusers or transformers."""
-    weights: tuple[str, ...] = ()
-    """Names in the folder: one file, or an index and then its shards; empty where there are none."""
-    variant: str | None = None
-    """The variant that these files are of."""
-
-    @property
-    def of_transformers(self) -> bool:
-        return self.kind.startswith("CLIP")
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether it is a network."""
-        return not self.kind.endswith(("Scheduler", "Tokenizer"))
 
 
 @dataclass(frozen=True)
@@ -86,7 +56,7 @@ class ModelFiles:
     parts: dict[str, Component]
     """unet and scheduler, and by the pipeline vqvae, or vae, text_encoder, tokenizer and SDXL's second pair."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What model_index.json says."""
+    """The values of model_index.json."""
 
     @property
     def unet(self) -> Component:
@@ -144,40 +114,25 @@ def read_decoder(name: str) -> Component:
     def read(folder: Path, names: Collection[str]) -> Component:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{option} is {name!r}, which holds no config.json; give an AutoencoderTiny of diffusers")
-        part = Component(folder, _read_json(folder / "config.json", option), "AutoencoderTiny")
+        part = Component(folder, read_json(folder / "config.json", option), "AutoencoderTiny")
         if part.config.get("_class_name") != part.kind:
             raise ValueError(
                 f"{option} is {name!r}, which is a {part.config.get('_class_name')}; give an AutoencoderTiny such as "
                 "madebyollin/taesd (SD) or madebyollin/taesdxl (SDXL), or null for the model's own VAE"
             )
-        if not (chosen := _weight_files(part, folder, names, None)):
+        if not (chosen := weight_files(part, folder, names, None)):
             raise ValueError(f"{option} is {name!r}, which has no weights; give a folder that save_pretrained wrote")
         return replace(part, weights=tuple(chosen))
 
-    configs = ("config.json", _INDEXES)
+    configs = ("config.json", INDEXES)
     folder = find_folder(option, name, files=configs, choose=lambda folder, names: read(folder, names).weights)
     return read(folder, files_in(folder))
-
-
-def shards_of(index: Path) -> dict[str, str]:
-    """The file of each tensor, by name, as an index of sharded weights has them.
-
-    Raises:
-        ValueError: not an index, or one that names files outside its own folder.
-    """
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
-        raise ValueError(
-            f"model.name: {index} has no weight_map from tensors to files beside it; save the model again with "
-            "diffusers' save_pretrained"
-        )
-    return shards
 
 
 def _read(name: str, folder: Path) -> ModelFiles:
     """The parts in a folder by their configs."""
     index = folder / "model_index.json"
-    settings = _read_json(index) if index.is_file() else {}
+    settings = read_json(index) if index.is_file() else {}
     pipeline = _pipeline(folder, name)
     parts = {part: _component(name, folder, pipeline, part, kind) for part, kind in PIPELINES[pipeline].items()}
     files = ModelFiles(name, pipeline, parts, settings)
@@ -208,7 +163,7 @@ def _pipeline(folder: Path, name: str) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         return "DDPMPipeline"
-    kind = _read_json(index).get("_class_name", "DDPMPipeline")
+    kind = read_json(index).get("_class_name", "DDPMPipeline")
     if kind not in PIPELINES:
         raise ValueError(
             f"model.name is {name!r}, whose model_index.json says {kind}; there is a policy for "
@@ -227,7 +182,7 @@ def _component(name: str, folder: Path, pipeline: str, part: str, kind: str) -> 
     config = kinds.get(part.removesuffix("_2"), "config.json")
     for candidate in (folder / part, folder):
         if (candidate / config).is_file():
-            values = _read_json(candidate / config)
+            values = read_json(candidate / config)
             says = values.get("_class_name") or (values.get("architectures") or [None])[0]
             if kind.endswith("Tokenizer"):
                 says = str(values.get("tokenizer_class", kind)).removesuffix("Fast")
@@ -248,15 +203,15 @@ def _with_weights(files: ModelFiles, folder: Path, names: Collection[str], varia
     networks = {name: part for name, part in files.parts.items() if part.has_weights}
     folders = {"" if part.folder == folder else part.folder.name for part in networks.values()}
     split = [name.rpartition("/") for name in names]
-    variants = sorted({match[1] for at, _, file in split if at in folders and (match := _VARIANT.fullmatch(file))})
+    variants = sorted({match[1] for at, _, file in split if at in folders and (match := VARIANT.fullmatch(file))})
 
     def choose(part: Component) -> Component:
         # as in diffusers, a part without files of the variant has its plain ones read
         for choice in (variant, None):
-            if weights := _weight_files(part, folder, names, choice):
+            if weights := weight_files(part, folder, names, choice):
                 return replace(part, weights=tuple(weights), variant=choice)
         way_out = f"set model.variant to one of {', '.join(variants)}" if variants else "use a model with weights"
-        stem = _stems(part)["safetensors"]
+        stem = stems(part)["safetensors"]
         raise ValueError(
             f"model.name is {files.name!r}, but {part.folder} has no {stem}.safetensors and no .bin; {way_out}"
         )
@@ -268,38 +223,3 @@ def _with_weights(files: ModelFiles, folder: Path, names: Collection[str], varia
             f"use {' or '.join([*variants, 'null'])}"
         )
     return replace(files, parts=files.parts | chosen)
-
-
-def _stems(part: Component) -> dict[str, str]:
-    return _TRANSFORMERS if part.of_transformers else _DIFFUSERS
-
-
-def _weight_files(part: Component, folder: Path, names: Collection[str], variant: str | None) -> list[str]:
-    """The files that the part's library reads: safetensors before .bin, an index with its shards before a single file.
-
-    Returns:
-        Their names in the part's folder; nothing where it has none of the variant.
-    """
-    start = "" if part.folder == folder else f"{part.folder.name}/"
-    dot = f".{variant}" if variant else ""
-    for suffix, stem in _stems(part).items():
-        # the second form is how diffusers once named the index of a variant
-        for index in (f"{stem}.{suffix}.index{dot}.json", f"{stem}.{suffix}{dot}.index.json"):
-            if start + index in names:
-                return [index, *sorted(set(shards_of(part.folder / index).values()))]
-        if start + (single := f"{stem}{dot}.{suffix}") in names:
-            return [single]
-    return []
-
-
-def _read_json(path: Path, option: str = "model.name") -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{option}: {path} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{option}: {path} holds a JSON {type(values).__name__}, not an object; "
-            "give the file that diffusers' save_pretrained writes"
-        )
-    return values

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from hrf_fast.hub import first_line
-from hrf_fast.policies.files import Component, shards_of
+from hrf_fast.policies.component import Component, shards_of
 from hrf_fast.weights import describe, not_finite
 
 
@@ -77,7 +77,7 @@ def load_module(model: str, part: Component) -> Any:
 
 
 def from_pretrained(model: str, part: Component, **options: Any) -> Any:
-    """What a part's library makes of its folder.
+    """Load a part from its folder by its own library.
 
     Raises:
         ValueError: config or weights do not load.

@@ -49,21 +49,20 @@ def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[di
 def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
     """README.md of a tuned model; arguments as `save_model`."""
     model, sample, evaluation = config.model, config.sample, config.evaluation
-    # where a folder lies is no one else's business
     local = model.name not in SHIPPED and os.path.isdir(model.name)
-    base = Path(model.name).name if local else model.name
+    base = _shown(model.name)
     details = ["a local folder"] if local else []
-    details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
+    details += [f"{name} {_shown(value)}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
     sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
-    task = "text-to-image" if config.prompts.source else "unconditional-image-generation"
-    prompts = f", {evaluation.images_per_prompt} to a prompt" if config.prompts.source else ""
+    prompts = f", {evaluation.images_per_prompt} to a prompt" if policy.takes_prompts else ""
     lines = [
         "---",
         "library_name: diffusers",
         *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
-        f"tags: [{task}, reinforcement-learning, hrf_fast]",
+        f"tags: [{'text-to-image' if policy.takes_prompts else 'unconditional-image-generation'}, "
+        "reinforcement-learning, hrf_fast]",
         "---",
         "",
         f"# {Path(base).name} tuned by {method}",
@@ -93,6 +92,11 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "",
     ]
     return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    """A shipped name, a hub id, or the last part of a folder: where it lies is no one else's business."""
+    return Path(name).name if name not in SHIPPED and os.path.isdir(name) else name
 
 
 def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]:

@@ -168,9 +168,9 @@ def measured_once(monkeypatch):
     """The tiny UNet is measured once in this file: it takes seconds."""
     original = activations_module.measure_running
 
-    def measure(policy, *, checkpointing):
+    def measure(policy, *, checkpointing, guided):
         if checkpointing not in _MEASURED:
-            _MEASURED[checkpointing] = original(policy, checkpointing=checkpointing)
+            _MEASURED[checkpointing] = original(policy, checkpointing=checkpointing, guided=guided)
         return _MEASURED[checkpointing]
 
     monkeypatch.setattr(activations_module, "measure_running", measure)
