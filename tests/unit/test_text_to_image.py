@@ -240,6 +240,7 @@ def test_compiled_calls_take_conditions_of_any_batch(mode, monkeypatch):
 
 def text_words(folder, *more):
     words = [*tiny_words(text_model("sd1"), folder), "sample.guidance_scale=3", "train.clip_range=1", *more]
+    words += ["prompts.source=animals", "evaluation.images_per_prompt=2"]
     return [word for word in words if not word.startswith("evaluation.every")] + ["evaluation.every=0"]
 
 
