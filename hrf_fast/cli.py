@@ -78,11 +78,26 @@ def rewards(arguments: argparse.Namespace) -> None:
     from hrf_fast.rewards import list_rewards
 
     for info in list_rewards():
-        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}")
+        prompts = ", and a model with prompts" if info.reads_prompts else ""
+        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}{prompts}")
         for argument in info.arguments:
             default = "required" if argument.required else f"default {argument.default!r}"
             print(f"    {argument.name} ({argument.type}, {default}): {argument.doc}")
     print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
+
+
+def serve_reward(arguments: argparse.Namespace) -> None:
+    """Serve a reward over HTTP, for runs with reward.name=remote."""
+    from hrf_fast.commands import serve
+
+    serve(
+        arguments.reward,
+        arguments.kwargs,
+        host=arguments.host,
+        port=arguments.port,
+        max_bytes=arguments.max_bytes,
+        device=arguments.device,
+    )
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -220,6 +235,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
     add_options(command, "overrides", "section.option=value, anywhere among the words")
     add(rewards)
+    command = add(serve_reward)
+    command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
+    command.add_argument("kwargs", nargs="*", help="its arguments, as name=value in YAML")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it can ask")
+    command.add_argument("--port", type=int, default=8000, help="port, 0 for any that is free")
+    command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
+    command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(bench)
     command.add_argument("what", choices=("kernels", "training", "memory", "search"), help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
 from hrf_fast.config.load import load_config
@@ -23,6 +24,8 @@ from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import merged
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
+from hrf_fast.rewards import build_reward
+from hrf_fast.rewards.serve import RewardServer
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.files import INTERVALS, PANEL, read_log, write_atomically
@@ -191,6 +194,33 @@ def evaluate(run: Path, words: list[str]) -> Path:
         )
     write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
     return run / "evaluation.json"
+
+
+def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes: int, device: str) -> None:
+    """Serve a reward until Ctrl-C.
+
+    Args:
+        reward: a name of the registry, or module:function; words: its arguments, as name=value in YAML.
+
+    Raises:
+        ValueError: no such reward or argument, or a limit below 1.
+        OSError: the address is in use.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"--max-bytes is {max_bytes}; use at least 1")
+    kwargs: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is no argument of a reward; write name=value")
+        kwargs[name] = yaml.safe_load(value)
+    chosen = choose_device(device)
+    server = RewardServer(
+        build_reward(reward, chosen, kwargs), host=host, port=port, max_bytes=max_bytes, device=chosen
+    )
+    with server:
+        print(f"{reward} on {server.url}: hrf train reward.name=remote reward.kwargs.url={server.url}", flush=True)
+        server.serve_forever()
 
 
 def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:

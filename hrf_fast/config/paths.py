@@ -24,11 +24,11 @@ def with_absolute_paths(config: Config) -> Config:
 
     In `kwargs` of rewards, schedules and prompts, whose texts may be anything, a leading ~/ is expanded.
     """
-    reward, file, prompts = config.reward, config.engine.deepspeed, config.prompts
+    reward, file, model, prompts = config.reward, config.engine.deepspeed, config.model, config.prompts
     terms = [replace(term, kwargs=_expanded(term.kwargs)) for term in reward.terms]
     return replace(
         config,
-        model=replace(config.model, name=_local(config.model.name)),
+        model=replace(model, name=_local(model.name), decoder=model.decoder and _local(model.decoder)),
         prompts=replace(prompts, source=_file(prompts.source), kwargs=_expanded(prompts.kwargs)),
         evaluation=replace(
             config.evaluation,

@@ -175,8 +175,8 @@ def _peaks(
     for parameter, gradient in zip(learnt, gradients, strict=True):
         parameter.grad = gradient
 
-    given = [latents, *inputs.values(), *trained_inputs.values()]
-    with _Live([*parameters, *gradients, *network.buffers(), *given]) as live:
+    prepared = [latents, *inputs.values(), *trained_inputs.values()]
+    with _Live([*parameters, *gradients, *network.buffers(), *prepared]) as live:
         with torch.no_grad():
             network(rows, 0, **inputs).float()
         sampling = live.restart()

@@ -56,7 +56,7 @@ class ModelFiles:
     parts: dict[str, Component]
     """unet and scheduler, and by the pipeline vqvae, or vae, text_encoder, tokenizer and SDXL's second pair."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What model_index.json says."""
+    """The values of model_index.json."""
 
     @property
     def unet(self) -> Component:

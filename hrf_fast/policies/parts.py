@@ -77,7 +77,7 @@ def load_module(model: str, part: Component) -> Any:
 
 
 def from_pretrained(model: str, part: Component, **options: Any) -> Any:
-    """What a part's library makes of its folder.
+    """Load a part from its folder by its own library.
 
     Raises:
         ValueError: config or weights do not load.

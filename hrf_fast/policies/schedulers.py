@@ -70,8 +70,8 @@ def make_scheduler(model: str, config: dict[str, Any], *, pipeline: str) -> Any:
     """
     scheduler = _from_config(model, config["_class_name"], config)
     if config["_class_name"] not in _EXACT:
-        kept = {"clip_sample": False} | {name: scheduler.config[name] for name in _KEPT if name in scheduler.config}
-        ddim = _from_config(model, "DDIMScheduler", scheduler.config, **kept)
+        settings = {"clip_sample": False} | {name: scheduler.config[name] for name in _KEPT if name in scheduler.config}
+        ddim = _from_config(model, "DDIMScheduler", scheduler.config, **settings)
         # with zero terminal SNR some have 2**-24 where DDIM has 0
         if not torch.allclose(ddim.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-5, atol=1e-6):
             raise ValueError(

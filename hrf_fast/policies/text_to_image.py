@@ -60,11 +60,11 @@ class StableDiffusionPolicy(UNetPolicy):
 
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The embeddings of prompts and, under guidance, of their negative prompts; None is the empty prompt."""
-        given = [prompt or Prompt("") for prompt in prompts]
-        conditional = self._encoder.rows([prompt.text for prompt in given])
+        chosen = [prompt or Prompt("") for prompt in prompts]
+        conditional = self._encoder.rows([prompt.text for prompt in chosen])
         if not guided or self.guidance_scale == 1:
             return Condition(conditional)
-        return Condition(conditional, self._encoder.negative_rows([prompt.negative for prompt in given]))
+        return Condition(conditional, self._encoder.negative_rows([prompt.negative for prompt in chosen]))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

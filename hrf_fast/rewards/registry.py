@@ -19,7 +19,7 @@ from hrf_fast.registry import Registry, call_factory
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = ("jpeg", "aesthetic", "classifier")
+FAMILIES = ("jpeg", "aesthetic", "classifier", "text_image", "remote")
 
 
 class Reward(Protocol):
