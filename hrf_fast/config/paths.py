@@ -24,11 +24,11 @@ def with_absolute_paths(config: Config) -> Config:
 
     In `kwargs` of rewards and schedules, whose texts may be anything, a leading ~/ is expanded.
     """
-    reward, file = config.reward, config.engine.deepspeed
+    reward, file, model = config.reward, config.engine.deepspeed, config.model
     terms = [replace(term, kwargs=_expanded(term.kwargs)) for term in reward.terms]
     return replace(
         config,
-        model=replace(config.model, name=_local(config.model.name)),
+        model=replace(model, name=_local(model.name), decoder=model.decoder and _local(model.decoder)),
         evaluation=replace(config.evaluation, network=_local(config.evaluation.network)),
         engine=replace(config.engine, deepspeed=None if file is None else str(absolute(file))),
         reward=replace(reward, kwargs=_expanded(reward.kwargs), terms=terms),

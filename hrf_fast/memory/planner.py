@@ -20,6 +20,7 @@ from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
 from hrf_fast.noise import noise_generator
+from hrf_fast.policies.checks import check_options
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
 from hrf_fast.policies.untrained import frozen_bytes, plan_sampler
@@ -231,6 +232,13 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(f"--gpus is {gpus}; use at least 1")
     files = read_model(config.model.name, config.model.revision, weights=False)
     sample = config.sample
+    check_options(
+        config.model.name,
+        files.takes_prompts,
+        guidance_scale=sample.guidance_scale,
+        decoder=config.model.decoder,
+        offload=config.compute.offload,
+    )
     sampler = plan_sampler(files, kind=sample.scheduler, num_inference_steps=sample.num_inference_steps, eta=sample.eta)
     counts = count_calls(config, sampler.stochastic_steps)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
-from hrf_fast.policies.checks import check_unet
+from hrf_fast.policies.checks import check_options, check_unet
 from hrf_fast.policies.encoders import PromptEncoder, PromptEncoderXL, time_ids
 from hrf_fast.policies.files import STABLE_DIFFUSION, ModelFiles, read_decoder, read_model
 from hrf_fast.policies.latent import LatentPolicy
@@ -58,7 +58,9 @@ def load_policy(
             its config or not finite; an option that this model has no use for; or an HRF_KERNELS that can't run here.
     """
     files, device = read_model(name, revision, variant), torch.device(device)
-    _check_options(files, decoder=decoder, guidance_scale=guidance_scale, offload=offload, device=device)
+    check_options(name, files.takes_prompts, decoder=decoder, guidance_scale=guidance_scale, offload=offload)
+    if offload and device.type == "cpu":
+        raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():
         scheduler = _scheduler(files)
         unet = load_module(_model(files), files.unet)
@@ -84,21 +86,6 @@ def _model(files: ModelFiles) -> str:
 
 def _scheduler(files: ModelFiles) -> Any:
     return make_scheduler(_model(files), files.parts["scheduler"].config, pipeline=files.pipeline)
-
-
-def _check_options(
-    files: ModelFiles, *, decoder: str | None, guidance_scale: float, offload: bool, device: torch.device
-) -> None:
-    """Refuse options that would do nothing for this model or on this device."""
-    values = {"sample.guidance_scale": (guidance_scale, 1), "model.decoder": (decoder, None)}
-    for option, (value, neutral) in {**values, "compute.offload": (offload, False)}.items():
-        if value != neutral and not files.takes_prompts:
-            raise ValueError(
-                f"{option} is {value} but {_model(files)}, an unconditional model, which has no prompts to steer it "
-                f"and no encoders; leave it at {neutral}, or name a text-to-image model"
-            )
-    if offload and device.type == "cpu":
-        raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
 
 
 def _text_to_image(

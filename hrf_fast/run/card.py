@@ -44,17 +44,10 @@ def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[di
 def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
     """README.md of a tuned model; arguments as `save_model`."""
     model, sample, evaluation = config.model, config.sample, config.evaluation
-    # where a folder lies is no one else's business
     local = model.name not in SHIPPED and os.path.isdir(model.name)
-    base = Path(model.name).name if local else model.name
-    pinned = {name: value for name in ("revision", "variant") if (value := getattr(model, name))}
-    shipped = f'ASSETS / "{base}" / "model"' if model.name in SHIPPED else ""
-    source = shipped or ", ".join([f'"{base}"', *(f'{name}="{value}"' for name, value in pinned.items())])
-    example = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, source).strip()
-    if shipped and shipped in example:
-        example = f"from hrf_fast.assets import ASSETS\n{example}"
+    base = _shown(model.name)
     details = ["a local folder"] if local else []
-    details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
+    details += [f"{name} {_shown(value)}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
     sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
@@ -62,7 +55,8 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "---",
         "library_name: diffusers",
         *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
-        "tags: [unconditional-image-generation, reinforcement-learning, hrf_fast]",
+        f"tags: [{'text-to-image' if policy.takes_prompts else 'unconditional-image-generation'}, "
+        "reinforcement-learning, hrf_fast]",
         "---",
         "",
         f"# {Path(base).name} tuned by {method}",
@@ -85,7 +79,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
         "",
         "```python",
-        example,
+        _example(policy, config),
         "```",
         "",
         "Another number of steps, another eta or another scheduler is another sampler, whose images get other rewards;",
@@ -101,6 +95,21 @@ def _trained(lora: LoraConfig) -> list[str]:
         return []
     alpha = lora.rank if lora.alpha is None else lora.alpha
     return [f"| trained | LoRA of rank {lora.rank}, alpha {alpha:g}, on {', '.join(lora.targets)} |"]
+
+
+def _example(policy: Policy, config: Config) -> str:
+    """The lines that draw; adapters are loaded into the model that was tuned."""
+    model, sample = config.model, config.sample
+    pinned = [f'{name}="{value}"' for name in ("revision", "variant") if (value := getattr(model, name))]
+    shipped = f'ASSETS / "{model.name}" / "model"' if model.name in SHIPPED else ""
+    base = shipped or ", ".join([f'"{_shown(model.name)}"', *pinned])
+    lines = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, base).strip()
+    return f"from hrf_fast.assets import ASSETS\n{lines}" if shipped and shipped in lines else lines
+
+
+def _shown(name: str) -> str:
+    """A shipped name, a hub id, or the last part of a folder: where it lies is no one else's business."""
+    return Path(name).name if name not in SHIPPED and os.path.isdir(name) else name
 
 
 def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]:
