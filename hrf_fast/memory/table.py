@@ -25,8 +25,7 @@ def describe(plan: Plan) -> str:
     footprint, lora = plan.footprints[plan.config.compute.precision, False], plan.config.lora
     side = f"{plan.config.model.name}: {footprint.parameters / 1e6:.1f} M parameters"
     if lora.rank:
-        trained = f"{sum(footprint.tensors):,} of them trained (LoRA of rank {lora.rank})"
-        side += f", {trained}, the others in {lora.base_precision}"
+        side += f" ({sum(footprint.tensors):,} trained: LoRA of rank {lora.rank}; the others in {lora.base_precision})"
     side += f" and {show_bytes(plan.frozen)} of text encoders and decoder" if plan.frozen else ""
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     tables = (_states(plan), _activations(plan), _fits(plan))

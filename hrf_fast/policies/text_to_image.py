@@ -105,7 +105,7 @@ class StableDiffusionPolicy(UNetPolicy):
                 folder, safe_serialization=True
             )
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str) -> str:
+    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
         source, adapters = ('"."', "") if not adapted_layers(self.unet) else (base, 'pipeline.load_lora_weights(".")\n')
         kind, options, noise = scheduler_of(scheduler, eta)

@@ -52,12 +52,6 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
     model, sample, evaluation = config.model, config.sample, config.evaluation
     local = model.name not in SHIPPED and os.path.isdir(model.name)
     base = _shown(model.name)
-    pinned = {name: value for name in ("revision", "variant") if (value := getattr(model, name))}
-    shipped = f'ASSETS / "{base}" / "model"' if model.name in SHIPPED else ""
-    source = shipped or ", ".join([f'"{base}"', *(f'{name}="{value}"' for name, value in pinned.items())])
-    example = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, source).strip()
-    if shipped and shipped in example:
-        example = f"from hrf_fast.assets import ASSETS\n{example}"
     details = ["a local folder"] if local else []
     details += [f"{name} {_shown(value)}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
@@ -92,7 +86,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
         "",
         "```python",
-        example,
+        _example(policy, config),
         "```",
         "",
         "Another number of steps, another eta or another scheduler is another sampler, whose images get other rewards;",
@@ -108,6 +102,16 @@ def _trained(lora: LoraConfig) -> list[str]:
         return []
     alpha = lora.rank if lora.alpha is None else lora.alpha
     return [f"| trained | LoRA of rank {lora.rank}, alpha {alpha:g}, on {', '.join(lora.targets)} |"]
+
+
+def _example(policy: Policy, config: Config) -> str:
+    """The lines that draw; adapters are loaded into the model that was tuned."""
+    model, sample = config.model, config.sample
+    pinned = [f'{name}="{value}"' for name in ("revision", "variant") if (value := getattr(model, name))]
+    shipped = f'ASSETS / "{model.name}" / "model"' if model.name in SHIPPED else ""
+    base = shipped or ", ".join([f'"{_shown(model.name)}"', *pinned])
+    lines = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, base).strip()
+    return f"from hrf_fast.assets import ASSETS\n{lines}" if shipped and shipped in lines else lines
 
 
 def _shown(name: str) -> str:

@@ -1,10 +1,12 @@
-"""Parity with DDPOTrainer of trl 0.23.1: rollouts, log-probs, ratios, losses and gradients of full fine-tuning."""
+"""Parity with DDPOTrainer of trl 0.23.1: rollouts, log-probs, ratios, losses and gradients, full and LoRA."""
 
 import pytest
 import torch
 
+from hrf_fast.engines.base import trained_weights
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.prompts import Prompt
 from hrf_fast.training.advantages import group_advantages
@@ -18,6 +20,8 @@ from tests.conftest import GRADIENT_TOLERANCE, make_scheduler
 from tests.parity.text_golden import LOG_PROBS, LOSSES, case, close, denoise, module, policy, read
 
 CASES = [f"{kind}.T{steps}.{guidance}" for kind in ("eps", "v") for steps in (5, 8) for guidance in ("cfg", "nocfg")]
+# adapters of rank and alpha 4, random ones, which are all that is trained
+LORA = ["lora.T5.cfg", "lora.T5.nocfg"]
 ADVANTAGE_CLIP = 5.0
 SCHEDULES = ("alpha_one", "clip_sample", "half_eta", "trailing", "v_clip", "v_zero_snr", "x0")
 
@@ -27,7 +31,13 @@ def load(key, *, new=False):
     facts, tensors = case("trl_ddpo", key)
     options = {"num_inference_steps": facts["num_inference_steps"], "guidance_scale": facts["sample_guidance_scale"]}
     loaded = policy("trl_ddpo", scheduler=facts["pred"], sampler="ddim_trl", **options)
-    if new:
+    if key in LORA:
+        add_adapters(loaded.unet, rank=4, alpha=4, targets=["to_k", "to_q", "to_v", "to_out.0"])
+        prefix = "lora_new." if new else "lora."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        assert weights.keys() == trained_weights(loaded.unet).keys()
+        loaded.unet.load_state_dict(weights, strict=False)
+    elif new:
         config = read("trl_ddpo")[0]["configs"]["unet"]
         loaded.unet.load_state_dict(module("trl_ddpo", type(loaded.unet), config, "unet_new").state_dict())
     condition = loaded.condition([Prompt(text) for text in facts["prompts"]], guided=facts["train_cfg"])
@@ -41,7 +51,7 @@ def recorded(tensors, condition):
     return Trajectory(group, tensors["latents"], tensors["log_probs"], tensors["images"])
 
 
-@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize("key", CASES + LORA)
 def test_prompts_are_encoded_and_rolled_out_as_by_trl(key):
     _, tensors, loaded, condition = load(key)
     _, shared = read("trl_ddpo")
@@ -62,7 +72,7 @@ def test_advantages_over_the_whole_batch_up_to_the_kind_of_std(key):
     torch.testing.assert_close(ours * (count / (count - 1)) ** 0.5, tensors["advantages"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize("key", CASES + LORA)
 def test_log_probs_ratios_kl_and_losses_under_other_weights(key):
     facts, tensors, loaded, condition = load(key, new=True)
     trajectory = recorded(tensors, condition)
@@ -103,7 +113,7 @@ def update(key, clip_range, images_per_call=0):
     calls = CallPlan(facts["batch"], images_per_call).replay({0: trajectory.window})
     clips = Clips(clip_range, ADVANTAGE_CLIP, scale_by_window=False)
     stats = optimizer_step(engine, loaded, {0: trajectory}, {0: tensors["advantages"]}, calls, clips)
-    return stats, {name: parameter.grad for name, parameter in loaded.unet.named_parameters()}
+    return stats, {name: parameter.grad for name, parameter in trained_weights(loaded.unet).items()}
 
 
 def gradient_error(gradients, tensors, name):
@@ -114,7 +124,7 @@ def gradient_error(gradients, tensors, name):
     return float(difference / sum(value.double().square().sum() for value in expected.values()).sqrt())
 
 
-@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize("key", CASES + LORA)
 def test_every_gradient_of_the_sum_over_steps(key):
     facts, tensors = case("trl_ddpo", key)
     for name, clip_range in facts["clip_ranges"].items():

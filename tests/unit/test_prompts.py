@@ -58,7 +58,11 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
     prompts, source = load_prompts(OPTION, name)
     texts = [prompt.text for prompt in prompts.prompts]
     assert LISTS[name].is_file() and source is None and len(texts) == len(set(texts)) >= 45
-    known = {"animals": "cat", "activities": "a cat riding a bike", "peeps": "a character, in love, in a green top, by a purple wall"}
+    known = {
+        "animals": "cat",
+        "activities": "a cat riding a bike",
+        "peeps": "a character, in love, in a green top, by a purple wall",
+    }
     assert known[name] in texts
 
 
