@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class TrlRun:
-    """What a source says: fields of DDPOConfig, the rewards and prompts that a script names."""
+    """The contents of a source: fields of DDPOConfig, the rewards and prompts that a script names."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     reward: str | None = None
