@@ -27,6 +27,7 @@ def test_a_plan_sees_the_shapes_of_the_model_itself(kind):
     assert frozen_bytes(files) == sum(weight.nbytes for module in frozen for weight in module.parameters())
 
 
+@pytest.mark.slow
 def test_a_guided_call_has_the_activations_of_two_images():
     policy = load_text_policy("sd1")
     guided, plain = (measure_running(policy, checkpointing=False, guided=guided) for guided in (True, False))
