@@ -95,15 +95,15 @@ class StableDiffusionPolicy(UNetPolicy):
         """
         import diffusers
 
-        if adapted_layers(self.unet):
-            return save_adapters(self.unet, folder, getattr(diffusers, self._pipeline))
-
-        # of the files that are written, among the JSON lines of a run
-        with quiet(), contiguous(self.unet):
+        # advice and bars, among the JSON lines of a run
+        with quiet():
             kind = getattr(diffusers, self._pipeline)
-            kind(unet=self.unet, scheduler=self.scheduler, **self._parts).save_pretrained(
-                folder, safe_serialization=True
-            )
+            if adapted_layers(self.unet):
+                save_adapters(self.unet, folder, kind)
+                return
+            with contiguous(self.unet):
+                pipeline = kind(unet=self.unet, scheduler=self.scheduler, **self._parts)
+                pipeline.save_pretrained(folder, safe_serialization=True)
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
