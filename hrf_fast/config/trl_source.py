@@ -96,19 +96,19 @@ def _read_script(source: Path, tree: ast.Module) -> TrlRun:
         if keyword.arg:
             _keep(run, keyword.arg, keyword.value)
     if pipeline := calls.get("DefaultDDPOStableDiffusionPipeline"):
-        given = dict(zip(("pretrained_model", "pretrained_revision", "use_lora"), pipeline.args, strict=False))
+        written = dict(zip(("pretrained_model", "pretrained_revision", "use_lora"), pipeline.args, strict=False))
         names = {"pretrained_model_name": "pretrained_model", "pretrained_model_revision": "pretrained_revision"}
-        given |= {names.get(k.arg, k.arg): k.value for k in pipeline.keywords if k.arg}
-        for name, value in given.items():
+        written |= {names.get(k.arg, k.arg): k.value for k in pipeline.keywords if k.arg}
+        for name, value in written.items():
             # an attribute of the script's arguments, whose default was read above
             if not isinstance(value, ast.Attribute):
                 _keep(run, name, value)
     if trainer := calls.get("DDPOTrainer"):
-        given = dict(zip(("config", "reward_function", "prompt_function"), trainer.args, strict=False))
-        given |= {keyword.arg: keyword.value for keyword in trainer.keywords if keyword.arg}
-        run.reward = _function(given.get("reward_function"), source, functions)
-        run.prompts = _function(given.get("prompt_function"), source, functions)
-        made = given.get("reward_function")
+        handed = dict(zip(("config", "reward_function", "prompt_function"), trainer.args, strict=False))
+        handed |= {keyword.arg: keyword.value for keyword in trainer.keywords if keyword.arg}
+        run.reward = _function(handed.get("reward_function"), source, functions)
+        run.prompts = _function(handed.get("prompt_function"), source, functions)
+        made = handed.get("reward_function")
         if isinstance(made, ast.Call) and _name(made.func) == "aesthetic_scorer":
             # the factory of TRL's example
             run.reward = "aesthetic"

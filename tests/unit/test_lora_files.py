@@ -18,6 +18,7 @@ from hrf_fast.memory.planner import plan
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sample import sample
+from hrf_fast.prompts import Prompt
 from hrf_kernels import philox_normal
 from tests.conftest import tiny_words
 from tests.runs import equal, panels, train
@@ -38,6 +39,8 @@ def brightness(images, prompts):
 def run(tmp_path_factory):
     """An iteration of LoRA on the smallest Stable Diffusion 1: (folder, its words)."""
     folder = tmp_path_factory.mktemp("lora") / "run"
+    prompts = folder.with_name("prompts.txt")
+    prompts.write_text("cat\n")
     torch.set_num_threads(1)
     words = [*tiny_words(text_model("sd1"), folder), "train.iterations=1", "optimizer.learning_rate=0.03"]
     words += [
@@ -46,6 +49,8 @@ def run(tmp_path_factory):
         "sample.guidance_scale=5",
         "evaluation.every=0",
         "evaluation.panel_size=16",
+        "evaluation.images_per_prompt=2",
+        f"prompts.source={prompts}",
     ]
     train([*words, "window.schedule=random", "train.groups_per_iteration=1"], reward=brightness)
     return folder, words
@@ -68,7 +73,7 @@ def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, mo
         shape = policy.latent_shape
         return philox_normal(shape, seed=noise.seed, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
 
-    code = lines_of(folder / "model").replace("your prompt", "").replace('"sd1"', f'"{text_model("sd1")}"')
+    code = lines_of(folder / "model").replace("your prompt", "cat").replace('"sd1"', f'"{text_model("sd1")}"')
     assert 'pipeline.load_lora_weights(".")' in code and str(text_model("sd1")) in code
     for module in DRAWING:
         monkeypatch.setattr(f"{module}.randn_tensor", randn_tensor)
@@ -76,12 +81,12 @@ def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, mo
     names = {}
     with quiet():
         exec(code, names)
-    expected = policy.decode(sample(policy, noise, images_per_call=16))
+    expected = policy.decode(sample(policy, noise, [Prompt("cat")] * 16, images_per_call=16))
     torch.testing.assert_close(names["images"], expected, atol=1e-5, rtol=0)
     assert panels(folder)[-1]["reward"][0] == pytest.approx(float(brightness(expected, None).mean()), abs=1e-5)
     # and the adapters have moved it
     pretrained = build_policy(load_config(words))
-    start = pretrained.decode(sample(pretrained, noise, images_per_call=16))
+    start = pretrained.decode(sample(pretrained, noise, [Prompt("cat")] * 16, images_per_call=16))
     assert float((start - expected).abs().max()) > 1e-3
 
 
@@ -151,7 +156,13 @@ def test_only_adapters_of_text_to_image_models_are_merged(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_a_plan_of_a_text_to_image_model_has_its_adapters():
-    words = [f"model.name={text_model('sdxl')}", "lora.rank=4", "lora.base_precision=bf16", "compute.precision=bf16"]
+    words = [
+        f"model.name={text_model('sdxl')}",
+        "prompts.source=animals",
+        "lora.rank=4",
+        "lora.base_precision=bf16",
+        "compute.precision=bf16",
+    ]
     config = load_config([*words, "sample.guidance_scale=5", "sample.num_inference_steps=6"])
     made, policy = plan(config, gpus=1, memory=10**9), build_policy(config)
     states, parameters = made.states("plain"), list(policy.network.parameters())

@@ -7,7 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from hrf_fast.assets import ASSETS
-from hrf_fast.policies.load import read_model
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.sample import sample
+from hrf_fast.prompts import Prompt
 from hrf_fast.vision.load import load_classifier, load_feature_network
 from hrf_fast.vision.shipped import load_reference, load_shipped
 
@@ -92,6 +95,10 @@ def test_every_file_is_small_and_readable():
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
-def test_training_it_is_refused_by_the_name_of_its_pipeline():
-    with pytest.raises(ValueError, match="model.name is 'peeps', whose model_index.json says StableDiffusionPipeline"):
-        read_model("peeps")
+def test_it_is_a_policy_by_its_name_whose_guidance_follows_the_prompt(labels):
+    policy = load_policy("peeps", num_inference_steps=10, guidance_scale=3.0)
+    noise = NoiseKey(1, torch.arange(8))
+    images = policy.decode(sample(policy, noise, [Prompt(text) for text in CAPTIONS[:8]], images_per_call=8))
+    log_probs = load_shipped("peeps").log_probs(images)
+    right = [values.argmax(1) == labels[:8, column] for column, values in enumerate(log_probs.values())]
+    assert torch.stack(right).float().mean() >= 0.8
