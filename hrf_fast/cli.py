@@ -198,7 +198,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--config", action="append")
     add_options(command, "words", "section.option=value")
     command = add(sample)
-    models = "fashion, portraits, a run folder, one of its checkpoints, a diffusers folder or a hub id"
+    models = "fashion, portraits, peeps, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
     command.add_argument("--out", type=_path, default="samples.png", help="picture to write")
     command.add_argument("--count", type=int, default=64, help="images, at least 1")

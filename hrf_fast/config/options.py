@@ -30,7 +30,7 @@ class ModelConfig:
     """The pretrained model to fine-tune."""
 
     name: str = option("fashion", panel=True)
-    """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
+    """`fashion`, `portraits` or `peeps` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = option(None, panel=True)
     """Branch, tag or commit of a hub id."""
     variant: str | None = option(None, panel=True)
