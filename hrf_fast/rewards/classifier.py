@@ -6,7 +6,7 @@ model. Only the classes asked for are rewarded; a network of several labels per 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -52,7 +52,7 @@ def classifier(
 @register_reward("attribute", needs="nothing: the classifier ships")
 def attribute(
     target: str | Sequence[str] | None = None, model: str = "peeps", *, device: torch.device | str = "cpu"
-) -> Reward:
+) -> Callable[..., Tensor]:
     """Log-probability that the image has the attributes that its prompt names, or those given here; at most 0.
 
     Args:
@@ -73,12 +73,12 @@ def attribute(
                     "attribute.target is null and a prompt names no attributes; give prompts with the metadata "
                     '{"attributes": {…}} as those of prompts.source=peeps, or set target'
                 )
-            places = [_find_class(item, network.labels) for item in wanted]
+            places = [_find_class(item, network.labels, "attribute.target") for item in wanted]
             rewards.append(torch.stack([log_probs[head][row, index] for head, index in places]).mean())
         return torch.stack(rewards)
 
     for item in fixed or ():
-        _find_class(item, network.labels)
+        _find_class(item, network.labels, "attribute.target")
     return reward
 
 
@@ -105,7 +105,9 @@ def find_classes(target: Any, labels: Mapping[str, Sequence[str]]) -> tuple[str,
     return heads[0], sorted({index for _, index in classes})
 
 
-def _find_class(target: str | int, labels: Mapping[str, Sequence[str]]) -> tuple[str, int]:
+def _find_class(
+    target: str | int, labels: Mapping[str, Sequence[str]], option: str = "classifier.target"
+) -> tuple[str, int]:
     """One class: by its name in any head, or in the head before the equals sign; else by its index."""
     head, equals, name = str(target).partition("=")
     if equals and head in labels:
@@ -127,11 +129,11 @@ def _find_class(target: str | int, labels: Mapping[str, Sequence[str]]) -> tuple
         return fitting[0]
     if fitting:
         ways = " or ".join(f"{key}={index}" for key, index in fitting)
-        raise ValueError(f"classifier.target is {target!r}, which fits {len(fitting)} classes; write {ways}")
+        raise ValueError(f"{option} is {target!r}, which fits {len(fitting)} classes; write {ways}")
     near = get_close_matches(name, [label for names in labels.values() for label in names], cutoff=0.4)
     nearest_names = f"the nearest are {', '.join(near)}; " if near else ""
     listed = "; ".join(
         f"{key} (0 to {len(names) - 1}): {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
         for key, names in labels.items()
     )
-    raise ValueError(f"classifier.target is {target!r}, which is not a class; {nearest_names}the classes are {listed}")
+    raise ValueError(f"{option} is {target!r}, which is not a class; {nearest_names}the classes are {listed}")

@@ -11,6 +11,7 @@ from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
+from hrf_fast.rewards import RewardError, build_reward
 from hrf_fast.vision.load import load_classifier, load_feature_network
 from hrf_fast.vision.shipped import load_reference, load_shipped
 
@@ -102,3 +103,18 @@ def test_it_is_a_policy_by_its_name_whose_guidance_follows_the_prompt(labels):
     log_probs = load_shipped("peeps").log_probs(images)
     right = [values.argmax(1) == labels[:8, column] for column, values in enumerate(log_probs.values())]
     assert torch.stack(right).float().mean() >= 0.8
+
+
+def test_the_reward_attribute_is_the_log_probability_of_what_a_prompt_names_or_of_its_target(labels):
+    images, named = load_reference("peeps")[:4], load_shipped("peeps").labels
+    log_probs = load_shipped("peeps").log_probs(images)
+    sunglasses = log_probs["accessories"][:, named["accessories"].index("sunglasses")]
+    fixed = build_reward("attribute", kwargs={"target": "accessories=sunglasses"})
+    torch.testing.assert_close(fixed(images).total, sunglasses)
+    prompts = [Prompt("x", metadata={"attributes": {"skin": "dark", "accessories": "sunglasses"}})] * 4
+    dark = log_probs["skin"][:, named["skin"].index("dark")]
+    torch.testing.assert_close(build_reward("attribute")(images, prompts).total, (dark + sunglasses) / 2)
+    with pytest.raises(RewardError, match=r"attribute\.target is null"):
+        build_reward("attribute")(images, [Prompt("x")] * 4)
+    with pytest.raises(ValueError, match=r"attribute\.target is 'accessories=monocle'"):
+        build_reward("attribute", kwargs={"target": "accessories=monocle"})
