@@ -9,6 +9,8 @@ exec(Path("hrf_fast/version.py").read_text(), VERSION)
 
 EXTRAS = {
     "writers": ["tensorboard", "wandb"],
+    # the reward hps
+    "hps": ["open_clip_torch>=2.24"],
     # completes commands and options in a shell
     "completion": ["argcomplete"],
     # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
@@ -33,8 +35,8 @@ EXTRAS = {
         "mypy",
         "types-PyYAML",
     ],
-    # drawing the portraits again; Fashion-MNIST comes from Debian's dataset-fashion-mnist
-    "pretraining": ["dicebear-core", "dicebear-styles", "resvg-py"],
+    # drawing portraits and peeps again, and text encoders; Fashion-MNIST comes from Debian's dataset-fashion-mnist
+    "pretraining": ["dicebear-core", "dicebear-styles", "resvg-py", "transformers>=5.4"],
 }
 
 setup(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hrf_fast.run.listeners import Listener
     from hrf_fast.run.session import RunResult
     from hrf_fast.train import train
+    from hrf_fast.training.peers import register_advantages
     from hrf_fast.windows.base import Window
     from hrf_fast.windows.schedules import register_schedule
 
@@ -29,6 +30,7 @@ _HOMES = {
     "RunResult": "hrf_fast.run.session",
     "Window": "hrf_fast.windows.base",
     "load_config": "hrf_fast.config.load",
+    "register_advantages": "hrf_fast.training.peers",
     "register_reward": "hrf_fast.rewards.registry",
     "register_schedule": "hrf_fast.windows.schedules",
     "train": "hrf_fast.train",
@@ -40,6 +42,7 @@ __all__ = [
     "Window",
     "__version__",
     "load_config",
+    "register_advantages",
     "register_reward",
     "register_schedule",
     "train",

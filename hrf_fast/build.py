@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,16 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
+from hrf_fast.prompts.draw import Prompts
+from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
+from hrf_fast.training.peers import Advantages, build_advantages
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
@@ -70,9 +75,21 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
         )
+        advantages = build_config_advantages(config)
+        prompts, prompts_source = build_prompts(config)
+        check_prompts(
+            policy.takes_prompts,
+            config.model.name,
+            {"prompts.source": config.prompts.source, "evaluation.prompts": config.evaluation.prompts},
+            combined.prompt_readers,
+        )
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
-        panel = build_panel(config, device)
+        sources[f"prompts {config.prompts.source}"] = prompts_source
+        sources[f"advantages {config.train.advantages}"] = source_of(advantages)
+        panel = build_panel(config, device, prompts)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
+    # a source of the user's may answer otherwise on every rank
+    panel = replace(panel, prompts=comm.broadcast(panel.prompts))
     # the rank with the least memory decides for all
     memory = min(comm.gather(memory))
     with comm.agreed():
@@ -87,10 +104,12 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         reward=combined,
         rewarder=Rewarder(combined, device),
         schedule=windows,
+        advantages=advantages,
         groups=build_groups(config),
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config),
         panel=panel,
+        prompts=prompts,
         notes=tuple(
             filter(
                 None,
@@ -98,6 +117,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
                     activations.reason,
                     emulation_note(config.compute.precision, device.type),
                     _no_network_note(config),
+                    panel.note,
                 ),
             )
         ),
@@ -141,8 +161,6 @@ def build_rules(config: Config) -> Rules:
         seed=config.run.seed,
         clips=Clips(train.clip_range, train.advantage_clip, train.scale_clips_by_window),
         inner_epochs=train.inner_epochs,
-        peers=train.advantages,
-        advantage_floor=train.advantage_floor,
         skip_not_finite=config.stop.on_nan == "skip",
         max_drift=config.stop.max_drift,
         learning_rate=learning_rate_at(
@@ -151,14 +169,44 @@ def build_rules(config: Config) -> Rules:
             warmup_iterations=optimizer.warmup_iterations,
             iterations=train.iterations,
         ),
+        guided=train.guidance,
     )
 
 
-def build_panel(config: Config, device: torch.device) -> Panel:
-    """The panel of the evaluation section, with its network."""
+def build_config_advantages(config: Config) -> Advantages:
+    """Build what train.advantages names."""
+    train = config.train
+    return build_advantages(
+        train.advantages,
+        advantage_floor=train.advantage_floor,
+        prompt_buffer=train.prompt_buffer,
+        prompt_min_count=train.prompt_min_count,
+    )
+
+
+def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None]:
+    """The prompts to train on, None without a source, and the user's file or function as `source_of` gives it."""
+    section = config.prompts
+    return load_prompts("prompts.source", section.source, section.kwargs, negative=section.negative)
+
+
+def build_panel(config: Config, device: torch.device, prompts: Prompts | None = None) -> Panel:
+    """The panel of the evaluation section, with its network; `prompts` are the training's.
+
+    Raises:
+        ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
+    """
+    network = choose_network(config.evaluation.network, config.model.name, device)
+    return replace(build_prompted_panel(config, prompts), network=network)
+
+
+def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
+    """The panel without its network; arguments and errors as `build_panel`."""
     evaluation = config.evaluation
-    network = choose_network(evaluation.network, config.model.name, device)
-    return Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled, network)
+    panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled)
+    if evaluation.prompts is not None:
+        prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
+    return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)
 
 
 def _no_network_note(config: Config) -> str:
@@ -200,25 +248,40 @@ def build_engine(policy: Policy, config: Config) -> Engine:
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
-    """The policy of a configuration, or another model `name` under the same sampler."""
+    """The policy of a configuration, or another model `name` under the same sampler.
+
+    Args:
+        name: a whole model, or the folder of a run's adapters, which are loaded beside the configuration's model.
+    """
+    tuned = None
+    if name is not None and Path(name, LORA_WEIGHTS).is_file():
+        tuned, name = Path(name), None
     compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
     if device.type == "cuda":
         # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
         torch.cuda.set_device(device)
     set_precision_flags(device, deterministic=compute.deterministic)
-    return load_policy(
+    policy = load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
         variant=config.model.variant if name is None else None,
+        decoder=config.model.decoder,
         sampler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,
+        guidance_scale=sample.guidance_scale,
         precision=compute.precision,
         attention=compute.attention,
         channels_last=compute.channels_last,
+        offload=compute.offload,
         device=device,
     )
+    if config.lora.rank and name is None:
+        add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)
+    if tuned is not None:
+        load_adapters(policy.network.unet, tuned)
+    return policy
 
 
 def build_config_reward(config: Config, device: torch.device) -> CombinedReward:

@@ -39,6 +39,9 @@ def sample(arguments: argparse.Namespace) -> None:
         sampler=arguments.scheduler,
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
+        prompts=arguments.prompt,
+        negatives=arguments.negative,
+        guidance_scale=arguments.guidance,
     )
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
 
@@ -54,7 +57,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint as a diffusers folder."""
     from hrf_fast.commands import export as export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out)
+    export_checkpoint(arguments.checkpoint, arguments.out, merge=arguments.merge)
     print(f"written to {arguments.out}")
 
 
@@ -75,11 +78,26 @@ def rewards(arguments: argparse.Namespace) -> None:
     from hrf_fast.rewards import list_rewards
 
     for info in list_rewards():
-        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}")
+        prompts = ", and a model with prompts" if info.reads_prompts else ""
+        print(f"{info.name}\n  {info.description}\n  needs: {info.needs}{prompts}")
         for argument in info.arguments:
             default = "required" if argument.required else f"default {argument.default!r}"
             print(f"    {argument.name} ({argument.type}, {default}): {argument.doc}")
     print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
+
+
+def serve_reward(arguments: argparse.Namespace) -> None:
+    """Serve a reward over HTTP, for runs with reward.name=remote."""
+    from hrf_fast.commands import serve
+
+    serve(
+        arguments.reward,
+        arguments.kwargs,
+        host=arguments.host,
+        port=arguments.port,
+        max_bytes=arguments.max_bytes,
+        device=arguments.device,
+    )
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -93,6 +111,18 @@ def bench(arguments: argparse.Namespace) -> None:
         )
     sys.path.insert(0, str(root))
     importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)
+
+
+def from_trl(arguments: argparse.Namespace) -> None:
+    """Translate a script or a JSON file for TRL's DDPOTrainer into a configuration; the script is not run."""
+    from hrf_fast.config.trl import convert
+
+    text = convert(arguments.source, arguments.words, processes=arguments.processes)
+    if arguments.out is None:
+        print(text, end="")
+        return
+    arguments.out.write_text(text, encoding="utf-8")
+    print(f"{arguments.out}: see its comments, then hrf plan or hrf train --config {arguments.out}")
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -152,7 +182,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     def add(function: Callable[[argparse.Namespace], Any], **kwargs: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__, formatter_class=_Help, **kwargs
+            function.__name__.replace("_", "-"),
+            help=function.__doc__,
+            description=function.__doc__,
+            formatter_class=_Help,
+            **kwargs,
         )
         command.set_defaults(function=function)
         return command
@@ -164,13 +198,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--config", action="append")
     add_options(command, "words", "section.option=value")
     command = add(sample)
-    models = "fashion, portraits, a run folder, one of its checkpoints, a diffusers folder or a hub id"
+    models = "fashion, portraits, peeps, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
     command.add_argument("--out", type=_path, default="samples.png", help="picture to write")
     command.add_argument("--count", type=int, default=64, help="images, at least 1")
     command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
     command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
     command.add_argument("--eta", type=float, help="a run's own, else 1")
+    command.add_argument(
+        "--prompt", action="append", default=[], help="of a text-to-image model, may repeat; a run's own"
+    )
+    command.add_argument(
+        "--negative", action="append", default=[], help="negative prompt, of all prompts or one of each"
+    )
+    command.add_argument("--guidance", type=float, help="factor of guidance; a run's own, else 1 for none")
     command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234, help="of the noise")
     command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
@@ -181,6 +222,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(export)
     command.add_argument("checkpoint", type=_path, help="such as RUN/checkpoints/iteration-000010")
     command.add_argument("--out", type=_path, required=True, help="a new folder")
+    merge = "a whole pipeline with the adapters merged into its weights, of a text-to-image model tuned by LoRA"
+    command.add_argument("--merge", action="store_true", help=merge)
     command = add(report)
     command.add_argument("runs", nargs="+", type=_path, help="run folders; several are compared")
     command.add_argument("--out", type=_path, help="HTML file; by default report.html in the first run")
@@ -192,9 +235,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
     add_options(command, "overrides", "section.option=value, anywhere among the words")
     add(rewards)
+    command = add(serve_reward)
+    command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
+    command.add_argument("kwargs", nargs="*", help="its arguments, as name=value in YAML")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it can ask")
+    command.add_argument("--port", type=int, default=8000, help="port, 0 for any that is free")
+    command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
+    command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(bench)
     command.add_argument("what", choices=("kernels", "training", "memory", "search"), help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
+    command = add(from_trl)
+    command.add_argument("--out", type=_path, help="YAML file; printed by default")
+    command.add_argument("--processes", type=int, default=1, help="that TRL was launched on")
+    command.add_argument("source", type=_path, help="a script with a DDPOConfig, or a JSON file of its fields")
+    command.add_argument("words", nargs=argparse.REMAINDER, help="--field=value, as given to the script")
     add(doctor)
     return parser, commands.choices
 
@@ -207,8 +262,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    if words[:1] == ["bench"] or not words or words[0] not in commands:
-        # the words after `bench WHAT` are its own
+    if words[:1] in (["bench"], ["from-trl"]) or not words or words[0] not in commands:
+        # the words after `bench WHAT` and `from-trl SOURCE` are its own
         return parser.parse_args(words)
     arguments = commands[words[0]].parse_intermixed_args(words[1:])
     return argparse.Namespace(command=words[0], version=False, **vars(arguments))

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from hrf_fast.build import build_config_reward, build_panel, build_policy
+from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
 from hrf_fast.config.load import load_config
-from hrf_fast.config.options import ComputeConfig, Config
+from hrf_fast.config.options import Config
+from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.lora import merged
 from hrf_fast.policies.sample import sample
+from hrf_fast.prompts import Prompt
+from hrf_fast.rewards import build_reward
+from hrf_fast.rewards.serve import RewardServer
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
-from hrf_fast.run.files import PANEL, read_log, write_atomically
+from hrf_fast.run.files import INTERVALS, PANEL, read_log, write_atomically
 
 
 def draw(
@@ -33,24 +40,62 @@ def draw(
     seed: int,
     device: str,
     variant: str | None = None,
+    prompts: Sequence[str] = (),
+    negatives: Sequence[str] = (),
     **sampler: Any,
 ) -> None:
     """Write a grid of images of a model, a run or one of its checkpoints.
 
     Args:
         variant: of the weight files of a model's folder or a hub id.
-        sampler: scheduler, steps and eta; None for a run's own, or the defaults of `load_policy`.
+        prompts: of equally many images each; none for those of the run's panel.
+        negatives: one for all prompts, or one for each.
+        sampler: scheduler, steps, eta and guidance; None for a run's own, or the defaults of `load_policy`.
 
     Raises:
-        ValueError: no such model, a run that is not finished, or a count below 1.
+        ValueError: no such model, a run that is not finished, a count below 1, or prompts that the model does not take.
     """
     if count < 1 or images_per_call < 1:
         raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
     policy = _policy(model, device, variant, {name: value for name, value in sampler.items() if value is not None})
-    noise = Panel(count, seed, images_per_call).noise(policy)
-    save_grid(policy.decode(sample(policy, noise, images_per_call=images_per_call)).cpu(), out)
+    panel = _prompted(Panel(count, seed, images_per_call), model, policy, prompts, negatives)
+    each = [panel.prompt(image) for image in range(count)]
+    images = policy.decode(sample(policy, panel.noise(policy), each, images_per_call=images_per_call)).cpu()
+    save_grid(images, out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
+
+
+def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
+    """The panel with the prompts to draw: those given, else those of the run's own panel.
+
+    Raises:
+        ValueError: prompts for a model that takes none, none for a model that is no run's, more prompts than images,
+            or another number of negative prompts.
+    """
+    if not policy.takes_prompts:
+        if prompts or negatives:
+            raise ValueError(f"{'--prompt' if prompts else '--negative'} is given, but {model} takes no prompts")
+        return panel
+    if len(negatives) > 1 and len(negatives) != len(prompts):
+        raise ValueError(
+            f"--negative is given {len(negatives)} times and --prompt {len(prompts)} times; give one negative prompt "
+            "for all, or one for each"
+        )
+    if len(prompts) > panel.size:
+        raise ValueError(f"--prompt is given {len(prompts)} times but --count is {panel.size}; draw an image of each")
+    if prompts:
+        each = negatives if len(negatives) == len(prompts) else [*negatives, ""][:1] * len(prompts)
+        asked = tuple(Prompt(text, negative) for text, negative in zip(prompts, each, strict=True))
+        return replace(panel, prompts=asked, images_per_prompt=-(-panel.size // len(asked)))
+    path = Path(model).expanduser()
+    run = _run_of(path) or path
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f'{model} draws what a prompt says; give one or several, as --prompt "a cat"')
+    config = _config(run)
+    of_run = build_prompted_panel(config, build_prompts(config)[0])
+    asked = tuple(replace(prompt, negative=(*negatives, prompt.negative)[0]) for prompt in of_run.prompts)
+    return replace(panel, prompts=asked, images_per_prompt=of_run.images_per_prompt)
 
 
 def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
@@ -97,12 +142,13 @@ def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
 def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
     """The configuration with fields of its sample section replaced, in fp32 on `device`.
 
-    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have.
+    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have. Frozen weights
+    are in fp32 with it.
     """
-    names = {"sampler": "scheduler", "num_inference_steps": "num_inference_steps", "eta": "eta"}
+    names = {"sampler": "scheduler"}
     for name, value in sampler.items():
-        setattr(config.sample, names[name], value)
-    config.run.device, config.compute = device, ComputeConfig()
+        setattr(config.sample, names.get(name, name), value)
+    config.run.device, config.compute, config.lora.base_precision = device, ComputeConfig(), "fp32"
     return config
 
 
@@ -136,11 +182,13 @@ def evaluate(run: Path, words: list[str]) -> Path:
     """
     config = _config(finished_run(run), tuple(words))
     device = choose_device(config.run.device)
-    reward, panel = build_config_reward(config, device), build_panel(config, device)
-    result: dict[str, Any] = {name: asdict(getattr(config, name)) for name in ("sample", "reward", "evaluation")}
+    reward, panel = build_config_reward(config, device), build_panel(config, device, build_prompts(config)[0])
+    result: dict[str, Any] = {
+        name: asdict(getattr(config, name)) for name in ("sample", "reward", "prompts", "evaluation")
+    }
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
         result[title] = panel.evaluate(build_policy(config, name), reward).record()
-        shown = {k: v for k, v in result[title].items() if k != "rewards"}
+        shown = {name: result[title][name] for name in INTERVALS if name in result[title]}
         print(
             f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items())
         )
@@ -148,11 +196,41 @@ def evaluate(run: Path, words: list[str]) -> Path:
     return run / "evaluation.json"
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint as a diffusers folder, with averaged weights where the run averages.
+def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes: int, device: str) -> None:
+    """Serve a reward until Ctrl-C.
+
+    Args:
+        reward: a name of the registry, or module:function; words: its arguments, as name=value in YAML.
 
     Raises:
-        ValueError: not a checkpoint of a run, or a folder that is there already.
+        ValueError: no such reward or argument, or a limit below 1.
+        OSError: the address is in use.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"--max-bytes is {max_bytes}; use at least 1")
+    kwargs: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is no argument of a reward; write name=value")
+        kwargs[name] = yaml.safe_load(value)
+    chosen = choose_device(device)
+    server = RewardServer(
+        build_reward(reward, chosen, kwargs), host=host, port=port, max_bytes=max_bytes, device=chosen
+    )
+    with server:
+        print(f"{reward} on {server.url}: hrf train reward.name=remote reward.kwargs.url={server.url}", flush=True)
+        server.serve_forever()
+
+
+def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
+    """Write a checkpoint as a diffusers folder, with averaged weights where the run averages.
+
+    Args:
+        merge: write a whole pipeline where a policy saves its adapters only.
+
+    Raises:
+        ValueError: not a checkpoint of a run, a folder that is there already, or nothing to merge.
     """
     run = _run_of(checkpoint)
     if run is None:
@@ -162,6 +240,12 @@ def export(checkpoint: Path, out: Path) -> None:
     config = _with_sampler(_config(run), "cpu", {})
     policy = build_policy(config)
     load_weights(policy, checkpoint)
+    if merge:
+        if not (policy.takes_prompts and config.lora.rank):
+            raise ValueError(
+                "--merge is for adapters of a text-to-image model; this checkpoint is written whole anyway"
+            )
+        policy.network.unet = merged(policy.network.unet)
     out.parent.mkdir(parents=True, exist_ok=True)
     iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
     save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -74,4 +75,7 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"run.device is {name!r} but torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    if device.type == "cpu":
+        # peft and transformers import DeepSpeed where it is installed, and it warns that it has found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return device

@@ -36,7 +36,8 @@ def find_folder(
         revision: of a hub repository: a branch, tag or commit.
         files: names or patterns of the repository's files to download first; which of them are needed is the caller's
             to check, for in a cache that another program has filled some may be missing.
-        choose: answers which files to download then, and may refuse the model instead; not called for a local folder.
+        choose: answers which files to download then, and may refuse the model instead; asked again once they are there,
+            until it names no others. Not called for a local folder.
 
     Raises:
         ValueError: no such folder, and neither a shipped name nor a hub id that can be downloaded.
@@ -45,19 +46,24 @@ def find_folder(
     if local is not None:
         return local
     snapshot, names, unreachable = _snapshot(option, value, revision, files)
-    try:
-        chosen = choose(snapshot, names) if choose else ()
-    except ValueError as error:
-        if unreachable is None:
-            raise
-        searched = f"only {snapshot} was searched: the hub could not be asked, {first_line(unreachable)}"
-        raise ValueError(f"{error} ({searched})") from error
-    if missing := [name for name in chosen if not (snapshot / name).is_file()]:
+    asked: list[str] = []
+    while True:
+        try:
+            chosen = choose(snapshot, names) if choose else ()
+        except ValueError as error:
+            if unreachable is None:
+                raise
+            searched = f"only {snapshot} was searched: the hub could not be asked, {first_line(unreachable)}"
+            raise ValueError(f"{error} ({searched})") from error
+        missing = [name for name in chosen if not (snapshot / name).is_file()]
+        # what the hub has not brought is left to the caller to miss
+        if not missing or missing == asked:
+            return snapshot
         if unreachable is not None:
             raise _not_delivered(option, value, "folder", unreachable) from unreachable
         # the folder's name is the commit, which cannot change in between as a branch can
         _download(option, value, snapshot.name, missing)
-    return snapshot
+        asked = missing
 
 
 def files_in(folder: Path) -> list[str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check")
+PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check", "prompts", "adapters")
 
 
 def noise_key(seed: int, iteration: int, purpose: str) -> int:
@@ -59,9 +60,22 @@ def noise_generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(noise_key(seed, iteration, purpose) >> 1)
 
 
-def seed_everything(seed: int, iteration: int) -> None:
+@contextmanager
+def seeded_globals(seed: int, iteration: int, purpose: str) -> Iterator[None]:
+    """Run a block that draws from the global generators under a key of its own; afterwards they are as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        seed_everything(seed, iteration, purpose)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def seed_everything(seed: int, iteration: int, purpose: str = "reward") -> None:
     """Seed the global generators too, so that a user's reward that draws from them is repeatable."""
-    value = noise_key(seed, iteration, "reward") % 2**32
+    value = noise_key(seed, iteration, purpose) % 2**32
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

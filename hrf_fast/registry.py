@@ -133,6 +133,21 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
         return factory(**given, **kwargs)
 
 
+def state_of(thing: Any, key: str, option: str) -> dict[str, Any]:
+    """{key: its state} for a checkpoint, or {} where what `option` names has no state."""
+    if not hasattr(thing, "state"):
+        return {}
+    with user_code(f"{option} {qualified_name(thing)}.state()"):
+        return {key: thing.state()}
+
+
+def load_state_of(thing: Any, saved: dict[str, Any], key: str, option: str) -> None:
+    """Restore what `state_of` gave; a thing without a state, or a checkpoint without one, changes nothing."""
+    if hasattr(thing, "load_state") and key in saved:
+        with user_code(f"{option} {qualified_name(thing)}.load_state()"):
+            thing.load_state(saved[key])
+
+
 def check_count(option: str, value: Any) -> None:
     """Refuse what is no whole number of at least 1.
 

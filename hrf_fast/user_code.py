@@ -88,6 +88,11 @@ def source_of(thing: Any) -> dict[str, str] | None:
     return {"file": str(file), "sha256": hashlib.sha256(text).hexdigest()}
 
 
+def source_of_file(path: Path) -> dict[str, str]:
+    """A file of the user's as `source_of` gives the file of a function."""
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def _raised_by_us(problem: BaseException) -> bool:
     """Whether the innermost frame outside of libraries is one of this package; a TypeError there is about the call."""
     frames = [frame for frame in _frames(problem) if frame.package in _OURS or not frame.in_library]

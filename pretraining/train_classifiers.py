@@ -1,17 +1,21 @@
 """Train a shipped classifier and write its reference images: `python pretraining/train_classifiers.py fashion`.
 
-A few epochs of AdamW with one cycle of the learning rate, one core, a few minutes. What it writes under `--out` is
-what ships in `hrf_fast/assets/<name>/`: classifier/{model.safetensors,config.json,README.md} and reference.safetensors.
+A few epochs of AdamW with one cycle of the learning rate, one core, a few minutes. It writes what ships in
+`hrf_fast/assets/<name>/`: classifier/{model.safetensors,config.json,README.md} and reference.safetensors; for `peeps`,
+whose drawings `peeps_data.py --data DATA` makes first, captions.txt too.
 """
 
 import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from data import fashion, labelled_portraits
+from peeps_captions import full_captions
+from peeps_data import ATTRIBUTES, load
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,8 +29,9 @@ FASHION_LABELS = (
 ARCHITECTURE = {
     "fashion": {"channels": 1, "widths": [24, 48, 64, 64], "feature_dim": 64},
     "portraits": {"channels": 3, "widths": [32, 64, 64, 64], "feature_dim": 128},
+    "peeps": {"channels": 3, "widths": [24, 48, 64, 48], "feature_dim": 128, "pixels": 64},
 }
-EPOCHS = {"fashion": 6, "portraits": 15}
+EPOCHS = {"fashion": 6, "portraits": 15, "peeps": 8}
 BATCH, LEARNING_RATE, WEIGHT_DECAY, NOISE = 128, 4e-3, 2e-2, 0.06
 # the DDPM saw the drawings of seeds 0 to 11,999
 PORTRAITS = {"train": {"first_seed": 100_000, "count": 24_000}, "held out": {"first_seed": 200_000, "count": 4_000}}
@@ -57,6 +62,18 @@ faces. At 32 pixels small parts blur, and a mask or glasses hide parts that the 
 often misread. `headContrast` is the hair colour of the ten hairstyles that are not black, and of some beards. Class
 names are those of the style; colours are six hex digits. Figures made with it compare with each other only.
 """,
+    "peeps": """Data: the drawings of `pretraining/peeps_data.py`, altered parts of the `open-peeps` style of DiceBear
+(packages dicebear-core, dicebear-styles and resvg-py), a remix of Open Peeps by Pablo Stanley, CC0 1.0; trained on the
+10,000 drawings that the text-to-image model saw, measured on 1,536 of other people, each of whom differs from every
+training one in some attribute. `reference.safetensors` holds the first 512 of those (`images`, uint8 [512, 3, 64, 64];
+`labels`, uint8 [512, 7], in the order of the table), `captions.txt` a caption of each that names every attribute.
+
+Licence: CC0 1.0, as the drawings.
+
+Limits: these are combinations of one artist's hand-drawn parts, not photographs, and say nothing about real faces. It
+names a value of every attribute for any picture, noise included. `hair_colour` is none for bald heads, hats and
+turbans. Figures made with it compare with each other only.
+""",
 }
 
 
@@ -77,8 +94,8 @@ def augment(images: Tensor, mirror: bool) -> Tensor:
     # half of the batch stays sharp
     images = images.lerp(blurred, (2 * torch.rand(len(images), 1, 1, 1) - 1).clamp(min=0))
     images = images + NOISE * torch.rand(len(images), 1, 1, 1) * torch.randn(images.shape)
-    down, right = torch.randint(0, 5, (2,)).tolist()
-    return F.pad(images.clamp(0, 1), (2, 2, 2, 2), mode="replicate")[:, :, down : down + 32, right : right + 32]
+    (height, width), (down, right) = images.shape[2:], torch.randint(0, 5, (2,)).tolist()
+    return F.pad(images.clamp(0, 1), (2, 2, 2, 2), mode="replicate")[:, :, down : down + height, right : right + width]
 
 
 def train(network: ShippedNetwork, images: Tensor, targets: dict[str, Tensor], epochs: int, mirror: bool) -> None:
@@ -128,11 +145,13 @@ def measure_reference(name: str) -> dict[str, dict[str, float]]:
     return figures
 
 
-def split(name: str, part: str) -> tuple[Tensor, dict[str, list[str]], dict[str, Tensor]]:
-    """Images uint8 [N, C, 32, 32], the class names of each head, and the labels {head: [N]}; part: train, held out."""
+def split(name: str, part: str, data: Path | None) -> tuple[Tensor, dict[str, list[str]], dict[str, Tensor]]:
+    """Images uint8 [N, C, H, W], the class names of each head, and the labels {head: [N]}; part: train, held out."""
     if name == "fashion":
         pixels, garments = fashion("train" if part == "train" else "t10k")
         names, labels = {"label": FASHION_LABELS}, garments.astype(np.int64)[:, None]
+    elif name == "peeps":
+        names, (pixels, labels) = ATTRIBUTES, load(data, {"train": "training", "held out": "held_out"}[part])
     else:
         pixels, names, labels = labelled_portraits(**PORTRAITS[part])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -140,7 +159,7 @@ def split(name: str, part: str) -> tuple[Tensor, dict[str, list[str]], dict[str,
 
 
 def model_card(name: str, config: dict) -> str:
-    rows = []
+    rows, pixels = [], config["architecture"].get("pixels", 32)
     for head, quality in config["held_out"].items():
         accuracy, guess, nll = quality["accuracy"], quality["guess"], quality["negative_log_likelihood"]
         rows.append(f"| {head} | {len(config['labels'][head])} | {accuracy:.1%} | {guess:.1%} | {nll:.2f} |")
@@ -150,7 +169,7 @@ def model_card(name: str, config: dict) -> str:
             f"# {name} classifier\n",
             f"A convolutional network of {config['parameters']:,} parameters with which `hrf_fast` measures diversity:",
             f"{config['architecture']['feature_dim']} centred features for the Vendi Score and class probabilities for",
-            "the Inception Score and the `classifier` reward. Input: 32 x 32 pixels.\n",
+            f"the Inception Score and the `classifier` reward. Input: {pixels} x {pixels} pixels.\n",
             f"Training: `python pretraining/train_classifiers.py {name}` (one CPU core, minutes).\n",
             "Held-out quality (guess: always the commonest class; NLL in nats):\n",
             "| head | classes | accuracy | guess | NLL |\n|---|---|---|---|---|",
@@ -165,14 +184,17 @@ def model_card(name: str, config: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(ARCHITECTURE))
+    parser.add_argument("--data", type=Path, help="folder of peeps_data.py, for peeps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     name = arguments.name
+    if name == "peeps" and arguments.data is None:
+        parser.error("peeps needs --data, the folder that peeps_data.py wrote")
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)
 
-    images, labels, targets = split(name, "train")
-    test_images, _, test_targets = split(name, "held out")
+    images, labels, targets = split(name, "train", arguments.data)
+    test_images, _, test_targets = split(name, "held out", arguments.data)
     network = ShippedNetwork(**ARCHITECTURE[name], heads={head: len(classes) for head, classes in labels.items()})
     network.to(memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in network.parameters())
@@ -186,6 +208,10 @@ def main() -> None:
     reference = {"images": test_images[:REFERENCE].contiguous()}
     if name == "fashion":
         reference["labels"] = test_targets["label"][:REFERENCE].to(torch.uint8)
+    if name == "peeps":
+        reference["labels"] = torch.stack(list(test_targets.values()), 1)[:REFERENCE].to(torch.uint8)
+        captions = full_captions(reference["labels"].numpy(), seed=0)
+        (ASSETS / name / "captions.txt").write_text("\n".join(captions) + "\n")
     save_file(reference, ASSETS / name / "reference.safetensors")
     config = {"architecture": ARCHITECTURE[name], "labels": labels, "parameters": parameters, "held_out": quality}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The files that ship with the package: small models, their classifiers and reference images.
+"""The files that ship with the package: small models, their classifiers and reference images, lists of prompts.
 
 Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the references.
 """
@@ -6,4 +6,6 @@ Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the 
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
-SHIPPED = ("fashion", "portraits")
+SHIPPED = ("fashion", "portraits", "peeps")
+# lists of prompts, in prompts/
+PROMPT_LISTS = {"animals": "animals.txt", "activities": "activities.txt", "peeps": "peeps.jsonl"}

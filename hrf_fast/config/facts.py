@@ -39,6 +39,8 @@ class Facts:
         Raises:
             ValueError: names the option, its value and the rule.
         """
+        if value is None:
+            return
         if self.choices:
             items, verb = (value, "has") if isinstance(value, list) else ([value], "is")
             for item in items:

@@ -166,7 +166,7 @@ def _merge(config: Any, layer: Any) -> Any:
     """`layer` over `config`; another schedule or reward starts with its own options, not with the old one's."""
     from omegaconf import OmegaConf
 
-    for section, selector in (("window", "schedule"), ("reward", "name")):
+    for section, selector in (("window", "schedule"), ("reward", "name"), ("prompts", "source")):
         new, old = layer.get(section), config.get(section)
         if new and old and selector in new and new[selector] != old.get(selector):
             old.kwargs = {}

@@ -1,7 +1,7 @@
 """Every option, as dataclasses with a docstring under each field; `hrf train --help` prints them.
 
 A field carries its range, its choices and what a change means (facts.py). How options are read and layered is load.py,
-what they may be together rules.py.
+what they may be together rules.py. The sections about the machine and the run folder are in run_options.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hrf_fast.config.facts import Facts, option
+from hrf_fast.config.run_options import (
+    PRECISIONS,
+    ComputeConfig,
+    EngineConfig,
+    EvaluationConfig,
+    RunConfig,
+    StopConfig,
+)
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "ddim_trl")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("fp32", "bf16", "fp16")
-ATTENTIONS = ("sdpa", "xformers")
+LORA_INITS = ("gaussian", "kaiming")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
-# noise.py makes keys of 32 bits
-LARGEST_SEED = 2**32 - 1
 
 
 @dataclass
@@ -25,11 +30,14 @@ class ModelConfig:
     """The pretrained model to fine-tune."""
 
     name: str = option("fashion", panel=True)
-    """`fashion` or `portraits` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
+    """`fashion`, `portraits` or `peeps` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
     revision: str | None = option(None, panel=True)
     """Branch, tag or commit of a hub id."""
     variant: str | None = option(None, panel=True)
     """Variant of the weight files, such as fp16 for *.fp16.safetensors; null for the plain ones."""
+    decoder: str | None = option(None, panel=True)
+    """An AutoencoderTiny, a folder or a hub id such as madebyollin/taesd, that decodes latents of a text-to-image model
+    faster than its VAE; null for the VAE. RUN/model has the VAE."""
 
 
 @dataclass
@@ -37,11 +45,28 @@ class SampleConfig:
     """The sampler, in training and in evaluation."""
 
     scheduler: str = option("ddim", choices=SAMPLERS, panel=True)
-    """DDIM, or DDPM's ancestral sampling."""
+    """ddim; ddpm, ancestral sampling; or ddim_trl, DDIM as TRL has it: the last step goes to the first trained step and
+    not to the clean image, so it has noise and is trained. Where set_alpha_to_one is off (Stable Diffusion) this is
+    ddim."""
     num_inference_steps: int = option(40, at_least=1, panel=True)
     """Denoising steps, T; the paper uses 40."""
     eta: float = option(1.0, above=0, at_most=1, panel=True)
     """Noise scale of DDIM; leave it at 1 for ddpm."""
+    guidance_scale: float = option(1.0, at_least=1, panel=True)
+    """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none."""
+
+
+@dataclass
+class PromptsConfig:
+    """The prompts of a text-to-image model; each group draws one."""
+
+    source: str | None = option(None)
+    """animals, activities, peeps (for that model), a text file with a prompt on each line, a .jsonl file, or
+    module:function."""
+    kwargs: dict[str, Any] = option({})
+    """Arguments of a source that is a function."""
+    negative: str = option("", panel=True)
+    """Negative prompt of prompts that have none of their own; it acts under guidance only."""
 
 
 @dataclass
@@ -86,8 +111,8 @@ class TrainConfig:
     """Rollout and update, this many times. A resume may raise it where the learning rate is constant."""
     groups_per_iteration: int = option(4, at_least=1)
     """Groups per iteration; in HRF each has an anchor."""
-    group_size: int = option(5, at_least=2)
-    """Samples of a group; they share an anchor."""
+    group_size: int = option(5, at_least=1)
+    """Samples of a group; they share an anchor and a prompt. 1 needs advantages that compare groups."""
     groups_per_step: int = option(1, at_least=1)
     """Groups averaged into one optimizer step; 1 as published. Must divide groups_per_iteration."""
     inner_epochs: int = option(1, at_least=1)
@@ -95,8 +120,13 @@ class TrainConfig:
     order: str = option("collect", choices=("collect", "on_policy"))
     """collect rolls out all groups, then makes the optimizer steps, as published; on_policy rolls out one step's groups
     at a time, so that each step learns from the current policy."""
-    advantages: str = option("group", choices=("group", "batch"))
-    """Peers that rewards are standardised against: the group, or all groups of the iteration (batch)."""
+    advantages: str = option("group")
+    """Peers that rewards are standardised against: the group, all groups of the iteration (batch), the last rewards of
+    the same prompt (prompt), or module:function."""
+    prompt_buffer: int = option(16, at_least=1)
+    """Rewards that advantages=prompt remembers of each prompt."""
+    prompt_min_count: int = option(16, at_least=1)
+    """Remembered rewards from which on a prompt is its own peer; before, its peers are all groups of the iteration."""
     advantage_floor: float = option(1e-6, above=0)
     """Least standard deviation to divide by, in units of the reward."""
     advantage_clip: float = option(2.5, above=0)
@@ -105,6 +135,9 @@ class TrainConfig:
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = option(True)
     """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    guidance: bool = option(True)
+    """Roll out and update under sample.guidance_scale, with gradient through both branches. false trains the model
+    without guidance at half the cost; panels have guidance either way."""
 
 
 @dataclass
@@ -140,91 +173,21 @@ class OptimizerConfig:
 
 
 @dataclass
-class ComputeConfig:
-    """How the machine computes the algorithm: precision, memory, compilation, batches."""
+class LoraConfig:
+    """Adapters (LoRA) that are trained in place of the model's own weights."""
 
-    precision: str = option("fp32", choices=PRECISIONS, panel=True)
-    """fp32, or autocast to bf16 or fp16 over fp32 weights; fp16 scales the loss and is for CUDA."""
-    activations: str = option("replay", choices=("auto", "keep", "replay", "checkpoint"), resumable=True)
-    """Activations of window steps. keep holds those of the rollout for the update (order on_policy); replay runs the
-    steps again; checkpoint also runs each UNet block again in the backward, for least memory; auto keeps as many as fit
-    into memory."""
-    memory_budget: str | None = option(None, resumable=True)
-    """Memory that activations=auto may plan for, per process, such as 24GB; null for all that is free at the start."""
-    images_per_call: int = option(0, at_least=0)
-    """Most images in a network call: larger groups are split, smaller ones share calls, and an update of the order
-    collect replays several steps at once. 0: a group and a step to a call, as published, and 64 images where nothing is
-    trained. Another number rounds otherwise."""
-    attention: str = option("sdpa", choices=ATTENTIONS)
-    """Implementation of attention: torch's own, or xformers (CUDA)."""
-    channels_last: bool = option(False)
-    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
-    compile: str = option("none", choices=("none", "unet", "blocks"))
-    """torch.compile for the UNet: none, unet (one graph) or blocks (a graph for each down, mid and up block)."""
-    deterministic: bool = option(True)
-    """Equal seeds give equal bits, and fp32 is fp32. false is faster and for CUDA: matrix products and convolutions in
-    TF32, and cudnn times its convolutions and takes the fastest."""
-
-
-@dataclass
-class StopConfig:
-    """Ends of a run before its last iteration."""
-
-    max_evaluations: int = option(0, at_least=0, resumable=True)
-    """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
-    on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)
-    """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
-    max_drift: float = option(4.0, at_least=0, resumable=True)
-    """Stop with an error where an iteration's last optimizer step changes the log-prob of its own samples by more than
-    this, in nats per pixel: such a step has wrecked the model; 0 never stops."""
-
-
-@dataclass
-class EvaluationConfig:
-    """The panel: images from fixed noise, evaluated before, during and after."""
-
-    every: int = option(10, at_least=0, resumable=True)
-    """Iterations between panels; 0 for only the first and last."""
-    panel_size: int = option(128, at_least=2, panel=True)
-    """Images in the panel."""
-    seed: int = option(1234, at_least=0, at_most=LARGEST_SEED, panel=True)
-    """Seed of the panel's noise; independent of run.seed."""
-    network: str = option("auto", panel=True)
-    """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
-
-
-@dataclass
-class RunConfig:
-    """Where and how the run happens."""
-
-    folder: str = option("runs/default", resumable=True)
-    """Folder that everything is written to; the same command resumes from it."""
-    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
-    """Seed of all randomness in training."""
-    device: str = option("auto")
-    """auto (cuda if there is one), cpu, cuda or cuda:N."""
-    save_every: int = option(10, at_least=0, resumable=True)
-    """Iterations between checkpoints; 0 for only the last."""
-    keep_checkpoints: int = option(2, at_least=1, resumable=True)
-    """Newest checkpoints to keep."""
-    keep_best: bool = option(False, resumable=True)
-    """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
-    lost_after: float = option(600.0, at_least=10, at_most=36_000, resumable=True)
-    """Seconds after which a job gives up a machine that answers nothing. A rank that dies ends the job at once."""
-    edited_code: str = option("note", choices=("note", "refuse"), resumable=True)
-    """Answer, on resume, to a reward or schedule of yours whose file has changed since the run began."""
-    writers: list[str] = option([], choices=("tensorboard", "wandb"), resumable=True)
-    """Logs besides metrics.jsonl; for wandb log in by `wandb login`."""
-    progress: str = option("auto", choices=("auto", "bar", "json", "quiet"), resumable=True)
-    """Progress on the terminal; auto is bar on a terminal, else json."""
-
-
-@dataclass
-class EngineConfig:
-    """Owner of the weights: one process, data-parallel ranks, or DeepSpeed."""
-
-    deepspeed: str | None = option(None, resumable=True)
-    """A DeepSpeed JSON file such as configs/deepspeed/zero3.json; null for the plain engine."""
+    rank: int = option(0, at_least=0)
+    """Rank of the adapters; 0 trains all weights and has none."""
+    alpha: float | None = option(None, above=0)
+    """Adapters are scaled by alpha/rank; null for the rank, which is a scale of 1."""
+    targets: list[str] = option(["to_q", "to_k", "to_v", "to_out.0"])
+    """Endings of the names of layers that get an adapter: linear ones and convolutions."""
+    init: str = option("gaussian", choices=LORA_INITS)
+    """Start of A: normal of std 1/rank, or uniform as peft has it by default; B is 0, so that a run starts at its
+    pretrained model. peft's initialisations that change the frozen weights (pissa, olora) have no place here."""
+    base_precision: str = option("fp32", choices=PRECISIONS)
+    """Storage of the frozen weights: fp32, or that of compute.precision, which takes half the memory and gives the same
+    numbers. Adapters are fp32."""
 
 
 @dataclass
@@ -233,10 +196,12 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.assets import SHIPPED
+from hrf_fast.assets import PROMPT_LISTS, SHIPPED
 from hrf_fast.config.options import Config
 
 
@@ -22,14 +22,19 @@ def absolute(path: str | Path) -> Path:
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with the local models and files that it names by their absolute paths.
 
-    In `kwargs` of rewards and schedules, whose texts may be anything, a leading ~/ is expanded.
+    In `kwargs` of rewards, schedules and prompts, whose texts may be anything, a leading ~/ is expanded.
     """
-    reward, file = config.reward, config.engine.deepspeed
+    reward, file, model, prompts = config.reward, config.engine.deepspeed, config.model, config.prompts
     terms = [replace(term, kwargs=_expanded(term.kwargs)) for term in reward.terms]
     return replace(
         config,
-        model=replace(config.model, name=_local(config.model.name)),
-        evaluation=replace(config.evaluation, network=_local(config.evaluation.network)),
+        model=replace(model, name=_local(model.name), decoder=model.decoder and _local(model.decoder)),
+        prompts=replace(prompts, source=_file(prompts.source), kwargs=_expanded(prompts.kwargs)),
+        evaluation=replace(
+            config.evaluation,
+            network=_local(config.evaluation.network),
+            prompts=_file(config.evaluation.prompts),
+        ),
         engine=replace(config.engine, deepspeed=None if file is None else str(absolute(file))),
         reward=replace(reward, kwargs=_expanded(reward.kwargs), terms=terms),
         window=replace(config.window, kwargs=_expanded(config.window.kwargs)),
@@ -39,6 +44,11 @@ def with_absolute_paths(config: Config) -> Config:
 def _local(name: str) -> str:
     """The absolute path of a local folder; a shipped name, a hub id and what is not there stay as they are."""
     return str(absolute(name)) if name and name not in SHIPPED and absolute(name).is_dir() else name
+
+
+def _file(name: str | None) -> str | None:
+    """The absolute path of a local file; the name of a list, a function and what is not there stay as they are."""
+    return str(absolute(name)) if name and name not in PROMPT_LISTS and absolute(name).is_file() else name
 
 
 def _expanded(value: Any) -> Any:

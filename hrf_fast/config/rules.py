@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hrf_fast.config.amounts import parse_memory
-from hrf_fast.config.options import FACTS, Config
+from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
 
@@ -32,11 +32,37 @@ def check_config(config: Config) -> None:
             f"train.groups_per_step is {train.groups_per_step}, which does not divide train.groups_per_iteration "
             f"{train.groups_per_iteration}; choose a divisor"
         )
+    if train.group_size == 1 and train.advantages == "group":
+        raise ValueError(
+            "train.group_size is 1 with train.advantages=group: one sample has no spread to standardise by; use at "
+            "least 2, or advantages=batch"
+        )
     _check_order(config)
     _check_optimizer_kwargs(config.optimizer.kwargs)
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
+    _check_lora(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
+
+
+def _check_lora(config: Config) -> None:
+    """Check the options of adapters, and that there are none without adapters."""
+    lora, precision = config.lora, config.compute.precision
+    if not lora.rank:
+        for name, default in vars(LoraConfig()).items():
+            if (value := getattr(lora, name)) != default:
+                raise ValueError(
+                    f"lora.{name} is {value!r} but lora.rank is 0, which trains all weights and has no adapters; set "
+                    f"lora.rank, or leave lora.{name} out"
+                )
+    if not lora.targets:
+        raise ValueError("lora.targets is [], so nothing would be trained; name layers, such as [to_q, to_v]")
+    if lora.base_precision not in ("fp32", precision):
+        raise ValueError(
+            f"lora.base_precision is {lora.base_precision} but compute.precision is {precision}: frozen weights are "
+            f"stored in fp32 or in the precision that they compute in; use {lora.base_precision} for both, or fp32 "
+            "for the weights"
+        )
 
 
 def _check_optimizer_kwargs(kwargs: dict[str, Any]) -> None:
@@ -71,10 +97,20 @@ def _check_order(config: Config) -> None:
             "epoch; use train.inner_epochs=1, or compute.activations=replay"
         )
     parted = train.order == "on_policy" and train.groups_per_step != train.groups_per_iteration
-    if train.advantages == "batch" and parted:
+    if train.advantages != "group" and parted:
         raise ValueError(
-            "train.advantages is batch but train.order is on_policy: peers must be rolled out together; use "
-            f"train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
+            f"train.advantages is {train.advantages} but train.order is on_policy: peers must be rolled out together; "
+            f"use train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
+        )
+    if train.advantages == "prompt" and config.prompts.source is None:
+        raise ValueError(
+            "train.advantages is prompt but prompts.source is null: there are no prompts to keep statistics of; name a "
+            "source, or use train.advantages=group or batch"
+        )
+    if train.advantages == "prompt" and train.prompt_min_count > train.prompt_buffer:
+        raise ValueError(
+            f"train.prompt_min_count is {train.prompt_min_count}, which a buffer of train.prompt_buffer "
+            f"{train.prompt_buffer} never holds; use at most that"
         )
     if compute.memory_budget is not None:
         parse_memory(compute.memory_budget, "compute.memory_budget")

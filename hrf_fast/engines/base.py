@@ -6,7 +6,7 @@ plain.py keeps whole weights on every rank; zero.py shards them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -135,12 +135,12 @@ class Ema:
     weights: after the first step the pretrained model's share is 2/11, after ten it is 6e-5.
     """
 
-    def __init__(self, parts: list[Tensor], decay: float) -> None:
+    def __init__(self, parts: Sequence[Tensor], decay: float) -> None:
         self.decay, self.steps = decay, 0
         self.parts = [part.detach().clone() for part in parts] if decay else []
 
     @torch.no_grad()
-    def update(self, parts: list[Tensor]) -> None:
+    def update(self, parts: Sequence[Tensor]) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for average, part in zip(self.parts, parts if self.decay else [], strict=True):

@@ -44,7 +44,7 @@ class PlainEngine:
             optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
         )
         self.loss_scale = LossScale(precision)
-        self.ema = Ema(list(model.parameters()), ema_decay)
+        self.ema = Ema(self.parameters, ema_decay)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -70,7 +70,7 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         self.loss_scale.check(norm)
         self.optimizer.step()
-        self.ema.update(list(self.model.parameters()))
+        self.ema.update(self.parameters)
         return norm
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -79,7 +79,7 @@ class PlainEngine:
 
     @contextmanager
     def gathered(self, *, ema: bool = False) -> Iterator[None]:
-        with averaged(list(self.model.parameters()), self.ema.parts if ema else []):
+        with averaged(self.parameters, self.ema.parts if ema else []):
             yield
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,8 +93,7 @@ class PlainEngine:
         return tensors, {"optimizer_scalars": groups, **self.loss_scale.state(), "ema_steps": self.ema.steps}
 
     def ema_state(self) -> dict[str, Tensor]:
-        names = [name for name, _ in self.model.named_parameters()]
-        return dict(zip(names, self.ema.parts, strict=True)) if self.ema.parts else {}
+        return dict(zip(trained_weights(self.model), self.ema.parts, strict=bool(self.ema.parts)))
 
     def load(
         self,
@@ -111,5 +110,5 @@ class PlainEngine:
         self.loss_scale.load(numbers)
         self.ema.steps = numbers["ema_steps"]
         saved = dict(comm.broadcast_tensors(ema))
-        for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
-            part.copy_(saved.get(name, parameter.detach()))
+        for name, part in zip(trained, self.ema.parts, strict=bool(self.ema.parts)):
+            part.copy_(saved.get(name, trained[name]))

@@ -70,8 +70,8 @@ class DeepSpeedEngine:
         self.ema = Ema(self._held(), ema_decay)
 
     def _held(self) -> list[Tensor]:
-        """This rank's part of each weight: all of it, or at stage 3 its shard."""
-        parameters: list[Any] = list(self.model.parameters())
+        """This rank's part of each trained weight: all of it, or at stage 3 its shard."""
+        parameters: list[Any] = self.parameters
         return [p.ds_tensor for p in parameters] if self.stage == 3 else parameters
 
     @contextmanager
@@ -132,14 +132,14 @@ class DeepSpeedEngine:
     @contextmanager
     def gathered(self, *, ema: bool = False) -> Iterator[None]:
         if self.stage < 3:
-            with averaged(list(self.model.parameters()), self.ema.parts if ema else []):
+            with averaged(self.parameters, self.ema.parts if ema else []):
                 yield
             return
         from deepspeed.runtime.zero import GatheredParameters
 
         parameters, offload = list(self.model.parameters()), self.zero.parameter_offload
         with GatheredParameters(parameters):
-            for parameter, part in zip(parameters if ema and self.ema.parts else [], self.ema.parts, strict=ema):
+            for parameter, part in zip(self.parameters if ema and self.ema.parts else [], self.ema.parts, strict=ema):
                 # thrown away with the gathered copy; the shards stay as they are
                 parameter.data.copy_(self._whole(parameter, part))
             # the hooks would gather and release each layer at each forward
@@ -181,7 +181,8 @@ class DeepSpeedEngine:
 
     def ema_state(self) -> dict[str, Tensor]:
         averages = {}
-        for (name, parameter), part in zip(self.model.named_parameters(), self.ema.parts, strict=bool(self.ema.parts)):
+        trained = trained_weights(self.model)
+        for (name, parameter), part in zip(trained.items(), self.ema.parts, strict=bool(self.ema.parts)):
             value = self._whole(parameter, part) if self.stage == 3 else part
             if comm.is_main():
                 averages[name] = value.cpu()
@@ -213,7 +214,7 @@ class DeepSpeedEngine:
                 index, key = name.split(".", 1)
                 if key in _STATES:
                     self._set(self.parameters[int(index)], value, key)
-        parts = dict(zip(named, self.ema.parts, strict=bool(self.ema.parts)))
+        parts = dict(zip(trained_weights(self.model), self.ema.parts, strict=bool(self.ema.parts)))
         for name, value in comm.broadcast_tensors(ema):
             if name in parts:
                 parts[name].copy_(self._part(named[name], value))

@@ -41,8 +41,6 @@ def ignore_old_names() -> None:
 
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed in a process group: that of the launcher, or one of a single rank."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:

@@ -100,8 +100,30 @@ def vendi_interval(features: Tensor, *, resamples: int = 1000, level: float = 0.
 def inception_interval(log_probs: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int) -> Interval:
     """`bootstrap_interval` of `inception_score(log_probs)`, centred."""
     probabilities = _probabilities(log_probs)
-    weights = _weights(len(probabilities), resamples, level, seed)
-    return _interval(float(_inception(probabilities, None)), _inception(probabilities, weights), level, centred=True)
+    return weighted_interval(
+        lambda weights: _inception(probabilities, weights),
+        len(probabilities),
+        resamples=resamples,
+        level=level,
+        seed=seed,
+    )
+
+
+def weighted_interval(
+    statistic: Callable[[Tensor | None], Tensor],
+    count: int,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int,
+) -> Interval:
+    """`bootstrap_interval`, centred, of a statistic that takes the samples' weights.
+
+    Args:
+        statistic: of weights [R, count], the share of each sample in R resamples, gives [R]; of None, all equal, [].
+    """
+    values = statistic(_weights(count, resamples, level, seed))
+    return _interval(float(statistic(None)), values, level, centred=True)
 
 
 def mean_interval(values: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int) -> Interval:

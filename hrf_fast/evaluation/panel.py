@@ -6,7 +6,8 @@ The noise is counter-based, so two models see the very same panel, step by step;
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,19 @@ from torch import Tensor
 
 from hrf_fast.assets import SHIPPED
 from hrf_fast.distributed import comm
-from hrf_fast.evaluation.diversity import Interval, inception_interval, mean_interval, vendi_interval
+from hrf_fast.evaluation.diversity import (
+    Interval,
+    inception_interval,
+    mean_interval,
+    vendi_interval,
+    vendi_score,
+)
+from hrf_fast.evaluation.looks import attribute_shares, looks_interval
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.sample import sample
+from hrf_fast.prompts import Prompt
+from hrf_fast.prompts.draw import Prompts
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.vision.base import Classifier, FeatureNetwork
 from hrf_fast.vision.load import load_feature_network
@@ -34,14 +44,30 @@ class PanelMetrics:
     reward: Interval
     vendi: Interval | None
     inception: Interval | None
+    vendi_per_prompt: Interval | None = None
+    """Mean of the Vendi Scores of the images of one prompt."""
+    looks: Interval | None = None
+    """Effective number of looks, where the network is a classifier of several attributes."""
+    attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Share of each value of every attribute, with `looks`."""
+    prompts: tuple[str, ...] = ()
+    """Texts, each of equally many images, in the order of the images; empty for an unconditional model."""
 
     def record(self) -> dict[str, Any]:
         """JSON-able: every interval as [value, low, high], and the rewards of each image for paired comparison."""
-        intervals = {"reward": self.reward, "vendi": self.vendi, "inception": self.inception}
-        metrics = {name: list(interval) for name, interval in intervals.items() if interval is not None}
+        names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
+        intervals: dict[str, Interval | None] = {name: getattr(self, name) for name in names}
+        metrics: dict[str, Any] = {name: list(interval) for name, interval in intervals.items() if interval is not None}
         largest = max(map(abs, self.rewards))
         # six decimals, and six digits of rewards in smaller units
         decimals = max(6, 5 - math.floor(math.log10(largest))) if largest else 6
+        if self.attributes:
+            metrics["attributes"] = {
+                name: {value: round(share, 4) for value, share in shares.items()}
+                for name, shares in self.attributes.items()
+            }
+        if self.prompts:
+            metrics["prompts"] = list(self.prompts)
         return {**metrics, "rewards": [round(value, decimals) for value in self.rewards]}
 
 
@@ -56,6 +82,10 @@ class Panel:
     images_per_call: int
     network: FeatureNetwork | None = None
     """Features for the Vendi Score, and for the Inception Score where it is a classifier."""
+    prompts: tuple[Prompt, ...] = ()
+    """Fixed prompts, used again from the first where the panel has more; empty for an unconditional model."""
+    images_per_prompt: int = 1
+    """Images of one prompt, one after the other."""
 
     def evaluate(self, policy: Policy, reward: CombinedReward) -> PanelMetrics:
         """Sample the panel and compute its metrics, on all ranks together."""
@@ -68,28 +98,80 @@ class Panel:
         """The noise of the panel's images."""
         return NoiseKey(noise_key(self.seed, 0, "panel"), torch.arange(self.size, device=policy.device))
 
+    def with_prompts(self, prompts: Prompts, images_per_prompt: int) -> Panel:
+        """The panel with the source's fixed prompts.
+
+        Raises:
+            ValueError: images_per_prompt does not divide the panel's size.
+        """
+        if rest := self.size % images_per_prompt:
+            raise ValueError(
+                f"evaluation.panel_size is {self.size}, which evaluation.images_per_prompt {images_per_prompt} does "
+                f"not divide; use {self.size + images_per_prompt - rest}, or another number of images per prompt"
+            )
+        fixed = prompts.fixed(self.seed, self.size // images_per_prompt)
+        return replace(self, prompts=tuple(fixed), images_per_prompt=images_per_prompt)
+
+    @property
+    def note(self) -> str:
+        """A line where the prompts are used more than once; else empty."""
+        wanted = self.size // self.images_per_prompt
+        if not self.prompts or len(self.prompts) == wanted:
+            return ""
+        return (
+            f"the panel of {self.size} images has {wanted} prompts of {self.images_per_prompt} images each, but its "
+            f"source has {len(self.prompts)}: they are used again from the first"
+        )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of every `images_per_prompt` images; empty for an unconditional model."""
+        first = range(0, self.size if self.prompts else 0, self.images_per_prompt)
+        return tuple(prompt.text for prompt in map(self.prompt, first) if prompt is not None)
+
+    def prompt(self, image: int) -> Prompt | None:
+        """The prompt of an image; None for an unconditional model."""
+        return self.prompts[image // self.images_per_prompt % len(self.prompts)] if self.prompts else None
+
     def _sample(self, policy: Policy) -> Tensor:
         """The panel's latents on every rank; each rank denoises its share."""
         noise = self.noise(policy)
         share = -(-len(noise) // comm.world_size())
         # ranks denoise equally many, the last ones again what others do
         ids = noise.sample_id[(torch.arange(share) + comm.rank() * share).clamp(max=len(noise) - 1)]
-        part = sample(policy, NoiseKey(noise.seed, ids), images_per_call=self.images_per_call)
+        prompts = [self.prompt(image) for image in ids.tolist()]
+        part = sample(policy, NoiseKey(noise.seed, ids), prompts, images_per_call=self.images_per_call)
         return comm.gather_rows(part)[: len(noise)]
 
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
-        rewards = reward(images).total.cpu()
-        vendi = inception = None
+        prompts = [self.prompt(image) for image in range(self.size)]
+        rewards = reward(images, prompts).total.cpu()
+        vendi = inception = per_prompt = looks = None
+        attributes: dict[str, dict[str, float]] = {}
         if self.network is not None:
-            vendi = vendi_interval(self.network.features(images).cpu(), seed=self.seed)
-        if isinstance(self.network, Classifier) and "label" in self.network.labels:
-            inception = inception_interval(self.network.log_probs(images)["label"].cpu(), seed=self.seed)
+            features = self.network.features(images).cpu()
+            vendi = vendi_interval(features, seed=self.seed)
+            # one prompt's is the whole panel's
+            if self.prompts and 1 < self.images_per_prompt < self.size:
+                scores = [vendi_score(part) for part in features.split(self.images_per_prompt)]
+                per_prompt = mean_interval(torch.tensor(scores, dtype=torch.float64), seed=self.seed)
+        if isinstance(self.network, Classifier):
+            log_probs = self.network.log_probs(images)
+            if "label" in log_probs:
+                inception = inception_interval(log_probs["label"].cpu(), seed=self.seed)
+            if len(log_probs) > 1:
+                looks = looks_interval(log_probs, seed=self.seed)
+                attributes = attribute_shares(log_probs, self.network.labels)
         return PanelMetrics(
             images=images.cpu(),
             rewards=rewards.tolist(),
             reward=mean_interval(rewards, seed=self.seed),
             vendi=vendi,
             inception=inception,
+            vendi_per_prompt=per_prompt,
+            looks=looks,
+            attributes=attributes,
+            prompts=self.texts,
         )
 
 

@@ -57,7 +57,8 @@ def choose_activations(
     if mode != "auto":
         return Activations(math.inf if mode == "keep" else 0, checkpoint=mode == "checkpoint")
     name, bucket = engine_of(config)
-    footprints = {(policy.precision, False): measure_running(policy, checkpointing=False)}
+    guided = config.train.guidance
+    footprints = {(policy.precision, False): measure_running(policy, checkpointing=False, guided=guided)}
     counts = count_calls(config, policy.sampler.stochastic_steps, schedule)
     plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints)
     return _fitting(plan, policy)
@@ -82,7 +83,7 @@ def _fitting(plan: Plan, policy: Policy) -> Activations:
             reason = f"activations: {limit}, replay for the rest, {show_bytes(usable)} {of}"
             return Activations(pairs, reason=reason)
         return Activations(0, reason=f"activations: replay, {show_bytes(need('replay'))} {of}")
-    plan.footprints[precision, True] = measure_running(policy, checkpointing=True)
+    plan.footprints[precision, True] = measure_running(policy, checkpointing=True, guided=plan.config.train.guidance)
     if need("checkpoint") <= usable:
         reason = f"activations: checkpoint, {show_bytes(need('checkpoint'))} {of}"
         return Activations(0, checkpoint=True, reason=reason)

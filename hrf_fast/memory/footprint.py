@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from hrf_fast.config.options import PRECISIONS
-from hrf_fast.policies.base import Policy
+from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.files import ModelFiles
-from hrf_fast.policies.load import untrained_network
 from hrf_fast.policies.network import Network
+from hrf_fast.policies.untrained import untrained_condition, untrained_network
+
+Conditions = Callable[[int], tuple[Condition, Condition]]
+"""Images -> their conditions where nothing is trained, and in an update."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Footprint:
         sampling: peak of a forward without gradients.
         kept: what the graph of a forward holds on to until its backward.
         update: peak of a forward and its backward.
-        tensors: elements of each parameter; image_bytes: of one image's latents in fp32.
+        tensors: elements of each trained parameter; image_bytes: of one image's latents in fp32.
+        frozen: elements of all frozen parameters; frozen_bytes: of those.
     """
 
     sampling: Line
@@ -54,39 +57,68 @@ class Footprint:
     update: Line
     tensors: tuple[int, ...]
     image_bytes: int
+    frozen: int = 0
+    frozen_bytes: int = 0
 
     @property
     def parameters(self) -> int:
-        return sum(self.tensors)
+        return sum(self.tensors) + self.frozen
 
 
-def measure_model(files: ModelFiles, *, device: str) -> dict[tuple[str, bool], Footprint]:
+def measure_model(
+    files: ModelFiles,
+    *,
+    device: str,
+    guided: tuple[bool, bool] = (False, False),
+    prepare: Callable[[nn.Module, str], None] | None = None,
+) -> dict[tuple[str, bool], Footprint]:
     """Count a model's activations without its weights, for (precision, with gradient checkpointing).
 
     Args:
         device: cuda or cpu, whose autocast rules differ.
+        guided: whether there is guidance where nothing is trained, and in an update.
+        prepare: makes of a UNet what is trained in a precision: adds adapters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     footprints: dict[tuple[str, bool], Footprint] = {}
+
+    def conditions(images: int) -> tuple[Condition, Condition]:
+        return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
+
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:
-        with FakeTensorMode():
-            network, shape = untrained_network(files)
-            if device == "cuda":
-                for module in network.modules():
-                    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                        module.register_forward_pre_hook(_normalise_in_fp32)
-            for checkpointing in (False, True):
-                network.checkpoint_activations(checkpointing)
-                for precision in PRECISIONS:
-                    # fp16 takes as much as bf16
-                    known = footprints.get(("bf16", checkpointing)) if precision != "fp32" else None
-                    footprints[precision, checkpointing] = known or _footprint(Network(network.unet, precision), shape)
+        # fp16 takes as much as bf16
+        for precision in ("fp32", "bf16"):
+            with torch.device("meta"):
+                network, shape = untrained_network(files)
+                if prepare is not None:
+                    prepare(network.unet, precision)
+            with FakeTensorMode():
+                _fill(network)
+                if device == "cuda":
+                    for module in network.modules():
+                        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                            module.register_forward_pre_hook(_normalise_in_fp32)
+                for checkpointing in (False, True):
+                    network.checkpoint_activations(checkpointing)
+                    footprints[precision, checkpointing] = _footprint(
+                        Network(network.unet, precision), shape, conditions
+                    )
     finally:
         gc.unfreeze()
-    return footprints
+    return footprints | {("fp16", checkpointing): footprints["bf16", checkpointing] for checkpointing in (False, True)}
+
+
+def _fill(network: nn.Module) -> None:
+    """Give the meta tensors of a network memory on the CPU, which is fake where this is called."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            module.register_parameter(name, nn.Parameter(memory, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
 def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -94,38 +126,61 @@ def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
     return (inputs[0].float(), *inputs[1:])
 
 
-def measure_running(policy: Policy, *, checkpointing: bool) -> Footprint:
-    """Like `measure_model`, for a loaded policy in its own precision, on three images; clears its gradients."""
+def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True) -> Footprint:
+    """Like `measure_model`, for a loaded policy in its own precision, on three images; clears its gradients.
+
+    Args:
+        guided: whether updates are under the policy's guidance.
+    """
+
+    def conditions(images: int) -> tuple[Condition, Condition]:
+        return policy.condition([None] * images), policy.condition([None] * images, guided=guided)
+
     policy.network.checkpoint_activations(checkpointing)
     try:
-        return _footprint(policy.network, policy.latent_shape)
+        return _footprint(policy.network, policy.latent_shape, conditions)
     finally:
         policy.network.checkpoint_activations(False)
         for parameter in policy.network.parameters():
             parameter.grad = None
 
 
-def _footprint(network: nn.Module, shape: tuple[int, ...]) -> Footprint:
+def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Conditions) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
-    two, three = (_peaks(network, shape, images) for images in (2, 3))
+    two, three = (_peaks(network, shape, images, *conditions(images)) for images in (2, 3))
     sampling, graph, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
     image_bytes = 4 * math.prod(shape)
-    return Footprint(sampling, graph, update, tuple(p.numel() for p in network.parameters()), image_bytes)
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    return Footprint(
+        sampling,
+        graph,
+        update,
+        tuple(p.numel() for p in network.parameters() if p.requires_grad),
+        image_bytes,
+        sum(p.numel() for p in frozen),
+        sum(p.nbytes for p in frozen),
+    )
 
 
-def _peaks(network: nn.Module, shape: tuple[int, ...], images: int) -> tuple[int, int, int]:
-    """Bytes of `sampling`, `kept` and `update` for a number of images."""
+def _peaks(
+    network: nn.Module, shape: tuple[int, ...], images: int, sampled: Condition, trained: Condition
+) -> tuple[int, int, int]:
+    """Bytes of `sampling`, `kept` and `update` for a number of images, whose calls have their branches as rows."""
     parameters = list(network.parameters())
-    latents = torch.zeros(images, *shape, device=parameters[0].device)
-    gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    learnt = [parameter for parameter in parameters if parameter.requires_grad]
+    latents = torch.zeros(2 * images, *shape, device=parameters[0].device)
+    rows, trained_rows = latents[: images * sampled.branches], latents[: images * trained.branches]
+    inputs, trained_inputs = sampled.inputs, trained.inputs
+    gradients = [torch.zeros_like(parameter) for parameter in learnt]
+    for parameter, gradient in zip(learnt, gradients, strict=True):
         parameter.grad = gradient
 
-    with _Live([*parameters, *gradients, *network.buffers(), latents]) as live:
+    prepared = [latents, *inputs.values(), *trained_inputs.values()]
+    with _Live([*parameters, *gradients, *network.buffers(), *prepared]) as live:
         with torch.no_grad():
-            network(latents, 0).float()
+            network(rows, 0, **inputs).float()
         sampling = live.restart()
-        output = network(latents, 0).float()
+        output = network(trained_rows, 0, **trained_inputs).float()
         gc.collect()
         graph = live.now
         output.sum().backward()

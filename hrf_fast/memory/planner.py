@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.config.options import PRECISIONS, Config
+from hrf_fast.config.options import Config
+from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
 from hrf_fast.noise import noise_generator
+from hrf_fast.policies.checks import check_options
 from hrf_fast.policies.files import read_model
-from hrf_fast.policies.load import plan_sampler
+from hrf_fast.policies.lora import WrongTarget, add_adapters
+from hrf_fast.policies.untrained import frozen_bytes, plan_sampler
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule
@@ -34,13 +37,14 @@ RESERVE = 0.1
 
 @dataclass(frozen=True)
 class CallCounts:
-    """Images through the network per iteration over all GPUs, the mean over the run; `longest_window` in steps."""
+    """Images through the network per iteration over all GPUs, a guided one counting two; the mean over the run."""
 
     anchors: float
     search: float
     rollout: float
     update: float
     longest_window: int
+    """In steps."""
 
     def forwards(self, mode: str, inner_epochs: int) -> float:
         """Forwards without those that checkpointing repeats; `keep` needs none in the first epoch of the update."""
@@ -83,11 +87,12 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
         for window in windows(iteration, groups, generator=generator, probe=probe):
             lengths.append(len(window))
             run_steps += steps - window.start
+    branches = 2 if config.sample.guidance_scale > 1 and train.guidance else 1
     return CallCounts(
-        anchors=float(groups * steps if windows.needs_anchors else 0),
-        search=searched / iterations,
-        rollout=run_steps * size / iterations,
-        update=sum(lengths) * size / iterations,
+        anchors=float(branches * groups * steps if windows.needs_anchors else 0),
+        search=branches * searched / iterations,
+        rollout=branches * run_steps * size / iterations,
+        update=branches * sum(lengths) * size / iterations,
         longest_window=stop if searched else max(lengths),
     )
 
@@ -114,6 +119,8 @@ class Plan:
     bucket: int
     counts: CallCounts
     footprints: dict[tuple[str, bool], Footprint]
+    frozen: int = 0
+    """Bytes of text encoders and decoder, where they stay on the GPU."""
 
     @property
     def any_footprint(self) -> Footprint:
@@ -125,10 +132,13 @@ class Plan:
         """Modes that the configuration's order of updates has."""
         return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
 
-    def states(self, engine: str) -> States:
-        tensors, optimizer = self.any_footprint.tensors, self.config.optimizer
+    def states(self, engine: str, precision: str | None = None) -> States:
+        """Bytes that stay, for the configuration's precision or another one."""
+        optimizer = self.config.optimizer
+        footprint = self.footprints[precision or self.config.compute.precision, False]
         return model_states(
-            tensors,
+            footprint.tensors,
+            frozen=footprint.frozen_bytes,
             engine=engine,
             gpus=self.gpus,
             optimizer=optimizer.name,
@@ -184,11 +194,11 @@ class Plan:
 
     def need(self, engine: str, precision: str, mode: str, images_per_call: int) -> float:
         """Peak bytes of an iteration."""
-        states = self.states(engine)
+        states = self.states(engine, precision)
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
         most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
-        return states.together + self.trajectories + most
+        return states.together + self.frozen + self.trajectories + most
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
         """The configuration's calls, or the largest smaller ones, if any fit."""
@@ -223,17 +233,30 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(f"--gpus is {gpus}; use at least 1")
     files = read_model(config.model.name, config.model.revision, weights=False)
     sample = config.sample
+    check_options(
+        config.model.name,
+        files.takes_prompts,
+        guidance_scale=sample.guidance_scale,
+        decoder=config.model.decoder,
+        offload=config.compute.offload,
+    )
     sampler = plan_sampler(files, kind=sample.scheduler, num_inference_steps=sample.num_inference_steps, eta=sample.eta)
     counts = count_calls(config, sampler.stochastic_steps)
     try:
-        footprints = measure_model(files, device=device)
+        guided = sample.guidance_scale > 1
+        footprints = measure_model(
+            files, device=device, guided=(guided, guided and config.train.guidance), prepare=_adapters(config)
+        )
+    except WrongTarget:
+        raise
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
             f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
-    result = Plan(config, gpus, memory, engine, bucket, counts, footprints)
+    frozen = 0 if config.compute.offload else frozen_bytes(files)
+    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
         ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
         least = min(ways, key=lambda way: ways[way])
@@ -244,6 +267,20 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             "--gpus, fewer samples an iteration, or a smaller model"
         )
     return result
+
+
+def _adapters(config: Config) -> Callable[[Any, str], None] | None:
+    """Make of a UNet in fp32 what the configuration trains; None for one that is trained whole."""
+    lora = config.lora
+    if not lora.rank:
+        return None
+
+    def prepare(unet: Any, precision: str) -> None:
+        # of the other precisions the table shows what they would need
+        stored = "fp32" if lora.base_precision == "fp32" else precision
+        add_adapters(unet, **{**vars(lora), "base_precision": stored})
+
+    return prepare
 
 
 def engine_of(config: Config) -> tuple[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrf_fast.config.amounts import show_bytes
-from hrf_fast.config.options import PRECISIONS
+from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.memory.planner import MODES, RESERVE, Choice, Plan
 from hrf_fast.memory.zero import ENGINES
 
@@ -22,7 +22,11 @@ _TITLES = {
 
 def describe(plan: Plan) -> str:
     """States per GPU, activations per mode, what fits, network calls, and a verdict on the configuration itself."""
-    side = f"{plan.config.model.name}: {plan.any_footprint.parameters / 1e6:.1f} M parameters"
+    footprint, lora = plan.footprints[plan.config.compute.precision, False], plan.config.lora
+    side = f"{plan.config.model.name}: {footprint.parameters / 1e6:.1f} M parameters"
+    if lora.rank:
+        side += f" ({sum(footprint.tensors):,} trained: LoRA of rank {lora.rank}; the others in {lora.base_precision})"
+    side += f" and {show_bytes(plan.frozen)} of text encoders and decoder" if plan.frozen else ""
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     tables = (_states(plan), _activations(plan), _fits(plan))
     return "\n\n".join([head, *map(_table, tables), _calls(plan), _verdict(plan)])

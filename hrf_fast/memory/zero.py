@@ -27,19 +27,34 @@ class States:
 
 
 def model_states(
-    tensors: Sequence[int], *, engine: str, gpus: int, optimizer: str = "adamw", bucket: int = BUCKET, ema: bool = False
+    tensors: Sequence[int],
+    *,
+    engine: str,
+    gpus: int,
+    frozen: int = 0,
+    optimizer: str = "adamw",
+    bucket: int = BUCKET,
+    ema: bool = False,
 ) -> States:
-    """Bytes per GPU of fp32 weights with their average if there is one, their gradients and AdamW's state.
+    """Bytes per GPU of weights, the average of the trained ones if there is one, their gradients and AdamW's state.
 
     ZeRO keeps an fp32 copy of its part of the weights beside the optimizer and a bucket to reduce gradients in; stage 1
     also keeps whole gradients until the step. ZeRO-3 gathers the whole UNet for a rollout and keeps it through a
     backward, as long as it is under DeepSpeed's 10^9 live parameters.
 
     Args:
-        tensors: elements of each parameter; engine: one of ENGINES, where plain is also ZeRO-0 and data parallel.
+        tensors: elements of each trained parameter, which are fp32; frozen: bytes of the others.
+        engine: one of ENGINES, where plain is also ZeRO-0 and data parallel.
         bucket: DeepSpeed's reduce_bucket_size, in elements.
     """
     total = float(FP32 * sum(tensors))
+    if frozen:
+        # as weights that are trained: whole on each rank, from stage 3 on the gathered ones and a part
+        alone = model_states(tensors, engine=engine, gpus=gpus, optimizer=optimizer, bucket=bucket, ema=ema)
+        part = frozen / gpus if engine.startswith("zero3") else 0.0
+        if engine == "zero3_offload":
+            return replace(alone, parameters=alone.parameters + frozen, host=alone.host + part)
+        return replace(alone, parameters=alone.parameters + frozen + part)
     if ema:
         plain = model_states(tensors, engine=engine, gpus=gpus, optimizer=optimizer, bucket=bucket)
         # each rank averages the part of the weights that it holds; offloaded ones on the host

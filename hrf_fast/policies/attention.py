@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hrf_fast.config.options import ATTENTIONS
+from hrf_fast.config.run_options import ATTENTIONS
 from hrf_fast.registry import nearest
 
 

@@ -33,6 +33,18 @@ class Condition:
     unconditional: dict[str, Tensor] = field(default_factory=dict)
     """[B, …] each, of the negative prompt."""
 
+    @property
+    def branches(self) -> int:
+        """Rows of a network call for each sample: 2 under guidance, else 1."""
+        return 2 if self.unconditional else 1
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of one network call [branches·B, …]: the unconditional rows, if any, then the conditional."""
+        if not self.unconditional:
+            return self.conditional
+        return {name: torch.cat([self.unconditional[name], tensor]) for name, tensor in self.conditional.items()}
+
     def __getitem__(self, rows: slice) -> Condition:
         return self._map(lambda tensor: tensor[rows])
 
@@ -80,7 +92,7 @@ class Prediction(NamedTuple):
 
 
 class Policy(Protocol):
-    """A model as the loop sees it; pixel.py and latent.py have two."""
+    """A model as the loop sees it; pixel.py, latent.py and text_to_image.py have three."""
 
     sampler: Sampler
     """T steps as tables of coefficients."""
@@ -88,6 +100,10 @@ class Policy(Protocol):
     """Shape of one sample's latents; the loop never looks inside."""
     network: Network
     """The module that an engine owns; parameters with requires_grad are trained."""
+    takes_prompts: bool
+    """Whether samples are conditioned on a prompt; otherwise `condition` is given None for each."""
+    guidance_scale: float
+    """Factor of guidance in `predict`; 1 for none."""
     device: torch.device
     precision: str
     kernels: str
@@ -99,7 +115,7 @@ class Policy(Protocol):
     stopwatch: Stopwatch
 
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
-        """The condition of one sample per prompt, without gradient; None for a model that takes no prompt.
+        """The condition of one sample per prompt, without gradient; None is the empty prompt.
 
         Args:
             guided: False leaves out the unconditional branch, so that calls cost half and `predict` guides nothing.
@@ -109,7 +125,8 @@ class Policy(Protocol):
     def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
         """The network's outputs for latents [B, *latent_shape] at one step, or at [B] steps.
 
-        The call is counted and timed. With gradient enabled it goes through what `attach` was given.
+        The call is counted, two per sample under guidance, and timed. With gradient enabled it goes through what
+        `attach` was given.
         """
         ...
 
@@ -144,9 +161,10 @@ class Policy(Protocol):
         """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
         ...
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """Lines of Python by which diffusers draws as this policy does, run in the folder that `save` wrote.
 
-        The arguments are those of the policy's sampler. Afterwards `images` is [16, 3, H, W] in [0, 1].
+        The arguments are those of the policy's sampler, and `base` those of `from_pretrained` for the model that was
+        tuned, which adapters are loaded into. Afterwards `images` is [16, 3, H, W] in [0, 1].
         """
         ...

@@ -86,6 +86,8 @@ def _mark_batch(value: Any) -> None:
         # torch compiles a size of 1 as a constant, and refuses the wish for anything else
         if len(value) > 1:
             torch._dynamo.mark_dynamic(value, 0)
+    elif isinstance(value, dict):
+        _mark_batch(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for part in value:
             _mark_batch(part)

@@ -1,48 +1,49 @@
 """Files of a model: where its parts lie, what their configs say, and which files hold the weights. Nothing is loaded.
 
 The pipeline's class in model_index.json decides which policy a model gets; a class that has none is refused by name, as
-is a UNet of a kind that the trainer can't drive. Both happen before weights are downloaded.
+is a UNet of a kind that the trainer can't drive (checks.py). Both happen before weights are downloaded.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import fnmatch
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.hub import files_in, find_folder
-from hrf_fast.policies.sampler import COMPATIBLE
+from hrf_fast.policies.checks import check_text_to_image, check_unconditional
+from hrf_fast.policies.component import INDEXES, VARIANT, Component, read_json, stems, weight_files
+from hrf_fast.policies.schedulers import check_scheduler
 
-PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-LATENT_PIPELINES = ("LDMPipeline",)
-# diffusers' names: the weights of a part are one file, or shards that an index lists
-WEIGHTS = "diffusion_pytorch_model"
-_VARIANT = re.compile(rf"{WEIGHTS}\.(?:(?:safetensors|bin)\.index\.)?([^.-]+)\.(?:safetensors|bin|json)")
-_INDEXES = f"{WEIGHTS}.*index*.json"
+# the parts of a pipeline by name, and the class that a part's config must say it is
+_PIXEL = {"unet": "UNet2DModel", "scheduler": ""}
+_LATENT = {**_PIXEL, "vqvae": "VQModel"}
+_TEXT = {
+    "unet": "UNet2DConditionModel",
+    "scheduler": "",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+}
+_TEXT_XL = {**_TEXT, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
+STABLE_DIFFUSION, STABLE_DIFFUSION_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+PIPELINES = {
+    "DDPMPipeline": _PIXEL,
+    "DDIMPipeline": _PIXEL,
+    "PNDMPipeline": _PIXEL,
+    "LDMPipeline": _LATENT,
+    STABLE_DIFFUSION: _TEXT,
+    STABLE_DIFFUSION_XL: _TEXT_XL,
+}
+# of every model; those of text-to-image parts follow where model_index.json has them
 CONFIGS = (
     *("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"),
     *("config.json", "scheduler_config.json"),
-    *(_INDEXES, f"unet/{_INDEXES}", f"vqvae/{_INDEXES}"),
+    *(INDEXES, f"unet/{INDEXES}", f"vqvae/{INDEXES}"),
 )
-# settings of a UNet by which something else than the step steers it
-_CONDITIONED = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
-_BLOCKS = ("down_block_types", "mid_block_type", "up_block_types")
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of a pipeline: the folder that holds it, its config, and the files of its weights."""
-
-    folder: Path
-    config: dict[str, Any]
-    weights: tuple[str, ...] = ()
-    """Names in the folder: one file, or an index and then its shards; empty where there are none."""
-    variant: str | None = None
-    """The variant that these files are of."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,20 @@ class ModelFiles:
     """Where a model's parts lie; nothing is loaded yet."""
 
     name: str
-    unet: Component
-    scheduler: Component
-    vqvae: Component | None
-    """The decoder of a latent model; None for a pixel model."""
+    pipeline: str
+    """The pipeline's class."""
+    parts: dict[str, Component]
+    """unet and scheduler, and by the pipeline vqvae, or vae, text_encoder, tokenizer and SDXL's second pair."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The values of model_index.json."""
+
+    @property
+    def unet(self) -> Component:
+        return self.parts["unet"]
+
+    @property
+    def takes_prompts(self) -> bool:
+        return "tokenizer" in self.parts
 
 
 def read_model(
@@ -65,13 +76,20 @@ def read_model(
         name, revision, variant: see `load_policy`.
 
     Raises:
-        ValueError: no such model, no UNet in it, one of a kind that this trainer cannot drive, or no weights for it.
+        ValueError: no such model, a pipeline without a policy, a part that is missing or of another class, or no
+            weights for one.
     """
 
     def choose(folder: Path, names: Collection[str]) -> list[str]:
+        configs = [file for file in names if any(fnmatch.fnmatch(file, pattern) for pattern in _configs(folder, name))]
+        if not weights or not all((folder / file).is_file() for file in configs):
+            return configs
         files = _with_weights(_read(name, folder), folder, names, variant or None)
-        parts = [part for part in (files.unet, files.vqvae) if part]
-        return [(part.folder / file).relative_to(folder).as_posix() for part in parts for file in part.weights]
+        return [
+            (part.folder / file).relative_to(folder).as_posix()
+            for part in files.parts.values()
+            for file in part.weights
+        ]
 
     folder = find_folder(
         "model.name",
@@ -79,107 +97,61 @@ def read_model(
         shipped={known: ASSETS / known / "model" for known in SHIPPED},
         revision=revision,
         files=CONFIGS,
-        choose=choose if weights else None,
+        choose=choose,
     )
     files = _read(name, folder)
     return _with_weights(files, folder, files_in(folder), variant or None) if weights else files
 
 
-def shards_of(index: Path) -> dict[str, str]:
-    """The file of each tensor, by name, as an index of sharded weights has them.
+def read_decoder(name: str) -> Component:
+    """The AutoencoderTiny of model.decoder: a folder or a hub id, with its weights.
 
     Raises:
-        ValueError: not an index, or one that names files outside its own folder.
+        ValueError: no such folder, another class, or no weights.
     """
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
-        raise ValueError(
-            f"model.name: {index} has no weight_map from tensors to files beside it; save the model again with "
-            "diffusers' save_pretrained"
-        )
-    return shards
+    option = "model.decoder"
+
+    def read(folder: Path, names: Collection[str]) -> Component:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{option} is {name!r}, which holds no config.json; give an AutoencoderTiny of diffusers")
+        part = Component(folder, read_json(folder / "config.json", option), "AutoencoderTiny")
+        if part.config.get("_class_name") != part.kind:
+            raise ValueError(
+                f"{option} is {name!r}, which is a {part.config.get('_class_name')}; give an AutoencoderTiny such as "
+                "madebyollin/taesd (SD) or madebyollin/taesdxl (SDXL), or null for the model's own VAE"
+            )
+        if not (chosen := weight_files(part, folder, names, None)):
+            raise ValueError(f"{option} is {name!r}, which has no weights; give a folder that save_pretrained wrote")
+        return replace(part, weights=tuple(chosen))
+
+    configs = ("config.json", INDEXES)
+    folder = find_folder(option, name, files=configs, choose=lambda folder, names: read(folder, names).weights)
+    return read(folder, files_in(folder))
 
 
 def _read(name: str, folder: Path) -> ModelFiles:
     """The parts in a folder by their configs."""
-    latent = _pipeline(folder, name) in LATENT_PIPELINES
-    unet = _component(folder, "unet", "config.json")
-    scheduler = _component(folder, "scheduler", "scheduler_config.json")
-    _check_unet(name, unet.config)
-    if scheduler.config.get("_class_name") not in COMPATIBLE:
-        raise ValueError(
-            f"model.name is {name!r}, whose scheduler is {scheduler.config.get('_class_name')}; "
-            f"use one of {', '.join(COMPATIBLE)}"
-        )
-    vqvae = _component(folder, "vqvae", "config.json") if latent else None
-    if vqvae is not None and vqvae.config.get("_class_name") != "VQModel":
-        raise ValueError(
-            f"model.name is {name!r}, whose vqvae is a {vqvae.config.get('_class_name')}; an LDMPipeline has a VQModel"
-        )
-    return ModelFiles(name, unet, scheduler, vqvae)
+    index = folder / "model_index.json"
+    settings = read_json(index) if index.is_file() else {}
+    pipeline = _pipeline(folder, name)
+    parts = {part: _component(name, folder, pipeline, part, kind) for part, kind in PIPELINES[pipeline].items()}
+    files = ModelFiles(name, pipeline, parts, settings)
+    if files.takes_prompts:
+        check_text_to_image(name, {part: component.config for part, component in parts.items()})
+    else:
+        check_unconditional(name, files.unet.config)
+    check_scheduler(name, parts["scheduler"].config)
+    return files
 
 
-def _check_unet(name: str, config: dict[str, Any]) -> None:
-    """Refuse a UNet that anything but the noisy image and a discrete step goes into."""
-    if config.get("_class_name") != "UNet2DModel":
-        raise ValueError(
-            f"model.name is {name!r}, whose UNet is a {config.get('_class_name')}; this trainer drives "
-            "unconditional UNet2DModel pipelines (DDPM, DDIM, LDM), e.g. google/ddpm-celebahq-256"
-        )
-    conditions = {key: config[key] for key in _CONDITIONED if config.get(key) is not None}
-    blocks = {key: config[key] for key in _BLOCKS if "CrossAttn" in str(config.get(key))}
-    for key, value in (conditions | blocks).items():
-        raise ValueError(
-            f"model.name is {name!r}, whose UNet is conditioned on a class or a text ({key}: {value!r}), which is "
-            "not supported; use an unconditional model"
-        )
-    time = config.get("time_embedding_type", "positional")
-    if time not in ("positional", "learned"):
-        raise ValueError(
-            f"model.name is {name!r}, whose UNet takes noise levels instead of steps (time_embedding_type: {time!r}) "
-            "as score-based VE models do; use a model of DDPM's kind, whose time_embedding_type is positional"
-        )
-
-
-def _with_weights(files: ModelFiles, folder: Path, names: Collection[str], variant: str | None) -> ModelFiles:
-    """The model with the files of its weights, chosen among `names`, which are relative to the folder."""
-    variants = sorted({match[1] for name in names if (match := _VARIANT.fullmatch(name.rpartition("/")[2]))})
-
-    def choose(part: Component) -> Component:
-        # as in diffusers, a part without files of the variant has its plain ones read
-        for choice in (variant, None):
-            if weights := _weight_files(part.folder, folder, names, choice):
-                return replace(part, weights=tuple(weights), variant=choice)
-        way_out = f"set model.variant to one of {', '.join(variants)}" if variants else "use a model with weights"
-        raise ValueError(
-            f"model.name is {files.name!r}, but {part.folder} has no {WEIGHTS}.safetensors and no .bin; {way_out}"
-        )
-
-    unet, vqvae = choose(files.unet), files.vqvae and choose(files.vqvae)
-    if variant and not any(part.variant for part in (unet, vqvae) if part):
-        raise ValueError(
-            f"model.variant is {variant!r}, but {files.name!r} has no weights of it; "
-            f"use {' or '.join([*variants, 'null'])}"
-        )
-    return replace(files, unet=unet, vqvae=vqvae)
-
-
-def _weight_files(part: Path, folder: Path, names: Collection[str], variant: str | None) -> list[str]:
-    """The files of a part that diffusers reads: safetensors before .bin, an index with its shards before a single file.
-
-    Returns:
-        Their names in the part's folder; nothing where it has none of the variant.
-    """
-    start = "" if part == folder else f"{part.name}/"
-    dot = f".{variant}" if variant else ""
-    for suffix in ("safetensors", "bin"):
-        # the second form is how diffusers once named the index of a variant
-        for index in (f"{WEIGHTS}.{suffix}.index{dot}.json", f"{WEIGHTS}.{suffix}{dot}.index.json"):
-            if start + index in names:
-                return [index, *sorted(set(shards_of(part / index).values()))]
-        if start + (single := f"{WEIGHTS}{dot}.{suffix}") in names:
-            return [single]
-    return []
+def _configs(folder: Path, name: str) -> list[str]:
+    """Patterns of the small files that a text-to-image pipeline has besides `CONFIGS`."""
+    parts = PIPELINES[_pipeline(folder, name)]
+    if "tokenizer" not in parts:
+        return []
+    tokenizers = [f"{part}/{file}" for part in parts if "tokenizer" in part for file in ("*.json", "*.txt")]
+    networks = [part for part in parts if part == "vae" or "text_encoder" in part]
+    return [*tokenizers, *(f"{part}/{file}" for part in networks for file in ("config.json", "*.index*.json"))]
 
 
 def _pipeline(folder: Path, name: str) -> str:
@@ -190,35 +162,64 @@ def _pipeline(folder: Path, name: str) -> str:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        return PIXEL_PIPELINES[0]
-    kind = _read_json(index).get("_class_name", PIXEL_PIPELINES[0])
-    if kind not in (*PIXEL_PIPELINES, *LATENT_PIPELINES):
+        return "DDPMPipeline"
+    kind = read_json(index).get("_class_name", "DDPMPipeline")
+    if kind not in PIPELINES:
         raise ValueError(
             f"model.name is {name!r}, whose model_index.json says {kind}; there is a policy for "
-            f"{', '.join((*PIXEL_PIPELINES, *LATENT_PIPELINES))} only"
+            f"{', '.join(PIPELINES)} only"
         )
     return str(kind)
 
 
-def _component(folder: Path, name: str, config: str) -> Component:
-    """A pipeline part and its config: in its own subfolder, or at the top as in older hub repositories."""
-    for candidate in (folder / name, folder):
+def _component(name: str, folder: Path, pipeline: str, part: str, kind: str) -> Component:
+    """A pipeline part and its config: in its own subfolder, or at the top as in older hub repositories.
+
+    Args:
+        kind: the class that it must be; "" for a scheduler, whose class is in its config.
+    """
+    kinds = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    config = kinds.get(part.removesuffix("_2"), "config.json")
+    for candidate in (folder / part, folder):
         if (candidate / config).is_file():
-            return Component(candidate, _read_json(candidate / config))
+            values = read_json(candidate / config)
+            says = values.get("_class_name") or (values.get("architectures") or [None])[0]
+            if kind.endswith("Tokenizer"):
+                says = str(values.get("tokenizer_class", kind)).removesuffix("Fast")
+            if kind and says != kind:
+                raise ValueError(
+                    f"model.name is {name!r}, whose {part} is a {says} where a {pipeline} has a {kind}; use a folder "
+                    "as diffusers' save_pretrained writes it"
+                )
+            return Component(candidate, values, kind or str(says))
     raise ValueError(
-        f"model.name is {str(folder)!r}, which holds no {name}/{config} (nor {config}); "
-        "give a diffusers pipeline folder with unet/ and scheduler/"
+        f"model.name is {str(folder)!r}, which holds no {part}/{config} (nor {config}); "
+        f"give a diffusers pipeline folder with {part}/ and its other parts"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"model.name: {path} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
+def _with_weights(files: ModelFiles, folder: Path, names: Collection[str], variant: str | None) -> ModelFiles:
+    """The model with the files of its weights, chosen among `names`, which are relative to the folder."""
+    networks = {name: part for name, part in files.parts.items() if part.has_weights}
+    folders = {"" if part.folder == folder else part.folder.name for part in networks.values()}
+    split = [name.rpartition("/") for name in names]
+    variants = sorted({match[1] for at, _, file in split if at in folders and (match := VARIANT.fullmatch(file))})
+
+    def choose(part: Component) -> Component:
+        # as in diffusers, a part without files of the variant has its plain ones read
+        for choice in (variant, None):
+            if weights := weight_files(part, folder, names, choice):
+                return replace(part, weights=tuple(weights), variant=choice)
+        way_out = f"set model.variant to one of {', '.join(variants)}" if variants else "use a model with weights"
+        stem = stems(part)["safetensors"]
         raise ValueError(
-            f"model.name: {path} holds a JSON {type(values).__name__}, not an object; "
-            "give the file that diffusers' save_pretrained writes"
+            f"model.name is {files.name!r}, but {part.folder} has no {stem}.safetensors and no .bin; {way_out}"
         )
-    return values
+
+    chosen = {name: choose(part) for name, part in networks.items()}
+    if variant and not any(part.variant for part in chosen.values()):
+        raise ValueError(
+            f"model.variant is {variant!r}, but {files.name!r} has no weights of it; "
+            f"use {' or '.join([*variants, 'null'])}"
+        )
+    return replace(files, parts=files.parts | chosen)

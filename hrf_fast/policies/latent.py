@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.policies.unconditional import (
-    UnconditionalPolicy,
-    check_finite,
-    contiguous,
-    pipeline_example,
-    saved_scheduler,
-)
+from hrf_fast.policies.lora import merged
+from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
+from hrf_fast.policies.unet import check_finite, contiguous
 
 # images that the decoder takes at once: its activations are those of full-size images
 _DECODED_AT_ONCE = 8
@@ -46,10 +42,11 @@ class LatentPolicy(UnconditionalPolicy):
         """Write a diffusers folder (safetensors) that `LDMPipeline.from_pretrained` loads and runs."""
         from diffusers import LDMPipeline
 
-        with contiguous(self.unet):
-            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=self.unet, scheduler=saved_scheduler(self.scheduler))
+        unet = merged(self.unet)
+        with contiguous(unet):
+            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=unet, scheduler=self.scheduler)
             pipeline.save_pretrained(folder, safe_serialization=True)
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
         return pipeline_example("LDMPipeline", scheduler, num_inference_steps, eta)

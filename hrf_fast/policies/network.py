@@ -10,10 +10,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from hrf_fast.config.options import PRECISIONS
+from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.distributed import comm
 from hrf_fast.policies.compilation import canonical
 
+# inputs that SDXL's UNet takes in a mapping of their own; flat here, so that engines and rows treat all inputs alike
+_ADDED = ("text_embeds", "time_ids")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the reentrant form loses gradients under ZeRO-3
 NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
@@ -48,7 +51,7 @@ class Network(nn.Module):
         if precision not in PRECISIONS:
             raise ValueError(f"compute.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.channels_last, self.compiled = channels_last, False
-        self.unet, self.dtype = unet, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.unet, self.dtype = unet, None if precision == "fp32" else DTYPES[precision]
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -62,9 +65,12 @@ class Network(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: int | Tensor, **condition: Tensor) -> Tensor:
         """The UNet's output [B, C, H, W] for latents of that shape; `timesteps` is one value or [B]."""
+        named: dict[str, Any] = {name: tensor for name, tensor in condition.items() if name not in _ADDED}
+        if added := {name: tensor for name, tensor in condition.items() if name in _ADDED}:
+            named["added_cond_kwargs"] = added
         if self.compiled:
             latents, timesteps = canonical(latents, timesteps)
         if self.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last)
         with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.unet(latents, timesteps, return_dict=False, **condition)[0].contiguous()
+            return self.unet(latents, timesteps, return_dict=False, **named)[0].contiguous()

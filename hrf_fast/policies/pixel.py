@@ -7,13 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hrf_fast.policies.unconditional import (
-    UnconditionalPolicy,
-    check_finite,
-    contiguous,
-    pipeline_example,
-    saved_scheduler,
-)
+from hrf_fast.policies.lora import merged
+from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
+from hrf_fast.policies.unet import check_finite, contiguous
 
 
 class PixelPolicy(UnconditionalPolicy):
@@ -33,12 +29,12 @@ class PixelPolicy(UnconditionalPolicy):
         """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
-        scheduler = saved_scheduler(self.scheduler)
-        pipeline: Any = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
-        with contiguous(self.unet):
-            pipeline(unet=self.unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        pipeline: Any = DDIMPipeline if isinstance(self.scheduler, DDIMScheduler) else DDPMPipeline
+        unet = merged(self.unet)
+        with contiguous(unet):
+            pipeline(unet=unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float) -> str:
+    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
-        pipeline = {"ddim": "DDIMPipeline", "ddpm": "DDPMPipeline"}[scheduler]
+        pipeline = "DDPMPipeline" if scheduler == "ddpm" else "DDIMPipeline"
         return pipeline_example(pipeline, scheduler, num_inference_steps, eta)

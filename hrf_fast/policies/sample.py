@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Policy, Prediction
+from hrf_fast.prompts import Prompt
 from hrf_kernels import gaussian_step, philox_normal
 
 # counter value for a sample's starting noise: no denoising step has it
@@ -41,16 +44,29 @@ def advance(
 
 
 @torch.no_grad()
-def sample(policy: Policy, noise: NoiseKey, *, images_per_call: int) -> Tensor:
+def sample(
+    policy: Policy,
+    noise: NoiseKey,
+    prompts: Sequence[Prompt | None] | None = None,
+    *,
+    images_per_call: int,
+    guided: bool = True,
+) -> Tensor:
     """Denoise pure noise over all T steps.
+
+    Args:
+        prompts: one per sample; None for a model that takes none.
+        images_per_call: at most; guided: see `Policy.condition`.
 
     Returns:
         Clean latents [N, *latent_shape] fp32, a function of the noise key and the weights.
     """
-    chunks = []
+    prompts = [None] * len(noise) if prompts is None else prompts
+    chunks: list[Tensor] = []
     for part in noise.split(images_per_call):
         latents = starting_noise(policy, part)
-        condition = policy.condition([None] * len(part))
+        first = len(chunks) * images_per_call
+        condition = policy.condition(prompts[first : first + len(part)], guided=guided)
         for step in range(len(policy.sampler)):
             latents, _ = advance(policy, policy.predict(latents, step, condition), latents, step, part)
         chunks.append(latents)

@@ -1,6 +1,6 @@
 """StepCoefficients from a diffusers scheduler, in float64: DDIM with eta, or DDPM ancestral sampling.
 
-This is the only module that knows schedulers. What the affine form cannot express (dynamic thresholding, learned
+What the affine form cannot express (dynamic thresholding, learned
 variances) is refused by name. Reproduces `DDIMScheduler.step` and `DDPMScheduler.step` of diffusers.
 """
 
@@ -15,8 +15,6 @@ from torch import Tensor
 from hrf_fast.config.options import SAMPLERS
 from hrf_kernels import StepCoefficients
 
-# schedulers whose alphas_cumprod mean the same as DDPM's, so that DDIM and DDPM steps can be made of their config
-COMPATIBLE = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 # under this the step is deterministic to float32: diffusers floors a DDPM variance at 1e-20
 _NO_NOISE = 1e-8
 # float32 holds a latent of size 1 to 6e-8: a step's noise of this std is 6 % rounding, and so are its gradients
@@ -65,7 +63,9 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
 
     Args:
         scheduler: a DDPMScheduler, DDIMScheduler or PNDMScheduler.
-        kind: "ddim" or "ddpm" (ancestral, with the scheduler's fixed variance).
+        kind: "ddim", "ddpm" (ancestral, with the scheduler's fixed variance), or "ddim_trl": the previous timestep is
+            clamped to 0 as in trl 0.23.1 (`scheduler_step` of modeling_sd_base.py), so that ā of the clean image is
+            that of the first trained step, whatever set_alpha_to_one says.
         num_inference_steps: T.
         eta: DDIM's noise scale in (0, 1]; ancestral sampling has no eta and wants 1.
 
@@ -79,8 +79,9 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
     trained_steps, prediction = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
     alphas = scheduler.alphas_cumprod.double()
     alpha = alphas[timesteps]
-    alpha_ddim = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, _final_alpha(scheduler))
-    if kind == "ddim":
+    final = float(alphas[0]) if kind == "ddim_trl" else _final_alpha(scheduler)
+    alpha_ddim = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, final)
+    if kind != "ddpm":
         stochastic = _ddim_step(prediction, alpha, alpha_ddim, eta)
     else:
         # ancestral steps go to the next timestep of the list; the last goes to the clean image
@@ -104,11 +105,9 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
 
 
 def _check_sampler(scheduler: Any, kind: str, num_inference_steps: int, eta: float) -> None:
-    name, trained_steps = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    if name not in COMPATIBLE:
-        raise ValueError(f"the model's scheduler is {name}; only {', '.join(COMPATIBLE)} define the steps used here")
+    trained_steps = scheduler.config.num_train_timesteps
     if kind not in SAMPLERS:
-        raise ValueError(f"sample.scheduler is {kind!r}; use {' or '.join(SAMPLERS)}")
+        raise ValueError(f"sample.scheduler is {kind!r}; use {', '.join(SAMPLERS)}")
     if not 1 <= num_inference_steps <= trained_steps:
         raise ValueError(f"sample.num_inference_steps is {num_inference_steps}; use 1 to {trained_steps}, as trained")
     if not 0 < eta <= 1:
@@ -126,7 +125,7 @@ def _template(scheduler: Any, kind: str, num_inference_steps: int) -> Any:
     """The diffusers scheduler whose steps are reproduced, with its T timesteps set."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    template = (DDIMScheduler if kind == "ddim" else DDPMScheduler).from_config(scheduler.config)
+    template = (DDPMScheduler if kind == "ddpm" else DDIMScheduler).from_config(scheduler.config)
     template.set_timesteps(num_inference_steps)
     timesteps, trained_steps = template.timesteps.long(), scheduler.config.num_train_timesteps
     if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= trained_steps:

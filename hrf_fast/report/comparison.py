@@ -43,7 +43,7 @@ class RunLog:
     finished: bool
 
     def metric(self, name: str, panel: int = -1) -> Interval | None:
-        """A panel's `reward`, `vendi` or `inception`, of the last panel by default; None if nothing measured it."""
+        """A panel's interval of this name, of the last panel by default; None if nothing measured it."""
         return Interval(*self.panels[panel][name]) if name in self.panels[panel] else None
 
     def rewards(self) -> list[float]:
@@ -108,6 +108,12 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
         raise ValueError(
             f"{both}, their panels are of different images or metrics: {listed}. Report each run alone, or train again "
             "with these options equal"
+        )
+    prompts = [log.panels[0].get("prompts") for log in (first, other)]
+    if prompts[0] != prompts[1]:
+        raise ValueError(
+            f"{both}, their panels are of different prompts: {prompts[0]} and {prompts[1]}. Report each run alone, or "
+            "train again with one evaluation.prompts"
         )
     start, (_, low, high) = other.panels[0]["reward"][0], first.panels[0]["reward"]
     if not low <= start <= high:

@@ -113,6 +113,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
         "findings": findings(logs),
         "curves": _curves(logs),
         "grids": _grids(logs),
+        "prompts": list(dict.fromkeys(logs[0].panels[0].get("prompts", []))),
         "grids_on_the_way": [(log.name, pictures) for log in logs if (pictures := _grids_on_the_way(log))],
         "diagnostics": [_diagnostics(log) for log in logs],
         "times": _times(logs).rows,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from hrf_fast.evaluation.grids import SHOWN, grid_columns
+from hrf_fast.evaluation.grids import SHOWN, Grid, captions_of
 from hrf_fast.report.comparison import RunLog, read_runs
 from hrf_fast.report.tables import run_title
 from hrf_fast.run.files import write_atomically
@@ -68,20 +68,13 @@ def draw_strip(rows: Sequence[Row]) -> Image.Image:
     return strip
 
 
-def cut_grid(grid: Image.Image, count: int) -> list[Image.Image]:
-    """The images of a grid that `image_grid` has made of `count` images, as large as they are there."""
-    columns = grid_columns(count)
-    width, height = grid.width // columns, grid.height // -(-count // columns)
-    corners = [(i % columns * width, i // columns * height) for i in range(count)]
-    return [grid.crop((left, top, left + width, top + height)) for left, top in corners]
-
-
 def _row(log: RunLog, panel: int, name: str) -> Row:
     record = log.panels[panel]
     path = log.folder / "samples" / f"iteration-{record['iteration']:06d}.png"
     try:
         with Image.open(path) as grid:
-            images = cut_grid(grid.convert("RGB"), min(SHOWN, log.config.evaluation.panel_size))
+            count = min(SHOWN, log.config.evaluation.panel_size)
+            images = Grid(count, captions_of(record).get("images_per_prompt", 0)).cut(grid.convert("RGB"))
     except OSError as error:
         raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
     lines = [name, f"reward {record['reward'][0]:.4g}"]

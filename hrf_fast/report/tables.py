@@ -28,13 +28,14 @@ class Table:
 
 def result_table(logs: Sequence[RunLog]) -> Table:
     """Tabulate the pretrained model and each run's last panel."""
-    rows = [["", "reward", "gain", "Vendi Score", "kept", "Inception Score", "UNet evaluations"]]
+    rows = [["", "reward", "gain", "Vendi Score", "kept", "per prompt", "looks", "Inception Score", "UNet evaluations"]]
     first, before = logs[0], logs[0].metric("vendi", 0)
     for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, -1) for log in logs)]:
         change = [_interval(gain(log, first), "+"), _share(log.metric("vendi"), before)] if panel else ["", ""]
-        metrics = [_interval(log.metric(name, panel)) for name in ("reward", "vendi", "inception")]
+        names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
+        metrics = [_interval(log.metric(name, panel)) for name in names]
         evaluations = f"{log.panels[panel]['evaluations']:,}"
-        rows.append([title, metrics[0], change[0], metrics[1], change[1], metrics[2], evaluations])
+        rows.append([title, metrics[0], change[0], metrics[1], change[1], *metrics[2:], evaluations])
     return Table(rows)
 
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrf_fast.config.options import RewardTerm
-from hrf_fast.rewards.registry import NotFiniteError, Reward, RewardError, Rewards, build_registered
+from hrf_fast.prompts import Prompt
+from hrf_fast.rewards.registry import (
+    NotFiniteError,
+    Reward,
+    RewardError,
+    Rewards,
+    build_registered,
+    reads_prompts,
+    takes_metadata,
+)
 from hrf_fast.rewards.user import build_function, build_user
 from hrf_fast.user_code import note_of, source_of, user_code
 
@@ -60,7 +69,7 @@ def build_reward(
         function = build_user(term.name, kwargs) if ":" in term.name else build_registered(term.name, kwargs, device)
         count = sum(other.name == term.name for other in built)
         key = f"{term.name}_{count + 1}" if count else term.name
-        built.append(_BuiltTerm(term.name, key, term.weight, function))
+        built.append(_BuiltTerm(term.name, key, term.weight, function, reads_prompts(term.name)))
     return CombinedReward(built)
 
 
@@ -70,6 +79,17 @@ class _BuiltTerm:
     key: str
     weight: float
     reward: Reward
+    reads_prompts: bool = False
+    """Whether it can't do without prompts."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt | None]) -> Any:
+        """Call the reward with the images and the prompts' texts, and their metadata where it takes that."""
+        texts = [prompt.text for prompt in prompts if prompt is not None]
+        arguments: list[Any] = [images, texts if len(texts) == len(prompts) else None]
+        # our wrapper of a user's function has the parameter, or has not
+        if takes_metadata(self.reward, {}, follow_wrapped=False):
+            arguments.append(tuple(dict(prompt.metadata) if prompt else {} for prompt in prompts))
+        return self.reward(*arguments)
 
 
 class CombinedReward:
@@ -82,12 +102,17 @@ class CombinedReward:
         self.notes: dict[str, None] = {}
         self.sources = {f"reward {term.key}": source_of(term.reward) for term in terms}
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Rewards:
+    @property
+    def prompt_readers(self) -> list[str]:
+        """The terms that can't do without prompts, by name."""
+        return [term.name for term in self._terms if term.reads_prompts]
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt | str | None] | None = None) -> Rewards:
         """Reward a batch.
 
         Args:
             images: [B, 3, H, W] float in [0, 1].
-            prompts: B strings, for rewards that read them.
+            prompts: B of them, or texts; None, or None for each, where the images have no prompts.
 
         Raises:
             ValueError: images or prompts are not as above.
@@ -96,6 +121,7 @@ class CombinedReward:
         import torch
 
         check_images(images, prompts)
+        asked = [Prompt(item) if isinstance(item, str) else item for item in prompts or [None] * len(images)]
         total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         means = {}
         # a reward must not depend on the precision that the run trains in
@@ -104,7 +130,7 @@ class CombinedReward:
                 what = f"reward {term.key!r}"
                 with user_code(what, RewardError) as changes:
                     # a reward may write into its images; the next term and the caller need theirs
-                    values = term.reward(images.clone(), prompts)
+                    values = term(images.clone(), asked)
                 if changes:
                     self.notes[note_of(what, changes)] = None
                 values = check_rewards(images, values, term.key)
@@ -114,7 +140,7 @@ class CombinedReward:
         return Rewards(total, means)
 
 
-def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
+def check_images(images: Tensor, prompts: Sequence[Prompt | str | None] | None = None) -> None:
     """Refuse images that no reward is meant for.
 
     Raises:

@@ -6,7 +6,7 @@ model. Only the classes asked for are rewarded; a network of several labels per 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from hrf_fast.registry import check_count
 from hrf_fast.rewards.registry import Reward, register_reward
 from hrf_fast.vision.load import load_classifier
+from hrf_fast.vision.shipped import load_shipped
 
 
 @register_reward(
@@ -33,7 +34,8 @@ def classifier(
     Args:
         target: a class name or index, "head=class" for a model with several heads, or a list of classes of one head,
             of which the image may be any.
-        model: "fashion" or "portraits" (shipped), or the hub id or local folder of a transformers image classifier.
+        model: "fashion", "portraits" or "peeps" (shipped), or the hub id or local folder of a transformers image
+            classifier.
         batch_size: images that go through a transformers network at once.
     """
     check_count("classifier.batch_size", batch_size)
@@ -44,6 +46,39 @@ def classifier(
         # log of the summed probability
         return network.log_probs(images)[head][:, indexes].logsumexp(1)
 
+    return reward
+
+
+@register_reward("attribute", needs="nothing: the classifier ships")
+def attribute(
+    target: str | Sequence[str] | None = None, model: str = "peeps", *, device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """Log-probability that the image has the attributes that its prompt names, or those given here; at most 0.
+
+    Args:
+        target: such as "accessories=sunglasses", or several of them; by default those in the metadata of each prompt,
+            {"attributes": {"accessories": "sunglasses"}}. The mean over them is the reward.
+        model: the shipped model whose classifier looks.
+    """
+    network = load_shipped(model, device)
+    fixed = [target] if isinstance(target, str) else target
+
+    def reward(images: Tensor, prompts: Sequence[str] | None, metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        log_probs = network.log_probs(images)
+        rewards = []
+        for row, data in enumerate(metadata):
+            wanted = fixed or [f"{head}={name}" for head, name in data.get("attributes", {}).items()]
+            if not wanted:
+                raise ValueError(
+                    "attribute.target is null and a prompt names no attributes; give prompts with the metadata "
+                    '{"attributes": {…}} as those of prompts.source=peeps, or set target'
+                )
+            places = [_find_class(item, network.labels, "attribute.target") for item in wanted]
+            rewards.append(torch.stack([log_probs[head][row, index] for head, index in places]).mean())
+        return torch.stack(rewards)
+
+    for item in fixed or ():
+        _find_class(item, network.labels, "attribute.target")
     return reward
 
 
@@ -70,7 +105,9 @@ def find_classes(target: Any, labels: Mapping[str, Sequence[str]]) -> tuple[str,
     return heads[0], sorted({index for _, index in classes})
 
 
-def _find_class(target: str | int, labels: Mapping[str, Sequence[str]]) -> tuple[str, int]:
+def _find_class(
+    target: str | int, labels: Mapping[str, Sequence[str]], option: str = "classifier.target"
+) -> tuple[str, int]:
     """One class: by its name in any head, or in the head before the equals sign; else by its index."""
     head, equals, name = str(target).partition("=")
     if equals and head in labels:
@@ -92,11 +129,11 @@ def _find_class(target: str | int, labels: Mapping[str, Sequence[str]]) -> tuple
         return fitting[0]
     if fitting:
         ways = " or ".join(f"{key}={index}" for key, index in fitting)
-        raise ValueError(f"classifier.target is {target!r}, which fits {len(fitting)} classes; write {ways}")
+        raise ValueError(f"{option} is {target!r}, which fits {len(fitting)} classes; write {ways}")
     near = get_close_matches(name, [label for names in labels.values() for label in names], cutoff=0.4)
     nearest_names = f"the nearest are {', '.join(near)}; " if near else ""
     listed = "; ".join(
         f"{key} (0 to {len(names) - 1}): {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
         for key, names in labels.items()
     )
-    raise ValueError(f"classifier.target is {target!r}, which is not a class; {nearest_names}the classes are {listed}")
+    raise ValueError(f"{option} is {target!r}, which is not a class; {nearest_names}the classes are {listed}")

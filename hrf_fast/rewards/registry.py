@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -19,11 +19,14 @@ from hrf_fast.registry import Registry, call_factory
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = ("jpeg", "aesthetic", "classifier")
+FAMILIES = ("jpeg", "aesthetic", "classifier", "text_image", "remote")
 
 
 class Reward(Protocol):
-    """Images [B, 3, H, W] in [0, 1] and optionally B prompts -> [B], higher is better."""
+    """Images [B, 3, H, W] in [0, 1] and B prompts -> [B], higher is better; None for a model that takes no prompts.
+
+    One whose third argument is named metadata gets the metadata of each prompt there.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor: ...
 
@@ -64,6 +67,8 @@ class RewardInfo:
     description: str
     arguments: tuple[RewardArgument, ...]
     needs: str
+    reads_prompts: bool
+    """Whether it can't reward an unconditional model."""
 
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -73,12 +78,15 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 class _Entry:
     factory: Callable[..., Any]
     needs: str
+    reads_prompts: bool
 
 
 _rewards: Registry[_Entry] = Registry("reward", "reward.name")
 
 
-def register_reward(name: str, *, needs: str = "nothing beyond torch") -> Callable[[Factory], Factory]:
+def register_reward(
+    name: str, *, needs: str = "nothing beyond torch", reads_prompts: bool = False
+) -> Callable[[Factory], Factory]:
     """Register a factory under a name.
 
     The factory's arguments are the `kwargs` of a `RewardTerm`, and it returns a `Reward`. If it has an argument called
@@ -88,6 +96,7 @@ def register_reward(name: str, *, needs: str = "nothing beyond torch") -> Callab
     Args:
         name: unique, without a colon (a colon marks `module:function`).
         needs: packages, files or downloads that the reward cannot do without.
+        reads_prompts: refuse the reward for a model that takes no prompts.
 
     Raises:
         ValueError: the name has a colon, or another factory has it already.
@@ -96,7 +105,7 @@ def register_reward(name: str, *, needs: str = "nothing beyond torch") -> Callab
         raise ValueError(f"register_reward: name is {name!r}; use a non-empty name without a colon")
 
     def decorate(factory: Factory) -> Factory:
-        _rewards.register(name)(_Entry(factory, needs))
+        _rewards.register(name)(_Entry(factory, needs, reads_prompts))
         return factory
 
     return decorate
@@ -107,7 +116,7 @@ def list_rewards() -> list[RewardInfo]:
     _load_families()
     infos = []
     for name in sorted(_rewards):
-        factory, needs = _rewards[name].factory, _rewards[name].needs
+        factory = _rewards[name].factory
         doc = inspect.getdoc(factory) or ""
         docs = _argument_docs(doc)
         arguments = tuple(
@@ -122,7 +131,9 @@ def list_rewards() -> list[RewardInfo]:
             )
             for key, parameter in _config_parameters(factory).items()
         )
-        infos.append(RewardInfo(name, doc.partition("\n")[0], arguments, needs))
+        infos.append(
+            RewardInfo(name, doc.partition("\n")[0], arguments, _rewards[name].needs, _rewards[name].reads_prompts)
+        )
     return infos
 
 
@@ -136,6 +147,26 @@ def build_registered(name: str, kwargs: dict[str, Any], device: Any) -> Reward:
     factory = _rewards[name].factory
     of_the_run = {"device": device} if "device" in inspect.signature(factory).parameters else {}
     return call_factory(factory, name, kwargs, **of_the_run)
+
+
+def reads_prompts(name: str) -> bool:
+    """Whether a registered reward can't do without prompts; a function of the user's is not known to."""
+    return name in iter(_rewards) and _rewards[name].reads_prompts
+
+
+def takes_metadata(function: Callable[..., Any], kwargs: Mapping[str, Any], *, follow_wrapped: bool = True) -> bool:
+    """Whether the third positional parameter is TRL's (`metadata`, or `prompt_metadata`)."""
+    try:
+        signature = inspect.signature(function, follow_wrapped=follow_wrapped)
+    except ValueError:
+        # some functions written in C have none to read
+        return False
+    positional = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(positional) > 2 and positional[2].endswith("metadata") and positional[2] not in kwargs
 
 
 def _load_families() -> None:

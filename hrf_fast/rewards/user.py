@@ -2,18 +2,18 @@
 
 The function is called as `function(images, prompts, **kwargs)` and returns B numbers as a tensor, array or list. One
 written for TRL, `function(images, prompts, metadata) -> (rewards, metadata)`, works too: its third argument is named
-metadata and gets an empty dict per image. The signature is compared with the kwargs before the run starts. A function
-gets what the built-in rewards get and the same checks; it is not sandboxed.
+metadata and gets that of each image's prompt, an empty dict without one. The signature is compared with the kwargs
+before the run starts. A function gets what the built-in rewards get and the same checks; it is not sandboxed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hrf_fast.registry import load_user_function
-from hrf_fast.rewards.registry import Reward
+from hrf_fast.rewards.registry import Reward, takes_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def build_function(function: Callable[..., Any], name: str, kwargs: dict[str, An
     except ValueError:
         # some functions written in C have none to read; they fail at the first call instead
         signature = None
-    like_trl = signature is not None and _takes_metadata(signature, kwargs)
+    like_trl = takes_metadata(function, kwargs)
     if signature is not None:
         try:
             signature.bind(None, None, *([None] if like_trl else []), **kwargs)
@@ -58,22 +58,14 @@ def build_function(function: Callable[..., Any], name: str, kwargs: dict[str, An
                 f"{attribute}{signature}: {error}; change the kwargs or the function"
             ) from error
 
-    def reward(images: Tensor, prompts: Sequence[str] | None = None) -> Any:
-        if not like_trl:
-            return function(images, prompts, **kwargs)
-        result = function(images, prompts, tuple({} for _ in images), **kwargs)
+    def plain(images: Tensor, prompts: Sequence[str] | None = None) -> Any:
+        return function(images, prompts, **kwargs)
+
+    def with_metadata(images: Tensor, prompts: Sequence[str] | None, metadata: Sequence[Mapping[str, Any]]) -> Any:
+        result = function(images, prompts, metadata, **kwargs)
         return result[0] if isinstance(result, tuple) and len(result) == 2 else result
 
+    reward: Any = with_metadata if like_trl else plain
     # whose source it is
-    reward.__wrapped__ = function  # type: ignore[attr-defined]
+    reward.__wrapped__ = function
     return reward
-
-
-def _takes_metadata(signature: inspect.Signature, kwargs: dict[str, Any]) -> bool:
-    """Whether the third positional parameter is TRL's (`metadata`, or `prompt_metadata`)."""
-    positional = [
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(positional) > 2 and positional[2].endswith("metadata") and positional[2] not in kwargs

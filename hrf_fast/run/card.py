@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assets import SHIPPED
-from hrf_fast.config.options import Config, RewardConfig
+from hrf_fast.config.options import Config, LoraConfig, RewardConfig
 from hrf_fast.hub import HUB_ID
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.files import replace_folder
@@ -19,7 +19,13 @@ from hrf_fast.version import __version__
 
 METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
 NAME = "README.md"
-_METRICS = {"reward": "reward", "vendi": "Vendi Score", "inception": "Inception Score"}
+_METRICS = {
+    "reward": "reward",
+    "vendi": "Vendi Score",
+    "vendi_per_prompt": "Vendi Score per prompt",
+    "looks": "effective number of looks",
+    "inception": "Inception Score",
+}
 
 
 def reward_name(reward: RewardConfig) -> str:
@@ -44,19 +50,20 @@ def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[di
 def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
     """README.md of a tuned model; arguments as `save_model`."""
     model, sample, evaluation = config.model, config.sample, config.evaluation
-    # where a folder lies is no one else's business
     local = model.name not in SHIPPED and os.path.isdir(model.name)
-    base = Path(model.name).name if local else model.name
+    base = _shown(model.name)
     details = ["a local folder"] if local else []
-    details += [f"{name} {value}" for name, value in vars(model).items() if name != "name" and value]
+    details += [f"{name} {_shown(value)}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
     sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
+    prompts = f", {evaluation.images_per_prompt} to a prompt" if policy.takes_prompts else ""
     lines = [
         "---",
         "library_name: diffusers",
         *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),
-        "tags: [unconditional-image-generation, reinforcement-learning, hrf_fast]",
+        f"tags: [{'text-to-image' if policy.takes_prompts else 'unconditional-image-generation'}, "
+        "reinforcement-learning, hrf_fast]",
         "---",
         "",
         f"# {Path(base).name} tuned by {method}",
@@ -65,12 +72,13 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "|---|---|",
         f"| base model | {base}{detail} |",
         f"| method | {method} (`window.schedule={config.window.schedule}`), {iterations} iterations |",
+        *_trained(config.lora),
         f"| reward | {reward_name(config.reward)} |",
         f"| trained by | hrf_fast {__version__} |",
         "",
         *_panel_table(panels, iterations),
         "",
-        f"Panel: {evaluation.panel_size} images from noise of seed {evaluation.seed}, {sampler}, "
+        f"Panel: {evaluation.panel_size} images{prompts} from noise of seed {evaluation.seed}, {sampler}, "
         f"{config.compute.precision}. Brackets are 95 % bootstrap intervals over its images.",
         "",
         "## Draw as the panel does",
@@ -78,7 +86,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
         "",
         "```python",
-        policy.example(sample.scheduler, sample.num_inference_steps, sample.eta).strip(),
+        _example(policy, config),
         "```",
         "",
         "Another number of steps, another eta or another scheduler is another sampler, whose images get other rewards;",
@@ -86,6 +94,29 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         "",
     ]
     return "\n".join(lines)
+
+
+def _trained(lora: LoraConfig) -> list[str]:
+    """The row about adapters, where there are any."""
+    if not lora.rank:
+        return []
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return [f"| trained | LoRA of rank {lora.rank}, alpha {alpha:g}, on {', '.join(lora.targets)} |"]
+
+
+def _example(policy: Policy, config: Config) -> str:
+    """The lines that draw; adapters are loaded into the model that was tuned."""
+    model, sample = config.model, config.sample
+    pinned = [f'{name}="{value}"' for name in ("revision", "variant") if (value := getattr(model, name))]
+    shipped = f'ASSETS / "{model.name}" / "model"' if model.name in SHIPPED else ""
+    base = shipped or ", ".join([f'"{_shown(model.name)}"', *pinned])
+    lines = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, base).strip()
+    return f"from hrf_fast.assets import ASSETS\n{lines}" if shipped and shipped in lines else lines
+
+
+def _shown(name: str) -> str:
+    """A shipped name, a hub id, or the last part of a folder: where it lies is no one else's business."""
+    return Path(name).name if name not in SHIPPED and os.path.isdir(name) else name
 
 
 def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]:

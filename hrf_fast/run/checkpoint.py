@@ -157,11 +157,9 @@ def _read(path: Path, shapes: Shapes, averaging: bool) -> list[Mapping[str, Tens
 
 
 def _read_tensors(path: Path, name: str, shapes: Shapes) -> dict[str, Tensor]:
-    """A file of weights; that of averages holds frozen ones too."""
+    """A file of weights, trained or averaged."""
     tensors = load_file(path / name)
-    if problem := judge(
-        shapes, tensors if name == WEIGHTS else {key: tensors[key] for key in shapes if key in tensors}
-    ):
+    if problem := judge(shapes, tensors):
         raise _unusable(path / name, problem)
     return tensors
 

@@ -144,6 +144,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "number": _is_number,
     "number or null": lambda value: value is None or _is_number(value),
     "list of numbers": _are_numbers,
+    "list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "interval": lambda value: _are_numbers(value) and len(value) == 3,
     "mapping of numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
 }
@@ -153,6 +154,10 @@ PANEL = {
     "reward": "interval",
     "rewards": "list of numbers",
     "vendi": "interval?",
+    "vendi_per_prompt": "interval?",
     "inception": "interval?",
+    "looks": "interval?",
+    "prompts": "list of texts?",
 }
 """Names of evaluations.jsonl that are read again."""
+INTERVALS = tuple(name for name, kind in PANEL.items() if kind.startswith("interval"))

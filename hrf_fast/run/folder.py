@@ -25,7 +25,7 @@ from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.config.paths import absolute, with_absolute_paths
 from hrf_fast.errors import NotWritten
-from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.evaluation.grids import captions_of, save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
@@ -176,7 +176,7 @@ class RunFolder:
 
     def append_panel(self, record: dict[str, Any], images: Tensor) -> None:
         """Write a panel's PNG grid and its line of evaluations.jsonl."""
-        save_grid(images, self.grid(record["iteration"]))
+        save_grid(images, self.grid(record["iteration"]), **captions_of(record))
         self.append("evaluations.jsonl", record)
 
     def save_model(self, policy: Policy) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from torch import Tensor
 from tqdm import tqdm
 
+from hrf_fast.run.files import INTERVALS
 from hrf_fast.run.listeners import Listener
 
 
@@ -68,7 +69,7 @@ class JsonProgress(Progress):
         self._line(record | self._times(record))
 
     def panel(self, record: dict[str, Any], images: Tensor) -> None:
-        self._line({"panel": {k: v for k, v in record.items() if k != "rewards"}})
+        self._line({"panel": {k: v for k, v in record.items() if k not in ("rewards", "prompts")}})
 
     def note(self, text: str) -> None:
         self._line({"note": text})
@@ -140,7 +141,7 @@ class BarProgress(Progress):
     def panel(self, record: dict[str, Any], images: Tensor) -> None:
         parts = [
             f"{name} {record[name][0]:.4g} [{record[name][1]:.4g}, {record[name][2]:.4g}]"
-            for name in ("reward", "vendi", "inception")
+            for name in INTERVALS
             if name in record
         ]
         self.note(f"panel after {record['iteration']} iterations: " + "   ".join(parts))

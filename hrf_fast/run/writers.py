@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from hrf_fast.errors import writing
-from hrf_fast.evaluation.grids import image_grid
-from hrf_fast.run.files import write_atomically
+from hrf_fast.evaluation.grids import captions_of, image_grid
+from hrf_fast.run.files import INTERVALS, write_atomically
 from hrf_fast.run.folder import WANDB_ID, WANDB_SENT, RunFolder
 from hrf_fast.run.listeners import Listener
 
@@ -58,11 +58,10 @@ class Writer(Listener):
         self.send(record["iteration"], numbers | timed, None, panel=False)
 
     def panel(self, record: dict[str, Any], images: Tensor) -> None:
-        self._panel(record, image_grid(images))
+        self._panel(record, image_grid(images, **captions_of(record)))
 
     def _panel(self, record: dict[str, Any], picture: Image.Image | None) -> None:
-        intervals = {name: value for name, value in record.items() if isinstance(value, list) and name != "rewards"}
-        values = {f"panel/{name}": interval[0] for name, interval in intervals.items()}
+        values = {f"panel/{name}": record[name][0] for name in INTERVALS if name in record}
         self.send(record["iteration"], values, picture, panel=True)
 
 

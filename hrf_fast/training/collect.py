@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hrf_fast.noise import NoiseKey, noise_generator, noise_key
-from hrf_fast.policies.base import Condition
 from hrf_fast.policies.sample import sample
 from hrf_fast.registry import qualified_name
 from hrf_fast.run.session import Run
@@ -37,29 +36,32 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
     """
     policy, groups, schedule = components.policy, components.groups, components.schedule
     numbers, seed = groups.own(), components.rules.seed
+    prompts, guided = components.draw_prompts(iteration), components.rules.guided
     anchors: dict[int, Tensor] = {}
     if schedule.needs_anchors:
         with run.phase("anchors"):
             noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(numbers, device=policy.device))
-            anchors = dict(zip(numbers, sample(policy, noise, images_per_call=components.calls.sampled), strict=True))
+            own_prompts = [prompts[number] for number in numbers]
+            clean = sample(policy, noise, own_prompts, images_per_call=components.calls.sampled, guided=guided)
+            anchors = dict(zip(numbers, clean, strict=True))
     with run.phase("search"):
         generator = noise_generator(seed, iteration, "windows")
         noises = {number: group_noise(components, iteration, "search", number) for number in numbers}
-        probe = StartProbe(components, anchors, noises)
+        probe = StartProbe(components, anchors, noises, prompts)
         what = f"window.schedule {qualified_name(schedule)}"
         with user_code(what) as changes:
             windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
         if changes:
             run.note_once(note_of(what, changes), key=what)
         _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, what)
-    condition: Condition = policy.condition([None] * groups.size)
     return windows, {
         number: Group(
             number,
             windows[number],
             group_noise(components, iteration, "rollout", number),
-            condition,
+            policy.condition([prompts[number]] * groups.size, guided=guided),
             anchors.get(number),
+            prompts[number],
         )
         for number in numbers
     }
@@ -79,7 +81,8 @@ def collect(
             part = rollout(components.policy, [by_number[number] for number in pack], plan, keep_from=keep_from)
         rolled_out.join(part)
         images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
-        rewards.append(components.rewarder.submit(images))
+        prompts = {number: by_number[number].prompt for number in pack}
+        rewards.append(components.rewarder.submit(images, prompts))
     return rolled_out, rewards
 
 

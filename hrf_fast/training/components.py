@@ -6,14 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.evaluation.panel import Panel, PanelMetrics
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.network import NetworkCalls
+from hrf_fast.prompts import Prompt
+from hrf_fast.prompts.draw import Prompts
+from hrf_fast.registry import load_state_of, state_of
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
+from hrf_fast.training.peers import Advantages
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import WindowSchedule
 from hrf_fast.windows.schedules import load_schedule_state, schedule_state
@@ -28,16 +33,14 @@ class Rules:
     clips: Clips
     inner_epochs: int
     """Passes over an iteration's rollouts."""
-    peers: str
-    """Samples that a reward is standardised against: group, or batch for the whole iteration."""
-    advantage_floor: float
-    """Least standard deviation to divide by, in units of the reward."""
     skip_not_finite: bool
     """Skip optimizer steps of a reward or gradient that is not finite, instead of stopping."""
     max_drift: float
     """Largest drift, in nats per pixel, that an iteration's last optimizer step may cause; 0 for any."""
     learning_rate: Callable[[int], float]
     """By iteration."""
+    guided: bool = True
+    """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +52,39 @@ class Components:
     reward: CombinedReward
     rewarder: Rewarder
     schedule: WindowSchedule
+    advantages: Advantages
     groups: Groups
     calls: CallPlan
     rules: Rules
     panel: Panel
+    prompts: Prompts | None = None
+    """The groups' source; None for a model that takes none."""
     notes: tuple[str, ...] = ()
     """Choices that were made for the user, to be printed at the start."""
     sources: Mapping[str, dict[str, str]] = field(default_factory=dict)
-    """The user's reward and schedule by name, as `source_of` gives them."""
+    """The user's reward, schedule, prompts and advantages by name, as `source_of` gives them."""
 
     def evaluate_panel(self) -> PanelMetrics:
         """Evaluate the panel with the current weights, or the averaged ones; its calls are not training's."""
         with self.policy.uncounted(), self.engine.gathered(ema=True):
             return self.panel.evaluate(self.policy, self.reward)
 
+    def draw_prompts(self, iteration: int) -> list[Prompt | None]:
+        """The prompt of every group of an iteration, equal on all ranks; None for each without a source."""
+        source, count = self.prompts, self.groups.per_iteration
+        if source is None:
+            return [None] * count
+        # a function of the user's may draw otherwise on every rank
+        return [*comm.main_says(lambda: source.draw(self.rules.seed, iteration, count))]
+
     def state(self, iteration: int) -> dict[str, Any]:
         """The JSON-able part of a checkpoint after `iteration` iterations: everything but weights and optimizer."""
-        return {"iteration": iteration, "calls": asdict(self.policy.calls), **schedule_state(self.schedule)}
+        remembered = {**schedule_state(self.schedule), **state_of(self.advantages, "advantages", "train.advantages")}
+        return {"iteration": iteration, "calls": asdict(self.policy.calls), **remembered}
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Restore what `state` gave, or start anew; returns how many iterations are done."""
         self.policy.calls = NetworkCalls(**state["calls"]) if state else NetworkCalls()
         load_schedule_state(self.schedule, state or {})
+        load_state_of(self.advantages, state or {}, "advantages", "train.advantages")
         return state["iteration"] if state else 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition
+from hrf_fast.prompts import Prompt
 from hrf_fast.windows.base import Window
 
 
@@ -70,6 +71,8 @@ class Group:
     """One row per sample."""
     anchor: Tensor | None = None
     """[*latent_shape], clean; None where the group starts from pure noise."""
+    prompt: Prompt | None = None
+    """The prompt of all its samples; None for a model that takes none."""
 
     @property
     def size(self) -> int:

@@ -107,10 +107,8 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
             rolled_out, pending = collect(components, run, rank_groups)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
-            advantages = standardise(
-                rewards, peers=rules.peers, floor=rules.advantage_floor, device=components.policy.device
-            )
-            for kind, sentence in spread_notes(rewards, peers=rules.peers, floor=rules.advantage_floor).items():
+            advantages = standardise(rewards, components.advantages, components.policy.device)
+            for kind, sentence in spread_notes(rewards, components.advantages).items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards
         outcome.advantages |= advantages

@@ -86,8 +86,10 @@ def iteration_record(
     all_advantages = torch.cat(list(advantages.values()))
     by_group = [group.rewards for group in rewards.values() if group.rewards is not None]
     all_rewards = torch.cat(by_group)
+    spreads = [values.std() for values in by_group if len(values) > 1]
     terms = [group.terms for group in rewards.values() if group.rewards is not None]
     term_means = {name: sum(group[name] for group in terms) / len(terms) for name in terms[0]}
+    prompts = [group.prompt for group in rewards.values()]
     return {
         "reward_mean": float(all_rewards.mean()),
         "reward_std": float(all_rewards.std()),
@@ -96,8 +98,10 @@ def iteration_record(
         **({f"reward/{name}": value for name, value in term_means.items()} if len(term_means) > 1 else {}),
         "advantage_std": float(all_advantages.std()),
         "advantage_max": float(all_advantages.abs().max()),
-        "group_reward_std": float(torch.stack([values.std() for values in by_group]).mean()),
+        # a group of one has no spread
+        "group_reward_std": float(torch.stack(spreads).mean()) if spreads else None,
         **summarise(steps),
+        **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],
         "window_steps": sum(len(window) for window in windows),
     }

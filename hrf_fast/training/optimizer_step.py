@@ -71,7 +71,7 @@ def optimizer_step(
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
             with policy.stopwatch.running():
                 engine.backward(loss, kept=call.prediction is not None)
-            policy.calls.backwards += call.images
+            policy.calls.backwards += call.images * trajectories[call.pieces[0].group].group.condition.branches
         with policy.stopwatch.running():
             engine.finish(padding)
     return totals.finish(pairs, engine.step())

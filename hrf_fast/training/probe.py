@@ -18,6 +18,7 @@ from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.sample import renoised
+from hrf_fast.prompts import Prompt
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import together
@@ -29,9 +30,15 @@ from hrf_kernels import gaussian_mean
 class StartProbe:
     """The `Probe` of one iteration: every group's candidates, measured by the rank that holds the group."""
 
-    def __init__(self, components: Components, anchors: Mapping[int, Tensor], noises: Mapping[int, NoiseKey]) -> None:
-        """`anchors` and `noises` are those of this rank's groups, by number."""
-        self._components, self._anchors, self._noises = components, anchors, noises
+    def __init__(
+        self,
+        components: Components,
+        anchors: Mapping[int, Tensor],
+        noises: Mapping[int, NoiseKey],
+        prompts: Sequence[Prompt | None],
+    ) -> None:
+        """`anchors` and `noises` are those of this rank's groups, by number; `prompts` of all groups."""
+        self._components, self._anchors, self._noises, self._prompts = components, anchors, noises, prompts
 
     def __call__(self, candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
         """Mean rewards and mean distances of each group's candidates; collective.
@@ -49,8 +56,10 @@ class StartProbe:
                 [self._anchors[group] for group in numbers],
                 [candidates[group] for group in numbers],
                 [self._noises[group] for group in numbers],
+                [self._prompts[group] for group in numbers],
                 estimate=estimate,
                 images_per_call=components.calls.sampled,
+                guided=components.rules.guided,
             )
         by_group: dict[int, tuple[Tensor, Tensor]] = {}
         for part in comm.gather(dict(zip(numbers, measured, strict=True))):
@@ -77,6 +86,8 @@ class _Lane:
     group: int
     start: int
     noise: NoiseKey
+    prompt: Prompt | None
+    condition: Condition
 
 
 @torch.no_grad()
@@ -86,16 +97,19 @@ def probe_starts(
     anchors: Sequence[Tensor],
     candidates: Sequence[Sequence[int]],
     noises: Sequence[NoiseKey],
+    prompts: Sequence[Prompt | None] | None = None,
     *,
     estimate: str = "exact",
     images_per_call: int,
+    guided: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
     """Reward and distance of each group at each of its candidate starts.
 
     Args:
         anchors: clean latents [*latent_shape], one per group; candidates: the starts to measure, a list per group.
         noises: re-noise each group's anchor, one number per sample, the same at every candidate.
-        estimate: exact or x0; images_per_call: at most.
+        prompts: of each group; None for a model that takes none.
+        estimate: exact or x0; images_per_call: at most; guided: see `Policy.condition`.
 
     Returns:
         Per group the mean reward and the mean distance 1 − cos(x̃0, x0) on flattened latents over all its samples, each
@@ -105,8 +119,9 @@ def probe_starts(
         ValueError: another estimate.
     """
     measure = _MEASURES[check_estimate(estimate)]
+    prompts = [None] * len(anchors) if prompts is None else prompts
     lanes = [
-        _Lane(group, start, part)
+        _Lane(group, start, part, prompts[group], policy.condition([prompts[group]] * len(part), guided=guided))
         for group, starts in enumerate(candidates)
         for start in starts
         for part in noises[group].split(images_per_call)
@@ -114,7 +129,8 @@ def probe_starts(
     rewards, distances = [], []
     for call, clean in measure(policy, anchors, lanes, images_per_call):
         origins = torch.stack([anchors[lanes[index].group] for index in call for _ in lanes[index].noise.sample_id])
-        rewards.append(reward(policy.decode(clean)).total)
+        asked = [lanes[index].prompt for index in call for _ in lanes[index].noise.sample_id]
+        rewards.append(reward(policy.decode(clean), asked).total)
         distances.append(1 - torch.cosine_similarity(clean.flatten(1), origins.flatten(1)))
     if not lanes:
         return [(torch.zeros(0), torch.zeros(0)) for _ in candidates]
@@ -143,7 +159,7 @@ def _denoised(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane],
             if lanes[index].start == step:
                 latents[index] = renoised(policy, anchors[lanes[index].group], step, lanes[index].noise)
         batch = torch.cat([latents[index] for index in call])
-        prediction = policy.predict(batch, step, _condition(policy, len(batch)))
+        prediction = policy.predict(batch, step, Condition.join([lanes[index].condition for index in call]))
         batch = gaussian_mean(prediction.combined, batch, policy.sampler.deterministic[step])
         latents |= zip(call, batch.split([sizes[index] for index in call]), strict=True)
         if step == steps - 1:
@@ -157,12 +173,8 @@ def _estimated(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane]
     for _, call in together([0] * len(lanes), sizes, 1, images_per_call=images_per_call) if lanes else ():
         steps = torch.tensor([lanes[index].start for index in call for _ in range(sizes[index])], device=policy.device)
         batch = torch.cat([renoised(policy, anchors[lanes[i].group], lanes[i].start, lanes[i].noise) for i in call])
-        prediction = policy.predict(batch, steps, _condition(policy, len(batch)))
+        prediction = policy.predict(batch, steps, Condition.join([lanes[index].condition for index in call]))
         yield call, gaussian_mean(prediction.combined, batch, policy.sampler.clean[steps])
-
-
-def _condition(policy: Policy, count: int) -> Condition:
-    return policy.condition([None] * count)
 
 
 _MEASURES: dict[str, Callable[..., _Clean]] = {"exact": _denoised, "x0": _estimated}

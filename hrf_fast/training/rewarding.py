@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hrf_fast.distributed import comm
+from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import CombinedReward, NotFiniteError
-from hrf_fast.training.advantages import group_advantages, weak_spreads
+from hrf_fast.training.peers import Advantages, apply_advantages
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class GroupRewards:
     """Mean of each reward term."""
     problem: str = ""
     """The value that is not finite, in words."""
+    prompt: str = ""
+    """The group's prompt; empty for a model that takes none."""
 
 
 class Rewarder:
@@ -38,38 +41,52 @@ class Rewarder:
             start = {"initializer": torch.cuda.set_device, "initargs": (device,)}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward", **start)
 
-    def submit(self, images: Mapping[int, Tensor]) -> Future[dict[int, GroupRewards]]:
+    def submit(
+        self, images: Mapping[int, Tensor], prompts: Mapping[int, Prompt | None] | None = None
+    ) -> Future[dict[int, GroupRewards]]:
         """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises."""
-        return self._pool.submit(reward_groups, self.reward, images)
+        return self._pool.submit(reward_groups, self.reward, images, prompts)
 
     def close(self) -> None:
         """Drop what has not begun: Python would wait for it before it exits."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def reward_groups(reward: CombinedReward, images: Mapping[int, Tensor]) -> dict[int, GroupRewards]:
-    """Reward groups' images [B, 3, H, W] as one batch; if that is not finite, each group by itself."""
+def reward_groups(
+    reward: CombinedReward, images: Mapping[int, Tensor], prompts: Mapping[int, Prompt | None] | None = None
+) -> dict[int, GroupRewards]:
+    """Reward groups' images [B, 3, H, W] as one batch; if that is not finite, each group by itself.
+
+    Args:
+        prompts: by group; None for a model that takes none.
+    """
+    by_group = prompts or dict.fromkeys(images)
+    texts = {group: prompt.text if prompt else "" for group, prompt in by_group.items()}
     try:
-        together = _reward(reward, torch.cat(list(images.values())))
+        together = _reward(reward, images, by_group)
         assert together.rewards is not None
         parts = together.rewards.split(len(together.rewards) // len(images))
-        return {group: GroupRewards(part, together.terms) for group, part in zip(images, parts, strict=True)}
+        return {
+            group: GroupRewards(part, together.terms, prompt=texts[group])
+            for group, part in zip(images, parts, strict=True)
+        }
     except NotFiniteError as error:
         problem = str(error)
     rewards = {}
     for group, group_images in images.items():
         try:
-            rewards[group] = _reward(reward, group_images)
+            rewards[group] = replace(_reward(reward, {group: group_images}, by_group), prompt=texts[group])
         except NotFiniteError as error:
-            rewards[group] = GroupRewards(None, {}, str(error))
+            rewards[group] = GroupRewards(None, {}, str(error), texts[group])
     if all(group.rewards is not None for group in rewards.values()):
         # finite at the second time of asking, which is no better
-        return dict.fromkeys(images, GroupRewards(None, {}, problem))
+        return {group: GroupRewards(None, {}, problem, texts[group]) for group in images}
     return rewards
 
 
-def _reward(reward: CombinedReward, images: Tensor) -> GroupRewards:
-    total, terms = reward(images)
+def _reward(reward: CombinedReward, images: Mapping[int, Tensor], prompts: Mapping[int, Prompt | None]) -> GroupRewards:
+    asked = [prompts[group] for group, group_images in images.items() for _ in group_images]
+    total, terms = reward(torch.cat(list(images.values())), asked)
     return GroupRewards(total.cpu(), {name: float(value) for name, value in terms.items()})
 
 
@@ -90,34 +107,20 @@ def gather_rewards(
     return {group: everybody[group] for group in sorted(everybody)}
 
 
-def standardise(
-    rewards: Mapping[int, GroupRewards], *, peers: str, floor: float, device: torch.device
-) -> dict[int, Tensor]:
-    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others.
-
-    Args:
-        peers: group or batch, the samples that a reward is compared with; floor: see `group_advantages`.
-    """
+def standardise(rewards: Mapping[int, GroupRewards], advantages: Advantages, device: torch.device) -> dict[int, Tensor]:
+    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others."""
     finite = _finite(rewards)
     if not finite:
         return {}
-    advantages = group_advantages(*_with_peers(finite, peers), floor=floor)
-    sizes = [len(values) for values in finite.values()]
-    return dict(zip(finite, advantages.to(device).split(sizes), strict=True))
+    prompts = {group: rewards[group].prompt for group in finite}
+    return {group: values.to(device) for group, values in apply_advantages(advantages, finite, prompts).items()}
 
 
-def spread_notes(rewards: Mapping[int, GroupRewards], *, peers: str, floor: float) -> dict[str, str]:
-    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`."""
-    finite = _finite(rewards)
-    return weak_spreads(*_with_peers(finite, peers), floor=floor) if finite else {}
+def spread_notes(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[str, str]:
+    """Sentences about rewards whose spread is too small to learn from, by kind."""
+    finite, notes = _finite(rewards), getattr(advantages, "notes", None)
+    return notes(finite) if finite and notes else {}
 
 
 def _finite(rewards: Mapping[int, GroupRewards]) -> dict[int, Tensor]:
     return {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
-
-
-def _with_peers(rewards: Mapping[int, Tensor], peers: str) -> tuple[Tensor, Tensor]:
-    """All rewards [B], and [B] int64 that is equal for peers."""
-    sizes = torch.tensor([len(values) for values in rewards.values()])
-    index = torch.arange(len(rewards)).repeat_interleave(sizes)
-    return torch.cat(list(rewards.values())), index if peers == "group" else torch.zeros_like(index)

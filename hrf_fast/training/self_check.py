@@ -87,4 +87,6 @@ def _group(components: Components, number: int, window: Window) -> Group:
     policy, groups = components.policy, components.groups
     ids = torch.tensor(groups.sample_ids(number), device=policy.device)
     noise = NoiseKey(noise_key(components.rules.seed, 0, "self_check"), ids)
-    return Group(number, window, noise, policy.condition([None] * groups.size))
+    prompt = components.panel.prompt(number)
+    condition = policy.condition([prompt] * groups.size, guided=components.rules.guided)
+    return Group(number, window, noise, condition, prompt=prompt)

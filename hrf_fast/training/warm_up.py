@@ -10,6 +10,7 @@ import torch
 
 from hrf_fast.distributed import comm
 from hrf_fast.policies.base import Policy
+from hrf_fast.prompts import Prompt
 from hrf_fast.training.components import Components
 
 
@@ -23,11 +24,24 @@ def warm_up(components: Components, note: Callable[[str], None]) -> None:
     if components.policy.compiled != "none":
         # what is sampled: anchors, groups, panels
         splits = (groups.per_iteration // groups.ranks, groups.size, panel.size)
-        compile_graphs(components.policy, components.calls.sizes(splits), note)
+        compile_graphs(
+            components.policy,
+            components.calls.sizes(splits),
+            note,
+            panel.prompt(0),
+            guided=components.rules.guided,
+        )
 
 
-def compile_graphs(policy: Policy, sizes: Sequence[int], note: Callable[[str], None]) -> None:
-    """Run batches of the given sizes with and without gradient.
+def compile_graphs(
+    policy: Policy,
+    sizes: Sequence[int],
+    note: Callable[[str], None],
+    prompt: Prompt | None = None,
+    *,
+    guided: bool = True,
+) -> None:
+    """Run batches of the given sizes with and without gradient, conditioned on any prompt of the run.
 
     Raises:
         ValueError: this model does not compile here; on all ranks.
@@ -39,7 +53,7 @@ def compile_graphs(policy: Policy, sizes: Sequence[int], note: Callable[[str], N
         warnings.filterwarnings("ignore", message=".*lru_cache")
         try:
             for size in sizes:
-                _run(policy, size)
+                _run(policy, size, prompt, guided)
         except torch._dynamo.exc.TorchDynamoException as error:
             # the first paragraph: advice to developers of torch follows
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
@@ -51,11 +65,12 @@ def compile_graphs(policy: Policy, sizes: Sequence[int], note: Callable[[str], N
     note(f"torch.compile: graphs for any batch{for_one} took {time.perf_counter() - began:.1f} s")
 
 
-def _run(policy: Policy, size: int) -> None:
+def _run(policy: Policy, size: int, prompt: Prompt | None, guided: bool) -> None:
     """Run a forward without gradient, then a forward and a backward whose gradients are thrown away."""
     # the network itself: predict would count the calls, and an engine would wait for a step
-    latents = torch.zeros(size, *policy.latent_shape, device=policy.device)
-    named = policy.condition([None] * size).conditional
+    condition = policy.condition([prompt] * size, guided=guided)
+    latents = torch.zeros(size * condition.branches, *policy.latent_shape, device=policy.device)
+    named = condition.inputs
     with torch.no_grad():
         policy.network(latents, 0, **named)
     weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]

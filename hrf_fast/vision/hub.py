@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "
 TRIAL = (1, 3, 48, 64)
 
 
-def find_network(option: str, value: Any, shipped: Mapping[str, Path] | None = None) -> Source:
+def find_network(
+    option: str, value: Any, shipped: Mapping[str, Path] | None = None, *, also: Sequence[str] = ()
+) -> Source:
     """The folder of a transformers network, downloaded if `value` is a hub id; `shipped` as in `find_folder`.
+
+    `also` names other files to download.
 
     Raises:
         ImportError: transformers is not installed.
@@ -37,7 +41,7 @@ def find_network(option: str, value: Any, shipped: Mapping[str, Path] | None = N
     find_local_folder(option, value, shipped=shipped)
     # before the download, which would be for nothing
     import_transformers(option, value)
-    files = ("config.json", "*.index.json", *FILES)
+    files = ("config.json", "*.index.json", *FILES, *also)
 
     def choose(folder: Path, names: Collection[str]) -> list[str]:
         for patterns in WEIGHTS:

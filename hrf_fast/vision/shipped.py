@@ -21,7 +21,6 @@ from hrf_fast.registry import nearest
 from hrf_fast.vision.base import in_batches
 from hrf_fast.weights import judge
 
-PIXELS = 32
 REFERENCES = 512
 STAGES = ((5, 2), (3, 2), (3, 1), (3, 2))  # kernel and stride: 32 pixels become 16, 8, 8 and 4
 
@@ -34,23 +33,26 @@ class ShippedNetwork(nn.Module):
         widths: output channels of the four convolutions.
         feature_dim: D, the width of the layer under the heads.
         heads: number of classes of each head.
+        pixels: height and width of its images, a multiple of 8.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], feature_dim: int, heads: Mapping[str, int]) -> None:
+    def __init__(
+        self, channels: int, widths: Sequence[int], feature_dim: int, heads: Mapping[str, int], pixels: int = 32
+    ) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.pixels = channels, pixels
         layers: list[nn.Module] = []
         for (kernel, stride), incoming, width in zip(STAGES, (channels, *widths[:-1]), widths, strict=True):
             convolution = nn.Conv2d(incoming, width, kernel, stride, padding=kernel // 2, bias=False)
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.Flatten())
         # the last normalisation centres the features: without it every cosine between two of them is near 1
-        linear = nn.Linear(4 * 4 * widths[-1], feature_dim, bias=False)
+        linear = nn.Linear((pixels // 8) ** 2 * widths[-1], feature_dim, bias=False)
         self.embed = nn.Sequential(linear, nn.BatchNorm1d(feature_dim, affine=False))
         self.heads = nn.ModuleDict({name: nn.Linear(feature_dim, count) for name, count in heads.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, 3, 32, 32] in [0, 1] -> [B, D], before the non-linearity."""
+        """[B, 3, pixels, pixels] in [0, 1] -> [B, D], before the non-linearity."""
         if self.channels == 1:
             images = images.mean(1, keepdim=True)
         return self.embed(self.body(images * 2 - 1))
@@ -65,13 +67,15 @@ class ShippedClassifier:
 
     def __init__(self, name: str, network: ShippedNetwork, labels: dict[str, list[str]]) -> None:
         self.name, self.labels = name, labels
+        self.channels, self.pixels = network.channels, network.pixels
         self._network = network.eval()
 
     def features(self, images: Tensor) -> Tensor:
         """Features of the layer under the heads, centred on the training images.
 
         Args:
-            images: [B, 3, H, W] floating point in [0, 1]; resized to 32 x 32 (antialiased bilinear) if need be.
+            images: [B, 3, H, W] floating point in [0, 1]; resized to the network's size (antialiased bilinear) if need
+                be.
 
         Returns:
             [B, D] fp32 on the network's device, without gradient.
@@ -89,8 +93,9 @@ class ShippedClassifier:
             return self._network.log_probs(features)
 
     def _features(self, images: Tensor) -> Tensor:
-        if images.shape[2:] != (PIXELS, PIXELS):
-            images = F.interpolate(images, (PIXELS, PIXELS), mode="bilinear", align_corners=False, antialias=True)
+        size = (self.pixels, self.pixels)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         return self._network.features(images)
 
 
@@ -110,19 +115,20 @@ def load_shipped(name: str, device: str | torch.device = "cpu") -> ShippedClassi
 
 
 def load_reference(name: str) -> Tensor:
-    """Real images of a shipped data set, held out from the training of its DDPM and of its classifier.
+    """Real images of a shipped data set, held out from the training of its diffusion model and of its classifier.
 
     (Of the portraits some ten are drawn alike by a training seed: the parts of a face are finite.)
 
     Returns:
-        [REFERENCES, 3, 32, 32] fp32 in [0, 1]; a grey data set repeats its channel.
+        [REFERENCES, 3, H, W] fp32 in [0, 1] of the classifier's size; a grey data set repeats its channel.
 
     Raises:
         ValueError: no reference of this name ships, or its file is damaged.
     """
-    path = _shipped_folder(name) / "reference.safetensors"
-    channels = 1 if name == "fashion" else 3
-    images = _load_tensors(path, {"images": (REFERENCES, channels, PIXELS, PIXELS)})["images"]
+    folder = _shipped_folder(name)
+    network = load_shipped(name)
+    shape = (REFERENCES, network.channels, network.pixels, network.pixels)
+    images = _load_tensors(folder / "reference.safetensors", {"images": shape})["images"]
     return (images.float() / 255).expand(-1, 3, -1, -1).contiguous()
 
 

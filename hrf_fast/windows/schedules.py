@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Generator
 
-from hrf_fast.registry import Registry, call_factory, check_count, load_user_function, qualified_name
-from hrf_fast.user_code import user_code
+from hrf_fast.registry import (
+    Registry,
+    call_factory,
+    check_count,
+    load_state_of,
+    load_user_function,
+    qualified_name,
+    state_of,
+)
 from hrf_fast.windows.base import Probe, Window, WindowSchedule
 from hrf_fast.windows.dynamic import dynamic
 
@@ -59,17 +66,12 @@ def build_schedule(
 
 def schedule_state(schedule: WindowSchedule) -> dict[str, Any]:
     """{"schedule": its state} for a checkpoint, or {} where the schedule has no state."""
-    if not hasattr(schedule, "state"):
-        return {}
-    with user_code(f"window.schedule {qualified_name(schedule)}.state()"):
-        return {"schedule": schedule.state()}
+    return state_of(schedule, "schedule", "window.schedule")
 
 
 def load_schedule_state(schedule: WindowSchedule, saved: dict[str, Any]) -> None:
     """Restore what `schedule_state` gave; a schedule without a state, or a checkpoint without one, changes nothing."""
-    if hasattr(schedule, "load_state") and "schedule" in saved:
-        with user_code(f"window.schedule {qualified_name(schedule)}.load_state()"):
-            schedule.load_state(saved["schedule"])
+    load_state_of(schedule, saved, "schedule", "window.schedule")
 
 
 def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int, stop: int) -> list[int]:

@@ -13,7 +13,7 @@ import hrf_fast.memory.activations as activations_module
 from hrf_fast.build import build_components, build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.activations import memory_for
-from hrf_fast.policies.unconditional import UnconditionalPolicy
+from hrf_fast.policies.unet import UNetPolicy
 from hrf_fast.train import main
 from hrf_fast.training.rewarding import Rewarder, reward_groups
 from tests.runs import (
@@ -64,7 +64,7 @@ def test_keep_is_replay_is_checkpoint(tiny_run, tmp_path, words):
 
 
 def test_only_window_steps_run_with_gradient(tiny_run, tmp_path, monkeypatch):
-    seen, original = [], UnconditionalPolicy.predict
+    seen, original = [], UNetPolicy.predict
 
     def watched(policy, latents, steps, condition):
         prediction = original(policy, latents, steps, condition)
@@ -77,7 +77,7 @@ def test_only_window_steps_run_with_gradient(tiny_run, tmp_path, monkeypatch):
             if record["iteration"] == 0:
                 seen.clear()
 
-    monkeypatch.setattr(UnconditionalPolicy, "predict", watched)
+    monkeypatch.setattr(UNetPolicy, "predict", watched)
     # 6 steps, window [3, 5) of both groups
     words = ["window.schedule=clusters", "window.kwargs.clusters=[{steps: [3]}]", "compute.activations=keep"]
     words += ["train.iterations=1", "compute.images_per_call=6", "train.groups_per_step=2"]
@@ -126,9 +126,9 @@ def test_inner_epochs_of_an_on_policy_step_replay(tiny_run, tmp_path):
 def test_rewards_of_the_thread_are_those_in_line(tiny_run, tmp_path, monkeypatch):
     run(tiny_run, tmp_path / "thread", "train.order=collect")
 
-    def in_line(rewarder, images):
+    def in_line(rewarder, images, *prompts):
         future = Future()
-        future.set_result(reward_groups(rewarder.reward, images))
+        future.set_result(reward_groups(rewarder.reward, images, *prompts))
         return future
 
     monkeypatch.setattr(Rewarder, "submit", in_line)
@@ -174,9 +174,9 @@ def measured_once(monkeypatch):
     """The tiny UNet is measured once in this file: it takes seconds."""
     original = activations_module.measure_running
 
-    def measure(policy, *, checkpointing):
+    def measure(policy, *, checkpointing, guided):
         if checkpointing not in _MEASURED:
-            _MEASURED[checkpointing] = original(policy, checkpointing=checkpointing)
+            _MEASURED[checkpointing] = original(policy, checkpointing=checkpointing, guided=guided)
         return _MEASURED[checkpointing]
 
     monkeypatch.setattr(activations_module, "measure_running", measure)

@@ -58,8 +58,9 @@ class Brightness:
         return images.mean((1, 2, 3))
 
 
-def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=None, policy=None):
+def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=None, policy=None, **asked):
     """What collecting reads of a run's components: 4 groups of 3, two to an optimizer step."""
+    prompts, guided = asked.get("prompts"), asked.get("guided", True)
     brightness = Brightness()
     reward = build_reward(brightness)
     return SimpleNamespace(
@@ -70,7 +71,8 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
-        rules=SimpleNamespace(seed=SEED),
+        rules=SimpleNamespace(seed=SEED, guided=guided),
+        draw_prompts=lambda iteration: prompts or [None] * 4,
     )
 
 

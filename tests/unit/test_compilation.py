@@ -174,7 +174,7 @@ def test_the_warm_up_compiles_batches_of_one_where_a_split_of_the_run_leaves_one
     options = {"compute.images_per_call": 0, "compute.compile": "unet", **options}
     _, components = build_components(load_config(words(smallest_model, tmp_path, **options)))
     compiled = []
-    monkeypatch.setattr(warm_up_module, "compile_graphs", lambda policy, sizes, note: compiled.extend(sizes))
+    monkeypatch.setattr(warm_up_module, "compile_graphs", lambda policy, sizes, *_, **__: compiled.extend(sizes))
     warm_up(components, lambda note: None)
     assert compiled == sizes
 

@@ -44,26 +44,22 @@ class Shifted(nn.Module):
 class Conditional(PixelPolicy):
     """Conditions on the number that a prompt is."""
 
-    def condition(self, prompts):
+    def condition(self, prompts, *, guided=True):
         return Condition({"shift": torch.tensor([float(prompt) for prompt in prompts])})
 
 
 class Guided(Conditional):
-    """Conditional with guidance of scale 3 away from the shift 0.5."""
+    """Conditional with guidance away from the shift 0.5."""
 
-    def condition(self, prompts):
+    def condition(self, prompts, *, guided=True):
         shift = super().condition(prompts).conditional["shift"]
         return Condition({"shift": shift}, {"shift": torch.full_like(shift, 0.5)})
-
-    def predict(self, latents, steps, condition):
-        model_output = super().predict(latents, steps, condition).model_output
-        unconditional = super().predict(latents, steps, Condition(condition.unconditional)).model_output
-        return Prediction(model_output, unconditional, 3.0)
 
 
 def make_policy(kind=Conditional):
     scheduler = make_scheduler(clip_sample=False)
-    return kind(Shifted(), scheduler, build_sampler(scheduler, kind="ddim", num_inference_steps=T, eta=1.0))
+    sampler = build_sampler(scheduler, kind="ddim", num_inference_steps=T, eta=1.0)
+    return kind(Shifted(), scheduler, sampler, guidance_scale=3.0)
 
 
 def make_groups(policy, prompts=PROMPTS):
@@ -203,6 +199,26 @@ def test_guidance_is_the_shift_that_it_comes_to():
         _, expected = step(by_hand, unguided, plan)
         assert float(stats.ratio_max) == 1.0
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=0)
+
+
+def test_a_guided_call_is_one_of_two_rows_each_the_unconditional_first_and_counts_two():
+    policy = make_policy(Guided)
+    (group,) = make_groups(policy, {1: PROMPTS[1]})
+    latents = torch.ones(SIZE, 1, 2, 2)
+    prediction = policy.predict(latents, torch.tensor([3, 4, 3]), group.condition)
+    ((timesteps, shift),) = policy.unet.seen
+    third, fourth = policy.sampler.timesteps[3:5].tolist()
+    assert timesteps.tolist() == [third, fourth, third] * 2 and shift == pytest.approx([0.5] * 3 + [1.1, 1.2, 1.3])
+    # 0.5 · 1 + shift
+    assert prediction.unconditional_output[:, 0, 0, 0].tolist() == [1.0] * 3
+    assert prediction.model_output[:, 0, 0, 0].tolist() == pytest.approx([1.6, 1.7, 1.8])
+    assert prediction.guidance_scale == 3.0
+    assert (policy.calls.batches, policy.calls.forwards) == (1, 2 * SIZE)
+    trajectories = roll_out(policy, [group])
+    policy.calls.forwards = 0
+    step(policy, trajectories, CallPlan(SIZE))
+    pairs = SIZE * len(WINDOWS[1])
+    assert (policy.calls.forwards, policy.calls.backwards) == (2 * pairs, 2 * pairs)
 
 
 def test_the_combined_output_by_hand():

@@ -253,6 +253,11 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
             "compute.activations is keep.*train.inner_epochs is 2",
         ),
         (["train.advantages=batch", "train.order=on_policy"], "train.advantages is batch.*train.order is on_policy"),
+        (["train.advantages=prompt"], "train.advantages is prompt but prompts.source is null"),
+        (
+            ["train.advantages=prompt", "prompts.source=animals", "train.prompt_buffer=4"],
+            "train.prompt_min_count is 16.*train.prompt_buffer 4",
+        ),
         (["compute.memory_budget=8GB"], "compute.memory_budget is 8GB.*compute.activations is replay"),
         (["compute.memory_budget=8", "compute.activations=auto"], "compute.memory_budget is '8'"),
     ],

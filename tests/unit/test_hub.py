@@ -73,7 +73,9 @@ def test_only_the_named_files_are_downloaded_and_then_those_chosen_of_all_names(
 
     assert find(choose=choose) == hub.snapshot and (hub.snapshot / "unet" / "a.safetensors").is_file()
     names = ["config.json", "model.bin", "text/b.bin", "text/config.json", "unet/a.safetensors", "unet/config.json"]
-    assert told == [(hub.snapshot, names, ["config.json", "unet/config.json"])]
+    # asked again when the first choice is there
+    first = ["config.json", "unet/config.json"]
+    assert told == [(hub.snapshot, names, first), (hub.snapshot, names, sorted([*first, "unet/a.safetensors"]))]
     assert hub.downloaded == ["config.json", "unet/config.json", "unet/a.safetensors"]
 
 

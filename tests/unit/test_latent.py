@@ -151,7 +151,7 @@ def test_a_plan_needs_the_configs_only(model, tmp_path, capsys):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "LDMSuperResolutionPipeline"])
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "LDMSuperResolutionPipeline"])
 def test_a_pipeline_that_no_policy_drives_is_refused_by_name(copy, kind):
     edit(copy / "model_index.json", _class_name=kind)
     with pytest.raises(ValueError, match=f"model.name is '{copy}'.* {kind};"):
@@ -166,14 +166,14 @@ def test_an_ldm_without_its_decoder_is_refused(copy):
 
 def test_a_decoder_of_another_kind_is_refused_by_name(copy):
     edit(copy / "vqvae" / "config.json", _class_name="AutoencoderKL")
-    with pytest.raises(ValueError, match=f"model.name is '{copy}'.* AutoencoderKL;"):
+    with pytest.raises(ValueError, match=f"model.name is '{copy}'.* AutoencoderKL where"):
         load(copy)
 
 
 def test_the_unet_of_an_ldm_alone_is_no_pixel_model(copy):
     # without its index a folder is taken for a pixel model, which has 1 or 3 channels
     (copy / "model_index.json").unlink()
-    assert read_model(str(copy)).vqvae is None
+    assert "vqvae" not in read_model(str(copy)).parts
     with pytest.raises(ValueError, match=f"model.name is '{copy}'.* {CHANNELS} channels"):
         load(copy)
 

@@ -28,9 +28,14 @@ def test_local_folders_and_files_become_absolute_and_other_names_stay(home, tmp_
     (home / "network").mkdir()
     (home / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
     words = ["model.name=models/mine", "evaluation.network=~/network", "engine.deepspeed=~/zero.json"]
-    words += ["run.folder=runs/x", "reward.kwargs.path=~/weights.pt", "window.kwargs.files=[~/a, b]"]
+    words += [
+        "model.decoder=models/mine",
+        "run.folder=runs/x",
+        "reward.kwargs.path=~/weights.pt",
+        "window.kwargs.files=[~/a, b]",
+    ]
     config = with_absolute_paths(load_config(words))
-    assert config.model.name == str(tmp_path / "models" / "mine")
+    assert config.model.name == config.model.decoder == str(tmp_path / "models" / "mine")
     assert config.evaluation.network == str(home / "network")
     assert config.engine.deepspeed == str(home / "zero.json")
     assert config.reward.kwargs == {"path": str(home / "weights.pt")}

@@ -46,10 +46,12 @@ def test_amounts_that_are_none_are_refused(text):
 def measured_once(monkeypatch):
     """A UNet is measured once in this file: it takes seconds."""
 
-    def measure(files, *, device):
-        key = json.dumps([files.unet.config, device], sort_keys=True)
+    def measure(files, *, device, guided, prepare):
+        if prepare is not None:
+            return measure_model(files, device=device, guided=guided, prepare=prepare)
+        key = json.dumps([files.unet.config, device, guided], sort_keys=True)
         if key not in _MEASURED:
-            _MEASURED[key] = measure_model(files, device=device)
+            _MEASURED[key] = measure_model(files, device=device, guided=guided)
         return _MEASURED[key]
 
     monkeypatch.setattr(planner, "measure_model", measure)

@@ -131,7 +131,7 @@ def test_a_config_that_is_no_json_object_is_named(copy, path, text):
 )
 def test_a_scheduler_config_of_wrong_values_is_refused(copy, values):
     edit(copy / "scheduler" / "scheduler_config.json", **values)
-    with pytest.raises(ValueError, match="model.name is .*scheduler do not load: "):
+    with pytest.raises(ValueError, match="model.name is .*scheduler_config.json does not load: "):
         load(copy)
 
 

@@ -17,7 +17,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 CANDIDATES = [[0, 3, 5], [2], [4, 1]]
 
 
-def brightness(images):
+def brightness(images, prompts=None):
     return Rewards(images.mean((1, 2, 3)), {})
 
 
@@ -108,7 +108,7 @@ def test_from_the_last_step_less_can_change_than_from_the_first():
 def test_a_reward_sees_at_most_the_images_of_a_call():
     seen = []
 
-    def reward(images):
+    def reward(images, prompts):
         seen.append(len(images))
         return brightness(images)
 
@@ -120,7 +120,9 @@ def test_a_reward_sees_at_most_the_images_of_a_call():
 def test_a_reward_in_fp64_keeps_its_differences_beside_an_offset():
     policy = make_policy()
     plain = measure(policy, CANDIDATES)
-    offset = measure(policy, CANDIDATES, reward=lambda images: Rewards(1e9 + brightness(images).total.double(), {}))
+    offset = measure(
+        policy, CANDIDATES, reward=lambda images, prompts: Rewards(1e9 + brightness(images).total.double(), {})
+    )
     for (rewards, _), (shifted, _) in zip(plain, offset, strict=True):
         torch.testing.assert_close(shifted - 1e9, rewards.double(), atol=1e-6, rtol=0)
 

@@ -9,6 +9,7 @@ import torch
 
 from hrf_fast.rewards import NotFiniteError, RewardError, Rewards, build_reward
 from hrf_fast.stopwatch import Stopwatch
+from hrf_fast.training.peers import build_advantages
 from hrf_fast.training.rewarding import GroupRewards, Rewarder, gather_rewards, reward_groups, standardise
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_a_reward_that_is_finite_only_at_the_second_time_of_asking_is_not_believ
 
 def stand_in(function):
     """A reward for `Rewarder` that is `function` of a batch; nothing is checked."""
-    return lambda batch: Rewards(function(batch), {})
+    return lambda batch, prompts: Rewards(function(batch), {})
 
 
 def test_the_thread_rewards_one_pack_after_the_other_and_hands_errors_on():
@@ -148,20 +149,23 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_names_iteration_and_group
 def test_a_skipped_group_has_no_advantages_and_is_nobodys_peer():
     rewards = {0: finite(1.0, 3.0), 2: POISONED, 4: finite(10.0, 30.0)}
     # ∓1/√2 in each group
-    advantages = standardise(rewards, peers="group", floor=1e-6, device=CPU)
+    advantages = standardise(rewards, build_advantages("group", advantage_floor=1e-6), CPU)
     assert list(advantages) == [0, 4]
     for values in advantages.values():
         torch.testing.assert_close(values, torch.tensor([-0.70710678, 0.70710678]))
     # of (1, 3, 10, 30): mean 11; squared deviations 100 + 64 + 1 + 361 = 526, over 3: std 13.24135
-    advantages = standardise(rewards, peers="batch", floor=1e-6, device=CPU)
+    advantages = standardise(rewards, build_advantages("batch", advantage_floor=1e-6), CPU)
     torch.testing.assert_close(advantages[0], torch.tensor([-10.0, -8.0]) / 13.241349)
     torch.testing.assert_close(advantages[4], torch.tensor([-1.0, 19.0]) / 13.241349)
 
 
 def test_the_floor_reaches_the_advantages_and_no_finite_group_leaves_none():
     # (1, 3): deviations ∓1 over the floor of 4, above the std of √2
-    assert standardise({0: finite(1.0, 3.0)}, peers="group", floor=4.0, device=CPU)[0].tolist() == [-0.25, 0.25]
-    assert standardise({0: POISONED}, peers="group", floor=1e-6, device=CPU) == {}
+    assert standardise({0: finite(1.0, 3.0)}, build_advantages("group", advantage_floor=4.0), CPU)[0].tolist() == [
+        -0.25,
+        0.25,
+    ]
+    assert standardise({0: POISONED}, build_advantages("group", advantage_floor=1e-6), CPU) == {}
 
 
 # --- the stopwatch ----------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_an_unknown_name_gets_the_nearest_one_and_the_list():
     with pytest.raises(ValueError) as caught:
         build_reward([RewardTerm("jpeg_compresibility")])
     assert "reward.name is 'jpeg_compresibility' (did you mean 'jpeg_compressibility'?)" in str(caught.value)
-    assert "aesthetic, classifier, jpeg_compressibility, jpeg_incompressibility" in str(caught.value)
+    assert "jpeg_compressibility, jpeg_incompressibility, pickscore" in str(caught.value)
 
 
 def test_an_unknown_argument_names_the_accepted_ones():

@@ -154,8 +154,6 @@ def test_tables_are_float32_and_move_together():
 @pytest.mark.parametrize(
     ("scheduler", "options", "arguments", "message"),
     [
-        ("EulerDiscreteScheduler", {}, {}, "scheduler is EulerDiscreteScheduler"),
-        ("DPMSolverMultistepScheduler", {}, {}, "scheduler is DPMSolverMultistepScheduler"),
         ("DDIMScheduler", {"thresholding": True}, {}, "thresholding: true"),
         ("DDIMScheduler", {"prediction_type": "flow"}, {}, "prediction_type is 'flow'"),
         ("DDIMScheduler", {}, {"kind": "euler"}, r"sample\.scheduler is 'euler'"),

@@ -8,9 +8,10 @@ from PIL import Image
 
 from hrf_fast.cli import main
 from hrf_fast.config.load import to_yaml
-from hrf_fast.config.options import Config, EvaluationConfig, RunConfig, TrainConfig, WindowConfig
-from hrf_fast.evaluation.grids import image_grid, save_grid
-from hrf_fast.report.strip import CELL, GAP, IMAGES, Row, cut_grid, draw_strip, write_strip
+from hrf_fast.config.options import Config, TrainConfig, WindowConfig
+from hrf_fast.config.run_options import EvaluationConfig, RunConfig
+from hrf_fast.evaluation.grids import Grid, image_grid, save_grid
+from hrf_fast.report.strip import CELL, GAP, IMAGES, Row, draw_strip, write_strip
 from tests.runs import REPORTED
 
 
@@ -42,7 +43,7 @@ def write_run(folder, schedule, *, size, first):
     ids=["one", "a cell is empty", "wide", "shipped", "tall and not enlarged"],
 )
 def test_a_grid_is_cut_into_the_images_it_was_made_of(count, height, width):
-    cut = cut_grid(image_grid(greys(count, height, width)), count)
+    cut = Grid(count).cut(image_grid(greys(count, height, width)))
     scale = max(1, 64 // width)
     assert [image.size for image in cut] == [(width * scale, height * scale)] * count
     # each image has one colour, its own

@@ -41,7 +41,8 @@ def test_importing_the_package_needs_neither_transformers_nor_diffusers():
 
 def test_the_reference_is_512_different_real_images(name):
     reference = load_reference(name)
-    assert reference.shape == (512, 3, 32, 32) and reference.dtype == torch.float32
+    side = 64 if name == "peeps" else 32
+    assert reference.shape == (512, 3, side, side) and reference.dtype == torch.float32
     assert reference.min() == 0 and reference.max() == 1
     assert len(reference.flatten(1).unique(dim=0)) > 505
 
@@ -96,7 +97,9 @@ def test_the_shipped_files_are_small(name):
         path for path in (ASSETS / name).rglob("*") if path.parent.name == "classifier" or "reference" in path.name
     ]
     assert {path.name for path in files} >= {"model.safetensors", "config.json", "README.md", "reference.safetensors"}
-    assert all(path.stat().st_size < 2e6 for path in files if path.is_file())
+    # 512 drawings of 64 x 64 pixels are 6.3 MB
+    limit = 6.5e6 if name == "peeps" else 2e6
+    assert all(path.stat().st_size < limit for path in files if path.is_file())
 
 
 def test_vendi_sees_a_collapse_from_many_images_to_four_to_one(name):

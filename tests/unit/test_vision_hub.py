@@ -287,5 +287,5 @@ def test_without_transformers_the_error_names_the_extra_before_anything_is_downl
     # None in sys.modules is how Python marks a module that must not be imported
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    with pytest.raises(ImportError, match=rf"{OPTION} is 'owner/model'.*hrf_fast\[rewards\]"):
+    with pytest.raises(ImportError, match=rf"{OPTION} is 'owner/model'.*transformers>=5"):
         load(OPTION, "owner/model")

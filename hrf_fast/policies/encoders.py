@@ -1,0 +1,148 @@
+"""Encoders: prompts as a Stable Diffusion UNet takes them, encoded as diffusers' pipelines do (`encode_prompt`).
+
+A text is padded to the tokenizer's length, or cut to it. Texts are encoded one at a time, so that an embedding does not
+depend on what else is asked for, and are remembered on the CPU. Left out: clip_skip and textual inversion.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# texts whose embeddings are remembered: 0.6 MB each for SDXL
+_REMEMBERED = 1024
+Rows = dict[str, Tensor]
+
+
+class PromptEncoder:
+    """The text encoder of Stable Diffusion 1 and 2: the last hidden states of one CLIPTextModel."""
+
+    def __init__(
+        self, tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, offload: bool = False
+    ) -> None:
+        """Freeze the encoders.
+
+        Args:
+            tokenizers, encoders: in pairs, transformers' own; the encoders in fp32.
+            offload: keep the encoders on the CPU between uses.
+        """
+        self._tokenizers, self._device, self._offload = tokenizers, device, offload
+        self.encoders = nn.ModuleList(encoders).eval().requires_grad_(False).to("cpu" if offload else device)
+        self._remembered: dict[str, Rows] = {}
+        self._cut: set[str] = set()
+
+    def rows(self, texts: Sequence[str]) -> Rows:
+        """The UNet's inputs [B, …] for B texts on the device, by their names, without gradient."""
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        known = {text: self._remembered[text] for text in distinct if text in self._remembered}
+        if new := [text for text in distinct if text not in known]:
+            on_device = resident(self.encoders, self._device, self._offload)
+            with torch.no_grad(), on_device, torch.autocast(self._device.type, enabled=False):
+                known |= {text: self._encode(text) for text in new}
+        self._remember(known)
+        index = torch.tensor([distinct[text] for text in texts], device=self._device)
+        first = next(iter(known.values()))
+        return {name: torch.cat([known[t][name] for t in distinct]).to(self._device)[index] for name in first}
+
+    def negative_rows(self, texts: Sequence[str]) -> Rows:
+        """The inputs of the unconditional branch for B negative prompts."""
+        return self.rows(texts)
+
+    def _remember(self, rows: dict[str, Rows]) -> None:
+        """Keep rows as the last used, and drop those that were not used for longest."""
+        self._remembered = {text: row for text, row in self._remembered.items() if text not in rows} | rows
+        for text in [*self._remembered][:-_REMEMBERED]:
+            del self._remembered[text]
+
+    def _encode(self, text: str) -> Rows:
+        """The rows [1, …] of one text, on the CPU."""
+        return {"encoder_hidden_states": self._call(0, text)[0].to("cpu", torch.float32)}
+
+    def _call(self, number: int, text: str, **options: Any) -> Any:
+        """The output of an encoder for a text."""
+        tokenizer, encoder = self._tokenizers[number], self.encoders[number]
+        length = tokenizer.model_max_length
+        tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        self._note_cut(tokenizer, text, length)
+        mask = tokens.attention_mask.to(self._device) if getattr(encoder.config, "use_attention_mask", False) else None
+        return encoder(tokens.input_ids.to(self._device), attention_mask=mask, **options)
+
+    def _note_cut(self, tokenizer: Any, text: str, length: int) -> None:
+        """Warn of a text that is longer than an encoder takes, once."""
+        ids = tokenizer(text, verbose=False).input_ids
+        if len(ids) <= length or text in self._cut:
+            return
+        self._cut.add(text)
+        # the last token that fits is the end of the text
+        dropped = tokenizer.decode(ids[length - 1 : -1])
+        warnings.warn(
+            f"the prompt {text!r} has {len(ids)} tokens and the text encoder takes {length}: {dropped!r} is cut off",
+            stacklevel=2,
+        )
+
+
+class PromptEncoderXL(PromptEncoder):
+    """The text encoders of SDXL: the penultimate hidden states of both, side by side, and what is pooled by the second.
+
+    Every image is described as uncropped and of the size that the model draws (`time_ids`).
+    """
+
+    def __init__(
+        self,
+        tokenizers: Sequence[Any],
+        encoders: Sequence[Any],
+        device: torch.device,
+        *,
+        time_ids: Tensor,
+        zero_negative: bool,
+        offload: bool = False,
+    ) -> None:
+        """Freeze the encoders.
+
+        Args:
+            time_ids: [6], see `time_ids`.
+            zero_negative: an empty negative prompt is zeros (force_zeros_for_empty_prompt), and else is encoded.
+        """
+        super().__init__(tokenizers, encoders, device, offload=offload)
+        self._time_ids, self._zero_negative = time_ids, zero_negative
+
+    def negative_rows(self, texts: Sequence[str]) -> Rows:
+        """The inputs of the unconditional branch for B negative prompts."""
+        rows = self.rows(texts)
+        if self._zero_negative:
+            empty = torch.tensor([not text for text in texts], device=self._device)
+            for name in ("encoder_hidden_states", "text_embeds"):
+                rows[name][empty] = 0
+        return rows
+
+    def _encode(self, text: str) -> Rows:
+        outputs = [self._call(number, text, output_hidden_states=True) for number in range(len(self.encoders))]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        rows = {
+            "encoder_hidden_states": hidden,
+            "text_embeds": outputs[-1].text_embeds,
+            "time_ids": self._time_ids[None],
+        }
+        return {name: tensor.to("cpu", torch.float32) for name, tensor in rows.items()}
+
+
+def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """SDXL's description of an image [6]: (height, width) before cropping, (top, left) of the crop, size as drawn."""
+    return torch.tensor([*original, *corner, *target], dtype=torch.float32)
+
+
+@contextmanager
+def resident(module: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
+    """A block in which a module is on the device; with `offload` it goes back to the CPU afterwards."""
+    if offload:
+        module.to(device)
+    try:
+        yield
+    finally:
+        if offload:
+            module.to("cpu")

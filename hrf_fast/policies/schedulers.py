@@ -1,0 +1,97 @@
+"""Schedulers: which of diffusers' schedulers say by their config what DDIM and DDPM steps of a model are.
+
+A DDIM or DDPM scheduler stays as it is. Another one whose alphas mean the same becomes the DDIM of its config, as in
+TRL: how it spaces its own noise levels (Karras sigmas and the like) belongs to its own steps. Schedulers of flow
+matching, of EDM and of distilled models (LCM, TCD) are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hrf_fast.hub import first_line
+
+# schedulers that the steps are made of directly
+_EXACT = ("DDPMScheduler", "DDIMScheduler")
+COMPATIBLE = (
+    *_EXACT,
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+# settings that a DDIM takes over; diffusers drops those that are another class's defaults
+_KEPT = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("set_alpha_to_one", "clip_sample"),
+)
+# settings under which a compatible class drives models of another kind
+_OTHER_KINDS = {"use_flow_sigmas": (None, False), "timestep_type": (None, "discrete")}
+
+
+def check_scheduler(model: str, config: dict[str, Any]) -> None:
+    """Refuse a scheduler config whose alphas mean something else, or none that diffusers knows.
+
+    Args:
+        model: model.name, for errors.
+
+    Raises:
+        ValueError: names the class or the setting.
+    """
+    kind = config.get("_class_name")
+    if kind not in COMPATIBLE:
+        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {', '.join(COMPATIBLE)}")
+    for setting, allowed in _OTHER_KINDS.items():
+        if config.get(setting) not in allowed:
+            raise ValueError(
+                f"model.name is {model!r}, whose {kind} has {setting}: {config[setting]!r}, so that its timesteps are "
+                "not those of DDPM; use a model of DDPM's kind"
+            )
+
+
+def make_scheduler(model: str, config: dict[str, Any], *, pipeline: str) -> Any:
+    """The DDIM or DDPM scheduler of a config that `check_scheduler` lets through, as the pipeline's class uses it.
+
+    Args:
+        model: the option that names the model, and its value, for errors.
+        pipeline: class of the pipeline: StableDiffusionPipeline sets steps_offset to 1 and never clips.
+
+    Raises:
+        ValueError: a config that does not load, or alphas that are not those of a DDIM of this config.
+    """
+    scheduler = _from_config(model, config["_class_name"], config)
+    if config["_class_name"] not in _EXACT:
+        settings = {"clip_sample": False} | {name: scheduler.config[name] for name in _KEPT if name in scheduler.config}
+        ddim = _from_config(model, "DDIMScheduler", scheduler.config, **settings)
+        # with zero terminal SNR some have 2**-24 where DDIM has 0
+        if not torch.allclose(ddim.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-5, atol=1e-6):
+            raise ValueError(
+                f"{model}, whose {config['_class_name']} has other alphas than a DDIMScheduler of its config; save the "
+                "model with a DDIMScheduler"
+            )
+        scheduler = ddim
+    if pipeline == "StableDiffusionPipeline":
+        scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1, clip_sample=False)
+    return scheduler
+
+
+def _from_config(model: str, kind: str, config: Any, **changed: Any) -> Any:
+    import diffusers
+
+    try:
+        return getattr(diffusers, kind).from_config(config, **changed)
+    # diffusers checks no types: a wrong value in a config can raise nearly anything
+    except Exception as error:
+        raise ValueError(
+            f"{model} but its scheduler_config.json does not load: {first_line(error)}; save the model again with "
+            "diffusers' save_pretrained"
+        ) from error

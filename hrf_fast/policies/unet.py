@@ -1,0 +1,156 @@
+"""UNetPolicy: what policies of every UNet have in common: calls of the network, guidance, counting and compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrf_fast.policies.base import Condition, Prediction
+from hrf_fast.policies.compilation import compile_network
+from hrf_fast.policies.network import Network, NetworkCalls
+from hrf_fast.policies.sampler import Sampler
+from hrf_fast.stopwatch import Stopwatch
+from hrf_kernels import choose_backend
+
+
+class UNetPolicy:
+    """The denoising policy π(x_{t-1} | x_t, t) of a UNet; a subclass adds `condition`, `decode` and how it is saved."""
+
+    takes_prompts = False
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        sampler: Sampler,
+        *,
+        precision: str = "fp32",
+        kernels: str = "auto",
+        channels_last: bool = False,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        """Wrap a UNet of diffusers.
+
+        Args:
+            scheduler: the model's own, which is saved with it; sampler: the steps made of it.
+            precision: fp32, or bf16 or fp16 for autocast with fp32 weights.
+            kernels: see `hrf_kernels.choose_backend`.
+            channels_last: weights and inputs of the UNet in that memory format.
+            guidance_scale: for conditions with an unconditional branch.
+
+        Raises:
+            ValueError: an unknown precision, or kernels that can't run on the UNet's device.
+        """
+        self.scheduler, self.precision = scheduler, precision
+        self.guidance_scale = guidance_scale
+        self.network = Network(unet, precision, channels_last=channels_last)
+        self._with_gradient: Callable[..., Tensor] = self.network
+        self.device = next(unet.parameters()).device
+        try:
+            self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
+        except ValueError as error:
+            raise ValueError(f"HRF_KERNELS is {kernels!r}: {error}") from error
+        self.sampler = sampler.to(self.device)
+        # a list, so that a step's timestep needs no copy from the device
+        self._timesteps: list[int] = sampler.timesteps.tolist()
+        self.compiled = "none"
+        self.calls = NetworkCalls()
+        self.stopwatch = Stopwatch(self.device)
+        self.latent_shape: tuple[int, ...] = latent_shape(unet.config)
+
+    @property
+    def unet(self) -> Any:
+        """The network's UNet."""
+        return self.network.unet
+
+    def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
+        """The UNet's outputs for latents [B, C, H, W] at one step or at [B] steps, counted and timed.
+
+        Both branches of guidance are one call of 2B rows, the unconditional ones first, as in diffusers' pipelines.
+        """
+        timesteps = self._timesteps[steps] if isinstance(steps, int) else self.sampler.timesteps[steps]
+        branches = condition.branches
+        self.calls.batches += 1
+        self.calls.forwards += branches * len(latents)
+        forward = self._with_gradient if torch.is_grad_enabled() else self.network
+        if branches > 1:
+            latents = torch.cat([latents] * branches)
+            timesteps = timesteps.repeat(branches) if isinstance(timesteps, Tensor) else timesteps
+        with self.stopwatch.running():
+            output = forward(latents, timesteps, **condition.inputs)
+        if branches == 1:
+            return Prediction(output)
+        unconditional, conditional = output.chunk(branches)
+        return Prediction(conditional, unconditional, self.guidance_scale)
+
+    def attach(self, forward: Callable[..., Tensor]) -> None:
+        """Let calls with gradient go through an engine's wrapper of the network; see `Policy.attach`."""
+        self._with_gradient = forward
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Panels and checks are no part of what training costs: calls inside are not counted."""
+        calls, self.calls = self.calls, NetworkCalls()
+        try:
+            yield
+        finally:
+            self.calls = calls
+
+    def blocks(self) -> list[nn.Module]:
+        """The down, mid and up blocks."""
+        return [*self.unet.down_blocks, *filter(None, [self.unet.mid_block]), *self.unet.up_blocks]
+
+    def compile(self, mode: str) -> None:
+        """Run the UNet compiled, see `compile_network`; `warm_up` makes the graphs before training."""
+        compile_network({"none": [], "unet": [self.unet], "blocks": self.blocks()}[mode])
+        self.compiled, self.network.compiled = mode, mode != "none"
+
+
+def latent_shape(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) that a UNet of this configuration takes."""
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
+
+
+def check_finite(latents: Tensor) -> None:
+    """Refuse latents that no image is made of.
+
+    Raises:
+        FloatingPointError: a latent is NaN or infinite, which the clamp to [0, 1] would hide in part.
+    """
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError(
+            "the images are not finite: the model's weights have diverged or were NaN when loaded; lower "
+            "optimizer.learning_rate and resume from the last checkpoint, or check model.name"
+        )
+
+
+def scheduler_of(kind: str, eta: float) -> tuple[str, str, str]:
+    """The lines of `Policy.example` about a sampler.
+
+    Returns:
+        The scheduler's class, more arguments of its `from_config`, and more arguments of a pipeline's call.
+    """
+    return {
+        "ddim": ("DDIMScheduler", "", f", eta={eta}"),
+        "ddim_trl": ("DDIMScheduler", ", set_alpha_to_one=False", f", eta={eta}"),
+        "ddpm": ("DDPMScheduler", "", ""),
+    }[kind]
+
+
+@contextmanager
+def contiguous(module: nn.Module) -> Iterator[None]:
+    """Weights in the order that safetensors writes; afterwards they are where and as they were."""
+    strided = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.is_contiguous()]
+    try:
+        for parameter, data in strided:
+            parameter.data = data.contiguous()
+        yield
+    finally:
+        for parameter, data in strided:
+            parameter.data = data

@@ -1,0 +1,59 @@
+"""Prompt: what one group is asked to show. No torch here, so that rewards can be listed at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; the samples of a group share it."""
+
+    text: str
+    negative: str = ""
+    """Text that guidance leads away from."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """For rewards that read it; JSON-able."""
+
+
+def as_prompt(item: Any, where: str, negative: str) -> tuple[Prompt, float]:
+    """A prompt and its weight from text, a pair (text, metadata), or a mapping with `prompt`.
+
+    Args:
+        item: a mapping may have `weight` (1 by default), `negative` and `metadata`, and no other key.
+        where: the item's place, for errors; negative: of an item that has none of its own.
+
+    Raises:
+        ValueError: anything else, an empty prompt, or a weight that is negative or not finite.
+    """
+    if isinstance(item, str):
+        item = {"prompt": item}
+    elif isinstance(item, (tuple, list)) and len(item) == 2:
+        item = {"prompt": item[0], "metadata": item[1]}
+    if not isinstance(item, Mapping) or "prompt" not in item:
+        raise ValueError(f'{where} is {item!r}; use text, or {{"prompt": "a cat", "weight": 1, "metadata": {{…}}}}')
+    if unknown := sorted(map(str, item.keys() - {"prompt", "weight", "negative", "metadata"})):
+        raise ValueError(f"{where} has {', '.join(unknown)}; its keys are prompt, weight, negative and metadata")
+    text, own_negative = item["prompt"], item.get("negative")
+    metadata, weight = item.get("metadata") or {}, item.get("weight", 1)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where} has the prompt {text!r}; use text that is not empty")
+    if own_negative is not None and not isinstance(own_negative, str):
+        raise ValueError(f"{where} has the negative prompt {own_negative!r}; use one text")
+    # written so that NaN fails
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise ValueError(f"{where} has the weight {weight!r}; use a finite number of at least 0")
+    if not isinstance(metadata, Mapping) or not _is_json(metadata):
+        raise ValueError(f"{where} has the metadata {metadata!r}; use a mapping of what JSON can hold")
+    return Prompt(text, negative if own_negative is None else own_negative, dict(metadata)), float(weight)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

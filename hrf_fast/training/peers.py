@@ -1,0 +1,147 @@
+"""Peers: whom a reward is standardised against, by the name in train.advantages; `register_advantages` adds a way.
+
+Called with the rewards of all groups on every rank alike, so that what is returned and remembered is equal on all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hrf_fast.registry import Registry, call_factory, load_user_function, qualified_name
+from hrf_fast.training.advantages import group_advantages, weak_spreads
+from hrf_fast.user_code import user_code
+
+
+class Advantages(Protocol):
+    """Turns rewards into advantages; one with `state()` and `load_state(state)`, JSON-able, remembers over a resume.
+
+    `notes(rewards)`, where there is one, gives sentences by kind about rewards that teach little.
+    """
+
+    def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> Mapping[int, Tensor]:
+        """Advantages [B] by group.
+
+        Args:
+            rewards: [B] fp32 or fp64 on the CPU by group in ascending order; prompts: by group, "" without one.
+        """
+        ...
+
+
+Factory = Callable[..., Advantages]
+ADVANTAGES: Registry[Factory] = Registry("way to make advantages", "train.advantages")
+register_advantages = ADVANTAGES.register
+
+
+def build_advantages(name: str, **options: Any) -> Advantages:
+    """Build what train.advantages names.
+
+    Args:
+        name: a registered name, or `module:function` that names a factory.
+        options: of the train section; a factory gets those that its arguments name.
+
+    Raises:
+        ValueError: an unknown name, or a factory that wants something else or makes something else.
+    """
+    factory = load_user_function(name, "train.advantages") if ":" in name else ADVANTAGES[name]
+    wanted = {key: value for key, value in options.items() if key in inspect.signature(factory).parameters}
+    advantages = call_factory(factory, "train.advantages", {}, **wanted)
+    if not callable(advantages) or hasattr(advantages, "state") != hasattr(advantages, "load_state"):
+        raise ValueError(
+            f"train.advantages {name} must return a callable (rewards, prompts), with both state() and "
+            "load_state(state) or neither"
+        )
+    return advantages
+
+
+def apply_advantages(
+    advantages: Advantages, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]
+) -> dict[int, Tensor]:
+    """Call it, and refuse what a user's may have returned.
+
+    Raises:
+        ValueError: not [B] finite numbers for every group.
+        UserCodeError: it failed.
+    """
+    what = f"train.advantages {qualified_name(advantages)}"
+    with user_code(what):
+        answer = advantages(rewards, prompts)
+    if not isinstance(answer, Mapping) or answer.keys() != rewards.keys():
+        raise ValueError(f"{what} returned {answer!r}; return the advantages of groups {list(rewards)} by group")
+    for group, values in answer.items():
+        # written so that NaN fails
+        if not (isinstance(values, Tensor) and values.shape == rewards[group].shape and bool(values.isfinite().all())):
+            raise ValueError(
+                f"{what} returned {values!r} for group {group}; return {len(rewards[group])} finite numbers"
+            )
+    return {group: values.float() for group, values in answer.items()}
+
+
+class _Peers:
+    """Standardised against the group, or against all groups together."""
+
+    def __init__(self, floor: float, *, together: bool) -> None:
+        self._floor, self._together = floor, together
+
+    def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
+        sizes = [len(values) for values in rewards.values()]
+        advantages = group_advantages(*self._with_peers(rewards), floor=self._floor)
+        return dict(zip(rewards, advantages.split(sizes), strict=True))
+
+    def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
+        return weak_spreads(*self._with_peers(rewards), floor=self._floor)
+
+    def _with_peers(self, rewards: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """All rewards [B], and [B] int64 that is equal for peers."""
+        sizes = torch.tensor([len(values) for values in rewards.values()])
+        index = torch.arange(len(rewards)).repeat_interleave(sizes)
+        return torch.cat(list(rewards.values())), torch.zeros_like(index) if self._together else index
+
+
+@register_advantages("group")
+def group(*, advantage_floor: float) -> Advantages:
+    """Against the group, as HRF does (arXiv 2410.08315)."""
+    return _Peers(advantage_floor, together=False)
+
+
+@register_advantages("batch")
+def batch(*, advantage_floor: float) -> Advantages:
+    """Against all groups of the iteration, as DDPO does without statistics (arXiv 2305.13301)."""
+    return _Peers(advantage_floor, together=True)
+
+
+@register_advantages("prompt")
+class PromptStatistics:
+    """Against the last rewards of the same prompt, over iterations, as ddpo-pytorch's PerPromptStatTracker.
+
+    An iteration's rewards enter the buffers before the statistics are taken. (reward − mean)/(std + 1e-6) with the
+    population std, of the prompt's buffer; of the iteration where the buffer holds fewer than `prompt_min_count`.
+    """
+
+    def __init__(self, *, prompt_buffer: int, prompt_min_count: int) -> None:
+        self._size, self._min_count = prompt_buffer, prompt_min_count
+        self._buffers: dict[str, deque[float]] = {}
+
+    def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
+        for number, values in rewards.items():
+            self._buffers.setdefault(prompts[number], deque(maxlen=self._size)).extend(values.tolist())
+        iteration = torch.cat(list(rewards.values())).double()
+        advantages = {}
+        for number, values in rewards.items():
+            buffer = self._buffers[prompts[number]]
+            peers = iteration if len(buffer) < self._min_count else torch.tensor(buffer, dtype=torch.float64)
+            advantages[number] = ((values.double() - peers.mean()) / (peers.std(correction=0) + 1e-6)).float()
+        return advantages
+
+    def state(self) -> dict[str, list[float]]:
+        """The buffers by prompt, the oldest reward first."""
+        return {text: list(buffer) for text, buffer in self._buffers.items()}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        """Restore what `state` gave."""
+        self._buffers = {text: deque(values, maxlen=self._size) for text, values in state.items()}

@@ -1,0 +1,59 @@
+"""A text-to-image model of the tests: the prompt is a word, and the word a class of a tiny UNet."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from hrf_fast.policies.base import Condition
+from hrf_fast.policies.pixel import PixelPolicy
+from hrf_fast.policies.sampler import build_sampler
+from tests.conftest import make_scheduler
+
+WORDS = ("red", "green", "blue", "grey")
+
+
+class PromptedPolicy(PixelPolicy):
+    """Draws what a word of WORDS says; `asked` holds the prompts and `guided` of every condition."""
+
+    takes_prompts = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.asked = []
+
+    def condition(self, prompts, *, guided=True):
+        texts = [prompt.text if prompt else WORDS[0] for prompt in prompts]
+        self.asked.append((texts, guided))
+        return Condition({"class_labels": torch.tensor([WORDS.index(text) for text in texts])})
+
+
+def make_prompted_policy(num_inference_steps=6, **_) -> PromptedPolicy:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+        num_class_embeds=len(WORDS),
+    )
+    scheduler = make_scheduler(clip_sample=False)
+    sampler = build_sampler(scheduler, kind="ddim", num_inference_steps=num_inference_steps, eta=1.0)
+    return PromptedPolicy(unet.eval(), scheduler, sampler)
+
+
+@pytest.fixture
+def prompted(monkeypatch):
+    """Every model that is loaded is a new PromptedPolicy of equal weights; the list holds them."""
+    loaded = []
+
+    def load(name, **options):
+        loaded.append(make_prompted_policy(options["num_inference_steps"]))
+        return loaded[-1]
+
+    monkeypatch.setattr("hrf_fast.build.load_policy", load)
+    return loaded

@@ -1,0 +1,170 @@
+"""Adapters of text-to-image models as files: diffusers loads them and draws as the run did; merged, and wrong ones."""
+
+import re
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hrf_fast.build import build_policy
+from hrf_fast.commands import draw, evaluate, export
+from hrf_fast.config.load import load_config
+from hrf_fast.engines.base import trained_weights
+from hrf_fast.evaluation.panel import Panel
+from hrf_fast.memory.planner import plan
+from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
+from hrf_fast.policies.parts import quiet
+from hrf_fast.policies.sample import sample
+from hrf_fast.prompts import Prompt
+from hrf_kernels import philox_normal
+from tests.conftest import tiny_words
+from tests.runs import equal, panels, train
+from tests.text_models import SIDE, load_text_policy, text_model
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+DRAWING = (
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.schedulers.scheduling_ddim",
+)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An iteration of LoRA on the smallest Stable Diffusion 1: (folder, its words)."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    prompts = folder.with_name("prompts.txt")
+    prompts.write_text("cat\n")
+    torch.set_num_threads(1)
+    words = [*tiny_words(text_model("sd1"), folder), "train.iterations=1", "optimizer.learning_rate=0.03"]
+    words += [
+        "lora.rank=2",
+        "lora.alpha=6",
+        "sample.guidance_scale=5",
+        "evaluation.every=0",
+        "evaluation.panel_size=16",
+        "evaluation.images_per_prompt=2",
+        f"prompts.source={prompts}",
+    ]
+    train([*words, "window.schedule=random", "train.groups_per_iteration=1"], reward=brightness)
+    return folder, words
+
+
+def lines_of(folder) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    return block
+
+
+def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, monkeypatch):
+    folder, words = run
+    assert {path.name for path in (folder / "model").iterdir()} == {"README.md", LORA_WEIGHTS}
+    policy = build_policy(load_config(words), str(folder / "model"))
+    noise = Panel(16, 1234, 16).noise(policy)
+    steps = iter(range(-1, 1000))
+
+    def randn_tensor(asked, **_):
+        step = next(steps)
+        shape = policy.latent_shape
+        return philox_normal(shape, seed=noise.seed, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
+
+    code = lines_of(folder / "model").replace("your prompt", "cat").replace('"sd1"', f'"{text_model("sd1")}"')
+    assert 'pipeline.load_lora_weights(".")' in code and str(text_model("sd1")) in code
+    for module in DRAWING:
+        monkeypatch.setattr(f"{module}.randn_tensor", randn_tensor)
+    monkeypatch.chdir(folder / "model")
+    names = {}
+    with quiet():
+        exec(code, names)
+    expected = policy.decode(sample(policy, noise, [Prompt("cat")] * 16, images_per_call=16))
+    torch.testing.assert_close(names["images"], expected, atol=1e-5, rtol=0)
+    assert panels(folder)[-1]["reward"][0] == pytest.approx(float(brightness(expected, None).mean()), abs=1e-5)
+    # and the adapters have moved it
+    pretrained = build_policy(load_config(words))
+    start = pretrained.decode(sample(pretrained, noise, [Prompt("cat")] * 16, images_per_call=16))
+    assert float((start - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_diffusers_has_the_network_of_the_policy_with_alpha(kind, tmp_path):
+    policy = load_text_policy(kind)
+    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
+    for weight in trained_weights(policy.unet).values():
+        nn.init.normal_(weight, std=0.3)
+    policy.save(tmp_path)
+    pipeline = getattr(diffusers, policy._pipeline).from_pretrained(text_model(kind))
+    pipeline.load_lora_weights(tmp_path)
+    condition = policy.condition([None, None], guided=False)
+    inputs = dict(condition.inputs)
+    added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
+    latents = torch.randn(2, 4, SIDE, SIDE)
+    with torch.no_grad():
+        theirs = pipeline.unet(latents, 5, **inputs, added_cond_kwargs=added or None).sample
+        assert torch.equal(policy.network(latents, 5, **condition.inputs), theirs)
+        pipeline.unload_lora_weights()
+        base = pipeline.unet(latents, 5, **inputs, added_cond_kwargs=added or None).sample
+    assert float((theirs - base).abs().max()) > 1e-3
+
+
+def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_path):
+    folder, words = run
+    checkpoint = folder / "checkpoints" / "iteration-000001"
+    export(checkpoint, tmp_path / "adapters")
+    assert equal(*(load_file(f / LORA_WEIGHTS) for f in (tmp_path / "adapters", folder / "model")))
+    export(checkpoint, tmp_path / "whole", merge=True)
+    assert "load_lora_weights" not in lines_of(tmp_path / "whole")
+    with quiet():
+        merged = StableDiffusionPipeline.from_pretrained(tmp_path / "whole").unet
+    policy = build_policy(load_config(words), str(folder / "model"))
+    latents, condition = torch.randn(2, 4, SIDE, SIDE), policy.condition([None, None], guided=False)
+    with torch.no_grad():
+        ours = policy.network(latents, 5, **condition.inputs)
+        torch.testing.assert_close(merged(latents, 5, **condition.inputs).sample, ours, atol=1e-5, rtol=0)
+    options = {"count": 2, "images_per_call": 2, "seed": 0, "device": "cpu"}
+    for name, model in (("run", folder), ("checkpoint", checkpoint)):
+        draw(str(model), tmp_path / f"{name}.png", **options)
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "checkpoint.png").read_bytes()
+    assert evaluate(folder, ["reward.name=jpeg_compressibility", "evaluation.panel_size=2"]).is_file()
+
+
+def test_adapters_of_another_rank_are_refused_by_name(run, tmp_path):
+    folder, words = run
+    with pytest.raises(
+        ValueError, match=rf"{LORA_WEIGHTS} can't be used .*another shape .*lora_A.* is \[2, 4\] instead"
+    ):
+        build_policy(load_config([*words, "lora.rank=3"]), str(folder / "model"))
+    tensors = load_file(folder / "model" / LORA_WEIGHTS)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * torch.nan}, tmp_path / LORA_WEIGHTS)
+    policy = build_policy(load_config(words))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        load_adapters(policy.network.unet, tmp_path)
+
+
+def test_only_adapters_of_text_to_image_models_are_merged(tiny_model, tmp_path):
+    words = [*tiny_words(tiny_model, tmp_path / "run"), "train.iterations=1", "evaluation.panel_size=2"]
+    train([*words, "window.schedule=random"], reward=brightness)
+    with pytest.raises(ValueError, match="--merge is for adapters"):
+        export(tmp_path / "run" / "checkpoints" / "iteration-000001", tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_text_to_image_model_has_its_adapters():
+    words = [
+        f"model.name={text_model('sdxl')}",
+        "prompts.source=animals",
+        "lora.rank=4",
+        "lora.base_precision=bf16",
+        "compute.precision=bf16",
+    ]
+    config = load_config([*words, "sample.guidance_scale=5", "sample.num_inference_steps=6"])
+    made, policy = plan(config, gpus=1, memory=10**9), build_policy(config)
+    states, parameters = made.states("plain"), list(policy.network.parameters())
+    assert states.parameters == sum(parameter.nbytes for parameter in parameters)
+    assert states.gradients == 4 * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

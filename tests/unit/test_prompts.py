@@ -1,0 +1,204 @@
+"""Prompts: the sources, what is refused, and drawing by weight and by a function."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hrf_fast.assets import PROMPT_LISTS
+from hrf_fast.errors import UserCodeError
+from hrf_fast.prompts import Prompt
+from hrf_fast.prompts.draw import PromptList
+from hrf_fast.prompts.sources import LISTS, check_prompts, load_prompts
+
+OPTION = "prompts.source"
+
+
+def load(value, kwargs=None, negative=""):
+    return load_prompts(OPTION, str(value), kwargs, negative=negative)[0]
+
+
+def refused(value, message, kwargs=None):
+    with pytest.raises(ValueError, match=message):
+        load(value, kwargs)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_has_a_prompt_on_each_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    # with the mark of Windows' editors, and its line ends
+    path.write_bytes("\ufeff# mine\r\na cat\r\n\r\n  ein Bär  \n # no prompt\na cat, 4k".encode())
+    prompts, source = load_prompts(OPTION, str(path), negative="blurry")
+    assert prompts.prompts == (Prompt("a cat", "blurry"), Prompt("ein Bär", "blurry"), Prompt("a cat, 4k", "blurry"))
+    assert prompts.weights == (1, 1, 1) and source["file"] == str(path) and len(source["sha256"]) == 64
+
+
+def test_json_lines_have_weights_negatives_and_metadata(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a cat", "weight": 3, "metadata": {"question": "is it?"}}\n\n'
+        '{"prompt": "a dog", "negative": "wet"}\n{"prompt": "one\u2028line", "negative": "", "weight": 0}\n"plain"\n',
+        encoding="utf-8",
+    )
+    prompts = load(path, negative="blurry")
+    assert prompts.prompts == (
+        Prompt("a cat", "blurry", {"question": "is it?"}),
+        Prompt("a dog", "wet"),
+        Prompt("one\u2028line"),
+        Prompt("plain", "blurry"),
+    )
+    assert prompts.weights == (3, 1, 0, 1)
+
+
+@pytest.mark.parametrize("name", PROMPT_LISTS)
+def test_the_shipped_lists_are_of_distinct_prompts(name):
+    prompts, source = load_prompts(OPTION, name)
+    texts = [prompt.text for prompt in prompts.prompts]
+    assert LISTS[name].is_file() and source is None and len(texts) == len(set(texts)) >= 45
+    known = {
+        "animals": "cat",
+        "activities": "a cat riding a bike",
+        "peeps": "a character, in love, in a green top, by a purple wall",
+    }
+    assert known[name] in texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"# only\n\n", "holds no prompt"),
+        ("a.jsonl", b"", "holds no prompt"),
+        ("a.txt", b"a cat\n\xff\n", "not UTF-8 text .byte 6"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+        ("a.jsonl", b"[1, 2, 3]", "line 1 is .1, 2, 3."),
+        ("a.jsonl", b'{"text": "a cat"}', "line 1 is .*prompt"),
+        ("a.jsonl", b'{"prompt": "a", "wieght": 2}', "line 1 has wieght"),
+        ("a.jsonl", b'{"prompt": " "}', "line 1 has the prompt ' '"),
+        ("a.jsonl", b'{"prompt": "a", "negative": ["b", "c"]}', "line 1 has the negative prompt .*one text"),
+        ("a.jsonl", b'{"prompt": "a", "metadata": [1]}', "line 1 has the metadata"),
+        ("a.jsonl", b'{"prompt": "a", "weight": -1}', "line 1 has the weight -1"),
+        ("a.jsonl", b'{"prompt": "a", "weight": NaN}', "line 1 has the weight nan"),
+        ("a.jsonl", b'{"prompt": "a", "weight": Infinity}', "line 1 has the weight inf"),
+        ("a.jsonl", b'{"prompt": "a", "weight": "1"}', "line 1 has the weight '1'"),
+        ("a.jsonl", b'{"prompt": "a", "weight": 0}', "every weight is 0"),
+    ],
+)
+def test_a_file_that_can_not_be_drawn_from_is_refused_with_its_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, f"{name}.*{message}")
+
+
+def test_a_source_that_is_nothing_answers_with_the_lists():
+    refused("animal", "prompts.source is 'animal' .did you mean 'animals'.*no such file.*animals, activities")
+    refused("missing.txt", "prompts.source is 'missing.txt'.*no such file")
+    refused("animals", "prompts.kwargs is .*'animals'", {"count": 3})
+
+
+FUNCTIONS = """
+import random
+import numpy as np
+import torch
+
+def words(count=2, noun="cat"):
+    return [noun, (noun + "s", {"plural": True}), {"prompt": "dog", "weight": 2, "negative": "wet"}][:count]
+
+def trl(nouns=("cat", "dog", "owl")):
+    return f"{random.choice(nouns)} {np.random.randint(1000)} {torch.rand(()):.6f}", {}
+
+def fails():
+    raise KeyError("here")
+
+def nothing():
+    return None
+
+def wrong():
+    return ["a", 3]
+
+def late(calls=[]):
+    calls.append(1)
+    return ("a", {}) if len(calls) < 3 else "a"
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    (tmp_path / "my_prompts.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_function_returns_a_list_of_texts_pairs_and_mappings(functions):
+    prompts, source = load_prompts(OPTION, "my_prompts:words", {"count": 3, "noun": "owl"}, negative="blurry")
+    assert prompts.prompts == (
+        Prompt("owl", "blurry"),
+        Prompt("owls", "blurry", {"plural": True}),
+        Prompt("dog", "wet"),
+    )
+    assert prompts.weights == (1, 1, 2) and source["file"].endswith("my_prompts.py")
+
+
+def test_a_function_that_returns_a_pair_is_trls_and_is_called_for_every_group(functions):
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    prompts = load("my_prompts:trl", negative="blurry")
+    drawn = prompts.draw(7, 3, 4)
+    # a function of (seed, iteration), whatever was drawn in between
+    assert prompts.draw(7, 3, 4) == drawn and prompts.draw(7, 3, 2) == drawn[:2]
+    assert len({prompt.text for prompt in drawn}) == 4 and {prompt.negative for prompt in drawn} == {"blurry"}
+    assert prompts.draw(7, 4, 4) != drawn and prompts.draw(8, 3, 4) != drawn
+    assert prompts.fixed(5, 3) == prompts.fixed(5, 3)
+    # the generators that rewards draw from are as before
+    assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
+    assert torch.equal(torch.get_rng_state(), state[2])
+
+
+def test_a_function_that_answers_otherwise_is_refused(functions):
+    refused("my_prompts:nothing", "prompts.source is 'my_prompts:nothing', which returned None")
+    refused("my_prompts:wrong", "prompts.source 'my_prompts:wrong', item 1 is 3")
+    refused("my_prompts:words", "prompts.kwargs.nuon is unknown .did you mean 'noun'", {"nuon": 1})
+    refused("my_prompts:word", "prompts.source is 'my_prompts:word'.*did you mean 'words'")
+    with pytest.raises(UserCodeError, match="KeyError: 'here'.*my_prompts.py"):
+        load("my_prompts:fails")
+    drawn = load("my_prompts:late")
+    # text alone is a prompt too
+    assert drawn.draw(0, 0, 2) == [Prompt("a"), Prompt("a")]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_drawn_by_weight_with_replacement_by_seed_and_iteration():
+    prompts = PromptList("list", tuple(map(Prompt, "abc")), (3.0, 1.0, 0.0))
+    drawn = prompts.draw(0, 0, 4000)
+    # 3 to 1: 3000 ± 27 of 4000
+    assert abs(sum(prompt.text == "a" for prompt in drawn) - 3000) < 110
+    assert {prompt.text for prompt in drawn} == {"a", "b"}
+    assert prompts.draw(0, 0, 4000) == drawn and prompts.draw(0, 1, 4000) != drawn and prompts.draw(1, 0, 4000) != drawn
+
+
+def test_weights_of_any_size_are_relative():
+    prompts = PromptList("list", tuple(map(Prompt, "abc")), (1e308, 1e308, 1e-320))
+    assert {prompt.text for prompt in prompts.draw(0, 0, 100)} == {"a", "b"}
+
+
+def test_a_panel_has_the_first_prompts_that_can_be_drawn():
+    prompts = PromptList("list", tuple(map(Prompt, "abcd")), (1.0, 0.0, 1.0, 1.0))
+    assert [prompt.text for prompt in prompts.fixed(9, 2)] == ["a", "c"]
+    assert [prompt.text for prompt in prompts.fixed(9, 8)] == ["a", "c", "d"]
+
+
+# --- what goes together -----------------------------------------------------------------------------------------------
+
+
+def test_prompts_models_and_rewards_that_do_not_go_together_are_refused():
+    none = {"prompts.source": None, "evaluation.prompts": None}
+    check_prompts(False, "fashion", none, [])
+    check_prompts(True, "peeps", {**none, "prompts.source": "animals"}, ["clip_score"])
+    with pytest.raises(ValueError, match="prompts.source is null, but model.name peeps .*animals"):
+        check_prompts(True, "peeps", {**none, "evaluation.prompts": "animals"}, [])
+    for option in none:
+        with pytest.raises(ValueError, match=f"{option} is 'animals', but model.name fashion takes no prompts"):
+            check_prompts(False, "fashion", {**none, option: "animals"}, [])
+    with pytest.raises(ValueError, match="reward.name clip_score .* model.name fashion"):
+        check_prompts(False, "fashion", none, ["clip_score"])

@@ -1,0 +1,162 @@
+"""From TRL: fields of DDPOConfig in a script, a JSON file or on a command line become our options."""
+
+import json
+
+import pytest
+
+from hrf_fast.cli import main
+from hrf_fast.config.load import load_config
+from hrf_fast.config.trl import DEFAULTS, convert, translate
+from hrf_fast.config.trl_source import TrlRun, read_source, read_words
+from tests.runs import metrics, train, weights
+
+SCRIPT = """\
+from dataclasses import dataclass, field
+import torch
+raise SystemExit("this script must not run")
+
+@dataclass
+class ScriptArguments:
+    pretrained_model: str = field(default="someone/model", metadata={"help": "a model"})
+    use_lora: bool = field(default=True)
+
+def prompt_fn():
+    return "cat", {}
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3)), {}
+
+config = DDPOConfig(num_epochs=3, sample_batch_size=2 * 3, train_batch_size=3, sample_num_steps=20)
+pipeline = DefaultDDPOStableDiffusionPipeline(arguments.pretrained_model, use_lora=False)
+trainer = DDPOTrainer(config, brightness, prompt_fn, pipeline)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "ddpo.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_a_script_is_read_and_not_run(script):
+    run = read_source(script)
+    assert run.fields == {
+        "num_epochs": 3,
+        "train_batch_size": 3,
+        "sample_num_steps": 20,
+        "pretrained_model": "someone/model",
+        "use_lora": False,
+    }
+    assert run.computed == {"sample_batch_size": "2 * 3"}
+    assert (run.reward, run.prompts) == ("ddpo:brightness", "ddpo:prompt_fn")
+
+
+def test_the_numbers_of_trl_become_those_that_give_its_updates():
+    # 2 processes of 4 batches of 6 images, and optimizer steps of 3 x 2 images on each
+    fields = {
+        "sample_batch_size": 6,
+        "sample_num_batches_per_epoch": 4,
+        "train_batch_size": 3,
+        "train_gradient_accumulation_steps": 2,
+        "sample_num_steps": 20,
+        "per_prompt_stat_tracking": True,
+        "per_prompt_stat_tracking_buffer_size": 32,
+    }
+    options, notes = translate(TrlRun(fields, "module:reward", "module:prompts"), processes=2)
+    assert options["train.groups_per_iteration"] == 48 and options["train.group_size"] == 1
+    assert options["train.groups_per_step"] == 12
+    # TRL averages over the 20 steps, where we add them up
+    assert options["optimizer.max_grad_norm"] == 20.0 and options["optimizer.kwargs"]["eps"] == 20 * 1e-8
+    assert (options["train.advantages"], options["train.prompt_buffer"]) == ("prompt", 32)
+    assert (options["lora.rank"], options["lora.base_precision"], options["compute.precision"]) == (4, "fp16", "fp16")
+    assert notes == []
+
+
+def test_a_converted_configuration_loads(script, tmp_path, capsys):
+    out = tmp_path / "config.yaml"
+    assert main(["from-trl", "--out", str(out), str(script), "--sample_batch_size", "6", "--mixed_precision=no"]) == 0
+    config = load_config(["--config", str(out)])
+    assert config.model.name == "someone/model" and config.lora.rank == 0
+    assert config.train.iterations == 3 and config.train.groups_per_iteration == 12
+    assert config.sample.guidance_scale == 5 and config.optimizer.learning_rate == 3e-4
+    assert config.reward.name == "ddpo:brightness" and config.prompts.source == "ddpo:prompt_fn"
+    assert main(["from-trl", str(script), "--sample_batch_size=6"]) == 0
+    assert "iterations: 3" in capsys.readouterr().out
+
+
+def test_every_field_has_an_effect():
+    """A field that is known and does nothing would be an option that does nothing."""
+    changed = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2, str: lambda v: v + "x"}
+    special = {
+        "per_prompt_stat_tracking": False,
+        "mixed_precision": "bf16",
+        "log_with": "wandb",
+        "train_use_8bit_adam": True,
+    }
+    tracked = {"per_prompt_stat_tracking": True}
+    plain = translate(TrlRun(dict(tracked)))
+    for name, default in DEFAULTS.items():
+        value = special[name] if name in special else changed[type(default)](default)
+        assert translate(TrlRun(tracked | {name: value})) != plain, name
+
+
+def test_what_has_no_equal_is_said():
+    fields = {"train_timestep_fraction": 0.5, "train_cfg": False, "resume_from": "checkpoint_3", "push_to_hub": True}
+    _, notes = translate(TrlRun(fields, "m:r", "m:p", {"train_learning_rate": "rate()"}))
+    for word in ("train_timestep_fraction 0.5", "train_cfg false", "resume_from", "push_to_hub", "rate()"):
+        assert any(word in note for note in notes), word
+
+
+def test_words_of_a_command_line():
+    words = ["--num_epochs=200", "--train_batch_size", "3", "--use_lora", "--log_with=wandb", "--train_cfg", "False"]
+    assert read_words(words) == {
+        "num_epochs": 200,
+        "train_batch_size": 3,
+        "use_lora": True,
+        "log_with": "wandb",
+        "train_cfg": False,
+    }
+    with pytest.raises(ValueError, match="'200' belongs to no field"):
+        read_words(["200"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.json", json.dumps({"num_epoch": 3}), "num_epoch is no field of DDPOConfig (did you mean 'num_epochs'?)"),
+        ("a.json", "[1]", "holds a JSON list"),
+        ("a.json", "{", "neither a .py script nor JSON"),
+        ("a.json", json.dumps({"mixed_precision": "fp8"}), "mixed_precision is 'fp8'"),
+        ("a.py", "x = 1", "has no DDPOConfig"),
+        ("a.py", "x = (", "line 1, is no Python"),
+    ],
+)
+def test_bad_sources(tmp_path, name, text, named):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        convert(path)
+    assert named in str(caught.value)
+
+
+def test_a_missing_source_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.json"):
+        convert(tmp_path / "nothing.json")
+
+
+# --- what TRL's batches need ------------------------------------------------------------------------------------------
+
+
+def test_groups_of_one_learn_from_the_batch(tiny_run, tiny_model):
+    words = ["window.schedule=full", "train.group_size=1", "train.groups_per_iteration=3", "train.groups_per_step=3"]
+    result = train([*tiny_run, *words, "train.advantages=batch", "train.iterations=1"])
+    (record,) = metrics(result.folder)
+    assert record["images"] == 3 and record["advantage_std"] > 0 and record["group_reward_std"] is None
+    before, after = weights(tiny_model), weights(result.folder)
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_a_group_of_one_is_no_peer_of_itself(tiny_run):
+    with pytest.raises(ValueError, match=r"train\.group_size is 1 with train\.advantages=group"):
+        load_config([*tiny_run, "train.group_size=1"])
