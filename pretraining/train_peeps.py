@@ -98,6 +98,10 @@ def save_pipeline(
             shutil.rmtree(folder / name)
             network.half().save_pretrained(folder / name)
             network.float()
+        # the folder of this machine that the autoencoder came from
+        config = json.loads((folder / "vae" / "config.json").read_text())
+        config.pop("_name_or_path", None)
+        (folder / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         # transformers loads in the dtype that the config names, diffusers in fp32: they must agree
         config = json.loads((folder / "text_encoder" / "config.json").read_text())
         (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
