@@ -64,8 +64,8 @@ def make_unet(channels: int = 3, size: int = 16, seed: int = 0):
     )
 
 
-def make_smallest_unet(channels: int, size: int):
-    """A UNet of one block without attention, randomly initialised."""
+def make_smallest_unet(channels: int, size: int, **options):
+    """A UNet of one block without attention, randomly initialised; options are UNet2DModel's."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -79,6 +79,7 @@ def make_smallest_unet(channels: int, size: int):
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         add_attention=False,
+        **options,
     )
 
 

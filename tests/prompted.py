@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import build_sampler
-from tests.conftest import make_scheduler
+from tests.conftest import make_scheduler, make_smallest_unet
 
 WORDS = ("red", "green", "blue", "grey")
 
@@ -28,19 +27,7 @@ class PromptedPolicy(PixelPolicy):
 
 
 def make_prompted_policy(num_inference_steps=6, **_) -> PromptedPolicy:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        add_attention=False,
-        num_class_embeds=len(WORDS),
-    )
+    unet = make_smallest_unet(channels=3, size=8, num_class_embeds=len(WORDS))
     scheduler = make_scheduler(clip_sample=False)
     sampler = build_sampler(scheduler, kind="ddim", num_inference_steps=num_inference_steps, eta=1.0)
     return PromptedPolicy(unet.eval(), scheduler, sampler)
