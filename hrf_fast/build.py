@@ -29,6 +29,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
+from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
@@ -39,6 +40,7 @@ from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages, build_advantages
 from hrf_fast.training.rewarding import Rewarder
+from hrf_fast.training.step_weights import step_weights
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
 
@@ -107,7 +109,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         advantages=advantages,
         groups=build_groups(config),
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
-        rules=build_rules(config),
+        rules=build_rules(config, policy.sampler),
         panel=panel,
         prompts=prompts,
         notes=tuple(
@@ -154,12 +156,17 @@ def build_call_plan(config: Config) -> CallPlan:
     return CallPlan(config.train.group_size, config.compute.images_per_call, config.train.order)
 
 
-def build_rules(config: Config) -> Rules:
+def build_rules(config: Config, sampler: Sampler) -> Rules:
     """The numbers of the algorithm."""
     train, optimizer = config.train, config.optimizer
     return Rules(
         seed=config.run.seed,
-        clips=Clips(train.clip_range, train.advantage_clip, train.scale_clips_by_window),
+        clips=Clips(
+            train.clip_range,
+            train.advantage_clip,
+            train.scale_clips_by_window,
+            step_weights(train.step_weights, sampler),
+        ),
         inner_epochs=train.inner_epochs,
         skip_not_finite=config.stop.on_nan == "skip",
         max_drift=config.stop.max_drift,

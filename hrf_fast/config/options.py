@@ -21,6 +21,7 @@ from hrf_fast.config.run_options import (
 
 SAMPLERS = ("ddim", "ddpm", "ddim_trl")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+STEP_WEIGHTS = ("equal", "std")
 LORA_INITS = ("gaussian", "kaiming")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
@@ -135,6 +136,10 @@ class TrainConfig:
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = option(True)
     """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    step_weights: str = option("equal", choices=STEP_WEIGHTS)
+    """Weight of each denoising step in the loss: equal, as published; or std, its noise's standard deviation over their
+    mean. A log-prob's gradient grows as 1/std, so with equal weights the last steps, which hardly change an image, make
+    nearly all of the gradient's noise."""
     guidance: bool = option(True)
     """Roll out and update under sample.guidance_scale, with gradient through both branches. false trains the model
     without guidance at half the cost; panels have guidance either way."""

@@ -31,6 +31,8 @@ class Clips:
     """Bound on |advantage|."""
     scale_by_window: bool
     """Multiply both by (T − start)/T of each group."""
+    step_weights: Tensor | None = None
+    """[T], factors of the loss by step; None for 1. See `training.step_weights`."""
 
 
 def optimizer_step(
@@ -89,11 +91,15 @@ def call_surrogate(
     """The clipped loss of a call's samples and steps, step by step within a piece, under the current weights."""
     rows = [_rows(piece, call.steps, trajectories[piece.group], advantages[piece.group]) for piece in call.pieces]
     latents, next_latents, old_log_prob, advantage = (_cat(tensors) for tensors in zip(*rows, strict=True))
-    prediction = call.prediction
+    prediction, advantage_clip = call.prediction, clips.advantage_clip
     # one step: the scalar form of the rollout, so that the arithmetic and hence the ratio is equal to the bit
     steps: int | Tensor = call.steps.start
     if len(call.steps) > 1:
         steps = torch.tensor(call.steps, device=latents.device).repeat_interleave(call.pieces[0].size)
+    if clips.step_weights is not None:
+        # the loss is proportional to the advantage, so that its weight and that of its clip are the loss's
+        weight = clips.step_weights[steps].expand_as(advantage)
+        advantage, advantage_clip = advantage * weight, advantage_clip * weight
     if prediction is None:
         conditions = [trajectories[piece.group].group.condition[piece.samples] for piece in call.pieces]
         condition = Condition.join([part.repeat(len(call.steps)) for part in conditions])
@@ -106,7 +112,7 @@ def call_surrogate(
         old_log_prob,
         advantage,
         clips.clip_range,
-        advantage_clip=clips.advantage_clip,
+        advantage_clip=advantage_clip,
         window_scale=_window_scale(policy, trajectories, call) if clips.scale_by_window else 1.0,
         loss_weight=loss_weight,
         unconditional_output=prediction.unconditional_output,

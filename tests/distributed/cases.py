@@ -83,7 +83,8 @@ def four_groups(words: Sequence[str]) -> FourGroups:
     generator = torch.Generator().manual_seed(3)
     advantages = {group: torch.randn(groups.size, generator=generator) for group in range(len(windows))}
     unused: dict[str, Any] = dict.fromkeys(("reward", "rewarder", "schedule", "advantages", "panel"))
-    components = Components(policy, engine, groups=groups, calls=plan, rules=build_rules(config), **unused)
+    rules = build_rules(config, policy.sampler)
+    components = Components(policy, engine, groups=groups, calls=plan, rules=rules, **unused)
     return FourGroups(components, rolled_out, windows, advantages, [0])
 
 

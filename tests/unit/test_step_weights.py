@@ -1,0 +1,55 @@
+"""Weights of the denoising steps in the loss."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.optimizer_step import Clips, call_surrogate
+from hrf_fast.training.rollout import rollout
+from hrf_fast.training.step_weights import step_weights
+from hrf_fast.windows.base import Window
+from tests.conftest import make_group, make_policy
+from tests.runs import metrics, train, with_folder
+
+ADVANTAGES = torch.tensor([3.0, -0.5, 1.0, -2.0])
+
+
+def test_std_weights_have_a_mean_of_one_over_the_stochastic_steps():
+    sampler = make_policy().sampler
+    weights = step_weights("std", sampler)
+    assert float(weights[: sampler.stochastic_steps].mean()) == pytest.approx(1.0)
+    # a ratio of weights is that of the noises
+    ratio = sampler.coefficients.std[1] / sampler.coefficients.std[0]
+    assert float(weights[1] / weights[0]) == pytest.approx(float(ratio))
+    assert step_weights("equal", sampler) is None
+
+
+@pytest.mark.parametrize("images_per_call", [0, 8])
+def test_the_loss_of_a_step_is_multiplied_by_its_weight(images_per_call):
+    policy = make_policy()
+    group = make_group(policy, Window(1, 4), anchor=torch.zeros(policy.latent_shape))
+    plan = CallPlan(4, images_per_call)
+    rolled_out = rollout(policy, [group], plan)
+    clips = Clips(clip_range=0.1, advantage_clip=2.5, scale_by_window=True)
+    weights = torch.arange(1.0, len(policy.sampler) + 1)
+    for call in plan.replay({0: group.window}):
+        plain, weighted = (
+            call_surrogate(policy, rolled_out.trajectories, {0: ADVANTAGES}, call, chosen)
+            for chosen in (clips, replace(clips, step_weights=weights))
+        )
+        expected = plain.loss * weights[torch.tensor(call.steps)].repeat_interleave(4)
+        torch.testing.assert_close(weighted.loss, expected)
+        assert not math.isclose(float(plain.loss.sum()), 0.0)
+
+
+def test_a_run_is_weighted_by_the_option(tiny_run, tmp_path):
+    runs = [
+        train(with_folder(tiny_run, tmp_path / name, f"train.step_weights={name}")).folder for name in ("equal", "std")
+    ]
+    equal, std = (metrics(run)[0] for run in runs)
+    # one rollout, other gradients
+    assert equal["reward_mean"] == std["reward_mean"]
+    assert equal["grad_norm"] != std["grad_norm"]
