@@ -36,6 +36,7 @@ from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
+from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages, build_advantages
@@ -153,7 +154,8 @@ def build_groups(config: Config) -> Groups:
 
 def build_call_plan(config: Config) -> CallPlan:
     """How samples are put into network calls, before any graph is kept."""
-    return CallPlan(config.train.group_size, config.compute.images_per_call, config.train.order)
+    train = config.train
+    return CallPlan(train.group_size, config.compute.images_per_call, train.order, halves=train.gradient_noise)
 
 
 def build_rules(config: Config, sampler: Sampler) -> Rules:
@@ -167,6 +169,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
             train.scale_clips_by_window,
             step_weights(train.step_weights, sampler),
         ),
+        noise_scale=NoiseScale(train.groups_per_step, train.step_weights),
         inner_epochs=train.inner_epochs,
         skip_not_finite=config.stop.on_nan == "skip",
         max_drift=config.stop.max_drift,

@@ -140,6 +140,9 @@ class TrainConfig:
     """Weight of each denoising step in the loss: equal, as published; or std, its noise's standard deviation over their
     mean. A log-prob's gradient grows as 1/std, so with equal weights the last steps, which hardly change an image, make
     nearly all of the gradient's noise."""
+    gradient_noise: bool = option(False)
+    """Measure the gradient's signal and noise of every optimizer step, from its groups in two halves: no extra network
+    calls, one more gradient in memory. Needs an even number of groups per step and the plain engine."""
     guidance: bool = option(True)
     """Roll out and update under sample.guidance_scale, with gradient through both branches. false trains the model
     without guidance at half the cost; panels have guidance either way."""

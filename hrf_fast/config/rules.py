@@ -112,6 +112,16 @@ def _check_order(config: Config) -> None:
             f"train.prompt_min_count is {train.prompt_min_count}, which a buffer of train.prompt_buffer "
             f"{train.prompt_buffer} never holds; use at most that"
         )
+    if train.gradient_noise and train.groups_per_step % 2:
+        raise ValueError(
+            f"train.gradient_noise is true but train.groups_per_step is {train.groups_per_step}: signal and noise come "
+            "from two halves of a step's groups; use an even number, or train.gradient_noise=false"
+        )
+    if train.gradient_noise and config.engine.deepspeed is not None:
+        raise ValueError(
+            f"train.gradient_noise is true but engine.deepspeed is {config.engine.deepspeed}, which shards gradients "
+            "as they come; use the plain engine (engine.deepspeed=null), or train.gradient_noise=false"
+        )
     if compute.memory_budget is not None:
         parse_memory(compute.memory_budget, "compute.memory_budget")
         if compute.activations != "auto":
@@ -176,6 +186,11 @@ def check_job(config: Config, world_size: int) -> None:
             "optimizer step averages over its groups, and every rank takes as many of them); set it to a multiple of "
             f"{world_size} that divides train.groups_per_iteration {config.train.groups_per_iteration}, or launch "
             "another number of ranks"
+        )
+    if config.train.gradient_noise and config.train.groups_per_step // world_size % 2:
+        raise ValueError(
+            f"train.gradient_noise is true but train.groups_per_step is {config.train.groups_per_step} on {world_size} "
+            f"ranks: every rank's groups must halve; use a multiple of {2 * world_size}, or train.gradient_noise=false"
         )
     if world_size > 1 and config.run.device not in ("auto", "cpu", "cuda"):
         raise ValueError(

@@ -36,6 +36,14 @@ class Engine(Protocol):
         """Add the gradients of a loss; `kept` says that its forward was made in the rollout."""
         ...
 
+    def gradients(self) -> list[Tensor]:
+        """Copies of what the backwards of this step have added up so far on this rank, without a loss scale.
+
+        Raises:
+            NotImplementedError: the engine shards them as they come.
+        """
+        ...
+
     def finish(self, padding: int) -> None:
         """End the backwards of a step; `padding` is how many forwards the busiest rank has made beyond this one's.
 

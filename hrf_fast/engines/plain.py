@@ -54,6 +54,10 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, kept: bool = False) -> None:
         (loss * self.loss_scale.value).backward()
 
+    def gradients(self) -> list[Tensor]:
+        # a weight that no call has used has none
+        return [torch.zeros_like(p) if p.grad is None else p.grad / self.loss_scale.value for p in self.parameters]
+
     def finish(self, padding: int) -> None:
         """Do nothing: no rank waits for another before `step`."""
 

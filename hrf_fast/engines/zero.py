@@ -93,6 +93,9 @@ class DeepSpeedEngine:
             # from stage 1 on, ZeRO multiplies by its scale itself
             self.module.backward(loss if self.zero else loss * self.loss_scale.value)
 
+    def gradients(self) -> list[Tensor]:
+        raise NotImplementedError("DeepSpeed shards gradients as they come; config.rules refuses what asks for them")
+
     def finish(self, padding: int) -> None:
         """Run the one backward of all kept graphs, then `padding` forwards of weight 0 with their backwards."""
         if self._kept:

@@ -67,6 +67,8 @@ class CallPlan:
     """collect or on_policy: see `training.iteration`."""
     kept_pairs: float = 0
     """Samples × window steps whose graphs a rank may keep from its rollout for the update; inf for all."""
+    halves: bool = False
+    """Whether groups of even and of odd numbers have calls of their own: see `training.gradient_noise`."""
 
     @property
     def sampled(self) -> int:
@@ -92,7 +94,8 @@ class CallPlan:
         """Groups that share calls: neighbouring starts together, as many as fit, or each group alone."""
         size = self.groups_per_call
         groups = sorted(windows, key=lambda group: windows[group].start) if size > 1 else list(windows)
-        return [groups[i : i + size] for i in range(0, len(groups), size)]
+        parts = half_of(groups) if self.halves else (groups,)
+        return [part[i : i + size] for part in parts for i in range(0, len(part), size)]
 
     def rollout(self, windows: Mapping[int, Window], num_steps: int) -> list[Call]:
         """The calls of one pack's rollout up to step `num_steps`, each inside all windows of its pieces or beyond."""
@@ -152,6 +155,11 @@ class CallPlan:
         for group in groups:
             for first in range(0, self.group_size, self.piece):
                 yield Piece(group, first, min(first + self.piece, self.group_size))
+
+
+def half_of(groups: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Groups of even numbers and of odd ones."""
+    return [group for group in groups if group % 2 == 0], [group for group in groups if group % 2]
 
 
 def together(

@@ -16,6 +16,7 @@ from hrf_fast.prompts.draw import Prompts
 from hrf_fast.registry import load_state_of, state_of
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages
@@ -39,6 +40,8 @@ class Rules:
     """Largest drift, in nats per pixel, that an iteration's last optimizer step may cause; 0 for any."""
     learning_rate: Callable[[int], float]
     """By iteration."""
+    noise_scale: NoiseScale
+    """Adds up what train.gradient_noise measures."""
     guided: bool = True
     """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
 

@@ -69,9 +69,13 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
         )
     for line in tuple(components.reward.notes):
         run.note_once(line, key=line)
+    numbers = iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows)
+    noisy = components.rules.noise_scale.add(numbers.get("gradient_signal"), numbers.get("gradient_noise"))
+    if noisy:
+        run.note_once(f"iteration {iteration}: {noisy}", key="gradient noise")
     record = {
         "iteration": iteration,
-        **iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows),
+        **numbers,
         "drift": outcome.drift,
         **_counters(components, iteration),
         "skipped_steps": outcome.skipped,

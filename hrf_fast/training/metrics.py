@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,6 +14,9 @@ from hrf_fast.distributed import comm
 from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.windows.base import Window
 from hrf_kernels import Surrogate
+
+# left out of the log where train.gradient_noise is off
+MEASURED = ("gradient_signal", "gradient_noise")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class StepStats:
     ratio_max: Tensor
     grad_norm: Tensor
     """Before clipping."""
+    gradient_signal: Tensor
+    """Estimate of the squared norm of the gradient's expectation; NaN where it is not measured."""
+    gradient_noise: Tensor
+    """Estimate of the trace of the covariance of one group's gradient; NaN where it is not measured."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> StepStats:
@@ -46,13 +54,21 @@ class StepStats:
             ratio_mean=self.ratio_mean + surrogate.ratio.sum(),
             ratio_max=torch.maximum(self.ratio_max, surrogate.ratio.max()),
             grad_norm=self.grad_norm,
+            gradient_signal=self.gradient_signal,
+            gradient_noise=self.gradient_noise,
         )
 
-    def finish(self, pairs: int, grad_norm: Tensor) -> StepStats:
-        """Divide the sums: the stats of a whole optimizer step of `pairs` samples × steps on all ranks."""
+    def finish(self, pairs: int, grad_norm: Tensor, measured: tuple[Tensor, Tensor] | None = None) -> StepStats:
+        """Divide the sums: the stats of a whole optimizer step of `pairs` samples × steps on all ranks.
+
+        Args:
+            measured: the gradient's signal and noise, where they are.
+        """
         sums = ("approx_kl", "clip_fraction", "clipped_fraction", "ratio_mean")
         means = {name: getattr(self, name) / pairs for name in sums}
-        return replace(self, **means, grad_norm=grad_norm)
+        unknown = torch.full_like(self.loss, torch.nan)
+        signal, noise = measured or (unknown, unknown)
+        return replace(self, **means, grad_norm=grad_norm, gradient_signal=signal, gradient_noise=noise)
 
 
 def summarise(steps: Sequence[StepStats]) -> dict[str, float | None]:
@@ -62,13 +78,14 @@ def summarise(steps: Sequence[StepStats]) -> dict[str, float | None]:
     """
     names = [f.name for f in fields(StepStats)]
     if not steps:
-        return dict.fromkeys(names)
+        return dict.fromkeys(name for name in names if name not in MEASURED)
     here = torch.stack([torch.stack([getattr(step, name).float() for name in names]) for step in steps])
     ranks = comm.gather_rows(here[None])
     largest, mean = ranks.amax((0, 1)), ranks.sum(0).mean(0)
     values = torch.stack([mean, largest, here.mean(0)]).tolist()
-    row = {"ratio_max": 1, "grad_norm": 2}
-    return {name: values[row.get(name, 0)][i] for i, name in enumerate(names)}
+    row = {"ratio_max": 1, **dict.fromkeys(("grad_norm", *MEASURED), 2)}
+    numbers = {name: values[row.get(name, 0)][i] for i, name in enumerate(names)}
+    return {name: value for name, value in numbers.items() if name not in MEASURED or math.isfinite(value)}
 
 
 def iteration_record(

@@ -16,6 +16,7 @@ from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.training.calls import Call, Piece
+from hrf_fast.training.gradient_noise import GradientHalves
 from hrf_fast.training.metrics import StepStats
 from hrf_fast.training.trajectory import Trajectory
 from hrf_kernels import Surrogate, clipped_surrogate
@@ -45,6 +46,7 @@ def optimizer_step(
     *,
     pairs: int | None = None,
     padding: int = 0,
+    measure: bool = False,
 ) -> StepStats:
     """Make one optimizer step on some groups (DDPO, arXiv 2305.13301; HRF, arXiv 2410.08315).
 
@@ -56,6 +58,7 @@ def optimizer_step(
             with its prediction is not made again.
         pairs: samples × steps of the groups of all ranks, if there are other ranks.
         padding: zero-weight forwards that the engine adds so that all ranks make equally many; they are not counted.
+        measure: measure the gradient's signal and noise; no call then has groups of even and of odd numbers.
 
     Returns:
         StepStats: the loss as differentiated, the rest over every sample and step.
@@ -66,8 +69,9 @@ def optimizer_step(
     totals = StepStats.zeros(policy.device)
     pairs = pairs or sum(trajectory.old_log_prob.numel() for trajectory in trajectories.values())
     weight = 1 / sum(trajectory.group.size for trajectory in trajectories.values())
+    halves = GradientHalves(engine) if measure else None
     with engine.accumulating():
-        for call in calls:
+        for call in halves.in_order(calls) if halves else calls:
             surrogate = call_surrogate(policy, trajectories, advantages, call, clips, loss_weight=weight)
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
@@ -76,7 +80,9 @@ def optimizer_step(
             policy.calls.backwards += call.images * trajectories[call.pieces[0].group].group.condition.branches
         with policy.stopwatch.running():
             engine.finish(padding)
-    return totals.finish(pairs, engine.step())
+        if halves:
+            halves.end()
+    return totals.finish(pairs, engine.step(), halves.signal_and_noise(len(trajectories)) if halves else None)
 
 
 def call_surrogate(
@@ -91,15 +97,16 @@ def call_surrogate(
     """The clipped loss of a call's samples and steps, step by step within a piece, under the current weights."""
     rows = [_rows(piece, call.steps, trajectories[piece.group], advantages[piece.group]) for piece in call.pieces]
     latents, next_latents, old_log_prob, advantage = (_cat(tensors) for tensors in zip(*rows, strict=True))
-    prediction, advantage_clip = call.prediction, clips.advantage_clip
+    prediction = call.prediction
+    advantage_clip: float | Tensor = clips.advantage_clip
     # one step: the scalar form of the rollout, so that the arithmetic and hence the ratio is equal to the bit
     steps: int | Tensor = call.steps.start
     if len(call.steps) > 1:
         steps = torch.tensor(call.steps, device=latents.device).repeat_interleave(call.pieces[0].size)
     if clips.step_weights is not None:
         # the loss is proportional to the advantage, so that its weight and that of its clip are the loss's
-        weight = clips.step_weights[steps].expand_as(advantage)
-        advantage, advantage_clip = advantage * weight, advantage_clip * weight
+        weights = clips.step_weights[steps].expand_as(advantage)
+        advantage, advantage_clip = advantage * weights, advantage_clip * weights
     if prediction is None:
         conditions = [trajectories[piece.group].group.condition[piece.samples] for piece in call.pieces]
         condition = Condition.join([part.repeat(len(call.steps)) for part in conditions])

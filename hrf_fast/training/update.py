@@ -76,6 +76,7 @@ def _step(
         components.rules.clips,
         pairs=groups.size * sum(len(windows[group]) for group in groups.of_step(step)),
         padding=_padding(components, windows, step) if all(call.prediction is None for call in calls) else 0,
+        measure=plan.halves,
     )
 
 

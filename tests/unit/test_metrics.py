@@ -37,7 +37,10 @@ def test_step_stats_are_averages_over_all_pairs():
             "ratio_mean": 1.15,
             "ratio_max": 1.5,
             "grad_norm": 3.0,
-        }
+            "gradient_signal": math.nan,
+            "gradient_noise": math.nan,
+        },
+        nan_ok=True,
     )
 
 
@@ -52,7 +55,7 @@ def test_the_largest_ratio_may_come_first_or_last():
 
 
 def make_stats(*values):
-    return StepStats(*(torch.tensor(value) for value in values))
+    return StepStats(*(torch.tensor(value) for value in (*values, math.nan, math.nan)))
 
 
 def test_an_iteration_is_the_mean_of_its_steps_and_the_largest_of_their_ratios():

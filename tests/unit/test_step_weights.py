@@ -1,6 +1,5 @@
 """Weights of the denoising steps in the loss."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -42,7 +41,7 @@ def test_the_loss_of_a_step_is_multiplied_by_its_weight(images_per_call):
         )
         expected = plain.loss * weights[torch.tensor(call.steps)].repeat_interleave(4)
         torch.testing.assert_close(weighted.loss, expected)
-        assert not math.isclose(float(plain.loss.sum()), 0.0)
+        assert float(plain.loss.detach().abs().sum()) > 0
 
 
 def test_a_run_is_weighted_by_the_option(tiny_run, tmp_path):
