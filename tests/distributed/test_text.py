@@ -140,7 +140,7 @@ def results(tmp_path_factory, request):
         for iterations in (1, 2):
             more = {"run.folder": folder / "halves", "train.iterations": iterations}
             two[f"half {iterations}"] = ("run", run(halves, more))
-    found = run_cases(CASES, two)
+    found = run_cases(CASES, two, timeout=1800)
     assert {name: code for name, code in found.items() if not name.startswith("gradient") and code} == {}
     for name in sorted({reference(name) for name in runs}):
         more = {"run.folder": folder / f"one-{name.replace(' ', '-')}"}
@@ -177,10 +177,8 @@ def test_every_pair_of_choices_is_in_a_case():
 def test_two_ranks_come_to_the_weights_metrics_and_panels_of_one_process(results, name):
     _, folder = results
     ours, one = folder / name.replace(" ", "-"), folder / f"one-{reference(name).replace(' ', '-')}"
-    config = load_config(words("sd1", *options_of(name)))
-    start = flat(
-        {n.removeprefix("unet."): w.detach() for n, w in trained_weights(build_policy(config).network).items()}
-    )
+    before = trained_weights(build_policy(load_config(words("sd1", *options_of(name)))).network)
+    start = flat({weight.removeprefix("unet."): value.detach() for weight, value in before.items()})
     iterations = len(metrics(one))
     whole, two = trained(one, iterations), trained(ours, iterations)
     change = (whole["checkpoint"] - start).abs().max()
