@@ -90,7 +90,7 @@ def assert_equal_checkpoints(a: Path, b: Path):
         if name.endswith(".safetensors"):
             assert equal(load_file(first / name), load_file(second / name)), name
     states = [json.loads((checkpoint / "state.json").read_text()) for checkpoint in (first, second)]
-    assert states[0] == states[1]
+    assert states[0] == states[1], [key for key in states[0] if states[0][key] != states[1].get(key)]
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
