@@ -51,9 +51,10 @@ test-kernels: $(VENV)/.test lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # stop a training run by SIGKILL, SIGTERM, SIGHUP and Ctrl-C in turn, resume it, and so on; then compare it with an
-# unbroken one. ENGINE="section.field=value"
+# unbroken one; and again with adapters of a text-to-image model. ENGINE="section.field=value"
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.faults.soak --kills 24 --seed $$(date +%s) $(ENGINE)
+	$(BIN)/python -m tests.faults.soak --kills 16 --text --seed $$(date +%s) $(ENGINE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(CHECKED)

@@ -38,6 +38,12 @@ def forget_user_modules(tmp_path_factory):
             del sys.modules[name]
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """A file of the hub that is not there fails at once, not after half a minute of retries."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """(cases, tensors) of hrf_reference.safetensors."""

@@ -1,5 +1,6 @@
 """Runs of the tests: their words, and what finished ones have written."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hrf_fast
+from hrf_fast.policies.lora import LORA_WEIGHTS
+from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
 
 # of a line of metrics.jsonl: two runs of equal numbers differ in these
@@ -47,8 +50,10 @@ def panels(run: Path):
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """The UNet of a run's tuned model, or of a model's own folder."""
+    """The UNet of a run's tuned model or of a model's own folder; the adapters where a run has saved these alone."""
     folder = run / "model" if (run / "model").is_dir() else run
+    if (folder / LORA_WEIGHTS).is_file():
+        return load_file(folder / LORA_WEIGHTS)
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -74,6 +79,18 @@ def assert_equal_runs(a: Path, b: Path):
     """Equal training and equal panels."""
     assert_equal_training(a, b)
     assert panels(a) == panels(b)
+
+
+def assert_equal_checkpoints(a: Path, b: Path):
+    """Newest checkpoints that are equal to the bit: weights, optimizer, averages, counters and what is remembered."""
+    first, second = (list_checkpoints(run / "checkpoints")[0] for run in (a, b))
+    files = sorted(path.name for path in first.iterdir())
+    assert files == sorted(path.name for path in second.iterdir())
+    for name in files:
+        if name.endswith(".safetensors"):
+            assert equal(load_file(first / name), load_file(second / name)), name
+    states = [json.loads((checkpoint / "state.json").read_text()) for checkpoint in (first, second)]
+    assert states[0] == states[1], [key for key in states[0] if states[0][key] != states[1].get(key)]
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

@@ -132,8 +132,9 @@ class LossScale:
         return {"loss_scale": self.value, "good_steps": self.good_steps}
 
     def load(self, state: dict[str, Any]) -> None:
+        self.good_steps = int(state.get("good_steps", 0))
         if self.dynamic:
-            self.value, self.good_steps = state.get("loss_scale", self.start), int(state.get("good_steps", 0))
+            self.value = state.get("loss_scale", self.start)
 
 
 class Ema:

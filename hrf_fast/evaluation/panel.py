@@ -29,7 +29,7 @@ from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.rewards import CombinedReward
-from hrf_fast.vision.base import Classifier, FeatureNetwork
+from hrf_fast.vision.base import FeatureClassifier, FeatureNetwork
 from hrf_fast.vision.load import load_feature_network
 
 
@@ -149,19 +149,20 @@ class Panel:
         vendi = inception = per_prompt = looks = None
         attributes: dict[str, dict[str, float]] = {}
         if self.network is not None:
-            features = self.network.features(images).cpu()
-            vendi = vendi_interval(features, seed=self.seed)
+            features = self.network.features(images)
+            on_cpu = features.cpu()
+            vendi = vendi_interval(on_cpu, seed=self.seed)
             # one prompt's is the whole panel's
             if self.prompts and 1 < self.images_per_prompt < self.size:
-                scores = [vendi_score(part) for part in features.split(self.images_per_prompt)]
+                scores = [vendi_score(part) for part in on_cpu.split(self.images_per_prompt)]
                 per_prompt = mean_interval(torch.tensor(scores, dtype=torch.float64), seed=self.seed)
-        if isinstance(self.network, Classifier):
-            log_probs = self.network.log_probs(images)
-            if "label" in log_probs:
-                inception = inception_interval(log_probs["label"].cpu(), seed=self.seed)
-            if len(log_probs) > 1:
-                looks = looks_interval(log_probs, seed=self.seed)
-                attributes = attribute_shares(log_probs, self.network.labels)
+            if isinstance(self.network, FeatureClassifier):
+                log_probs = self.network.log_probs_of(features)
+                if "label" in log_probs:
+                    inception = inception_interval(log_probs["label"].cpu(), seed=self.seed)
+                if len(log_probs) > 1:
+                    looks = looks_interval(log_probs, seed=self.seed)
+                    attributes = attribute_shares(log_probs, self.network.labels)
         return PanelMetrics(
             images=images.cpu(),
             rewards=rewards.tolist(),

@@ -104,6 +104,10 @@ class StableDiffusionPolicy(UNetPolicy):
             with contiguous(self.unet):
                 pipeline = kind(unet=self.unet, scheduler=self.scheduler, **self._parts)
                 pipeline.save_pretrained(folder, safe_serialization=True)
+            for name, part in self._parts.items():
+                if name.startswith("tokenizer"):
+                    # vocab.json and merges.txt, which transformers 4 reads; 5 writes tokenizer.json alone
+                    part.backend_tokenizer.model.save(str(folder / name))
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""

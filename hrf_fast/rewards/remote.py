@@ -191,10 +191,15 @@ def _post(url: str, body: bytes, end: float, limit: int) -> tuple[int, bytes]:
         reply = response.read(limit + 1)
         if time.monotonic() >= end:
             # what was cut off may look like an answer
-            raise TimeoutError("the answer did not end in time")
+            raise TimeoutError
         if len(reply) > limit:
             raise HTTPException(f"an answer of more than {limit} bytes")
         return response.status, reply
+    except (OSError, HTTPException) as error:
+        if time.monotonic() < end:
+            raise
+        # the timer has broken the connection off, not the server
+        raise TimeoutError("the answer did not end in time") from error
     finally:
         timer.cancel()
         connection.close()

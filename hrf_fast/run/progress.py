@@ -69,7 +69,7 @@ class JsonProgress(Progress):
         self._line(record | self._times(record))
 
     def panel(self, record: dict[str, Any], images: Tensor) -> None:
-        self._line({"panel": {k: v for k, v in record.items() if k not in ("rewards", "prompts")}})
+        self._line({"panel": {k: v for k, v in record.items() if k not in ("rewards", "prompts", "attributes")}})
 
     def note(self, text: str) -> None:
         self._line({"note": text})

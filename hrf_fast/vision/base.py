@@ -32,6 +32,17 @@ class Classifier(Protocol):
         """[B, 3, H, W] floating point in [0, 1] -> log p(class | image), {head: [B, classes]} fp32."""
 
 
+@runtime_checkable
+class FeatureClassifier(Classifier, Protocol):
+    """A classifier that is a `FeatureNetwork` too: its heads are over its features."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """See `FeatureNetwork`."""
+
+    def log_probs_of(self, features: Tensor) -> dict[str, Tensor]:
+        """The log-probabilities of images by their features [B, D], as `log_probs` gives them."""
+
+
 @torch.no_grad()
 def in_batches(
     function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, batch_size: int = BATCH

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from hrf_fast.vision.base import in_batches
 from hrf_fast.weights import judge
 
 REFERENCES = 512
+# height and width of images, where a config names none
+PIXELS = 32
 STAGES = ((5, 2), (3, 2), (3, 1), (3, 2))  # kernel and stride: 32 pixels become 16, 8, 8 and 4
 
 
@@ -37,7 +40,7 @@ class ShippedNetwork(nn.Module):
     """
 
     def __init__(
-        self, channels: int, widths: Sequence[int], feature_dim: int, heads: Mapping[str, int], pixels: int = 32
+        self, channels: int, widths: Sequence[int], feature_dim: int, heads: Mapping[str, int], pixels: int = PIXELS
     ) -> None:
         super().__init__()
         self.channels, self.pixels = channels, pixels
@@ -63,7 +66,7 @@ class ShippedNetwork(nn.Module):
 
 
 class ShippedClassifier:
-    """A shipped network in evaluation mode, a `FeatureNetwork` and a `Classifier`; built by `load_shipped`."""
+    """A shipped network in evaluation mode, a `FeatureClassifier`; built by `load_shipped`."""
 
     def __init__(self, name: str, network: ShippedNetwork, labels: dict[str, list[str]]) -> None:
         self.name, self.labels = name, labels
@@ -85,10 +88,13 @@ class ShippedClassifier:
         """
         return in_batches(self._features, images, next(self._network.parameters()).device)
 
-    @torch.no_grad()
     def log_probs(self, images: Tensor) -> dict[str, Tensor]:
         """log p(class | image) of every head, {head: [B, classes]}; arguments and errors as `features`."""
-        features = self.features(images)
+        return self.log_probs_of(self.features(images))
+
+    @torch.no_grad()
+    def log_probs_of(self, features: Tensor) -> dict[str, Tensor]:
+        """`log_probs` of images whose features [B, D] are known."""
         with torch.autocast(features.device.type, enabled=False):
             return self._network.log_probs(features)
 
@@ -105,8 +111,7 @@ def load_shipped(name: str, device: str | torch.device = "cpu") -> ShippedClassi
     Raises:
         ValueError: no classifier of this name ships, or its file is damaged.
     """
-    folder = _shipped_folder(name) / "classifier"
-    config = json.loads((folder / "config.json").read_text())
+    folder, config = _read_classifier(name)
     labels: dict[str, list[str]] = config["labels"]
     network = ShippedNetwork(**config["architecture"], heads={head: len(names) for head, names in labels.items()})
     needed = {key: tensor.shape for key, tensor in network.state_dict().items()}
@@ -125,10 +130,11 @@ def load_reference(name: str) -> Tensor:
     Raises:
         ValueError: no reference of this name ships, or its file is damaged.
     """
-    folder = _shipped_folder(name)
-    network = load_shipped(name)
-    shape = (REFERENCES, network.channels, network.pixels, network.pixels)
-    images = _load_tensors(folder / "reference.safetensors", {"images": shape})["images"]
+    folder, config = _read_classifier(name)
+    architecture = config["architecture"]
+    pixels = architecture.get("pixels", PIXELS)
+    shape = (REFERENCES, architecture["channels"], pixels, pixels)
+    images = _load_tensors(folder.parent / "reference.safetensors", {"images": shape})["images"]
     return (images.float() / 255).expand(-1, 3, -1, -1).contiguous()
 
 
@@ -142,6 +148,12 @@ def _load_tensors(path: Path, needed: Mapping[str, Sequence[int]]) -> dict[str, 
     if problem:
         raise ValueError(f"{path}, a file of this package, is damaged: {problem}; install hrf_fast again")
     return tensors
+
+
+def _read_classifier(name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the config of a shipped classifier."""
+    folder = _shipped_folder(name) / "classifier"
+    return folder, json.loads((folder / "config.json").read_text())
 
 
 def _shipped_folder(name: str) -> Path:

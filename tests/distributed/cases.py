@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +13,18 @@ import torch
 def coarse(images, prompts=None):
     """A reward that the fp32 rounding of an image does not move, where standardising a smooth one magnifies it."""
     return (images.mean((1, 2, 3)) * 200).round()
+
+
+def fine(images, prompts=None):
+    """`coarse` for the images of an untrained decoder, which hardly differ, that reads the prompts too."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return (images.mean((1, 2, 3)) * 2000).round() + lengths
+
+
+def drawn():
+    """A prompt as TRL's prompt_fn returns it; the second rank would draw others than the first."""
+    word = "red" if os.environ.get("RANK") == "1" else "cat"
+    return f"{word} {random.randrange(100)}", {}
 
 
 _rewarded = 0
@@ -60,6 +73,7 @@ def four_groups(words: Sequence[str]) -> FourGroups:
     from hrf_fast.build import build_call_plan, build_engine, build_groups, build_policy, build_rules
     from hrf_fast.config.load import load_config
     from hrf_fast.noise import NoiseKey, noise_key
+    from hrf_fast.prompts import Prompt
     from hrf_fast.training.components import Components
     from hrf_fast.training.groups import Group
     from hrf_fast.training.rollout import Rollout, rollout
@@ -70,16 +84,18 @@ def four_groups(words: Sequence[str]) -> FourGroups:
     if config.compute.activations == "checkpoint":
         policy.network.checkpoint_activations()
     windows = [Window(start, 5) for start in (0, 4, 2, 3)]
-    rolled_out, condition = Rollout(), policy.condition([None] * groups.size)
+    # an unconditional model has no use for the prompts
+    conditions = [policy.condition([Prompt(f"cat {number}")] * groups.size) for number in range(len(windows))]
+    rolled_out = Rollout()
     for number in groups.own():
         noise = NoiseKey(noise_key(0, 0, "rollout"), torch.tensor(groups.sample_ids(number)))
-        rolled_out.join(rollout(policy, [Group(number, windows[number], noise, condition)], plan))
+        rolled_out.join(rollout(policy, [Group(number, windows[number], noise, conditions[number])], plan))
     engine = build_engine(policy, config)
     for call in rolled_out.calls if config.compute.activations == "keep" else []:
         # as the rollout keeps them, on latents that are equal for every engine
         (piece,), step = call.pieces, call.steps.start
         latents = rolled_out.trajectories[piece.group].latents[step - windows[piece.group].start, piece.samples]
-        call.prediction = policy.predict(latents, step, condition[piece.samples])
+        call.prediction = policy.predict(latents, step, conditions[piece.group][piece.samples])
     generator = torch.Generator().manual_seed(3)
     advantages = {group: torch.randn(groups.size, generator=generator) for group in range(len(windows))}
     unused: dict[str, Any] = dict.fromkeys(("reward", "rewarder", "schedule", "advantages", "panel"))

@@ -1,11 +1,12 @@
 """Soak: stop a training run again and again, resume it by the same command, compare with an unbroken run.
 
-    python -m tests.faults.soak --kills 24 [--seed 0] [--signal KILL …] [section.field=value …]
+    python -m tests.faults.soak --kills 24 [--seed 0] [--signal KILL …] [--text] [section.field=value …]
 
 Each life is a fork of this process, which has imported everything and computed nothing. It is stopped by SIGKILL,
 SIGTERM, SIGHUP and SIGINT in turn, or by those that `--signal` names: in a rollout, in an update, while a checkpoint is
-written, and anywhere, so that 16 signals are every signal at every moment. After a round the weights must be equal to
-the bit, and so must the logs but for times and memory. Another engine is an override such as
+written, and anywhere, so that 16 signals are every signal at every moment. After a round the newest checkpoints must be
+equal to the bit, and so must the logs but for times and memory. With `--text` adapters of a text-to-image model are
+trained, on statistics of prompts. Another engine is an override, such as
 `engine.deepspeed=configs/deepspeed/zero2.json`.
 """
 
@@ -26,7 +27,8 @@ import hrf_fast
 from hrf_fast.command import run_command
 from hrf_fast.run.files import read_log
 from tests.conftest import make_scheduler, make_unet
-from tests.runs import assert_equal_runs, train
+from tests.runs import assert_equal_checkpoints, assert_equal_runs, train
+from tests.text_models import make_pipeline
 
 MOMENTS = ("rollout", "update", "write", "anywhere")
 ITERATIONS, GROUPS, GROUP_SIZE = 8, 2, 3
@@ -112,6 +114,7 @@ def end_of(pid: int, log: Path) -> int:
 def compare(whole: Path, broken: Path) -> None:
     try:
         assert_equal_runs(whole, broken)
+        assert_equal_checkpoints(whole, broken)
     except AssertionError as error:
         raise SystemExit(f"{whole} and {broken} differ: {error}") from error
 
@@ -122,17 +125,35 @@ def turn(hits: int, names: list[str]) -> tuple[str, signal.Signals]:
     return MOMENTS[moment], signal.Signals[f"SIG{names[(moment + turns) % len(names)]}"]
 
 
-def soak(folder: Path, *, kills: int, seed: int, names: list[str], overrides: list[str]) -> dict[str, int]:
+def make_model(folder: Path, text: bool) -> list[str]:
+    """Write a model to `folder`/model; returns the words of a run on it."""
+    from diffusers import DDPMPipeline
+
+    words = [f"model.name={folder / 'model'}"]
+    if not text:
+        DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder / "model")
+        return words
+    make_pipeline("sd1").save_pretrained(folder / "model")
+    # of so few prompts each has statistics soon
+    (folder / "prompts.txt").write_text("a cat\na dog\nred\n")
+    words += [f"prompts.source={folder / 'prompts.txt'}", "evaluation.images_per_prompt=2", "sample.guidance_scale=2"]
+    words += ["train.advantages=prompt", "train.prompt_buffer=7", "train.prompt_min_count=4"]
+    return [*words, "lora.rank=2", "optimizer.ema_decay=0.9"]
+
+
+def soak(
+    folder: Path, *, kills: int, seed: int, names: list[str], overrides: list[str], text: bool = False
+) -> dict[str, int]:
     """Rounds of stopped and resumed runs until `kills` signals have hit.
+
+    Args:
+        text: train adapters of a text-to-image model.
 
     Returns:
         Hits per moment and per signal, and how many of all left half a checkpoint.
     """
-    from diffusers import DDPMPipeline
-
     torch.set_num_threads(1)
-    DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder / "model")
-    words = [f"model.name={folder / 'model'}", "sample.num_inference_steps=6", f"train.iterations={ITERATIONS}"]
+    words = [*make_model(folder, text), "sample.num_inference_steps=6", f"train.iterations={ITERATIONS}"]
     words += [f"train.groups_per_iteration={GROUPS}", f"train.group_size={GROUP_SIZE}", "optimizer.learning_rate=1e-4"]
     words += ["evaluation.every=3", "evaluation.panel_size=6", "evaluation.network=none"]
     words += ["run.save_every=1", "run.device=cpu", "run.progress=quiet", *overrides]
@@ -167,10 +188,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=SIGNALS, action="append", help="of those that come in turn; all by default")
+    parser.add_argument("--text", action="store_true", help="train adapters of a text-to-image model")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     started = time.monotonic()
-    options = {"kills": arguments.kills, "seed": arguments.seed, "overrides": arguments.overrides}
+    options = {name: getattr(arguments, name) for name in ("kills", "seed", "overrides", "text")}
     with tempfile.TemporaryDirectory() as folder:
         counts = soak(Path(folder), names=arguments.signal or list(SIGNALS), **options)
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -25,6 +25,14 @@ def test_runs_stopped_at_random_moments_equal_the_unbroken_one():
     assert result.stdout.startswith(f"4 signals ({once}")
 
 
+@pytest.mark.slow
+def test_adapters_and_statistics_of_prompts_outlive_kill_9():
+    command = [sys.executable, "-m", "tests.faults.soak", "--kills", "3", "--signal", "KILL", "--text"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("3 signals (rollout 1, update 1, write 1, anywhere 0, SIGKILL 3, ")
+
+
 def test_sixteen_signals_are_every_signal_at_every_moment():
     turns = [turn(hits, list(SIGNALS)) for hits in range(16)]
     assert set(turns) == {(moment, Signals[f"SIG{name}"]) for moment in MOMENTS for name in SIGNALS}

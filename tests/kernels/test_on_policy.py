@@ -110,8 +110,9 @@ def test_a_large_image(backend):
 @both_backends
 @both_plans
 @pytest.mark.parametrize("dtypes", sweep(["fp32", "bf16"], ["bf16"]))
-def test_training_may_split_the_batch_otherwise_than_sampling(backend, shape, dtypes):
-    policy, sample_id = make(shape, dtypes, clamp=0.75)
+@pytest.mark.parametrize("option", sweep(["clamp", "clamp and guidance"], ["clamp and guidance"]))
+def test_training_may_split_the_batch_otherwise_than_sampling(backend, shape, dtypes, option):
+    policy, sample_id = make(shape, dtypes, **OPTIONS[option])
     sampled = [
         gaussian_step(**part_of(policy, rows), sample_id=sample_id[rows], seed=1, step=0, backend=backend)
         for rows in (slice(0, 4), slice(4, 5), slice(5, 6))
@@ -133,15 +134,18 @@ def test_training_may_stack_steps_as_coefficients_per_sample(shape):
 
 @both_backends
 @pytest.mark.parametrize("shape", sweep(SHAPES.values(), RAGGED), ids=SHAPES)
-def test_it_does_not_matter_where_in_memory_the_tensors_of_training_begin(backend, shape):
-    policy, sample_id = make(shape, "mixed")
+@pytest.mark.parametrize("option", sweep(["plain", "guidance"], ["guidance"]))
+def test_it_does_not_matter_where_in_memory_the_tensors_of_training_begin(backend, shape, option):
+    policy, sample_id = make(shape, "mixed", **OPTIONS[option])
     next_latents, log_prob = gaussian_step(**policy, sample_id=sample_id, seed=1, step=0, backend=backend)
 
     def shifted(tensor):
         room = torch.cat([tensor.new_zeros(1), tensor.flatten()])
         return room[1:].view(tensor.shape)
 
-    policy |= {name: shifted(policy[name]) for name in ("model_output", "latents")}
+    # both outputs of a guided call are halves of one tensor
+    outputs = [name for name in policy if name.endswith("output")]
+    policy |= {name: shifted(policy[name]) for name in (*outputs, "latents")}
     assert policy["latents"].data_ptr() % 16 and policy["latents"].is_contiguous()
     assert_on_policy(policy, shifted(next_latents), log_prob, backend)
 

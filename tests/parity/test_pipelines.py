@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hrf_fast.policies.base import Condition
 from hrf_fast.policies.encoders import time_ids
 from hrf_fast.prompts import Prompt
 from tests.parity.text_golden import case, close, denoise, policy
@@ -43,8 +44,33 @@ def test_latents_and_images_at_given_noise(key):
 def test_time_ids_are_original_size_crop_and_target_size():
     facts, tensors = case("pipelines", "xl.sizes_b1")
     names = ("original_size", "crops_coords_top_left", "target_size")
-    ours = [time_ids(*(facts[f"{start}{name}"] for name in names)) for start in ("negative_", "")]
-    assert torch.equal(torch.stack(ours), tensors["unet_time_ids"])
+    ours = torch.stack([time_ids(*(facts[f"{start}{name}"] for name in names)) for start in ("negative_", "")])
+    assert torch.equal(ours, tensors["unet_time_ids"])
+    # of two images diffusers' pipeline gives the second pair where embeddings are all negative, then all positive
+    _, tensors = case("pipelines", "xl.sizes_batch")
+    assert torch.equal(ours.repeat(2, 1), tensors["unet_time_ids"])
+
+
+def test_a_condition_holds_a_prompt_for_the_second_encoder_and_sizes_for_the_negative_prompt():
+    # no option has them: a source's prompt_2 is refused, see test_prompts.py
+    facts, tensors = case("pipelines", "xl.sizes_b1")
+    loaded = policy("pipelines", "xl_", num_inference_steps=5, guidance_scale=facts["guidance_scale"])
+    encoder = loaded._encoder
+    width = encoder.encoders[0].config.hidden_size
+    halves = []
+    for start in ("", "negative_"):
+        (first,) = facts["prompts"] if not start else [facts["negative_prompt"]]
+        (second,) = facts["prompt_2"] if not start else [facts["negative_prompt_2"]]
+        names = (f"{start}{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
+        one, two = (encoder.rows([text]) for text in (first, second))
+        hidden = [one["encoder_hidden_states"][..., :width], two["encoder_hidden_states"][..., width:]]
+        ids = time_ids(*(facts[name] for name in names))[None]
+        rows = {"encoder_hidden_states": torch.cat(hidden, -1), "text_embeds": two["text_embeds"], "time_ids": ids}
+        halves.append(rows)
+    condition = Condition(*halves)
+    for name, rows in condition.inputs.items():
+        close(rows, tensors[f"unet_{name}"])
+    denoise(loaded, condition, tensors, loaded.sampler.coefficients)
 
 
 def test_latents_follow_the_time_ids():

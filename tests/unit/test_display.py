@@ -33,7 +33,8 @@ IMAGES = torch.rand(4, 3, 8, 8)
 def test_the_json_display_is_json(capsys):
     display = JsonProgress()
     display.iteration(RECORD)
-    display.panel(PANEL, IMAGES)
+    # of every image, prompt and value of an attribute: they are in the log
+    display.panel({**PANEL, "prompts": ["a", "b"], "attributes": {"hat": {"none": 1.0, "cap": 0.0}}}, IMAGES)
     display.note("careful")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     shown = {name: value for name, value in PANEL.items() if name != "rewards"}

@@ -39,12 +39,12 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    def unreachable(*_, **__):
+def unreachable(monkeypatch):
+    def fail(*_, **__):
         raise LocalEntryNotFoundError("cannot reach the hub\nand more lines")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
 
 
 def find(**options):
@@ -160,7 +160,7 @@ def test_a_value_that_is_no_text_is_refused_by_name(value):
         assert str(caught.value).startswith(f"aesthetic.clip is {value!r};")
 
 
-def test_out_of_reach_the_error_has_the_command_that_brings_the_model(offline):
+def test_out_of_reach_the_error_has_the_command_that_brings_the_model(unreachable):
     with pytest.raises(ValueError) as caught:
         find_folder("aesthetic.clip", "owner/clip", files=FILES)
     message = str(caught.value)

@@ -76,6 +76,7 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
         ("a.jsonl", b"[1, 2, 3]", "line 1 is .1, 2, 3."),
         ("a.jsonl", b'{"text": "a cat"}', "line 1 is .*prompt"),
         ("a.jsonl", b'{"prompt": "a", "wieght": 2}', "line 1 has wieght"),
+        ("a.jsonl", b'{"prompt": "a", "prompt_2": "b"}', "line 1 has prompt_2; its keys are prompt, weight, neg"),
         ("a.jsonl", b'{"prompt": " "}', "line 1 has the prompt ' '"),
         ("a.jsonl", b'{"prompt": "a", "negative": ["b", "c"]}', "line 1 has the negative prompt .*one text"),
         ("a.jsonl", b'{"prompt": "a", "metadata": [1]}', "line 1 has the metadata"),

@@ -18,15 +18,10 @@ from hrf_fast.vision.shipped import load_reference, load_shipped
 from tests.hub import ID, Hub
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
+pytestmark = pytest.mark.usefixtures("offline")
 
 WIDTH = 24
 CLIP_SIDE = 32
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """A file that is not there fails at once, not after half a minute of retries."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,10 @@ from hrf_fast.vision import clip as clip_module
 from tests.text_models import make_tokenizer
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
+pytestmark = pytest.mark.usefixtures("offline")
 
 SIDE, LENGTH = 32, 12
 PROMPTS = ["a cat", "a red dog", "a cat", "dog dog dog dog dog dog dog dog dog dog dog dog cat"]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """A file that is not there fails at once, not after half a minute of retries."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

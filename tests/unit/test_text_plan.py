@@ -1,14 +1,29 @@
 """Plans of text-to-image models: guided images count two, and what is frozen takes its place."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.footprint import measure_running
 from hrf_fast.memory.planner import count_calls, plan
 from hrf_fast.policies.files import read_model
+from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untrained_network
 from tests.text_models import KINDS, load_text_policy, text_model
+from tests.true_models import UNETS, write_true_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# by configuration: the model, its elements, GPUs and their memory
+TRUE = {
+    "sd/sd15_lora": ("sd15", 859_520_964, 1, "24GB"),
+    "sdxl/sdxl_lora_zero2": ("sdxl", 2_567_463_684, 8, "24GB"),
+    "sdxl/sdxl_full_zero3": ("sdxl", 2_567_463_684, 8, "80GB"),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,3 +67,69 @@ def test_guided_images_count_two(words, factor):
 def test_options_of_other_models_are_refused(word, tiny_model):
     with pytest.raises(ValueError, match=f"{word.partition('=')[0]} is .*unconditional"):
         plan(load_config([f"model.name={tiny_model}", word]), gpus=1, memory=int(8e9))
+
+
+# --- the true architectures -------------------------------------------------------------------------------------------
+
+
+def counted(config, kind):
+    """(elements, bytes of all weights, of gradients, of AdamW's averages) of what a configuration trains."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNETS[kind])
+        elements = sum(weight.numel() for weight in unet.parameters())
+        if config.lora.rank:
+            add_adapters(unet, **vars(config.lora))
+    trained = [weight for weight in unet.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW(trained, foreach=False)
+    optimizer.step()
+    averages = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    weights, gradients = sum(w.nbytes for w in unet.parameters()), sum(w.grad.nbytes for w in trained)
+    return elements, weights, gradients, averages
+
+
+# SDXL's layers take seconds to make even on the meta device
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "sdxl" in name else name for name in TRUE]
+)
+def test_the_plan_has_the_counted_bytes_of_the_true_architectures(name, tmp_path, monkeypatch):
+    kind, elements, gpus, _ = TRUE[name]
+    # activations are another test's
+    monkeypatch.setattr("hrf_fast.memory.footprint._peaks", lambda *_: (0, 0, 0))
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), f"model.name={write_true_model(tmp_path, kind)}"]
+    config = load_config(words)
+    made = plan(config, gpus=gpus, memory=10**12)
+    states, (found, weights, gradients, averages) = made.states(made.engine), counted(config, kind)
+    assert found == elements
+    # a bucket of gradients in fp32, of DeepSpeed's
+    bucket = 4 * made.bucket
+    assert {
+        "plain": (weights, gradients, averages, 0),
+        # a part of the gradients, of the weights' fp32 copy and of the averages
+        "zero2": (weights, bucket + gradients / gpus, (gradients + averages) / gpus, 0),
+        # whole weights while they are gathered; on the host a part of them, of their copy, the gradients and averages
+        "zero3_offload": (weights, bucket, 0, (2 * weights + gradients + averages) / gpus),
+    }[made.engine] == (states.parameters, states.gradients, states.optimizer, states.host)
+    if config.lora.rank:
+        # 2 bytes each but for the normalisations and the adapters
+        assert 2 * elements < weights < 2.05 * elements and gradients < 0.01 * weights
+    else:
+        assert weights == gradients == averages / 2 == 4 * elements
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRUE)
+def test_a_configuration_needs_what_stands_on_top_of_it_and_fits(name, tmp_path):
+    kind, _, gpus, memory = TRUE[name]
+    path = CONFIGS / f"{name}.yaml"
+    made = plan(
+        load_config(["--config", str(path), f"model.name={write_true_model(tmp_path, kind)}"]),
+        gpus=gpus,
+        memory=parse_memory(memory, "--memory"),
+    )
+    compute = made.config.compute
+    need = made.need(made.engine, compute.precision, compute.activations, compute.images_per_call)
+    (figure,) = re.findall(r"^# `hrf plan` on the model's configs, .* GPUs?: ([0-9.]+) GB", path.read_text(), re.M)
+    assert need / 1e9 == pytest.approx(float(figure), abs=0.06)
+    assert made.best(made.engine, compute.precision) is not None and need < 0.9 * made.memory

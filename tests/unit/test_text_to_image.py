@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
@@ -29,6 +30,8 @@ from tests.runs import metrics, panels, train, weights
 from tests.text_models import KINDS, SIDE, load_text_policy, text_model
 
 SIZE = 3
+# what transformers 5 writes
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
 def latents_of(policy, count=SIZE):
@@ -129,6 +132,13 @@ def test_a_saved_policy_is_a_whole_pipeline_with_the_tuned_unet(kind, tmp_path):
             saved = pipeline.components[name].state_dict()
             assert all(torch.equal(saved[key], tensor) for key, tensor in part.state_dict().items())
     assert torch.equal(pipeline.unet.conv_out.bias, original.unet.conv_out.bias + 1)
+    # the model has tokenizer.json alone; what is saved has the files of older libraries too
+    assert {path.name for path in (text_model(kind) / "tokenizer").iterdir()} == TOKENIZER
+    assert {path.name for path in (tmp_path / "tokenizer").iterdir()} == TOKENIZER | {"vocab.json", "merges.txt"}
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    old = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for tokenizer in (pipeline.tokenizer, old):
+        assert tokenizer("a red dog, cat").input_ids == original.tokenizer("a red dog, cat").input_ids
     again = load_policy(str(tmp_path), guidance_scale=5.0, num_inference_steps=6)
     condition, latents = policy.condition([Prompt("cat")] * SIZE), latents_of(policy)
     ours, theirs = (each.predict(latents, 2, condition).combined for each in (again, load_text_policy(kind)))

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.assets import ASSETS, SHIPPED
-from hrf_fast.evaluation.diversity import vendi_interval, vendi_score
+from hrf_fast.evaluation.diversity import inception_interval, vendi_interval, vendi_score
+from hrf_fast.evaluation.panel import Panel
+from hrf_fast.rewards import build_reward
 from hrf_fast.vision.base import Classifier, in_batches, to_bytes
 from hrf_fast.vision.load import load_classifier, load_feature_network
 from hrf_fast.vision.shipped import ShippedClassifier, ShippedNetwork, load_reference, load_shipped
@@ -218,6 +220,23 @@ def test_a_shipped_name_is_a_feature_network_and_a_classifier():
     classifier = load_classifier("classifier.model", "fashion")
     assert classifier.labels == shipped.labels
     assert torch.equal(classifier.log_probs(images)["label"], shipped.log_probs(images)["label"])
+
+
+def test_a_panel_runs_its_classifier_once(monkeypatch):
+    calls, shipped = [], load_shipped("fashion")
+    features = ShippedNetwork.features
+    monkeypatch.setattr(ShippedNetwork, "features", lambda *inputs: calls.append(1) or features(*inputs))
+    images = load_reference("fashion")[:8]
+    metrics = Panel(8, 1, 8, shipped)._measure(images, build_reward(lambda images, prompts: [0.0] * len(images)))
+    assert calls == [1]
+    assert metrics.inception == inception_interval(shipped.log_probs(images)["label"], seed=1)
+    assert metrics.vendi == vendi_interval(shipped.features(images), seed=1)
+
+
+def test_a_reference_is_opened_without_its_classifier(monkeypatch):
+    monkeypatch.setattr(ShippedNetwork, "__init__", None)
+    for name, size in (("fashion", 32), ("portraits", 32), ("peeps", 64)):
+        assert load_reference(name).shape[1:] == (3, size, size)
 
 
 @pytest.mark.parametrize("load", [load_feature_network, load_classifier])

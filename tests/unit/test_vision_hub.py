@@ -13,6 +13,7 @@ from hrf_fast.vision.load import load_classifier, load_feature_network
 from tests.hub import ID, Hub
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
+pytestmark = pytest.mark.usefixtures("offline")
 
 OPTION = "evaluation.network"
 SIDE = 16
@@ -20,12 +21,6 @@ TINY = dict(
     hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=8
 )
 COLOURS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """A file that is not there fails at once, not after half a minute of retries."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
