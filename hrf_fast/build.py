@@ -38,6 +38,7 @@ from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages, build_advantages
+from hrf_fast.training.reference import reference_at
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
@@ -64,6 +65,8 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config)
+        if config.remedies.needs_reference:
+            policy.hold_reference()
         combined = (
             build_reward(reward, device, config.reward.kwargs)
             if callable(reward)
@@ -170,6 +173,9 @@ def build_rules(config: Config) -> Rules:
             iterations=train.iterations,
         ),
         guided=train.guidance,
+        reference=reference_at(
+            config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hrf_fast.config.facts import Facts, option
+from hrf_fast.config.remedy_options import RemediesConfig
 from hrf_fast.config.run_options import (
     PRECISIONS,
     ComputeConfig,
@@ -108,7 +109,8 @@ class TrainConfig:
     """The RL algorithm. Defaults are those of the HRF authors' code where it has them."""
 
     iterations: int = option(70, at_least=1, resumable=True)
-    """Rollout and update, this many times. A resume may raise it where the learning rate is constant."""
+    """Rollout and update, this many times. A resume may raise it where the learning rate and the weight of the
+    KL are constant."""
     groups_per_iteration: int = option(4, at_least=1)
     """Groups per iteration; in HRF each has an anchor."""
     group_size: int = option(5, at_least=1)
@@ -200,6 +202,7 @@ class Config:
     window: WindowConfig = field(default_factory=WindowConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    remedies: RemediesConfig = field(default_factory=RemediesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -41,6 +41,7 @@ def check_config(config: Config) -> None:
     _check_optimizer_kwargs(config.optimizer.kwargs)
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
     _check_lora(config)
+    _check_remedies(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
 
@@ -63,6 +64,19 @@ def _check_lora(config: Config) -> None:
             f"stored in fp32 or in the precision that they compute in; use {lora.base_precision} for both, or fp32 "
             "for the weights"
         )
+
+
+def _check_remedies(config: Config) -> None:
+    """Check that every option of section remedies does something."""
+    remedies, steps = config.remedies, config.sample.num_inference_steps
+    if remedies.reference_steps is not None:
+        option = f"remedies.reference_steps is {remedies.reference_steps}"
+        if not remedies.reference_penalty:
+            raise ValueError(
+                f"{option} but remedies.reference_penalty is 0, which no step has; set it, or leave it out"
+            )
+        if remedies.reference_steps > steps:
+            raise ValueError(f"{option} but sample.num_inference_steps is {steps}; use at most that")
 
 
 def _check_optimizer_kwargs(kwargs: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages
+from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import WindowSchedule
 from hrf_fast.windows.schedules import load_schedule_state, schedule_state
@@ -41,6 +42,8 @@ class Rules:
     """By iteration."""
     guided: bool = True
     """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
+    reference: Callable[[int], ReferenceWeights] = lambda iteration: NO_REFERENCE
+    """By iteration."""
 
 
 @dataclass(frozen=True)

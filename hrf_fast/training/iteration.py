@@ -71,7 +71,13 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
         run.note_once(line, key=line)
     record = {
         "iteration": iteration,
-        **iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows),
+        **iteration_record(
+            outcome.steps,
+            outcome.rewards,
+            outcome.advantages,
+            outcome.windows,
+            referred=components.rules.reference(iteration).steps > 0,
+        ),
         "drift": outcome.drift,
         **_counters(components, iteration),
         "skipped_steps": outcome.skipped,
@@ -104,7 +110,7 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     for steps in rounds:
         rank_groups = [groups[number] for number in components.groups.own(steps)]
         with engine.gathered():
-            rolled_out, pending = collect(components, run, rank_groups)
+            rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
             advantages = standardise(rewards, components.advantages, components.policy.device)

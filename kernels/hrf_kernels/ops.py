@@ -186,9 +186,10 @@ def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
 def _recomputed(ctx: Any, upstream: Tensor) -> list[Tensor]:
     """The gradients by a second pass over the inputs."""
     slope, kl_weights, *samples = ctx.saved_tensors
-    # the five of _samples; the rest is coef
+    # five samples; the rest is coef
     return output_gradients(
-        upstream, slope, ctx.kl_slope, kl_weights, *samples[:5], samples[5:], ctx.x0_clip, ctx.guidance_scale, ctx.backend,
+        upstream, slope, ctx.kl_slope, kl_weights, *samples[:5], samples[5:], ctx.x0_clip, ctx.guidance_scale,
+        ctx.backend,
     )  # fmt: skip
 
 

@@ -171,7 +171,7 @@ def clipped_surrogate(
         window_scale: factor of both clips, HRF's (T − start)/T; a number or [B].
         loss_weight: factor of the loss, for what the caller would divide by.
         reference_output: [B, C, H, W] of a frozen model at the same latents; adds kl_weight·KL(policy ‖ reference).
-        kl_weight: a number or [B]; 2·std² of the step gives the mean of (mean − reference mean)² without its 1/(2·std²).
+        kl_weight: a number or [B]; 2·std² of a step gives the mean of (mean − reference mean)² without 1/(2·std²).
     """
     check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
     check_samples(latents, coef, unconditional_output=unconditional_output, reference_output=reference_output)
