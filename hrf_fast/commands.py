@@ -229,7 +229,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: fl
     panels = read_log(run / "evaluations.jsonl", PANEL)
     changed = differences(config, _config(run))
     if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
-        blends.check_pretrained(panels[0]["rewards"], front.at(0.0, panel)["rewards"])
+        front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
     records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
     chosen = blends.choose(records, keep)["alpha"]
     # the choice has looked at the first panel, whose figures flatter it

@@ -1,7 +1,7 @@
 """Blends: the weights on the line from a pretrained model through its tuned one and beyond, and which of them to take.
 
-θ(α) = θ_pretrained + α·(θ_tuned − θ_pretrained): α = 0 is the pretrained model and α = 1 the tuned one, between them
-the models are averages (WiSE-FT, arXiv 2109.01903), beyond 1 they go on in the direction that training took (ExPO, arXiv
+θ(α) = θ_pretrained + α·(θ_tuned − θ_pretrained): α = 0 is the pretrained model and α = 1 the tuned one. Between
+them lie averages (WiSE-FT, arXiv 2109.01903); beyond 1 the direction that training took goes on (ExPO, arXiv
 2404.16792). Left out: a line of more than two models.
 """
 
@@ -82,12 +82,20 @@ class Front:
         self._append = append
         self._known = {(record["alpha"], record["seed"]): record for record in read_front(path)}
 
-    def at(self, alpha: float, panel: Panel) -> dict[str, Any]:
-        """The panel's record at α with `alpha` and `seed`; evaluated unless the file has it."""
+    def at(
+        self, alpha: float, panel: Panel, *, accept: Callable[[Sequence[float]], None] | None = None
+    ) -> dict[str, Any]:
+        """The panel's record at α with `alpha` and `seed`; evaluated unless the file has it.
+
+        Args:
+            accept: raises for rewards that must not get into the file.
+        """
         key = alpha, panel.seed
         if key not in self._known:
             self._line.move(alpha)
             metrics = panel.evaluate(self._policy, self._reward)
+            if accept is not None:
+                accept(metrics.rewards)
             self._known[key] = {"alpha": alpha, "seed": panel.seed, **metrics.record()}
             self._append(self._path, json.dumps(self._known[key]))
         return self._known[key]
@@ -140,9 +148,8 @@ def check_pretrained(before: Sequence[float], now: Sequence[float]) -> None:
     spread, change = float(first.std()), float((second - first).abs().mean())
     if change > _SAME_MODEL * spread + 1e-4 * float(first.abs().max()):
         raise ValueError(
-            f"model.name is not the model that the run began with: from equal noise the rewards of its images differ by "
-            f"{change:.3g} on average, and images among each other by {spread:.3g}; restore the model, or give the run's "
-            "own options"
+            "model.name is not the model that the run began with: from equal noise the rewards of its images differ by "
+            f"{change:.3g} on average, and images among each other by {spread:.3g}; restore the model"
         )
 
 
@@ -179,18 +186,16 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     """Lines about the panels of a result: alpha (chosen), keep and panels, each a `summary`."""
     lines = []
     for panel in result["panels"]:
-        names = [
-            {0.0: "pretrained", 1.0: "tuned"}.get(panel["alpha"], ""),
-            "chosen" * (panel["alpha"] == result["alpha"]),
-        ]
+        alpha = panel["alpha"]
+        names = [{0.0: "pretrained", 1.0: "tuned"}.get(alpha), "chosen" if alpha == result["alpha"] else None]
         named = ", ".join(filter(None, names))
         lines.append(
-            f"alpha {panel['alpha']:<4g} ({named}): reward {panel['reward'][0]:.4g}, gain {panel['gain'][0]:+.4g} "
+            f"alpha {alpha:<4g} ({named}): reward {panel['reward'][0]:.4g}, gain {panel['gain'][0]:+.4g} "
             f"[{panel['gain'][1]:+.4g}, {panel['gain'][2]:+.4g}], {panel['share']:.1%} of the Vendi Score"
         )
     if not result["alpha"]:
         lines.append(
-            f"no blend that keeps {result['keep']:.0%} has a higher reward than the pretrained model, so none is saved; "
-            "lower --keep"
+            f"no blend that keeps {result['keep']:.0%} has a higher reward than the pretrained model, so none is "
+            "saved; lower --keep"
         )
     return lines

@@ -71,12 +71,8 @@ def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: fl
     axes.errorbar(x, y, yerr=errors, color=COLOURS[0], alpha=0.35, linestyle="none", linewidth=1)
     axes.plot(x, y, **_look(0))
     for record, a, b in zip(in_order, x, y, strict=True):
-        taken = record["alpha"] == chosen
-        weight = "bold" if taken else "normal"
-        axes.annotate(
-            f"{record['alpha']:g}", (a, b), (4, 3), textcoords="offset points", fontsize=FONT - 2, weight=weight
-        )
-        if taken:
+        axes.annotate(f"{record['alpha']:g}", (a, b), (4, 3), textcoords="offset points", fontsize=FONT - 2)
+        if record["alpha"] == chosen:
             axes.plot([a], [b], **{**_look(1), "markersize": 9}, label=f"chosen, alpha {chosen:g}")
     axes.axvline(100 * keep, color="#666666", linestyle=":", linewidth=1)
     _legend(axes)

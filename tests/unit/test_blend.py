@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from hrf_fast.build import build_policy
 from hrf_fast.cli import main
 from hrf_fast.commands import blend
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation.blend import Line, check_pretrained, choose, read_front, steps_to, summary
 from hrf_fast.policies.lora import add_adapters, merged
-from tests.conftest import make_policy, make_unet, tiny_words
+from tests.conftest import make_policy, make_scheduler, make_unet, tiny_words
 from tests.runs import train, weights
 from tests.text_models import load_text_policy, text_model
 
@@ -126,7 +126,7 @@ def test_a_changed_pretrained_model_shows_in_its_rewards():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, capsys):
+def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_model, capsys):
     words = ["blend", str(copy), "--keep", "0.01", "--step", "1"]
     assert main(words) == 0
     said, front = capsys.readouterr().out, read_front(copy / "blend" / "front.jsonl")
@@ -141,7 +141,7 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, capsys
     assert last["rewards"] == first["rewards"] and last["vendi"] == first["vendi"]
     assert (copy / "blend" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert best["alpha"] > 0, "a tuned model should be brighter"
-    begin, end = weights(copy.parent / "unused") if False else weights_of(copy, 0.0), weights(copy)
+    begin, end = weights(tiny_model), weights(copy)
     saved = load_file(copy / "blend" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, weight in saved.items():
         torch.testing.assert_close(weight, begin[name] + best["alpha"] * (end[name] - begin[name]))
@@ -155,7 +155,7 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, capsys
     again = path.read_bytes().splitlines(keepends=True)
     assert again == lines
     # nothing above the floor but the pretrained model
-    for line, text in zip(front, lines, strict=True):
+    for line in front:
         if line["alpha"]:
             line["vendi"] = [0.0] * 3
     path.write_text("".join(json.dumps(line) + "\n" for line in front))
@@ -163,15 +163,7 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, capsys
     assert "none is saved" in capsys.readouterr().out
 
 
-def weights_of(run, alpha):
-    """The pretrained UNet of a run, as files name it."""
-    policy = build_policy(load_config(["--config", str(run / "config.yaml")]))
-    return policy.network.unet.state_dict()
-
-
 def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path):
-    from diffusers import StableDiffusionPipeline
-
     words = run_words(
         text_model("sd1"), tmp_path / "run", "lora.rank=2", "prompts.source=animals", "evaluation.images_per_prompt=2"
     )
@@ -198,10 +190,6 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     assert "evaluation.network is none" in refused(copy, "evaluation.network=none")
     # a pretrained model that has changed since: of the same shapes, then of others
     other = tmp_path / "other"
-    from diffusers import DDPMPipeline
-
-    from tests.conftest import make_scheduler
-
     DDPMPipeline(make_unet(seed=7), make_scheduler("DDPMScheduler")).save_pretrained(other)
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
