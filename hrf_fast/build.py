@@ -105,7 +105,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         policy=policy,
         engine=build_engine(policy, config),
         reward=combined,
-        rewarder=Rewarder(combined, device),
+        rewarder=Rewarder(combined, device, panel.network if config.remedies.novelty else None),
         schedule=windows,
         advantages=advantages,
         groups=build_groups(config),
@@ -173,6 +173,7 @@ def build_rules(config: Config) -> Rules:
             iterations=train.iterations,
         ),
         guided=train.guidance,
+        sharpness=config.remedies.matching,
         reference=reference_at(
             config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
         ),
@@ -181,13 +182,9 @@ def build_rules(config: Config) -> Rules:
 
 def build_config_advantages(config: Config) -> Advantages:
     """Build what train.advantages names."""
-    train = config.train
-    return build_advantages(
-        train.advantages,
-        advantage_floor=train.advantage_floor,
-        prompt_buffer=train.prompt_buffer,
-        prompt_min_count=train.prompt_min_count,
-    )
+    names = ("advantage_floor", "advantage_scale", "advantage_baseline", "prompt_buffer", "prompt_min_count")
+    options = {name: getattr(config.train, name) for name in names}
+    return build_advantages(config.train.advantages, reward_band=config.remedies.reward_band, **options)
 
 
 def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None]:

@@ -21,6 +21,15 @@ class RemediesConfig:
     (DiverseGRPO, arXiv 2512.21514); 0 for none."""
     reference_steps: int | None = option(None, at_least=1)
     """Steps, from the noisiest on, that reference_penalty is of; null for a third of sample.num_inference_steps."""
+    novelty: bool = option(False)
+    """Multiply positive advantages by the distance of an image to its nearest neighbour in the group, over the group's
+    mean of it, in the features of evaluation.network (GARDO, arXiv 2512.24138)."""
+    reward_band: float = option(0.0, at_least=0)
+    """Clip rewards to their peers' mean ± this many standard deviations before advantages are made of them (after
+    DRIFT, arXiv 2601.12401); 0 for none."""
+    matching: float = option(0.0, at_least=0)
+    """Match the trajectories of a group to softmax(this · standardised rewards) instead of maximising the reward
+    (Uni-TMPO, arXiv 2605.10983); 0 for none."""
 
     @property
     def needs_reference(self) -> bool:

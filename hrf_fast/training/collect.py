@@ -88,7 +88,10 @@ def collect(
         rolled_out.join(part)
         images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
         prompts = {number: by_number[number].prompt for number in pack}
-        rewards.append(components.rewarder.submit(images, prompts))
+        log_probs = None
+        if components.rules.sharpness:
+            log_probs = {number: trajectory.old_log_prob.sum(0) for number, trajectory in part.trajectories.items()}
+        rewards.append(components.rewarder.submit(images, prompts, log_probs))
     return rolled_out, rewards
 
 

@@ -44,6 +44,8 @@ class Rules:
     """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
     reference: Callable[[int], ReferenceWeights] = lambda iteration: NO_REFERENCE
     """By iteration."""
+    sharpness: float = 0.0
+    """Of trajectories that are matched to their rewards; 0 for advantages as they are."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
             rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
-            advantages = standardise(rewards, components.advantages, components.policy.device)
+            advantages = standardise(
+                rewards, components.advantages, components.policy.device, sharpness=rules.sharpness
+            )
             for kind, sentence in spread_notes(rewards, components.advantages).items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards
