@@ -87,7 +87,7 @@ class Prediction(NamedTuple):
         return self.unconditional_output + self.guidance_scale * (self.model_output - self.unconditional_output)
 
     def float(self) -> Prediction:
-        """The same in fp32."""
+        """Convert both outputs to fp32."""
         unconditional = None if self.unconditional_output is None else self.unconditional_output.float()
         return Prediction(self.model_output.float(), unconditional, self.guidance_scale)
 

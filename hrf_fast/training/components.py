@@ -45,7 +45,7 @@ class Rules:
     reference: Callable[[int], ReferenceWeights] = lambda iteration: NO_REFERENCE
     """By iteration."""
     sharpness: float = 0.0
-    """Of trajectories that are matched to their rewards; 0 for advantages as they are."""
+    """Sharpness of trajectories that are matched to their rewards; 0 leaves advantages as they are."""
 
 
 @dataclass(frozen=True)

@@ -39,5 +39,5 @@ def matching_advantages(rewards: Tensor, log_prob: Tensor, *, sharpness: float) 
     """
     if not rewards.any():
         return torch.zeros_like(rewards)
-    wanted, own = (sharpness * rewards.double()).softmax(0), log_prob.double().softmax(0)
-    return (len(rewards) * (wanted - own)).to(rewards)
+    target, policy = (sharpness * rewards.double()).softmax(0), log_prob.double().softmax(0)
+    return (len(rewards) * (target - policy)).to(rewards)
