@@ -221,7 +221,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: fl
             "as openai/clip-vit-base-patch32"
         )
     policy = build_policy(config, str(run / "model"))
-    adapters = bool(adapted_layers(policy.network))
+    adapters = bool(adapted_layers(policy.network.unet))
     pretrained = None if adapters else build_policy(replace(config, lora=LoraConfig())).network
     line = blends.Line(policy.network, pretrained)
     _claim_blend(folder, run, config)
