@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from hrf_fast.cli import main
 from hrf_fast.commands import blend
 from hrf_fast.config.load import load_config
+from hrf_fast.evaluation import blend as blends
 from hrf_fast.evaluation.blend import Line, check_pretrained, choose, read_front, steps_to, summary
 from hrf_fast.policies.lora import add_adapters, merged
 from tests.conftest import make_policy, make_scheduler, make_unet, tiny_words
@@ -170,18 +171,20 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_m
     assert "none is saved" in capsys.readouterr().out
 
 
-def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path):
+def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path, monkeypatch):
+    # whatever the reward says of random adapters
+    monkeypatch.setattr(blends, "choose", lambda records, keep: max(records, key=lambda line: line["alpha"]))
     words = run_words(
         text_model("sd1"), tmp_path / "run", "lora.rank=2", "prompts.source=animals", "evaluation.images_per_prompt=2"
     )
     train([*words, "sample.guidance_scale=2", "optimizer.learning_rate=1e-2"])
     blend(tmp_path / "run", [], keep=0.01, most=2, step=1)
     result = json.loads((tmp_path / "run" / "blend" / "blend.json").read_text())
-    alpha = result["alpha"]
+    assert result["alpha"] == 2
     files = [tmp_path / "run" / part / "pytorch_lora_weights.safetensors" for part in ("model", "blend/model")]
     tuned, saved = map(load_file, files)
     for name, weight in saved.items():
-        torch.testing.assert_close(weight, tuned[name] * (alpha if "lora_B" in name else 1))
+        torch.testing.assert_close(weight, tuned[name] * (2 if ".lora_B." in name else 1))
     pipeline = StableDiffusionPipeline.from_pretrained(text_model("sd1"))
     pipeline.load_lora_weights(tmp_path / "run" / "blend" / "model")
 
