@@ -98,8 +98,8 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, options: str) -> None
 
     coef = StepCoefficients(*torch.full((6, batch) if every else (6,), 0.5), x0_clip=1.0 if every else None)
     guided: dict[str, Any] = {"unconditional_output": samples(dtype), "guidance_scale": 2.0} if every else {}
-    anchored: dict[str, Any] = {"reference_output": samples(dtype), "kl_weight": 0.1} if every else {}
     row, latents, kind = torch.zeros(batch), samples(), {"backend": "triton"}
+    anchored: dict[str, Any] = {"reference_output": samples(dtype), "kl_weight": row} if every else {}
     gaussian_step(samples(dtype), latents, coef, seed=1, sample_id=torch.arange(batch), step=0, **guided, **kind)
     output = samples(dtype).requires_grad_()
     gaussian_log_prob(output, latents, samples(), coef, **guided, **kind).sum().backward()

@@ -40,6 +40,7 @@ from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages, build_advantages
+from hrf_fast.training.reference import reference_at
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.step_weights import step_weights
 from hrf_fast.user_code import source_of
@@ -67,6 +68,8 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config)
+        if config.remedies.needs_reference:
+            policy.hold_reference()
         combined = (
             build_reward(reward, device, config.reward.kwargs)
             if callable(reward)
@@ -105,7 +108,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         policy=policy,
         engine=build_engine(policy, config),
         reward=combined,
-        rewarder=Rewarder(combined, device),
+        rewarder=Rewarder(combined, device, panel.network if config.remedies.novelty else None),
         schedule=windows,
         advantages=advantages,
         groups=build_groups(config),
@@ -180,18 +183,18 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
             iterations=train.iterations,
         ),
         guided=train.guidance,
+        sharpness=config.remedies.matching,
+        reference=reference_at(
+            config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
+        ),
     )
 
 
 def build_config_advantages(config: Config) -> Advantages:
     """Build what train.advantages names."""
-    train = config.train
-    return build_advantages(
-        train.advantages,
-        advantage_floor=train.advantage_floor,
-        prompt_buffer=train.prompt_buffer,
-        prompt_min_count=train.prompt_min_count,
-    )
+    names = ("advantage_floor", "advantage_scale", "advantage_baseline", "prompt_buffer", "prompt_min_count")
+    options = {name: getattr(config.train, name) for name in names}
+    return build_advantages(config.train.advantages, reward_band=config.remedies.reward_band, **options)
 
 
 def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None]:

@@ -28,21 +28,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
     from hrf_fast.commands import draw
 
-    draw(
-        arguments.model,
-        arguments.out,
-        count=arguments.count,
-        images_per_call=arguments.images_per_call,
-        seed=arguments.seed,
-        device=arguments.device,
-        variant=arguments.variant,
-        sampler=arguments.scheduler,
-        num_inference_steps=arguments.steps,
-        eta=arguments.eta,
-        prompts=arguments.prompt,
-        negatives=arguments.negative,
-        guidance_scale=arguments.guidance,
-    )
+    draw(**_given(arguments))
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
 
 
@@ -51,6 +37,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from hrf_fast.commands import evaluate as evaluate_run
 
     print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % bootstrap intervals)")
+
+
+def blend(arguments: argparse.Namespace) -> None:
+    """Find the best model on the line from a run's pretrained model through its tuned one and beyond; RUN/blend."""
+    from hrf_fast.commands import blend as blend_run
+
+    print("\n".join([*blend_run(**_given(arguments)), f"written to {arguments.run / 'blend'}"]))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -88,16 +81,9 @@ def rewards(arguments: argparse.Namespace) -> None:
 
 def serve_reward(arguments: argparse.Namespace) -> None:
     """Serve a reward over HTTP, for runs with reward.name=remote."""
-    from hrf_fast.commands import serve
+    from hrf_fast.rewards.serve import serve
 
-    serve(
-        arguments.reward,
-        arguments.kwargs,
-        host=arguments.host,
-        port=arguments.port,
-        max_bytes=arguments.max_bytes,
-        device=arguments.device,
-    )
+    serve(**_given(arguments))
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -142,6 +128,11 @@ def plan(arguments: argparse.Namespace) -> None:
     memory = parse_memory(arguments.memory)
     config = load_config([*(word for file in arguments.config for word in ("--config", file)), *arguments.overrides])
     print(describe(make_plan(config, gpus=arguments.gpus, memory=memory)))
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A command's own arguments by name, where they are those of the function that does it."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("command", "version", "function")}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -202,16 +193,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("model", help=models)
     command.add_argument("--out", type=_path, default="samples.png", help="picture to write")
     command.add_argument("--count", type=int, default=64, help="images, at least 1")
-    command.add_argument("--steps", type=int, help="denoising steps; a run's own, else 40")
-    command.add_argument("--scheduler", choices=("ddim", "ddpm"), help="a run's own, else ddim")
+    steps = "denoising steps; a run's own, else 40"
+    command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
+    scheduler = "a run's own, else ddim"
+    command.add_argument("--scheduler", choices=("ddim", "ddpm"), dest="sampler", help=scheduler)
     command.add_argument("--eta", type=float, help="a run's own, else 1")
-    command.add_argument(
-        "--prompt", action="append", default=[], help="of a text-to-image model, may repeat; a run's own"
-    )
-    command.add_argument(
-        "--negative", action="append", default=[], help="negative prompt, of all prompts or one of each"
-    )
-    command.add_argument("--guidance", type=float, help="factor of guidance; a run's own, else 1 for none")
+    many: dict[str, Any] = {"action": "append", "default": [], "metavar": "TEXT"}
+    command.add_argument("--prompt", **many, dest="prompts", help="of a text-to-image model, may repeat; a run's own")
+    command.add_argument("--negative", **many, dest="negatives", help="negative prompt, of all prompts or one of each")
+    guidance = "factor of guidance; a run's own, else 1 for none"
+    command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help=guidance)
     command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234, help="of the noise")
     command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
@@ -219,6 +210,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(evaluate)
     command.add_argument("run", type=_path, help="a run folder")
     add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
+    command = add(blend)
+    command.add_argument("run", type=_path, help="a finished run's folder")
+    command.add_argument("--keep", type=float, default=0.95, help="least share of the pretrained Vendi Score")
+    command.add_argument("--most", type=float, default=2.0, help="largest alpha; 1 is the tuned model")
+    command.add_argument("--step", type=float, default=0.2, help="distance of the alphas")
+    add_options(command, "words", "options to change, such as run.device=cpu")
     command = add(export)
     command.add_argument("checkpoint", type=_path, help="such as RUN/checkpoints/iteration-000010")
     command.add_argument("--out", type=_path, required=True, help="a new folder")
@@ -237,7 +234,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add(rewards)
     command = add(serve_reward)
     command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
-    command.add_argument("kwargs", nargs="*", help="its arguments, as name=value in YAML")
+    command.add_argument("words", nargs="*", help="its arguments, as name=value in YAML")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it can ask")
     command.add_argument("--port", type=int, default=8000, help="port, 0 for any that is free")
     command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hrf_fast.config.facts import Facts, option
+from hrf_fast.config.remedy_options import RemediesConfig
 from hrf_fast.config.run_options import (
     PRECISIONS,
     ComputeConfig,
@@ -109,7 +110,8 @@ class TrainConfig:
     """The RL algorithm. Defaults are those of the HRF authors' code where it has them."""
 
     iterations: int = option(70, at_least=1, resumable=True)
-    """Rollout and update, this many times. A resume may raise it where the learning rate is constant."""
+    """Rollout and update, this many times. A resume may raise it where the learning rate and the weight of the
+    KL are constant."""
     groups_per_iteration: int = option(4, at_least=1)
     """Groups per iteration; in HRF each has an anchor."""
     group_size: int = option(5, at_least=1)
@@ -128,6 +130,11 @@ class TrainConfig:
     """Rewards that advantages=prompt remembers of each prompt."""
     prompt_min_count: int = option(16, at_least=1)
     """Remembered rewards from which on a prompt is its own peer; before, its peers are all groups of the iteration."""
+    advantage_scale: str = option("std", choices=("std", "none"))
+    """Divisor of the advantages: their peers' standard deviation, or none (Dr. GRPO, arXiv 2503.20783), which leaves
+    them in units of the reward, as advantage_clip then is."""
+    advantage_baseline: str = option("mean", choices=("mean", "leave_one_out"))
+    """Baseline of a reward: the mean of its peers, or of the others among them (RLOO, arXiv 2402.14740)."""
     advantage_floor: float = option(1e-6, above=0)
     """Least standard deviation to divide by, in units of the reward."""
     advantage_clip: float = option(2.5, above=0)
@@ -208,6 +215,7 @@ class Config:
     window: WindowConfig = field(default_factory=WindowConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    remedies: RemediesConfig = field(default_factory=RemediesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

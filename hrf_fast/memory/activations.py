@@ -21,7 +21,8 @@ from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.distributed.launcher import ranks_of_machine
 from hrf_fast.memory.footprint import measure_running
-from hrf_fast.memory.planner import RESERVE, Plan, count_calls, engine_of
+from hrf_fast.memory.planner import RESERVE, Plan, count_calls
+from hrf_fast.memory.zero import engine_of
 from hrf_fast.policies.base import Policy
 
 _MEMINFO = Path("/proc/meminfo")

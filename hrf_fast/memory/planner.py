@@ -8,8 +8,8 @@ panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from hrf_fast.config.options import Config
 from hrf_fast.config.run_options import PRECISIONS
-from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.memory.footprint import Footprint, measure_model
-from hrf_fast.memory.zero import BUCKET, ENGINES, States, model_states
+from hrf_fast.memory.zero import ENGINES, States, engine_of, model_states
 from hrf_fast.noise import noise_generator
 from hrf_fast.policies.checks import check_options
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
-from hrf_fast.policies.untrained import frozen_bytes, plan_sampler
+from hrf_fast.policies.untrained import copied_bytes, frozen_bytes, plan_sampler
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule
@@ -45,10 +44,13 @@ class CallCounts:
     update: float
     longest_window: int
     """In steps."""
+    reference: float = 0.0
+    """Through the pretrained model, where the loss has a term of it."""
 
     def forwards(self, mode: str, inner_epochs: int) -> float:
         """Forwards without those that checkpointing repeats; `keep` needs none in the first epoch of the update."""
-        return self.anchors + self.search + self.rollout + self.update * (inner_epochs - (mode == "keep"))
+        sampled = self.anchors + self.search + self.rollout + self.reference
+        return sampled + self.update * (inner_epochs - (mode == "keep"))
 
     def evaluations(self, mode: str, inner_epochs: int) -> float:
         """Cost in forwards, a backward counting two."""
@@ -72,7 +74,8 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
     stand_in = torch.Generator().manual_seed(config.run.seed)
     iterations = min(train.iterations, 1000)
     groups, size = train.groups_per_iteration, train.group_size
-    searched, lengths, run_steps = 0, [], 0
+    searched, lengths, run_steps, referred = 0, [], 0, 0
+    last_referred = config.remedies.referred_steps(steps)
 
     def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
         nonlocal searched
@@ -87,6 +90,7 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
         for window in windows(iteration, groups, generator=generator, probe=probe):
             lengths.append(len(window))
             run_steps += steps - window.start
+            referred += max(0, min(window.stop, last_referred) - window.start)
     branches = 2 if config.sample.guidance_scale > 1 and train.guidance else 1
     return CallCounts(
         anchors=float(branches * groups * steps if windows.needs_anchors else 0),
@@ -94,6 +98,7 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
         rollout=branches * run_steps * size / iterations,
         update=branches * sum(lengths) * size / iterations,
         longest_window=stop if searched else max(lengths),
+        reference=branches * referred * size / iterations,
     )
 
 
@@ -121,6 +126,8 @@ class Plan:
     footprints: dict[tuple[str, bool], Footprint]
     frozen: int = 0
     """Bytes of text encoders and decoder, where they stay on the GPU."""
+    copies: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the pretrained network's frozen copy by precision, whole on every GPU; empty where there is none."""
 
     @property
     def any_footprint(self) -> Footprint:
@@ -155,8 +162,10 @@ class Plan:
 
     @property
     def trajectories(self) -> int:
-        """The latents of their windows and the final images, in fp32."""
-        return self.rolled_out * (self.counts.longest_window + 2) * self.any_footprint.image_bytes
+        """The latents of their windows, the pretrained model's outputs there and the final images, in fp32."""
+        longest = self.counts.longest_window
+        referred = min(longest, self.config.remedies.referred_steps(self.config.sample.num_inference_steps))
+        return self.rolled_out * (longest + referred + 2) * self.any_footprint.image_bytes
 
     @property
     def kept_samples(self) -> int:
@@ -198,7 +207,7 @@ class Plan:
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
         most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
-        return states.together + self.frozen + self.trajectories + most
+        return states.together + self.frozen + self.copies.get(precision, 0) + self.trajectories + most
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
         """The configuration's calls, or the largest smaller ones, if any fit."""
@@ -256,7 +265,9 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         ) from error
     engine, bucket = engine_of(config)
     frozen = 0 if config.compute.offload else frozen_bytes(files)
-    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen)
+    copied = config.remedies.needs_reference and not config.lora.rank
+    copies = {precision: copied_bytes(files, precision) for precision in PRECISIONS if copied}
+    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen, copies)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
         ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
         least = min(ways, key=lambda way: ways[way])
@@ -281,15 +292,3 @@ def _adapters(config: Config) -> Callable[[Any, str], None] | None:
         add_adapters(unet, **{**vars(lora), "base_precision": stored})
 
     return prepare
-
-
-def engine_of(config: Config) -> tuple[str, int]:
-    """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
-    path = config.engine.deepspeed
-    if path is None:
-        return "plain", BUCKET
-    zero = read_settings(path)["zero_optimization"]
-    stage = zero.get("stage", 0)
-    offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
-    engine = f"zero{stage}{offload}" if stage else "plain"
-    return engine, int(zero.get("reduce_bucket_size", BUCKET))

@@ -27,6 +27,8 @@ def describe(plan: Plan) -> str:
     if lora.rank:
         side += f" ({sum(footprint.tensors):,} trained: LoRA of rank {lora.rank}; the others in {lora.base_precision})"
     side += f" and {show_bytes(plan.frozen)} of text encoders and decoder" if plan.frozen else ""
+    if plan.copies:
+        side += f" and {show_bytes(plan.copies[plan.config.compute.precision])} of the pretrained network's copy"
     head = f"{side}; {plan.gpus} x {show_bytes(plan.memory)}, {RESERVE:.0%} of it left for what can't be counted"
     tables = (_states(plan), _activations(plan), _fits(plan))
     return "\n\n".join([head, *map(_table, tables), _calls(plan), _verdict(plan)])
@@ -79,7 +81,8 @@ def _fit(plan: Plan, choice: Choice | None) -> str:
 
 def _calls(plan: Plan) -> str:
     counts, epochs = plan.counts, plan.config.train.inner_epochs
-    parts = {name: getattr(counts, name) for name in ("anchors", "search", "rollout")}
+    names = ("anchors", "search", "rollout", *(["reference"] if counts.reference else []))
+    parts = {name: getattr(counts, name) for name in names}
     line = (
         f"network calls per iteration on all GPUs, in images: {', '.join(f'{n} {v:,.0f}' for n, v in parts.items())}; "
         f"update {counts.update * epochs:,.0f} forwards and backwards"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hrf_fast.config.options import Config
+from hrf_fast.config.zero_settings import offload_device, read_settings
+
 ENGINES = ("plain", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
 # DeepSpeed's default reduce_bucket_size, in elements
 BUCKET = 500_000_000
@@ -80,3 +83,15 @@ def _moments(tensors: Sequence[int], optimizer: str) -> float:
         return 2.0 * FP32 * sum(tensors)
     # bitsandbytes: two bytes and two fp32 scales per block of 256; tensors under 4096 elements stay in fp32
     return sum(n * (2 + 2 * FP32 / 256) if n >= 4096 else 2.0 * FP32 * n for n in tensors)
+
+
+def engine_of(config: Config) -> tuple[str, int]:
+    """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
+    path = config.engine.deepspeed
+    if path is None:
+        return "plain", BUCKET
+    zero = read_settings(path)["zero_optimization"]
+    stage = zero.get("stage", 0)
+    offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
+    engine = f"zero{stage}{offload}" if stage else "plain"
+    return engine, int(zero.get("reduce_bucket_size", BUCKET))

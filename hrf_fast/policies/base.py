@@ -86,6 +86,11 @@ class Prediction(NamedTuple):
             return self.model_output
         return self.unconditional_output + self.guidance_scale * (self.model_output - self.unconditional_output)
 
+    def float(self) -> Prediction:
+        """Convert both outputs to fp32."""
+        unconditional = None if self.unconditional_output is None else self.unconditional_output.float()
+        return Prediction(self.model_output.float(), unconditional, self.guidance_scale)
+
     def detach(self) -> Prediction:
         unconditional = None if self.unconditional_output is None else self.unconditional_output.detach()
         return Prediction(self.model_output.detach(), unconditional, self.guidance_scale)
@@ -127,6 +132,21 @@ class Policy(Protocol):
 
         The call is counted, two per sample under guidance, and timed. With gradient enabled it goes through what
         `attach` was given.
+        """
+        ...
+
+    def hold_reference(self) -> None:
+        """Get ready for `reference`, before anything is trained, compiled or sharded.
+
+        Adapters can be switched off; weights that are trained need a frozen copy, in the compute precision.
+        """
+        ...
+
+    def reference(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Tensor:
+        """The pretrained model's output [B, *latent_shape] in fp32, under guidance, without gradient.
+
+        Arguments as `predict`; counted and timed as its calls are. Where weights are sharded they must be whole: inside
+        `Engine.gathered()`.
         """
         ...
 

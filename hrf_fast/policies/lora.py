@@ -7,7 +7,8 @@ change W (PiSSA, OLoRA, LoftQ): B starts at 0, so that a run starts at its pretr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def adapted_layers(unet: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextmanager
+def switched_off(unet: nn.Module) -> Iterator[None]:
+    """A block in which the UNet computes without its adapters; a no-op for one that has none."""
+    layers = adapted_layers(unet).values()
+    try:
+        for layer in layers:
+            # not peft's enable_adapters: it would take requires_grad from adapters that kept graphs and ZeRO rely on
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()

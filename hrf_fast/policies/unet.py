@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.compilation import compile_network
+from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.stopwatch import Stopwatch
@@ -49,6 +51,7 @@ class UNetPolicy:
         self.guidance_scale = guidance_scale
         self.network = Network(unet, precision, channels_last=channels_last)
         self._with_gradient: Callable[..., Tensor] = self.network
+        self._reference: Network | None = None
         self.device = next(unet.parameters()).device
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
@@ -72,11 +75,37 @@ class UNetPolicy:
 
         Both branches of guidance are one call of 2B rows, the unconditional ones first, as in diffusers' pipelines.
         """
+        forward = self._with_gradient if torch.is_grad_enabled() else self.network
+        return self._predict(forward, latents, steps, condition)
+
+    def hold_reference(self) -> None:
+        """Copy the network, frozen and in the compute precision, unless it has adapters; see `Policy.hold_reference`.
+
+        Autocast rounds weights at each use, so a copy in its precision computes the numbers of the original.
+        """
+        if not adapted_layers(self.unet):
+            self._reference = copy.deepcopy(self.network).requires_grad_(False)
+            store_frozen(self._reference.unet, self.precision)
+
+    @torch.no_grad()
+    def reference(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Tensor:
+        """The pretrained model's output, see `Policy.reference`.
+
+        Raises:
+            RuntimeError: `hold_reference` was not called and there are no adapters.
+        """
+        if self._reference is None and not adapted_layers(self.unet):
+            raise RuntimeError("there is no pretrained network to refer to; call hold_reference() before training")
+        with switched_off(self.unet):
+            return self._predict(self._reference or self.network, latents, steps, condition).float().combined
+
+    def _predict(
+        self, forward: Callable[..., Tensor], latents: Tensor, steps: int | Tensor, condition: Condition
+    ) -> Prediction:
         timesteps = self._timesteps[steps] if isinstance(steps, int) else self.sampler.timesteps[steps]
         branches = condition.branches
         self.calls.batches += 1
         self.calls.forwards += branches * len(latents)
-        forward = self._with_gradient if torch.is_grad_enabled() else self.network
         if branches > 1:
             latents = torch.cat([latents] * branches)
             timesteps = timesteps.repeat(branches) if isinstance(timesteps, Tensor) else timesteps
@@ -102,12 +131,20 @@ class UNetPolicy:
 
     def blocks(self) -> list[nn.Module]:
         """The down, mid and up blocks."""
-        return [*self.unet.down_blocks, *filter(None, [self.unet.mid_block]), *self.unet.up_blocks]
+        return _blocks(self.unet)
 
     def compile(self, mode: str) -> None:
         """Run the UNet compiled, see `compile_network`; `warm_up` makes the graphs before training."""
-        compile_network({"none": [], "unet": [self.unet], "blocks": self.blocks()}[mode])
+        unets = [self.unet, *([self._reference.unet] if self._reference else [])]
+        blocks = [block for unet in unets for block in _blocks(unet)]
+        compile_network({"none": [], "unet": unets, "blocks": blocks}[mode])
+        if self._reference:
+            self._reference.compiled = mode != "none"
         self.compiled, self.network.compiled = mode, mode != "none"
+
+
+def _blocks(unet: Any) -> list[nn.Module]:
+    return [*unet.down_blocks, *filter(None, [unet.mid_block]), *unet.up_blocks]
 
 
 def latent_shape(config: Any) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import torch
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.component import Component
 from hrf_fast.policies.files import ModelFiles
+from hrf_fast.policies.lora import store_frozen
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.sampler import Sampler, build_sampler
 from hrf_fast.policies.schedulers import make_scheduler
@@ -40,6 +41,14 @@ def frozen_bytes(files: ModelFiles) -> int:
     with torch.device("meta"):
         networks = [_untrained(part) for name, part in files.parts.items() if part.has_weights and name != "unet"]
     return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def copied_bytes(files: ModelFiles, precision: str) -> int:
+    """Bytes of a frozen copy of the UNet for a precision; see `UNetPolicy.hold_reference`."""
+    with torch.device("meta"):
+        unet = _untrained(files.unet)
+    store_frozen(unet.requires_grad_(False), precision)
+    return sum(parameter.nbytes for parameter in unet.parameters())
 
 
 def plan_sampler(files: ModelFiles, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:

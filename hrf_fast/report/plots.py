@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -52,6 +52,29 @@ def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: flo
         axes.plot(line.x[:1], line.y[:1], **{**look, "markersize": 9, "markerfacecolor": "white", "zorder": 3})
     if level is not None:
         axes.axvline(level, color="#666666", linestyle=":", linewidth=1)
+    _legend(axes)
+    return _png(figure)
+
+
+def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: float) -> bytes:
+    """Reward against the share of the Vendi Score over blends, each with its α; a dotted line marks `keep`.
+
+    Args:
+        records: of panels at several `alpha`, 0 among them.
+    """
+    in_order = sorted(records, key=lambda record: float(record["alpha"]))
+    base = next(record["vendi"][0] for record in records if record["alpha"] == 0)
+    x = [100 * record["vendi"][0] / base for record in in_order]
+    y, low, high = ([record["reward"][i] for record in in_order] for i in range(3))
+    figure, axes = _axes("Vendi Score, % of the pretrained model's", "reward")
+    errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+    axes.errorbar(x, y, yerr=errors, color=COLOURS[0], alpha=0.35, linestyle="none", linewidth=1)
+    axes.plot(x, y, **_look(0))
+    for record, a, b in zip(in_order, x, y, strict=True):
+        axes.annotate(f"{record['alpha']:g}", (a, b), (4, 3), textcoords="offset points", fontsize=FONT - 2)
+        if record["alpha"] == chosen:
+            axes.plot([a], [b], **{**_look(1), "markersize": 9}, label=f"chosen, alpha {chosen:g}")
+    axes.axvline(100 * keep, color="#666666", linestyle=":", linewidth=1)
     _legend(axes)
     return _png(figure)
 

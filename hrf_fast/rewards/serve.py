@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+import yaml
 
+from hrf_fast.devices import choose_device
 from hrf_fast.prompts import Prompt
-from hrf_fast.rewards.build import CombinedReward
+from hrf_fast.rewards.build import CombinedReward, build_reward
 from hrf_fast.rewards.registry import NotFiniteError, RewardError
 from hrf_fast.rewards.remote import NOT_FINITE, unpack
 
@@ -107,3 +110,30 @@ def _with_metadata(images: Any, prompts: list[str] | None, metadata: list[dict[s
     if metadata and len(metadata) != len(prompts) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images came with {len(prompts)} prompts and {len(metadata)} metadata")
     return [Prompt(text, metadata=item) for text, item in zip(prompts, metadata or [{}] * len(prompts), strict=True)]
+
+
+def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes: int, device: str) -> None:
+    """Serve a reward until Ctrl-C.
+
+    Args:
+        reward: a name of the registry, or module:function; words: its arguments, as name=value in YAML.
+
+    Raises:
+        ValueError: no such reward or argument, or a limit below 1.
+        OSError: the address is in use.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"--max-bytes is {max_bytes}; use at least 1")
+    kwargs: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is no argument of a reward; write name=value")
+        kwargs[name] = yaml.safe_load(value)
+    chosen = choose_device(device)
+    server = RewardServer(
+        build_reward(reward, chosen, kwargs), host=host, port=port, max_bytes=max_bytes, device=chosen
+    )
+    with server:
+        print(f"{reward} on {server.url}: hrf train reward.name=remote reward.kwargs.url={server.url}", flush=True)
+        server.serve_forever()

@@ -33,21 +33,32 @@ def reward_name(reward: RewardConfig) -> str:
     return reward.name or " + ".join(f"{term.weight:g} {term.name}" for term in reward.terms)
 
 
-def save_model(folder: Path, policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> None:
+def save_model(
+    folder: Path,
+    policy: Policy,
+    config: Config,
+    panels: Sequence[dict[str, Any]],
+    iterations: int,
+    *,
+    alpha: float | None = None,
+) -> None:
     """Write a tuned model as a diffusers folder with its card, whole or not at all.
 
     Args:
         panels: the run's lines of evaluations.jsonl; iterations: done to the weights that the policy has.
+        alpha: of a blend, see `hrf_fast.evaluation.blend`.
     """
 
     def fill(path: Path) -> None:
         policy.save(path)
-        (path / NAME).write_text(model_card(policy, config, panels, iterations), encoding="utf-8")
+        (path / NAME).write_text(model_card(policy, config, panels, iterations, alpha), encoding="utf-8")
 
     replace_folder(folder, fill)
 
 
-def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int) -> str:
+def model_card(
+    policy: Policy, config: Config, panels: Sequence[dict[str, Any]], iterations: int, alpha: float | None = None
+) -> str:
     """README.md of a tuned model; arguments as `save_model`."""
     model, sample, evaluation = config.model, config.sample, config.evaluation
     local = model.name not in SHIPPED and os.path.isdir(model.name)
@@ -73,6 +84,7 @@ def model_card(policy: Policy, config: Config, panels: Sequence[dict[str, Any]],
         f"| base model | {base}{detail} |",
         f"| method | {method} (`window.schedule={config.window.schedule}`), {iterations} iterations |",
         *_trained(config.lora),
+        *([f"| blend | pretrained + {alpha:g} x (tuned - pretrained) |"] if alpha is not None else []),
         f"| reward | {reward_name(config.reward)} |",
         f"| trained by | hrf_fast {__version__} |",
         "",

@@ -150,8 +150,9 @@ class RunFolder:
 
     def _may_change(self, option: str) -> bool:
         if option == "train.iterations":
-            # a cosine learning rate depends on the length, so another length is another run
-            return self.config.optimizer.learning_rate_schedule == "constant"
+            # a cosine or a ramp depends on the length, so another length is another run
+            constant = self.config.optimizer.learning_rate_schedule == "constant"
+            return constant and self.config.remedies.kl_weight_end is None
         return FACTS[option].resumable
 
     def rewind(self, iteration: int) -> None:

@@ -7,7 +7,9 @@ from torch import Tensor
 _ROUNDING_STEPS = 64
 
 
-def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
+def group_advantages(
+    rewards: Tensor, group: Tensor, *, floor: float, scale: str = "std", baseline: str = "mean"
+) -> Tensor:
     """Standardise rewards within each group (HRF, arXiv 2410.08315).
 
     Args:
@@ -15,6 +17,9 @@ def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
         group: [B] int64; a group shares its anchor, so its mean is the baseline. One value for all: the whole batch.
         floor: least standard deviation to divide by, in units of the reward. It keeps a group whose rewards hardly
             differ from being blown up to full-size advantages.
+        scale: std, or none for reward − mean (Dr. GRPO, arXiv 2503.20783): a group that hardly differs teaches little.
+        baseline: mean, or leave_one_out for that of the others (RLOO, arXiv 2402.14740): n/(n − 1) of the deviation. A
+            mean that has the reward itself in it makes the gradient (n − 1)/n of the unbiased one.
 
     Returns:
         [B] fp32: (reward − mean)/max(std, floor), with the unbiased std. A group of equal rewards gets zeros.
@@ -25,7 +30,21 @@ def group_advantages(rewards: Tensor, group: Tensor, *, floor: float) -> Tensor:
     if not floor > 0:
         raise ValueError(f"train.advantage_floor is {floor}; it divides, so use a positive number")
     index, centred, _, std = _moments(rewards, group)
-    return (centred / std.clamp(min=floor)[index]).float()
+    if baseline == "leave_one_out":
+        sizes = index.bincount()
+        centred = centred * (sizes / (sizes - 1))[index]
+    return (centred / std.clamp(min=floor)[index] if scale == "std" else centred).float()
+
+
+def within_band(rewards: Tensor, group: Tensor, *, band: float) -> Tensor:
+    """Clip rewards to mean ± band·std of their group (after DRIFT, arXiv 2601.12401); arguments as `group_advantages`.
+
+    Returns:
+        [B] fp64. A reward far above its peers pulls no harder than one at the edge of the band.
+    """
+    index, centred, mean, std = _moments(rewards, group)
+    edge = (band * std)[index]
+    return mean[index] + centred.clamp(-edge, edge)
 
 
 def weak_spreads(rewards: Tensor, group: Tensor, *, floor: float) -> dict[str, str]:

@@ -68,7 +68,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
 
 
 def collect(
-    components: Components, run: Run, groups: Sequence[Group]
+    components: Components, run: Run, groups: Sequence[Group], iteration: int
 ) -> tuple[Rollout, list[Future[dict[int, GroupRewards]]]]:
     """Roll out groups of this rank; the rewards of one pack are computed while the next one denoises."""
     plan = components.calls
@@ -78,11 +78,20 @@ def collect(
     rolled_out, rewards = Rollout(), []
     for pack in plan.packs(windows):
         with run.phase("rollout"):
-            part = rollout(components.policy, [by_number[number] for number in pack], plan, keep_from=keep_from)
+            part = rollout(
+                components.policy,
+                [by_number[number] for number in pack],
+                plan,
+                keep_from=keep_from,
+                reference_steps=components.rules.reference(iteration).steps,
+            )
         rolled_out.join(part)
         images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
         prompts = {number: by_number[number].prompt for number in pack}
-        rewards.append(components.rewarder.submit(images, prompts))
+        log_probs = None
+        if components.rules.sharpness:
+            log_probs = {number: trajectory.old_log_prob.sum(0) for number, trajectory in part.trajectories.items()}
+        rewards.append(components.rewarder.submit(images, prompts, log_probs))
     return rolled_out, rewards
 
 

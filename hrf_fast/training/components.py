@@ -20,6 +20,7 @@ from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages
+from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import WindowSchedule
 from hrf_fast.windows.schedules import load_schedule_state, schedule_state
@@ -44,6 +45,10 @@ class Rules:
     """Adds up what train.gradient_noise measures."""
     guided: bool = True
     """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
+    reference: Callable[[int], ReferenceWeights] = lambda iteration: NO_REFERENCE
+    """By iteration."""
+    sharpness: float = 0.0
+    """Sharpness of trajectories that are matched to their rewards; 0 leaves advantages as they are."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,13 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
         )
     for line in tuple(components.reward.notes):
         run.note_once(line, key=line)
-    numbers = iteration_record(outcome.steps, outcome.rewards, outcome.advantages, outcome.windows)
+    numbers = iteration_record(
+        outcome.steps,
+        outcome.rewards,
+        outcome.advantages,
+        outcome.windows,
+        referred=components.rules.reference(iteration).steps > 0,
+    )
     noisy = components.rules.noise_scale.add(numbers.get("gradient_signal"), numbers.get("gradient_noise"))
     if noisy:
         run.note_once(f"iteration {iteration}: {noisy}", key="gradient noise")
@@ -108,10 +114,12 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     for steps in rounds:
         rank_groups = [groups[number] for number in components.groups.own(steps)]
         with engine.gathered():
-            rolled_out, pending = collect(components, run, rank_groups)
+            rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
-            advantages = standardise(rewards, components.advantages, components.policy.device)
+            advantages = standardise(
+                rewards, components.advantages, components.policy.device, sharpness=rules.sharpness
+            )
             for kind, sentence in spread_notes(rewards, components.advantages).items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards

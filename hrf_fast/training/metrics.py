@@ -35,6 +35,8 @@ class StepStats:
     ratio_max: Tensor
     grad_norm: Tensor
     """Before clipping."""
+    reference_kl: Tensor
+    """Mean KL(policy ‖ pretrained model) of a step; steps at which that is not asked count as 0."""
     gradient_signal: Tensor
     """Estimate of the squared norm of the gradient's expectation; NaN where it is not measured."""
     gradient_noise: Tensor
@@ -54,6 +56,7 @@ class StepStats:
             ratio_mean=self.ratio_mean + surrogate.ratio.sum(),
             ratio_max=torch.maximum(self.ratio_max, surrogate.ratio.max()),
             grad_norm=self.grad_norm,
+            reference_kl=self.reference_kl + surrogate.kl.sum(),
             gradient_signal=self.gradient_signal,
             gradient_noise=self.gradient_noise,
         )
@@ -64,7 +67,7 @@ class StepStats:
         Args:
             measured: the gradient's signal and noise, where they are.
         """
-        sums = ("approx_kl", "clip_fraction", "clipped_fraction", "ratio_mean")
+        sums = ("approx_kl", "clip_fraction", "clipped_fraction", "ratio_mean", "reference_kl")
         means = {name: getattr(self, name) / pairs for name in sums}
         unknown = torch.full_like(self.loss, torch.nan)
         signal, noise = measured or (unknown, unknown)
@@ -93,12 +96,15 @@ def iteration_record(
     rewards: Mapping[int, GroupRewards],
     advantages: Mapping[int, Tensor],
     windows: Sequence[Window],
+    *,
+    referred: bool = False,
 ) -> dict[str, Any]:
     """The numbers of one iteration's line of metrics.jsonl, less its counters and seconds.
 
     Args:
         steps: one per optimizer step that was made; rewards: of all groups; windows: in the order of the groups.
         advantages: of the groups that were not skipped.
+        referred: whether the loss has a term of the pretrained model.
     """
     all_advantages = torch.cat(list(advantages.values()))
     by_group = [group.rewards for group in rewards.values() if group.rewards is not None]
@@ -107,6 +113,9 @@ def iteration_record(
     terms = [group.terms for group in rewards.values() if group.rewards is not None]
     term_means = {name: sum(group[name] for group in terms) / len(terms) for name in terms[0]}
     prompts = [group.prompt for group in rewards.values()]
+    summary = summarise(steps)
+    if not referred:
+        del summary["reference_kl"]
     return {
         "reward_mean": float(all_rewards.mean()),
         "reward_std": float(all_rewards.std()),
@@ -117,7 +126,7 @@ def iteration_record(
         "advantage_max": float(all_advantages.abs().max()),
         # a group of one has no spread
         "group_reward_std": float(torch.stack(spreads).mean()) if spreads else None,
-        **summarise(steps),
+        **summary,
         **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],
         "window_steps": sum(len(window) for window in windows),

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
-from hrf_fast.policies.base import Condition, Policy
+from hrf_fast.policies.base import Condition, Policy, Prediction
 from hrf_fast.training.calls import Call, Piece
 from hrf_fast.training.gradient_noise import GradientHalves
 from hrf_fast.training.metrics import StepStats
+from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.trajectory import Trajectory
 from hrf_kernels import Surrogate, clipped_surrogate
 
@@ -44,6 +45,7 @@ def optimizer_step(
     calls: Iterable[Call],
     clips: Clips,
     *,
+    reference: ReferenceWeights = NO_REFERENCE,
     pairs: int | None = None,
     padding: int = 0,
     measure: bool = False,
@@ -56,6 +58,7 @@ def optimizer_step(
         trajectories: this rank's groups, whose windows may differ; advantages: [B] fp32 for each.
         calls: which steps and samples share a network call; together every step of every window once. A call that comes
             with its prediction is not made again.
+        reference: weights of the terms that hold the policy to the pretrained model, which the rollout has asked.
         pairs: samples × steps of the groups of all ranks, if there are other ranks.
         padding: zero-weight forwards that the engine adds so that all ranks make equally many; they are not counted.
         measure: measure the gradient's signal and noise; no call then has groups of even and of odd numbers.
@@ -72,7 +75,9 @@ def optimizer_step(
     halves = GradientHalves(engine) if measure else None
     with engine.accumulating():
         for call in halves.in_order(calls) if halves else calls:
-            surrogate = call_surrogate(policy, trajectories, advantages, call, clips, loss_weight=weight)
+            surrogate = call_surrogate(
+                policy, trajectories, advantages, call, clips, reference=reference, loss_weight=weight
+            )
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
             with policy.stopwatch.running():
@@ -92,6 +97,7 @@ def call_surrogate(
     call: Call,
     clips: Clips,
     *,
+    reference: ReferenceWeights = NO_REFERENCE,
     loss_weight: float = 1.0,
 ) -> Surrogate:
     """The clipped loss of a call's samples and steps, step by step within a piece, under the current weights."""
@@ -111,11 +117,13 @@ def call_surrogate(
         conditions = [trajectories[piece.group].group.condition[piece.samples] for piece in call.pieces]
         condition = Condition.join([part.repeat(len(call.steps)) for part in conditions])
         prediction = policy.predict(latents, steps, condition)
+    coefficients = policy.sampler.coefficients[steps]
+    held = call.steps.start < reference.steps
     return clipped_surrogate(
         prediction.model_output,
         latents,
         next_latents,
-        policy.sampler.coefficients[steps],
+        coefficients,
         old_log_prob,
         advantage,
         clips.clip_range,
@@ -124,6 +132,8 @@ def call_surrogate(
         loss_weight=loss_weight,
         unconditional_output=prediction.unconditional_output,
         guidance_scale=prediction.guidance_scale,
+        reference_output=_reference_output(trajectories, call, prediction) if held else None,
+        kl_weight=reference.per_row(steps, coefficients.std, len(latents)) if held else 0.0,
         backend=policy.kernels,
     )
 
@@ -136,6 +146,21 @@ def _rows(piece: Piece, steps: range, trajectory: Trajectory, advantage: Tensor)
         trajectory.latents[first + 1 : last + 1, piece.samples].flatten(0, 1),
         trajectory.old_log_prob[first:last, piece.samples].flatten(),
         advantage[piece.samples].repeat(len(steps)),
+    )
+
+
+def _reference_output(trajectories: Mapping[int, Trajectory], call: Call, prediction: Prediction) -> Tensor:
+    """The pretrained model's output at a call's rows; the policy's own, whose KL is 0, where that was not asked."""
+    parts = []
+    for piece in call.pieces:
+        trajectory = trajectories[piece.group]
+        assert trajectory.reference is not None, "the rollout was not asked for the pretrained model's outputs"
+        first, last = (step - trajectory.window.start for step in (call.steps.start, call.steps.stop))
+        parts.append(trajectory.reference[first:last, piece.samples].flatten(0, 1))
+    known = _cat(parts)
+    # several steps are of one piece, so that the last rows are those of the last steps
+    return (
+        known if len(known) == call.images else torch.cat([known, prediction.detach().float().combined[len(known) :]])
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.registry import Registry, call_factory, load_user_function, qualified_name
-from hrf_fast.training.advantages import group_advantages, weak_spreads
+from hrf_fast.training.advantages import group_advantages, weak_spreads, within_band
 from hrf_fast.user_code import user_code
 
 
@@ -34,6 +34,8 @@ class Advantages(Protocol):
 
 
 Factory = Callable[..., Advantages]
+# options that change an advantage, each with the value that changes nothing
+_NEUTRAL = {"train.advantage_scale": "std", "train.advantage_baseline": "mean", "remedies.reward_band": 0.0}
 ADVANTAGES: Registry[Factory] = Registry("way to make advantages", "train.advantages")
 register_advantages = ADVANTAGES.register
 
@@ -43,13 +45,21 @@ def build_advantages(name: str, **options: Any) -> Advantages:
 
     Args:
         name: a registered name, or `module:function` that names a factory.
-        options: of the train section; a factory gets those that its arguments name.
+        options: of the train section, and reward_band; a factory gets those that its arguments name.
 
     Raises:
-        ValueError: an unknown name, or a factory that wants something else or makes something else.
+        ValueError: an unknown name, a factory that wants something else or makes something else, or an option that it
+            has no use for.
     """
     factory = load_user_function(name, "train.advantages") if ":" in name else ADVANTAGES[name]
     wanted = {key: value for key, value in options.items() if key in inspect.signature(factory).parameters}
+    for option, neutral in _NEUTRAL.items():
+        key = option.partition(".")[2]
+        if options.get(key, neutral) != neutral and key not in wanted:
+            raise ValueError(
+                f"{option} is {options[key]} but train.advantages is {name}, which has no argument {key}; use "
+                f"{neutral}, or train.advantages=group or batch"
+            )
     advantages = call_factory(factory, "train.advantages", {}, **wanted)
     if not callable(advantages) or hasattr(advantages, "state") != hasattr(advantages, "load_state"):
         raise ValueError(
@@ -85,16 +95,21 @@ def apply_advantages(
 class _Peers:
     """Standardised against the group, or against all groups together."""
 
-    def __init__(self, floor: float, *, together: bool) -> None:
-        self._floor, self._together = floor, together
+    def __init__(self, floor: float, scale: str, baseline: str, band: float, *, together: bool) -> None:
+        self._floor, self._scale, self._baseline, self._band = floor, scale, baseline, band
+        self._together = together
 
     def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
         sizes = [len(values) for values in rewards.values()]
-        advantages = group_advantages(*self._with_peers(rewards), floor=self._floor)
+        values, peers = self._with_peers(rewards)
+        if self._band:
+            values = within_band(values, peers, band=self._band)
+        advantages = group_advantages(values, peers, floor=self._floor, scale=self._scale, baseline=self._baseline)
         return dict(zip(rewards, advantages.split(sizes), strict=True))
 
     def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
-        return weak_spreads(*self._with_peers(rewards), floor=self._floor)
+        # without a division there is no floor to be under
+        return weak_spreads(*self._with_peers(rewards), floor=self._floor if self._scale == "std" else 0.0)
 
     def _with_peers(self, rewards: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """All rewards [B], and [B] int64 that is equal for peers."""
@@ -104,15 +119,19 @@ class _Peers:
 
 
 @register_advantages("group")
-def group(*, advantage_floor: float) -> Advantages:
+def group(
+    *, advantage_floor: float, advantage_scale: str = "std", advantage_baseline: str = "mean", reward_band: float = 0.0
+) -> Advantages:
     """Against the group, as HRF does (arXiv 2410.08315)."""
-    return _Peers(advantage_floor, together=False)
+    return _Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=False)
 
 
 @register_advantages("batch")
-def batch(*, advantage_floor: float) -> Advantages:
+def batch(
+    *, advantage_floor: float, advantage_scale: str = "std", advantage_baseline: str = "mean", reward_band: float = 0.0
+) -> Advantages:
     """Against all groups of the iteration, as DDPO does without statistics (arXiv 2305.13301)."""
-    return _Peers(advantage_floor, together=True)
+    return _Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=True)
 
 
 @register_advantages("prompt")
@@ -123,8 +142,8 @@ class PromptStatistics:
     population std, of the prompt's buffer; of the iteration where the buffer holds fewer than `prompt_min_count`.
     """
 
-    def __init__(self, *, prompt_buffer: int, prompt_min_count: int) -> None:
-        self._size, self._min_count = prompt_buffer, prompt_min_count
+    def __init__(self, *, prompt_buffer: int, prompt_min_count: int, advantage_scale: str = "std") -> None:
+        self._size, self._min_count, self._scale = prompt_buffer, prompt_min_count, advantage_scale
         self._buffers: dict[str, deque[float]] = {}
 
     def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
@@ -135,7 +154,8 @@ class PromptStatistics:
         for number, values in rewards.items():
             buffer = self._buffers[prompts[number]]
             peers = iteration if len(buffer) < self._min_count else torch.tensor(buffer, dtype=torch.float64)
-            advantages[number] = ((values.double() - peers.mean()) / (peers.std(correction=0) + 1e-6)).float()
+            std = peers.std(correction=0) + 1e-6 if self._scale == "std" else 1.0
+            advantages[number] = ((values.double() - peers.mean()) / std).float()
         return advantages
 
     def state(self) -> dict[str, list[float]]:

@@ -14,6 +14,8 @@ from hrf_fast.distributed import comm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import CombinedReward, NotFiniteError
 from hrf_fast.training.peers import Advantages, apply_advantages
+from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
+from hrf_fast.vision.base import FeatureNetwork
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,53 @@ class GroupRewards:
     """The value that is not finite, in words."""
     prompt: str = ""
     """The group's prompt; empty for a model that takes none."""
+    novelty: Tensor | None = None
+    """[B] of `remedies.novelty`, where that is asked for."""
+    log_prob: Tensor | None = None
+    """[B] of each trajectory in its window, where trajectories are matched."""
 
 
 class Rewarder:
     """Rewards groups one after the other in a thread, so that the next groups can denoise meanwhile."""
 
-    def __init__(self, reward: CombinedReward, device: torch.device) -> None:
-        """`device` becomes the thread's current one if it is a GPU: CUDA starts every thread on the first."""
-        self.reward = reward
+    def __init__(self, reward: CombinedReward, device: torch.device, network: FeatureNetwork | None = None) -> None:
+        """Start the thread.
+
+        Args:
+            device: becomes the thread's current one if it is a GPU: CUDA starts every thread on the first.
+            network: tells how novel each image is in its group; None to leave that out.
+        """
+        self.reward, self._network = reward, network
         start: dict[str, Any] = {}
         if device.type == "cuda":
             start = {"initializer": torch.cuda.set_device, "initargs": (device,)}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward", **start)
 
     def submit(
-        self, images: Mapping[int, Tensor], prompts: Mapping[int, Prompt | None] | None = None
+        self,
+        images: Mapping[int, Tensor],
+        prompts: Mapping[int, Prompt | None] | None = None,
+        log_probs: Mapping[int, Tensor] | None = None,
     ) -> Future[dict[int, GroupRewards]]:
-        """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises."""
-        return self._pool.submit(reward_groups, self.reward, images, prompts)
+        """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises.
+
+        Args:
+            log_probs: [B] of each group's trajectories, to go with its rewards; None for none.
+        """
+        return self._pool.submit(self._reward, images, prompts, log_probs)
+
+    def _reward(
+        self,
+        images: Mapping[int, Tensor],
+        prompts: Mapping[int, Prompt | None] | None,
+        log_probs: Mapping[int, Tensor] | None,
+    ) -> dict[int, GroupRewards]:
+        rewards = reward_groups(self.reward, images, prompts)
+        for group in rewards if log_probs is not None else ():
+            rewards[group] = replace(rewards[group], log_prob=log_probs[group].cpu())
+        for group in rewards if self._network is not None else ():
+            rewards[group] = replace(rewards[group], novelty=novelty(self._network.features(images[group]).cpu()))
+        return rewards
 
     def close(self) -> None:
         """Drop what has not begun: Python would wait for it before it exits."""
@@ -107,13 +138,26 @@ def gather_rewards(
     return {group: everybody[group] for group in sorted(everybody)}
 
 
-def standardise(rewards: Mapping[int, GroupRewards], advantages: Advantages, device: torch.device) -> dict[int, Tensor]:
-    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others."""
+def standardise(
+    rewards: Mapping[int, GroupRewards], advantages: Advantages, device: torch.device, *, sharpness: float = 0.0
+) -> dict[int, Tensor]:
+    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others.
+
+    Args:
+        sharpness: of matched trajectories, see `matching_advantages`; 0 leaves advantages as they are.
+    """
     finite = _finite(rewards)
     if not finite:
         return {}
     prompts = {group: rewards[group].prompt for group in finite}
-    return {group: values.to(device) for group, values in apply_advantages(advantages, finite, prompts).items()}
+    by_group = apply_advantages(advantages, finite, prompts)
+    for group, values in by_group.items():
+        factors, log_prob = rewards[group].novelty, rewards[group].log_prob
+        if factors is not None:
+            by_group[group] = favour_novel(values, factors)
+        if sharpness and log_prob is not None:
+            by_group[group] = matching_advantages(values, log_prob, sharpness=sharpness)
+    return {group: values.to(device) for group, values in by_group.items()}
 
 
 def spread_notes(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[str, str]:

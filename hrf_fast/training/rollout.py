@@ -37,12 +37,16 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from: int | None = None) -> Rollout:
+def rollout(
+    policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from: int | None = None, reference_steps: int = 0
+) -> Rollout:
     """Denoise groups that share calls from their windows' starts to the clean image.
 
     Args:
         pack: groups of equal sizes; they advance together.
         keep_from: window steps from this one on run with gradient and keep their graphs; None for no step.
+        reference_steps: at window steps before this one the pretrained model is asked too. Its output depends on no
+            weight that is trained, so the rollout has it once for all passes of the update.
 
     Returns:
         The trajectories and the calls. Replayed as they are the calls see the batches of the rollout, and the on-policy
@@ -51,6 +55,7 @@ def rollout(policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from:
     groups = {group.number: group for group in pack}
     starts = {group.number: _start(policy, group) for group in pack}
     stored = {group.number: _storage(group, starts[group.number]) for group in pack}
+    references = {group.number: _reference_storage(group, starts[group.number], reference_steps) for group in pack}
     # apart from what is stored: a tensor that a kept graph has seen must not be written to
     current: dict[Piece, Tensor] = {}
     trained = []
@@ -65,6 +70,10 @@ def rollout(policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from:
         next_latents, log_prob = advance(policy, prediction.detach(), latents, step, noise)
         sizes = [piece.size for piece in call.pieces]
         current |= zip(call.pieces, next_latents.split(sizes), strict=True)
+        if call.trained and step < reference_steps:
+            output = policy.reference(latents, step, condition)
+            for piece, part in zip(call.pieces, output.split(sizes), strict=True):
+                references[piece.group][step - groups[piece.group].window.start, piece.samples] = part
         if call.trained:
             for piece, piece_log_prob in zip(call.pieces, log_prob.split(sizes), strict=True):
                 window_latents, old_log_prob = stored[piece.group]
@@ -77,7 +86,8 @@ def rollout(policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from:
     trajectories = {}
     for group in pack:
         parts = [part for piece, part in images.items() if piece.group == group.number]
-        trajectories[group.number] = Trajectory(group, *stored[group.number], _cat(parts))
+        reference = references[group.number] if len(references[group.number]) else None
+        trajectories[group.number] = Trajectory(group, *stored[group.number], _cat(parts), reference)
     return Rollout(trajectories, trained)
 
 
@@ -93,6 +103,12 @@ def _storage(group: Group, start: Tensor) -> tuple[Tensor, Tensor]:
     latents = start.new_empty(len(group.window) + 1, *start.shape)
     latents[0] = start
     return latents, start.new_empty(len(group.window), group.size)
+
+
+def _reference_storage(group: Group, start: Tensor, reference_steps: int) -> Tensor:
+    """Room [R, B, *latent_shape] for the pretrained model's outputs at the R window steps before `reference_steps`."""
+    count = max(0, min(group.window.stop, reference_steps) - group.window.start)
+    return start.new_empty(count, *start.shape)
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,8 @@ class Trajectory:
     """[S, B] fp32 under the policy that sampled."""
     images: Tensor
     """[B, 3, H, W] fp32 in [0, 1]."""
+    reference: Tensor | None = None
+    """[R, B, *latent_shape] fp32: the pretrained model's output at the first R steps of the window; None for R = 0."""
 
     @property
     def window(self) -> Window:

@@ -44,7 +44,7 @@ def update(
                 skipped += 1
                 continue
             try:
-                made.append(_step(components, rolled_out, windows, advantages, step))
+                made.append(_step(components, rolled_out, windows, advantages, step, iteration))
             except FloatingPointError as error:
                 groups = components.groups.of_step(step)
                 named = f"groups {groups[0]} to {groups[-1]}" if len(groups) > 1 else f"group {groups[0]}"
@@ -63,6 +63,7 @@ def _step(
     windows: Sequence[Window],
     advantages: Mapping[int, Tensor],
     step: int,
+    iteration: int,
 ) -> StepStats:
     groups, plan = components.groups, components.calls
     rank_groups = groups.of_rank(step, groups.rank)
@@ -74,6 +75,7 @@ def _step(
         {group: advantages[group] for group in rank_groups},
         calls,
         components.rules.clips,
+        reference=components.rules.reference(iteration),
         pairs=groups.size * sum(len(windows[group]) for group in groups.of_step(step)),
         padding=_padding(components, windows, step) if all(call.prediction is None for call in calls) else 0,
         measure=plan.halves,

@@ -30,6 +30,8 @@ def warm_up(components: Components, note: Callable[[str], None]) -> None:
             note,
             panel.prompt(0),
             guided=components.rules.guided,
+            # a weight may begin at 0
+            referred=any(components.rules.reference(iteration).steps for iteration in (0, 1)),
         )
 
 
@@ -40,8 +42,12 @@ def compile_graphs(
     prompt: Prompt | None = None,
     *,
     guided: bool = True,
+    referred: bool = False,
 ) -> None:
     """Run batches of the given sizes with and without gradient, conditioned on any prompt of the run.
+
+    Args:
+        referred: run them through the pretrained network too.
 
     Raises:
         ValueError: this model does not compile here; on all ranks.
@@ -54,6 +60,10 @@ def compile_graphs(
         try:
             for size in sizes:
                 _run(policy, size, prompt, guided)
+                if referred:
+                    with policy.uncounted():
+                        latents = torch.zeros(size, *policy.latent_shape, device=policy.device)
+                        policy.reference(latents, 0, policy.condition([prompt] * size, guided=guided))
         except torch._dynamo.exc.TorchDynamoException as error:
             # the first paragraph: advice to developers of torch follows
             reason = " ".join(str(error).strip().split("\n\n")[0].split())

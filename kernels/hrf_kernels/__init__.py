@@ -128,7 +128,7 @@ def clipped_surrogate(
     unconditional_output: Tensor | None = None,
     guidance_scale: float = 1.0,
     reference_output: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     backend: str = "auto",
 ) -> Surrogate:
     """The clipped loss of one denoising step per sample and its statistics; see reference.clipped_surrogate.
@@ -141,7 +141,11 @@ def clipped_surrogate(
     inputs = StepInputs(
         model_output, latents, coef, unconditional_output, guidance_scale, next_latents, reference_output
     )
-    check_inputs(inputs, old_log_prob=old_log_prob, advantages=advantages)
+    per_sample = {"old_log_prob": old_log_prob, "advantages": advantages}
+    kl_weights = kl_weight.float().contiguous() if isinstance(kl_weight, Tensor) else None
+    if kl_weights is not None:
+        per_sample["kl_weight"] = kl_weights
+    check_inputs(inputs, **per_sample)
     numbers, tensors = _clips(latents, clip_range, advantage_clip, window_scale)
     outputs = [output for output in (model_output, unconditional_output) if output is not None]
     wants_gradient = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
@@ -150,7 +154,8 @@ def clipped_surrogate(
     results = ops.clipped_surrogate(
         model_output, unconditional_output, reference_output, latents, next_latents, _tensors(coef),
         coef.x0_clip, guidance_scale, old_log_prob.float().contiguous(), advantages.float().contiguous(), *numbers,
-        tensors, loss_weight, kl_weight, in_forward, True, choose_backend(backend, latents.device)[0],
+        tensors, loss_weight, kl_weight if kl_weights is None else 1.0, kl_weights, in_forward, True,
+        choose_backend(backend, latents.device)[0],
     )  # fmt: skip
     return Surrogate(*results[: len(Surrogate._fields)])
 

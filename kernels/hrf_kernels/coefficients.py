@@ -74,4 +74,5 @@ class ClipInputs(NamedTuple):
     advantage_clip: float | Tensor
     """A number, or [B] where `clip_range` is [B]."""
     loss_weight: float
-    kl_weight: float
+    kl_weight: float | Tensor
+    """A number or [B]."""

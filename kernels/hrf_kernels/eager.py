@@ -115,10 +115,13 @@ def clipped_surrogate(
     return results, _gradients(inputs, scores, slope, clips.loss_weight * clips.kl_weight)
 
 
-def output_gradients(inputs: StepInputs, upstream: Tensor, slope: Tensor | None, kl_slope: float) -> list[Tensor]:
-    """Gradients of the model output(s), like them; `upstream` and `slope` are [B] fp32."""
+def output_gradients(
+    inputs: StepInputs, upstream: Tensor, slope: Tensor | None, kl_slope: float, kl_weights: Tensor | None = None
+) -> list[Tensor]:
+    """Gradients of the model output(s), like them; `upstream`, `slope` and `kl_weights` are [B] fp32."""
     scores = _score(inputs, with_gradient=True)
-    return _gradients(inputs, scores, upstream if slope is None else upstream * slope, upstream * kl_slope)
+    of_kl = upstream * kl_slope if kl_weights is None else upstream * kl_slope * kl_weights
+    return _gradients(inputs, scores, upstream if slope is None else upstream * slope, of_kl)
 
 
 def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:

@@ -68,19 +68,21 @@ def clipped_surrogate(
     launch(
         one_program_kernel, (batch,), latents.device,
         *_samples(inputs), *_pair(gradients), *_numbers(inputs), *clips, *results.values(), size,
-        **_meta(inputs.coef), CLIPS_PER_SAMPLE=_per_sample(clips), BLOCK=plan.block, threads=plan.threads,
+        **_meta(inputs.coef), **_per_sample(clips), BLOCK=plan.block, threads=plan.threads,
     )  # fmt: skip
     return results, gradients
 
 
-def output_gradients(inputs: StepInputs, upstream: Tensor, slope: Tensor | None, kl_slope: float) -> list[Tensor]:
-    """Gradients of the model output(s), like them; `upstream` and `slope` are [B] fp32."""
+def output_gradients(
+    inputs: StepInputs, upstream: Tensor, slope: Tensor | None, kl_slope: float, kl_weights: Tensor | None = None
+) -> list[Tensor]:
+    """Gradients of the model output(s), like them; `upstream`, `slope` and `kl_weights` are [B] fp32."""
     # elementwise, so that its plan is free of the sums' order
     batch, size, plan = _plan(inputs.latents, one_program=False)
     gradients = _gradients(inputs)
     launch(
         gradient_kernel, (batch, plan.chunks), inputs.latents.device,
-        *_samples(inputs), *_pair(gradients), *_numbers(inputs), upstream, slope, kl_slope, size,
+        *_samples(inputs), *_pair(gradients), *_numbers(inputs), upstream, slope, kl_slope, kl_weights, size,
         **_meta(inputs.coef), BLOCK=plan.block, ITERATIONS=plan.iterations, threads=plan.threads,
     )  # fmt: skip
     return gradients
@@ -123,7 +125,7 @@ def _finalize(
         finalize_kernel, (triton.cdiv(batch, ROWS),), sums.device,
         sums, shift_sums, std, *(clips or (None, None, 0.0, 0.0, 0.0, 0.0)), *map(results.get, RESULTS),
         batch, chunks, size,
-        PER_SAMPLE=std.dim(), CLIPS_PER_SAMPLE=clips is not None and _per_sample(clips),
+        PER_SAMPLE=std.dim(), **_per_sample(clips),
     )  # fmt: skip
 
 
@@ -168,9 +170,10 @@ def _meta(coef: StepCoefficients) -> dict[str, Any]:
     return {"PER_SAMPLE": coef.std.dim(), "CLAMP": coef.x0_clip is not None}
 
 
-def _per_sample(clips: ClipInputs) -> bool:
-    """Whether the clips are [B] tensors rather than numbers."""
-    return isinstance(clips.clip_range, Tensor)
+def _per_sample(clips: ClipInputs | None) -> dict[str, bool]:
+    """Which of the clips and the weight of the KL are [B] tensors rather than numbers."""
+    named = {"CLIPS_PER_SAMPLE": clips and clips.clip_range, "KL_PER_SAMPLE": clips and clips.kl_weight}
+    return {name: isinstance(value, Tensor) for name, value in named.items()}
 
 
 def _word(value: int) -> int:

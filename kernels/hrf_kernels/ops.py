@@ -69,12 +69,13 @@ def clipped_surrogate(
     model_output: Tensor, unconditional_output: Tensor | None, reference_output: Tensor | None,
     latents: Tensor, next_latents: Tensor, coef: list[Tensor], x0_clip: float | None, guidance_scale: float,
     old_log_prob: Tensor, advantages: Tensor, clip_range: float, advantage_clip: float, clips: list[Tensor],
-    loss_weight: float, kl_weight: float, with_gradient: bool, consume: bool, backend: str,
+    loss_weight: float, kl_weight: float, kl_weights: Tensor | None, with_gradient: bool, consume: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """The RESULTS, then the gradients of the outputs where the backend makes them in this pass.
 
-    `clips`, if not empty, holds clip_range and advantage_clip as [B] and replaces the numbers. `consume`: the caller
-    keeps no gradient of those returned here, so that the backward pass may scale them in place.
+    `clips`, if not empty, holds clip_range and advantage_clip as [B] and replaces the numbers, as `kl_weights` [B] does
+    kl_weight. `consume`: the caller keeps no gradient of those returned here, so that the backward pass may scale them
+    in place.
     """
     step_coef = _coefficients(coef, x0_clip)
     check_noise(step_coef.std)
@@ -82,7 +83,8 @@ def clipped_surrogate(
         model_output, latents, step_coef, unconditional_output, guidance_scale, next_latents, reference_output
     )
     ratio_clip, bound = clips or (clip_range, advantage_clip)
-    clip_inputs = ClipInputs(old_log_prob, advantages, ratio_clip, bound, loss_weight, kl_weight)
+    weight = kl_weight if kl_weights is None else kl_weights
+    clip_inputs = ClipInputs(old_log_prob, advantages, ratio_clip, bound, loss_weight, weight)
     results, gradients = _module(backend).clipped_surrogate(inputs, clip_inputs, with_gradient=with_gradient)
     return [*(results[name] for name in RESULTS), *gradients]
 
@@ -98,21 +100,26 @@ def _(model_output: Tensor, unconditional_output: Any, reference: Any, latents: 
 
 @torch.library.custom_op("hrf_kernels::output_gradients", mutates_args=())
 def output_gradients(
-    upstream: Tensor, slope: Tensor | None, kl_slope: float,
+    upstream: Tensor, slope: Tensor | None, kl_slope: float, kl_weights: Tensor | None,
     model_output: Tensor, unconditional_output: Tensor | None, reference_output: Tensor | None,
     latents: Tensor, next_latents: Tensor, coef: list[Tensor], x0_clip: float | None, guidance_scale: float,
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """∂/∂model_output, and ∂/∂unconditional_output if there is one, computed again from the inputs."""
+    """∂/∂model_output, and ∂/∂unconditional_output if there is one, computed again from the inputs.
+
+    `kl_weights` [B] is a factor of kl_slope, if given.
+    """
     step_coef = _coefficients(coef, x0_clip)
     inputs = StepInputs(
         model_output, latents, step_coef, unconditional_output, guidance_scale, next_latents, reference_output
     )
-    return _module(backend).output_gradients(inputs, upstream.contiguous(), slope, kl_slope)  # type: ignore[no-any-return]
+    return _module(backend).output_gradients(inputs, upstream.contiguous(), slope, kl_slope, kl_weights)  # type: ignore[no-any-return]
 
 
 @output_gradients.register_fake
-def _(upstream: Any, slope: Any, kl_slope: Any, model_output: Tensor, unconditional: Any, *_: Any) -> list[Tensor]:
+def _(
+    upstream: Any, slope: Any, kl_slope: Any, kl_weights: Any, model_output: Tensor, unconditional: Any, *_: Any
+) -> list[Tensor]:  # fmt: skip
     return _like(model_output, unconditional)
 
 
@@ -134,7 +141,7 @@ def _log_prob_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     model_output, unconditional_output, latents, next_latents, coef, *numbers = inputs
     ctx.x0_clip, ctx.guidance_scale, ctx.backend = numbers
     ctx.kl_slope = 0.0
-    _keep(ctx, inputs, None, model_output, unconditional_output, None, latents, next_latents, *coef)
+    _keep(ctx, inputs, None, None, model_output, unconditional_output, None, latents, next_latents, *coef)
 
 
 def _log_prob_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
@@ -143,7 +150,7 @@ def _log_prob_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 def _surrogate_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     model_output, unconditional_output, reference_output, latents, next_latents, coef, *numbers = inputs
-    ctx.x0_clip, ctx.guidance_scale, *_, loss_weight, kl_weight, _, ctx.consume, ctx.backend = numbers
+    ctx.x0_clip, ctx.guidance_scale, *_, loss_weight, kl_weight, kl_weights, _, ctx.consume, ctx.backend = numbers
     ctx.kl_slope = loss_weight * kl_weight
     loss, *others = output
     ctx.mark_non_differentiable(*others)
@@ -154,7 +161,8 @@ def _surrogate_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
         _keep(ctx, inputs, *output[len(RESULTS) :])
     else:
         slope = dict(zip(RESULTS, output, strict=True))["slope"]
-        _keep(ctx, inputs, slope, model_output, unconditional_output, reference_output, latents, next_latents, *coef)
+        samples = (model_output, unconditional_output, reference_output, latents, next_latents)
+        _keep(ctx, inputs, slope, kl_weights, *samples, *coef)
 
 
 def _surrogate_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
@@ -177,10 +185,11 @@ def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
 
 def _recomputed(ctx: Any, upstream: Tensor) -> list[Tensor]:
     """The gradients by a second pass over the inputs."""
-    slope, model_output, unconditional_output, reference_output, latents, next_latents, *coef = ctx.saved_tensors
+    slope, kl_weights, *samples = ctx.saved_tensors
+    # five samples; the rest is coef
     return output_gradients(
-        upstream, slope, ctx.kl_slope, model_output, unconditional_output, reference_output, latents, next_latents,
-        coef, ctx.x0_clip, ctx.guidance_scale, ctx.backend,
+        upstream, slope, ctx.kl_slope, kl_weights, *samples[:5], samples[5:], ctx.x0_clip, ctx.guidance_scale,
+        ctx.backend,
     )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def clipped_surrogate(
     unconditional_output: Tensor | None = None,
     guidance_scale: float = 1.0,
     reference_output: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
 ) -> Surrogate:
     """PPO's clipped loss of one denoising step per sample (DDPO, arXiv 2305.13301, eq. 5; HRF, arXiv 2410.08315).
 
@@ -171,10 +171,12 @@ def clipped_surrogate(
         window_scale: factor of both clips, HRF's (T − start)/T; a number or [B].
         loss_weight: factor of the loss, for what the caller would divide by.
         reference_output: [B, C, H, W] of a frozen model at the same latents; adds kl_weight·KL(policy ‖ reference).
+        kl_weight: a number or [B]; 2·std² of a step gives the mean of (mean − reference mean)² without 1/(2·std²).
     """
     check_per_sample(latents, old_log_prob=old_log_prob, advantages=advantages)
     check_samples(latents, coef, unconditional_output=unconditional_output, reference_output=reference_output)
     check_samples(latents, coef, next_latents=next_latents)
+    check_per_sample(latents, **({"kl_weight": kl_weight} if isinstance(kl_weight, Tensor) else {}))
     mean = _policy_mean(model_output, latents, coef, unconditional_output, guidance_scale)
     log_prob = _log_density(next_latents, mean, coef.std)
     clip_range, bound = clips(latents, clip_range, advantage_clip, window_scale)

@@ -108,7 +108,7 @@ def _row_sums(sums, rows, row_mask, chunks):
 def finalize_kernel(
     sums, shift_sums, std, old_log_prob, advantages, clip_range, advantage_clip, loss_weight, kl_weight,
     loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope, batch, chunks, size,
-    PER_SAMPLE: tl.constexpr, CLIPS_PER_SAMPLE: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, CLIPS_PER_SAMPLE: tl.constexpr, KL_PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """Log-prob of 16 samples from their chunks' sums; with an old one also the clipped surrogate."""
     rows = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
@@ -125,6 +125,8 @@ def finalize_kernel(
         if CLIPS_PER_SAMPLE:
             clip_range = tl.load(clip_range + rows, mask=mask, other=0.0)
             advantage_clip = tl.load(advantage_clip + rows, mask=mask, other=0.0)
+        if KL_PER_SAMPLE:
+            kl_weight = tl.load(kl_weight + rows, mask=mask, other=0.0)
         old = tl.load(old_log_prob + rows, mask=mask, other=0.0)
         advantage = tl.load(advantages + rows, mask=mask, other=0.0)
         _write_surrogate(
@@ -139,7 +141,8 @@ def one_program_kernel(
     x0_latents, x0_output, mean_x0, mean_latents, mean_output, std, x0_clip, guidance_scale,
     old_log_prob, advantages, clip_range, advantage_clip, loss_weight, kl_weight,
     loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope, size,
-    PER_SAMPLE: tl.constexpr, CLAMP: tl.constexpr, CLIPS_PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, CLAMP: tl.constexpr, CLIPS_PER_SAMPLE: tl.constexpr, KL_PER_SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole of a sample's clipped surrogate, and its gradient if there is room given for one.  Grid (B,)."""
     b = tl.program_id(0).to(tl.int64)
@@ -164,6 +167,8 @@ def one_program_kernel(
     if CLIPS_PER_SAMPLE:
         clip_range = tl.load(clip_range + b)
         advantage_clip = tl.load(advantage_clip + b)
+    if KL_PER_SAMPLE:
+        kl_weight = tl.load(kl_weight + b)
     ratio_slope = _write_surrogate(
         score, distance, b, None, tl.load(old_log_prob + b), tl.load(advantages + b), clip_range, advantage_clip,
         loss_weight, kl_weight, loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope,
@@ -180,7 +185,7 @@ def one_program_kernel(
 def gradient_kernel(
     model_output, unconditional, reference, latents, next_latents, gradient, unconditional_gradient,
     x0_latents, x0_output, mean_x0, mean_latents, mean_output, std, x0_clip, guidance_scale,
-    upstream, slope, kl_slope, size,
+    upstream, slope, kl_slope, kl_weights, size,
     PER_SAMPLE: tl.constexpr, CLAMP: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr,
 ):  # fmt: skip
     """∂loss/∂model_output = upstream·(slope·(next − mean) + kl_slope·(mean − reference mean))·∂mean/∂output/(N·std²).
@@ -197,6 +202,8 @@ def gradient_kernel(
     score_slope = factor
     if slope is not None:
         score_slope = factor * tl.load(slope + b)
+    if kl_weights is not None:
+        kl_slope = kl_slope * tl.load(kl_weights + b)
     for i in range(ITERATIONS):
         element = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
         mask = element < size

@@ -58,6 +58,8 @@ class Case:
     clamp: float | None = None
     guidance: float | None = None
     kl_weight: float | None = None
+    kl_per_sample: bool = False
+    """The weight as [B], another number for each sample, the first of them 0."""
     per_sample: bool = False
     """Coefficients as [B], another step for each sample."""
     clips_per_sample: tuple[str, ...] = ()
@@ -85,6 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clamp": {"clamp": 0.75},
     "guidance": {"guidance": 3.0},
     "kl": {"kl_weight": 0.3},
+    "kl per sample": {"kl_weight": 0.3, "kl_per_sample": True, "loss_weight": 1 / 6},
     "coefficients per sample": {"per_sample": True},
     "clips per sample": {"clips_per_sample": ("clip_range", "advantage_clip", "window_scale"), "advantage_clip": 1.0},
     "window scale per sample": {"clips_per_sample": ("window_scale",), "advantage_clip": 1.0},
@@ -93,7 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loss weight": {"loss_weight": 1 / 6, "kl_weight": 0.3},
     "all": {
         "clamp": 0.75, "guidance": 3.0, "kl_weight": 0.3, "per_sample": True, "clips_per_sample": ("clip_range",),
-        "advantage_clip": 1.0, "window_scale": 0.6, "loss_weight": 1 / 6,
+        "advantage_clip": 1.0, "window_scale": 0.6, "loss_weight": 1 / 6, "kl_per_sample": True,
     },
 }  # fmt: skip
 
@@ -158,6 +161,8 @@ def draw(case: Case, seed: int = 0) -> Inputs:
         # not far from the policy, as a model that it was tuned from
         near = outputs["model_output"].double() + 0.1 * normal(torch.float64)
         options |= {"reference_output": near.to(case.output), "kl_weight": case.kl_weight}
+    if case.kl_per_sample:
+        options["kl_weight"] = case.kl_weight * torch.linspace(0, 2, case.shape[0])
     coef, batch = coefficients(case), case.shape[0]
     policy = {**outputs, "latents": latents, "coef": coef}
     exact = wide(policy)

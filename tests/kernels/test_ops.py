@@ -59,7 +59,7 @@ def test_opcheck_of_clipped_surrogate(backend, shape, option):
     torch.library.opcheck(
         ops.clipped_surrogate,
         (*samples_of(inputs, reference=True), *step_of(inputs), rest["old_log_prob"], rest["advantages"], 0.1, 2.0,
-         clips, rest["loss_weight"], rest.get("kl_weight", 0.0), True, False, backend),
+         clips, rest["loss_weight"], 0.3, rest.get("kl_weight"), True, False, backend),
     )  # fmt: skip
 
 
@@ -70,9 +70,10 @@ def test_opcheck_of_output_gradients(backend, shape, option):
     inputs = draw(Case(shape, **OPTIONS[option]))
     upstream, slope = torch.linspace(-1, 1, shape[0]), torch.linspace(2, 1, shape[0])
     samples = [None if tensor is None else tensor.detach() for tensor in samples_of(inputs, reference=True)]
+    weights = inputs.rest.get("kl_weight")
     for slope_or_none in (slope, None):
         torch.library.opcheck(
-            ops.output_gradients, (upstream, slope_or_none, 0.25, *samples, *step_of(inputs), backend)
+            ops.output_gradients, (upstream, slope_or_none, 0.25, weights, *samples, *step_of(inputs), backend)
         )
 
 

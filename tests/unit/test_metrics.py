@@ -16,12 +16,13 @@ from hrf_kernels import Surrogate
 def surrogate(ratios, outside, clipped, kl):
     count = len(ratios)
     values = torch.tensor(ratios), torch.tensor(outside), torch.tensor(clipped), torch.tensor(kl)
-    return Surrogate(torch.zeros(count), torch.zeros(count), *values, kl=torch.zeros(count))
+    # a KL to the pretrained model of 0.5, 1, …
+    return Surrogate(torch.zeros(count), torch.zeros(count), *values, kl=torch.arange(1.0, count + 1) / 2)
 
 
 def test_step_stats_are_averages_over_all_pairs():
     # four pairs in forwards of 1 and 3: kl (0.4 + 0.1 + 0.2 + 0.5)/4, outside 3/4, clipped 1/4,
-    # ratio (1.5 + 0.9 + 1 + 1.2)/4
+    # ratio (1.5 + 0.9 + 1 + 1.2)/4, to the reference (0.5 + 0.5 + 1 + 1.5)/4
     first = surrogate([1.5], [True], [True], [0.4])
     second = surrogate([0.9, 1.0, 1.2], [True, False, True], [False] * 3, [0.1, 0.2, 0.5])
     stats = StepStats.zeros(torch.device("cpu"))
@@ -37,6 +38,7 @@ def test_step_stats_are_averages_over_all_pairs():
             "ratio_mean": 1.15,
             "ratio_max": 1.5,
             "grad_norm": 3.0,
+            "reference_kl": 0.875,
             "gradient_signal": math.nan,
             "gradient_noise": math.nan,
         },
@@ -59,7 +61,7 @@ def make_stats(*values):
 
 
 def test_an_iteration_is_the_mean_of_its_steps_and_the_largest_of_their_ratios():
-    steps = [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0), make_stats(2.0, 0.4, 0.0, 0.3, 0.5, 1.25, 1.0)]
+    steps = [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0, 0.5), make_stats(2.0, 0.4, 0.0, 0.3, 0.5, 1.25, 1.0, 0.1)]
     assert summarise(steps) == pytest.approx(
         {
             "loss": 1.5,
@@ -69,12 +71,13 @@ def test_an_iteration_is_the_mean_of_its_steps_and_the_largest_of_their_ratios()
             "ratio_mean": 0.75,
             "ratio_max": 1.75,
             "grad_norm": 2.5,
+            "reference_kl": 0.3,
         }
     )
 
 
 def test_one_step_is_its_own_summary():
-    values = (1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0)
+    values = (1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0, 0.3)
     assert list(summarise([make_stats(*values)]).values()) == pytest.approx(list(values))
 
 
@@ -93,7 +96,7 @@ def test_the_record_of_an_iteration_by_hand():
     # rewards (1, 3 | 2, 8): mean 3.5, squared deviations 6.25 + 0.25 + 2.25 + 20.25 = 29 over 3;
     # std within groups sqrt(2) and sqrt(18), mean 2.828427; advantages (−1, 1, −2, 1): mean −0.25, 6.75 over 3
     record = iteration_record(
-        [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0)],
+        [make_stats(1.0, 0.2, 0.5, 0.1, 1.0, 1.75, 4.0, 0.0)],
         # the means of the terms over groups: 0.25 and 2
         {0: rewards([1.0, 3.0], jpeg=0.5, size=1.0), 1: rewards([2.0, 8.0], jpeg=0.0, size=3.0)},
         {0: torch.tensor([-1.0, 1.0]), 1: torch.tensor([-2.0, 1.0])},
@@ -125,7 +128,7 @@ def test_the_record_of_an_iteration_by_hand():
 
 def test_a_group_that_is_skipped_is_in_no_mean():
     record = iteration_record(
-        [make_stats(*[0.0] * 7)],
+        [make_stats(*[0.0] * 8)],
         {0: rewards([1.0, 3.0], jpeg=2.0), 1: GroupRewards(None, {}, "NaN")},
         {0: torch.tensor([-1.0, 1.0])},
         [Window(0, 1), Window(0, 3)],
@@ -136,7 +139,7 @@ def test_a_group_that_is_skipped_is_in_no_mean():
 
 def test_a_single_reward_term_is_not_repeated_in_the_record():
     record = iteration_record(
-        [make_stats(*[0.0] * 7)],
+        [make_stats(*[0.0] * 8)],
         {0: rewards([1.0, 3.0], jpeg=2.0)},
         {0: torch.tensor([-1.0, 1.0])},
         [Window(0, 1)],

@@ -15,8 +15,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_keys import OFFLOAD, OLD, ZERO, Key
 from hrf_fast.config.zero_settings import complete, read_settings
-from hrf_fast.memory.planner import engine_of
-from hrf_fast.memory.zero import BUCKET
+from hrf_fast.memory.zero import BUCKET, engine_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,201 @@
+"""Blends: the weights on the line from a pretrained model through its tuned one and beyond, and which of them to take.
+
+θ(α) = θ_pretrained + α·(θ_tuned − θ_pretrained): α = 0 is the pretrained model and α = 1 the tuned one. Between
+them lie averages (WiSE-FT, arXiv 2109.01903); beyond 1 the direction that training took goes on (ExPO, arXiv
+2404.16792). Left out: a line of more than two models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hrf_fast.evaluation.diversity import paired_difference_interval
+from hrf_fast.evaluation.panel import Panel
+from hrf_fast.policies.base import Policy
+from hrf_fast.rewards import CombinedReward
+
+# of the spread of the rewards over images: what another machine or precision may change on average
+_SAME_MODEL = 0.25
+
+
+class Line:
+    """A network that can be put at any place on the line."""
+
+    def __init__(self, network: nn.Module, pretrained: nn.Module | None) -> None:
+        """Begin at the tuned model.
+
+        Args:
+            network: with tuned weights; of adapters, those that require a gradient, α is the scale.
+            pretrained: the network of the pretrained model; None for a network with adapters.
+
+        Raises:
+            ValueError: the weights are those of another architecture.
+        """
+        self._weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        self._tuned = {name: weight.detach().cpu().clone() for name, weight in self._weights.items()}
+        if pretrained is None:
+            # B·A is the whole of an adapter's change
+            self._pretrained = {
+                name: torch.zeros_like(weight) if ".lora_B." in name else weight for name, weight in self._tuned.items()
+            }
+            return
+        self._pretrained = {name: weight.detach().cpu() for name, weight in pretrained.named_parameters()}
+        shapes, others = ({name: tuple(w.shape) for name, w in ws.items()} for ws in (self._tuned, self._pretrained))
+        if shapes != others:
+            name = sorted(set(shapes.items()) ^ set(others.items()))[0][0]
+            raise ValueError(
+                f"model.name has another architecture than the run's tuned model: {name} is {others.get(name)} in it "
+                f"and {shapes.get(name)} in RUN/model; restore the model that the run began with"
+            )
+
+    @torch.no_grad()
+    def move(self, alpha: float) -> None:
+        """Put the network at α; at 0 and 1 its weights are those of the models to the bit."""
+        for name, weight in self._weights.items():
+            weight.copy_(torch.lerp(self._pretrained[name], self._tuned[name], alpha))
+
+
+class Front:
+    """Panels of blends, one JSON line each in a file, so that a stop loses none of them."""
+
+    def __init__(
+        self,
+        path: Path,
+        line: Line,
+        policy: Policy,
+        reward: CombinedReward,
+        *,
+        append: Callable[[Path, str], None],
+    ) -> None:
+        """Args: path, of the file; line, of the policy's network; append, which adds a line to a file whole.
+
+        Raises:
+            ValueError: the file has a line that is no panel of a blend.
+        """
+        self._path, self._line, self._policy, self._reward = path, line, policy, reward
+        self._append = append
+        self._known = {(record["alpha"], record["seed"]): record for record in read_front(path)}
+
+    def at(
+        self, alpha: float, panel: Panel, *, accept: Callable[[Sequence[float]], None] | None = None
+    ) -> dict[str, Any]:
+        """The panel's record at α with `alpha` and `seed`; evaluated unless the file has it.
+
+        Args:
+            accept: raises for rewards that must not get into the file.
+        """
+        key = alpha, panel.seed
+        if key not in self._known:
+            self._line.move(alpha)
+            metrics = panel.evaluate(self._policy, self._reward)
+            if accept is not None:
+                accept(metrics.rewards)
+            self._known[key] = {"alpha": alpha, "seed": panel.seed, **metrics.record()}
+            self._append(self._path, json.dumps(self._known[key]))
+        return self._known[key]
+
+
+def read_front(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that `Front` wrote; a last line without its end is not one.
+
+    Raises:
+        ValueError: a line that is no panel of a blend, by number.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            record = json.loads(line)
+            _ = float(record["alpha"]), int(record["seed"]), float(record["vendi"][0]), float(record["reward"][0])
+            _ = sum(record["rewards"])
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"{path}, line {number} is no panel of a blend ({error}); delete the line") from error
+        records.append(record)
+    return records
+
+
+def steps_to(most: float, step: float) -> list[float]:
+    """The α of a front: 0, then 1, then the other multiples of `step` up to `most`.
+
+    Raises:
+        ValueError: a step that is not in (0, 1], or a `most` under 1.
+    """
+    if not 0 < step <= 1:
+        raise ValueError(f"--step is {step:g}; use a number above 0 and at most 1, such as 0.2")
+    if not 1 <= most < float("inf"):
+        raise ValueError(f"--most is {most:g}; use at least 1, which is the tuned model itself")
+    # as written in decimals, so that a rerun finds its lines
+    multiples = [round(step * count, 6) for count in range(int(most / step + 1e-9) + 1)]
+    return list(dict.fromkeys([0.0, 1.0, *multiples]))
+
+
+def check_pretrained(before: Sequence[float], now: Sequence[float]) -> None:
+    """Refuse a pretrained model that is not the one that the run began with.
+
+    Args:
+        before: rewards of the run's first panel; now: of the same noises at α = 0.
+
+    Raises:
+        ValueError: they differ as those of different images do.
+    """
+    count = min(len(before), len(now))
+    first, second = (torch.tensor(list(values)[:count], dtype=torch.float64) for values in (before, now))
+    spread, change = float(first.std()), float((second - first).abs().mean())
+    if change > _SAME_MODEL * spread + 1e-4 * float(first.abs().max()):
+        raise ValueError(
+            "model.name is not the model that the run began with: from equal noise the rewards of its images differ by "
+            f"{change:.3g} on average, and images among each other by {spread:.3g}; restore the model"
+        )
+
+
+def share_kept(record: Mapping[str, Any], pretrained: Mapping[str, Any]) -> float:
+    """The Vendi Score as a share of the pretrained model's on the same panel."""
+    return float(record["vendi"][0] / pretrained["vendi"][0])
+
+
+def check_keep(keep: float) -> None:
+    """Raise ValueError for a share that the pretrained model itself does not keep, or for none at all."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"--keep is {keep:g}; use a share above 0 and at most 1, such as 0.95")
+
+
+def choose(front: Sequence[dict[str, Any]], keep: float) -> dict[str, Any]:
+    """The record of the highest reward whose share of the Vendi Score at α = 0, which is there, is at least `keep`."""
+    pretrained = next(record for record in front if record["alpha"] == 0)
+    above = [record for record in front if share_kept(record, pretrained) >= keep]
+    return max(above, key=lambda record: float(record["reward"][0]))
+
+
+def summary(record: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """A record less its single rewards, with the share kept and the gain over the pretrained model on equal noise.
+
+    The gain is [value, low, high], a paired 95 % interval.
+    """
+    before, after = (torch.tensor(each["rewards"], dtype=torch.float64) for each in (pretrained, record))
+    gain = paired_difference_interval(before, after, seed=record["seed"])
+    figures = {name: value for name, value in record.items() if name not in ("rewards", "prompts")}
+    return {**figures, "share": share_kept(record, pretrained), "gain": list(gain)}
+
+
+def describe(result: Mapping[str, Any]) -> list[str]:
+    """Lines about the panels of a result: alpha (chosen), keep and panels, each a `summary`."""
+    lines = []
+    for panel in result["panels"]:
+        alpha = panel["alpha"]
+        names = [{0.0: "pretrained", 1.0: "tuned"}.get(alpha), "chosen" if alpha == result["alpha"] else None]
+        named = ", ".join(filter(None, names))
+        lines.append(
+            f"alpha {alpha:<4g} ({named}): reward {panel['reward'][0]:.4g}, gain {panel['gain'][0]:+.4g} "
+            f"[{panel['gain'][1]:+.4g}, {panel['gain'][2]:+.4g}], {panel['share']:.1%} of the Vendi Score"
+        )
+    if not result["alpha"]:
+        lines.append(
+            f"no blend that keeps {result['keep']:.0%} has a higher reward than the pretrained model, so none is "
+            "saved; lower --keep"
+        )
+    return lines
