@@ -97,16 +97,27 @@ def vendi_interval(features: Tensor, *, resamples: int = 1000, level: float = 0.
     return _interval(float(_vendi(unit, None)), values, level, centred=True)
 
 
+def vendi_of(features: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The Vendi Score of features [N, D] as a function of their weights [R, N]; None: of all."""
+    unit = _unit_rows(features)
+    return lambda weights: _vendi(unit, weights)
+
+
+def inception_of(log_probs: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The Inception Score of log-probabilities [N, K] as a function of weights, as `vendi_of`."""
+    probabilities = _probabilities(log_probs)
+    return lambda weights: _inception(probabilities, weights)
+
+
+def mean_of(values: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The mean of values [N] as a function of weights, as `vendi_of`."""
+    values = values.detach().to("cpu", torch.float64)
+    return lambda weights: values.mean() if weights is None else weights @ values
+
+
 def inception_interval(log_probs: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int) -> Interval:
     """`bootstrap_interval` of `inception_score(log_probs)`, centred."""
-    probabilities = _probabilities(log_probs)
-    return weighted_interval(
-        lambda weights: _inception(probabilities, weights),
-        len(probabilities),
-        resamples=resamples,
-        level=level,
-        seed=seed,
-    )
+    return weighted_interval(inception_of(log_probs), len(log_probs), resamples=resamples, level=level, seed=seed)
 
 
 def weighted_interval(

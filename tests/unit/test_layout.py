@@ -19,11 +19,12 @@ PACKAGE = ROOT / "hrf_fast"
 LAYERS = (
     ("cli", "train", "commands"),
     ("build",),
-    ("command", "stopping"),
+    ("command",),
     ("report",),
     ("memory", "doctor"),
     ("training",),
     ("run",),
+    ("stopping",),
     ("evaluation",),
     ("rewards",),
     ("engines",),
