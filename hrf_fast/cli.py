@@ -50,7 +50,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
     from hrf_fast.commands import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % bootstrap intervals)")
+    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % intervals)")
 
 
 def export(arguments: argparse.Namespace) -> None:

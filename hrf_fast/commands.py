@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,10 +15,12 @@ import yaml
 from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config
-from hrf_fast.config.run_options import ComputeConfig
+from hrf_fast.config.run_options import LARGEST_SEED, ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
+from hrf_fast.evaluation.detail import detail
 from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
@@ -177,8 +180,14 @@ def finished_run(run: Path) -> Path:
 def evaluate(run: Path, words: list[str]) -> Path:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel; prints both and writes evaluation.json.
 
+    With an evaluation.network, also the metrics of `evaluation.detail` against samples of the pretrained model's from
+    the next seed.
+
     Args:
         words: options to change, such as evaluation.panel_size=512.
+
+    Raises:
+        ValueError: the run has not finished, or the panel has too few images for these metrics.
     """
     config = _config(finished_run(run), tuple(words))
     device = choose_device(config.run.device)
@@ -186,14 +195,37 @@ def evaluate(run: Path, words: list[str]) -> Path:
     result: dict[str, Any] = {
         name: asdict(getattr(config, name)) for name in ("sample", "reward", "prompts", "evaluation")
     }
+    network, reference, before = panel.network, None, {}
+    fidelity = importlib.util.find_spec("torchmetrics") is not None
+    if network is not None and not fidelity:
+        print('FID and KID are left out, since torchmetrics is not installed: pip install "hrf_fast[metrics]"')
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
-        result[title] = panel.evaluate(build_policy(config, name), reward).record()
+        policy = build_policy(config, name)
+        metrics = panel.evaluate(policy, reward)
+        result[title] = metrics.record()
         shown = {name: result[title][name] for name in INTERVALS if name in result[title]}
-        print(
-            f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items())
-        )
+        if network is not None:
+            if reference is None:
+                others = replace(panel, seed=(panel.seed + 1) % (LARGEST_SEED + 1))
+                reference, before = network.features(others.images(policy)), metrics.halves
+            features = network.features(metrics.images)
+            result[title]["detail"] = detail(features, metrics.images, reference, seed=panel.seed, fidelity=fidelity)
+            shown |= result[title]["detail"]
+            if name is not None:
+                result[title]["kept"] = {
+                    metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
+                    for metric, values in metrics.halves.items()
+                }
+                shown |= {f"{metric} kept": share for metric, share in result[title]["kept"].items()}
+        print(f"{title:>10}: " + "   ".join(map(_shown, shown.items())))
     write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
     return run / "evaluation.json"
+
+
+def _shown(metric: tuple[str, list[float]]) -> str:
+    """A metric as text: its value, with the interval where there is one."""
+    name, (value, *interval) = metric
+    return f"{name} {value:.4g}" + (" [{:.4g}, {:.4g}]".format(*interval) if interval else "")
 
 
 def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes: int, device: str) -> None:

@@ -100,8 +100,12 @@ class Panel:
         """Sample the panel and compute its metrics, on all ranks together."""
         # a reward that draws random numbers draws the same for every panel
         seed_everything(self.seed, 0)
-        images = policy.decode(self._sample(policy))
+        images = self.images(policy)
         return comm.main_says(lambda: self._measure(images, reward))
+
+    def images(self, policy: Policy) -> Tensor:
+        """The panel's images [N, 3, H, W] in [0, 1]; each rank denoises its share."""
+        return policy.decode(self._sample(policy))
 
     def noise(self, policy: Policy) -> NoiseKey:
         """The noise of the panel's images."""
