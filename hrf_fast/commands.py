@@ -18,7 +18,7 @@ from hrf_fast.config.options import Config
 from hrf_fast.config.run_options import LARGEST_SEED, ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
-from hrf_fast.evaluation.detail import detail
+from hrf_fast.evaluation.detail import LEAST, detail
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.panel import Panel
@@ -187,7 +187,7 @@ def evaluate(run: Path, words: list[str]) -> Path:
         words: options to change, such as evaluation.panel_size=512.
 
     Raises:
-        ValueError: the run has not finished, or the panel has too few images for these metrics.
+        ValueError: the run has not finished.
     """
     config = _config(finished_run(run), tuple(words))
     device = choose_device(config.run.device)
@@ -196,6 +196,9 @@ def evaluate(run: Path, words: list[str]) -> Path:
         name: asdict(getattr(config, name)) for name in ("sample", "reward", "prompts", "evaluation")
     }
     network, reference, before = panel.network, None, {}
+    if network is not None and panel.size < LEAST:
+        print(f"evaluation.panel_size is {panel.size}: metrics of neighbours, which need {LEAST} images, are left out")
+        network = None
     fidelity = importlib.util.find_spec("torchmetrics") is not None
     if network is not None and not fidelity:
         print('FID and KID are left out, since torchmetrics is not installed: pip install "hrf_fast[metrics]"')

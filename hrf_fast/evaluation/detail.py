@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.fidelity import fid, kid
-from hrf_fast.evaluation.kept import LEAST
-from hrf_fast.evaluation.neighbours import Overlap, duplicates, overlap_of, radius, spread
+from hrf_fast.evaluation.neighbours import NEAREST, Overlap, duplicates, overlap_of, radius, spread
 from hrf_fast.evaluation.vendi import distances, median_distance, vendi
 
 DRAWS = 100
 """Halves of each metric."""
 ORDERS = {"vendi_q0.5": 0.5, "vendi_q2": 2.0, "vendi_qinf": math.inf}
+LEAST = 2 * (NEAREST + 1)
+"""Fewest images, so that a half of them has a NEAREST-th neighbour."""
 RBF_MOST = 2000
 """Images whose RBF kernel is computed, which takes the cube of their number."""
 

@@ -106,8 +106,8 @@ def test_samples_of_one_mode_are_precise_and_cover_half():
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="at least 6 images"):
         overlap(torch.zeros(5, 2), torch.zeros(9, 2))
-    with pytest.raises(ValueError, match="evaluation.panel_size is 7.*at least 8"):
-        half_intervals(lambda index: [0.0], 7, seed=0)
+    with pytest.raises(ValueError, match="evaluation.panel_size is 11.*at least 12"):
+        half_intervals(lambda index: [0.0], 11, seed=0)
     with pytest.raises(ValueError, match="1 samples"):
         fid(torch.zeros(5, 2), torch.zeros(1, 2))
 
