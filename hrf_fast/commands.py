@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
 from hrf_fast.config.load import load_config
@@ -195,7 +196,8 @@ def evaluate(run: Path, words: list[str]) -> Path:
     result: dict[str, Any] = {
         name: asdict(getattr(config, name)) for name in ("sample", "reward", "prompts", "evaluation")
     }
-    network, reference, before = panel.network, None, {}
+    network, reference = panel.network, None
+    before: Mapping[str, Tensor] = {}
     if network is not None and panel.size < LEAST:
         print(f"evaluation.panel_size is {panel.size}: metrics of neighbours, which need {LEAST} images, are left out")
         network = None

@@ -152,7 +152,7 @@ class Watch:
         return self._new(events, {"ratio_max", "clip_fraction", "approx_kl", "grad_norm", "not_finite"})
 
     def _new(self, events: list[Event], watched: set[str]) -> list[Event]:
-        """Those that did not hold before; what holds may end the run at every line."""
+        """Return the events of rules that did not hold before; what holds may end the run at every line."""
         for event in events:
             if event.event == "patience" or (self._stop.on_collapse != "warn" and event.event != "not_finite"):
                 self.ending = self.ending or event.text

@@ -7,6 +7,8 @@ are those of any network: of the Inception network of the papers by its folder o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ def kid(reference: Tensor, samples: Tensor, *, seed: int) -> float:
     except ImportError as error:
         raise _missing(error) from error
     size = min(len(reference), len(samples)) // 2
-    options = {"subsets": KID_SUBSETS, "subset_size": size}
+    options: dict[str, Any] = {"subsets": KID_SUBSETS, "subset_size": size}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         metric = KernelInceptionDistance(feature=_Given(reference.shape[1]), **options).set_dtype(torch.float64)

@@ -187,7 +187,7 @@ class RunFolder:
         write_atomically(self.path / PRETRAINED, save({name: values.contiguous() for name, values in halves.items()}))
 
     def halves(self) -> dict[str, Tensor]:
-        """What `save_halves` has kept; empty for a run that began without."""
+        """Read what `save_halves` has written; empty for a run that began without."""
         path = self.path / PRETRAINED
         return load(path.read_bytes()) if path.is_file() else {}
 
