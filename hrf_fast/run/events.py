@@ -68,7 +68,8 @@ class EventLog:
         if record["iteration"] == 0:
             check_first_panel(self._stop, record)
             self._pretrained = panel.halves
-            self._folder.save_halves(panel.halves)
+            if panel.halves:
+                self._folder.save_halves(panel.halves)
         else:
             self._check_pretrained(panel)
             shares = {
