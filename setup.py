@@ -9,6 +9,8 @@ exec(Path("hrf_fast/version.py").read_text(), VERSION)
 
 EXTRAS = {
     "writers": ["tensorboard", "wandb"],
+    # FID and KID of hrf evaluate
+    "metrics": ["torchmetrics"],
     # the reward hps
     "hps": ["open_clip_torch>=2.24"],
     # completes commands and options in a shell

@@ -76,7 +76,7 @@ def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
     """Compare one seed's two runs; Vendi Scores are shares of the pretrained model's."""
     ours, theirs = read_runs([hrf, ddpo])
     before, after, end = _vendi(ours, 0), _vendi(ours), _vendi(theirs)
-    level = ours.rewards()[-1]
+    level = ours.end
     point = at_reward(theirs, level)
     return {
         "pretrained_reward": ours.rewards()[0],
@@ -85,7 +85,7 @@ def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
         "hrf_gain": list(gain(ours, ours)),
         "hrf_vendi_share": after / before,
         "hrf_evaluations": ours.panels[-1]["evaluations"],
-        "ddpo_reward": theirs.rewards()[-1],
+        "ddpo_reward": theirs.end,
         "ddpo_vendi_share": end / before,
         "ddpo_evaluations": theirs.panels[-1]["evaluations"],
         # where DDPO's reward reached HRF's; None where it never did
@@ -94,8 +94,8 @@ def compare(hrf: Path, ddpo: Path) -> dict[str, Any]:
     }
 
 
-def _vendi(log: RunLog, panel: int = -1) -> float:
-    """The Vendi Score of a panel.
+def _vendi(log: RunLog, panel: int | None = None) -> float:
+    """The Vendi Score of a panel, the tuned model's by default.
 
     Raises:
         ValueError: nothing measured it.

@@ -34,6 +34,7 @@ from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
+from hrf_fast.stopping import check_floors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.gradient_noise import NoiseScale
@@ -93,6 +94,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
         panel = build_panel(config, device, prompts)
+        check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank
     panel = replace(panel, prompts=comm.broadcast(panel.prompts))

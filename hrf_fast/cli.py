@@ -36,12 +36,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
     from hrf_fast.commands import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % bootstrap intervals)")
+    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % intervals)")
 
 
 def blend(arguments: argparse.Namespace) -> None:
     """Find the best model on the line from a run's pretrained model through its tuned one and beyond; RUN/blend."""
-    from hrf_fast.commands import blend as blend_run
+    from hrf_fast.blending import blend as blend_run
 
     print("\n".join([*blend_run(**_given(arguments)), f"written to {arguments.run / 'blend'}"]))
 

@@ -1,34 +1,35 @@
-"""Commands on finished models: draw a grid, evaluate or blend a run's tuned model, export a checkpoint."""
+"""Commands on finished models: draw a grid, evaluate a run's tuned model, export a checkpoint."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
-from hrf_fast.config.load import differences, load_config
-from hrf_fast.config.options import FACTS, Config, LoraConfig
-from hrf_fast.config.run_options import ComputeConfig
+from hrf_fast.config.load import load_config
+from hrf_fast.config.options import Config
+from hrf_fast.config.run_options import LARGEST_SEED, ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
-from hrf_fast.evaluation import blend as blends
+from hrf_fast.evaluation.detail import LEAST, detail
 from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
-from hrf_fast.policies.lora import adapted_layers, merged
+from hrf_fast.policies.lora import merged
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
-from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
-from hrf_fast.run.files import INTERVALS, PANEL, append_line, read_log, sha256, write_atomically
+from hrf_fast.run.files import INTERVALS, PANEL, read_log, write_atomically
 
 
 def draw(
@@ -92,7 +93,7 @@ def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], 
     run = _run_of(path) or path
     if not (run / "config.yaml").is_file():
         raise ValueError(f'{model} draws what a prompt says; give one or several, as --prompt "a cat"')
-    config = _config(run)
+    config = run_config(run)
     of_run = build_prompted_panel(config, build_prompts(config)[0])
     asked = tuple(replace(prompt, negative=(*negatives, prompt.negative)[0]) for prompt in of_run.prompts)
     return replace(panel, prompts=asked, images_per_prompt=of_run.images_per_prompt)
@@ -108,8 +109,8 @@ def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any
         raise ValueError(f"--variant is {variant!r}, but {model} is of a run, whose weights have none; leave it out")
     if run is None:
         finished_run(path)
-        return build_policy(_with_sampler(_config(path), device, sampler), str(path / "model"))
-    policy = build_policy(_with_sampler(_config(run), device, sampler))
+        return build_policy(_with_sampler(run_config(path), device, sampler), str(path / "model"))
+    policy = build_policy(_with_sampler(run_config(run), device, sampler))
     load_weights(policy, path)
     return policy
 
@@ -135,7 +136,7 @@ def _run_of(checkpoint: Path) -> Path | None:
     return run
 
 
-def _config(run: Path, words: tuple[str, ...] = ()) -> Config:
+def run_config(run: Path, words: tuple[str, ...] = ()) -> Config:
     return load_config(["--config", str(run / "config.yaml"), *words])
 
 
@@ -177,92 +178,56 @@ def finished_run(run: Path) -> Path:
 def evaluate(run: Path, words: list[str]) -> Path:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel; prints both and writes evaluation.json.
 
+    With an evaluation.network, also the metrics of `evaluation.detail` against samples of the pretrained model's from
+    the next seed.
+
     Args:
         words: options to change, such as evaluation.panel_size=512.
+
+    Raises:
+        ValueError: the run has not finished.
     """
-    config = _config(finished_run(run), tuple(words))
+    config = run_config(finished_run(run), tuple(words))
     device = choose_device(config.run.device)
     reward, panel = build_config_reward(config, device), build_panel(config, device, build_prompts(config)[0])
     result: dict[str, Any] = {
         name: asdict(getattr(config, name)) for name in ("sample", "reward", "prompts", "evaluation")
     }
+    network, reference = panel.network, None
+    before: Mapping[str, Tensor] = {}
+    if network is not None and panel.size < LEAST:
+        print(f"evaluation.panel_size is {panel.size}: metrics of neighbours, which need {LEAST} images, are left out")
+        network = None
+    fidelity = importlib.util.find_spec("torchmetrics") is not None
+    if network is not None and not fidelity:
+        print('FID and KID are left out, since torchmetrics is not installed: pip install "hrf_fast[metrics]"')
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
-        result[title] = panel.evaluate(build_policy(config, name), reward).record()
+        policy = build_policy(config, name)
+        metrics = panel.evaluate(policy, reward)
+        result[title] = metrics.record()
         shown = {name: result[title][name] for name in INTERVALS if name in result[title]}
-        print(
-            f"{title:>10}: " + "   ".join(f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in shown.items())
-        )
+        if network is not None:
+            if reference is None:
+                others = replace(panel, seed=(panel.seed + 1) % (LARGEST_SEED + 1))
+                reference, before = network.features(others.images(policy)), metrics.halves
+            features = network.features(metrics.images)
+            result[title]["detail"] = detail(features, metrics.images, reference, seed=panel.seed, fidelity=fidelity)
+            shown |= result[title]["detail"]
+            if name is not None:
+                result[title]["kept"] = {
+                    metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
+                    for metric, values in metrics.halves.items()
+                }
+                shown |= {f"{metric} kept": share for metric, share in result[title]["kept"].items()}
+        print(f"{title:>10}: " + "   ".join(map(_shown, shown.items())))
     write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
     return run / "evaluation.json"
 
 
-def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: float) -> list[str]:
-    """Choose the best model on the line from a run's pretrained model through its tuned one, and save it in RUN/blend.
-
-    Args:
-        words: options to change, such as run.device=cpu; keep: least share of the pretrained model's Vendi Score.
-        most, step: of α, see `steps_to`.
-
-    Returns:
-        Lines about the blend that was chosen, the tuned model and the pretrained one.
-
-    Raises:
-        ValueError: an unfinished run, another pretrained model than the run's, a front of other settings, or a panel
-            without a network for the Vendi Score.
-    """
-    alphas, folder = blends.steps_to(most, step), finished_run(run) / "blend"
-    blends.check_keep(keep)
-    config = _config(run, tuple(words))
-    device = choose_device(config.run.device)
-    panel = build_panel(config, device, build_prompts(config)[0])
-    if panel.network is None:
-        raise ValueError(
-            f"evaluation.network is {config.evaluation.network}, which gives no Vendi Score here; name a network, such "
-            "as openai/clip-vit-base-patch32"
-        )
-    policy = build_policy(config, str(run / "model"))
-    adapters = bool(adapted_layers(policy.network.unet))
-    pretrained = None if adapters else build_policy(replace(config, lora=LoraConfig())).network
-    line = blends.Line(policy.network, pretrained)
-    _claim_blend(folder, run, config)
-    front = blends.Front(folder / "front.jsonl", line, policy, build_config_reward(config, device), append=append_line)
-    panels = read_log(run / "evaluations.jsonl", PANEL)
-    changed = differences(config, _config(run))
-    if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
-        front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
-    records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
-    chosen = blends.choose(records, keep)["alpha"]
-    # the choice has looked at the first panel, whose figures flatter it
-    other = replace(panel, seed=panel.seed + 1)
-    base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
-    write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
-    result = {"alpha": chosen, "keep": keep, "panels": [blends.summary(record, base) for record in (base, *others)]}
-    write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
-    if chosen:
-        line.move(chosen)
-        evaluation = replace(config.evaluation, seed=other.seed)
-        table = [{**base, "iteration": 0}, {**others[-1], "iteration": panels[-1]["iteration"]}]
-        described = replace(config, evaluation=evaluation)
-        save_model(folder / "model", policy, described, table, panels[-1]["iteration"], alpha=chosen)
-    return blends.describe(result)
-
-
-def _claim_blend(folder: Path, run: Path, config: Config) -> None:
-    """Begin RUN/blend, or go on in it where panels would be equal.
-
-    Raises:
-        ValueError: it holds panels of other settings or of another tuned model; says which.
-    """
-    weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
-    sections = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
-    now = {"precision": config.compute.precision, **sections, "weights": weights}
-    path = folder / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else now
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(f"{folder} holds blends of another {name}; move it away, or use its own ({path} has it)")
-    folder.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(now, indent=1).encode())
+def _shown(metric: tuple[str, list[float]]) -> str:
+    """A metric as text: its value, with the interval where there is one."""
+    name, (value, *interval) = metric
+    return f"{name} {value:.4g}" + (" [{:.4g}, {:.4g}]".format(*interval) if interval else "")
 
 
 def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
@@ -279,7 +244,7 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/iteration-…")
     if out.exists():
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
-    config = _with_sampler(_config(run), "cpu", {})
+    config = _with_sampler(run_config(run), "cpu", {})
     policy = build_policy(config)
     load_weights(policy, checkpoint)
     if merge:

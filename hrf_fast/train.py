@@ -64,7 +64,8 @@ def train_components(config: Config, components: Components, listeners: Sequence
     with Run(config, listeners) as run, closing(components.rewarder):
         budget = Budget(config.train.iterations, config.stop.max_evaluations)
         with run.saving_on_error(components.engine):
-            reason = _loop(components, run, _resume(components, run, budget), budget)
+            done = _resume(components, run, budget)
+            reason = run.reason_of(lambda: _loop(components, run, done, budget))
         return run.finish(components.policy, components.engine, reason)
 
 
@@ -83,19 +84,18 @@ def _resume(components: Components, run: Run, budget: Budget) -> int:
 
 
 def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
-    """Iterate until the budget or a listener ends the run; returns the reason."""
-    asked = None
+    """Iterate until the budget, a rule or a listener ends the run; returns the reason."""
+    end = run.ending()
     while True:
-        end = asked or budget.reached(done, components.policy.calls.evaluations)
+        end = end or budget.reached(done, components.policy.calls.evaluations)
         if _due(run.config.evaluation.every, done, end) and not run.has_panel(done):
-            asked = run.log_panel(done, components.policy.calls.evaluations, components.evaluate_panel())
-        if _due(run.config.run.save_every, done, end) or (run.config.run.keep_best and run.best() == done):
+            end = run.log_panel(done, components.policy.calls.evaluations, components.evaluate_panel()) or end
+        if _due(run.config.run.save_every, done, end) or (run.keeps_best and run.best() == done):
             run.save(components.engine)
         if end:
             return end
-        if not asked:
-            asked = iterate(components, run, done)
-            done += 1
+        end = iterate(components, run, done)
+        done += 1
 
 
 def _due(every: int, done: int, end: str | None) -> bool:

@@ -76,7 +76,7 @@ class WindowConfig:
     """Which denoising steps are trained."""
 
     schedule: str = option("clusters")
-    """full (DDPO), clusters (HRF), dynamic (HRF-D), random, sliding, or module:function."""
+    """full (DDPO), clusters (HRF), dynamic (HRF-D), progressive, interior, random, sliding, or module:function."""
     kwargs: dict[str, Any] = option({})
     """The schedule's own options, e.g. {clusters: [[0, 20], [20, 40]], iterations_per_cluster: 35}."""
 
@@ -142,7 +142,8 @@ class TrainConfig:
     clip_range: float = option(1e-4, above=0)
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
     scale_clips_by_window: bool = option(True)
-    """Multiply both clips by (T − start)/T, as HRF does; the full window of DDPO has factor 1."""
+    """Multiply both clips by the window's share of the T steps: (T − start)/T, as HRF does, and (stop − start)/T for a
+    window that ends before the last stochastic step. The full window of DDPO has factor 1."""
     step_weights: str = option("equal", choices=STEP_WEIGHTS)
     """Weight of each denoising step in the loss: equal, as published; or std, its noise's standard deviation over their
     mean. A log-prob's gradient grows as 1/std, so with equal weights the last steps, which hardly change an image, make

@@ -43,15 +43,35 @@ class ComputeConfig:
 
 @dataclass
 class StopConfig:
-    """Ends of a run before its last iteration."""
+    """Rules that watch a run and may end it before its last iteration; each leaves a line in RUN/events.jsonl."""
 
     max_evaluations: int = option(0, at_least=0, resumable=True)
     """Stop after the iteration in which the UNet's evaluations pass this number (a backward counts two); 0 never."""
+    on_collapse: str = option("warn", choices=("warn", "stop", "restore_best"), resumable=True)
+    """Answer to a floor that is missed and to a divergence: warn and go on, stop, or stop with the weights of the best
+    checkpoint, the one of highest panel reward above the floors, as the tuned model. It is kept for that."""
+    diversity: str = option("vendi", choices=("vendi", "vendi_per_prompt", "looks"), resumable=True)
+    """Metric of the panel that diversity_floor is about."""
+    diversity_floor: float | None = option(None, at_least=0, below=1, resumable=True)
+    """Share of the pretrained model's diversity under which a panel has collapsed, with its whole interval. null is 0.6
+    where the panel measures it; 0 for none."""
+    quality_floor: float | None = option(None, at_least=0, below=1, resumable=True)
+    """Share of the pretrained model's Inception Score under which a panel has collapsed, as diversity_floor."""
+    patience: int = option(0, at_least=0, resumable=True)
+    """Stop after this many panels without a gain of the reward beyond its interval; 0 never."""
     on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)
     """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
     max_drift: float = option(4.0, at_least=0, resumable=True)
     """Stop with an error where an iteration's last optimizer step changes the log-prob of its own samples by more than
     this, in nats per pixel: such a step has wrecked the model; 0 never stops."""
+    max_ratio: float = option(10.0, at_least=0, resumable=True)
+    """Divergence: ratio_max of an iteration over this; 0 for no limit, as in the options below."""
+    max_clip_fraction: float = option(0.0, at_least=0, below=1, resumable=True)
+    """Divergence: clip_fraction of an iteration over this."""
+    max_kl: float = option(0.0, at_least=0, resumable=True)
+    """Divergence: approx_kl of an iteration over this."""
+    max_norm_factor: float = option(10.0, at_least=0, resumable=True)
+    """Divergence: grad_norm over this many times its own median of up to 50 iterations, for three in a row."""
 
 
 @dataclass
@@ -87,7 +107,8 @@ class RunConfig:
     keep_checkpoints: int = option(2, at_least=1, resumable=True)
     """Newest checkpoints to keep."""
     keep_best: bool = option(False, resumable=True)
-    """Keep the checkpoint of the best panel too; panels then come with a checkpoint."""
+    """Keep the checkpoint of the best panel too, the one of highest reward above the floors of `stop`; panels then come
+    with a checkpoint. Implied by stop.on_collapse=restore_best."""
     lost_after: float = option(600.0, at_least=10, at_most=36_000, resumable=True)
     """Seconds after which a job gives up a machine that answers nothing. A rank that dies ends the job at once."""
     edited_code: str = option("note", choices=("note", "refuse"), resumable=True)

@@ -38,7 +38,7 @@ def vendi_score(features: Tensor) -> float:
     Raises:
         ValueError: not [N, D] with N > 0, or a row of zeros or with a value that is not finite.
     """
-    return float(_vendi(_unit_rows(features), None))
+    return float(_vendi(unit_rows(features), None))
 
 
 def inception_score(log_probs: Tensor) -> float:
@@ -91,22 +91,33 @@ def bootstrap_interval(
 
 def vendi_interval(features: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int) -> Interval:
     """`bootstrap_interval` of `vendi_score(features)`, centred; 1000 resamples of [256, 128] take about a second."""
-    unit = _unit_rows(features)
+    unit = unit_rows(features)
     weights = _weights(len(unit), resamples, level, seed)
     values = torch.cat([_vendi(unit, part) for part in weights.split(CHUNK)])
     return _interval(float(_vendi(unit, None)), values, level, centred=True)
 
 
+def vendi_of(features: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The Vendi Score of features [N, D] as a function of their weights [R, N]; None: of all."""
+    unit = unit_rows(features)
+    return lambda weights: _vendi(unit, weights)
+
+
+def inception_of(log_probs: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The Inception Score of log-probabilities [N, K] as a function of weights, as `vendi_of`."""
+    probabilities = _probabilities(log_probs)
+    return lambda weights: _inception(probabilities, weights)
+
+
+def mean_of(values: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The mean of values [N] as a function of weights, as `vendi_of`."""
+    values = values.detach().to("cpu", torch.float64)
+    return lambda weights: values.mean() if weights is None else weights @ values
+
+
 def inception_interval(log_probs: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int) -> Interval:
     """`bootstrap_interval` of `inception_score(log_probs)`, centred."""
-    probabilities = _probabilities(log_probs)
-    return weighted_interval(
-        lambda weights: _inception(probabilities, weights),
-        len(probabilities),
-        resamples=resamples,
-        level=level,
-        seed=seed,
-    )
+    return weighted_interval(inception_of(log_probs), len(log_probs), resamples=resamples, level=level, seed=seed)
 
 
 def weighted_interval(
@@ -160,7 +171,7 @@ def paired_difference_interval(
     return mean_interval(after.detach().to("cpu", torch.float64) - before, resamples=resamples, level=level, seed=seed)
 
 
-def _unit_rows(features: Tensor) -> Tensor:
+def unit_rows(features: Tensor) -> Tensor:
     features = features.detach().to("cpu", torch.float64)
     if features.dim() != 2 or not len(features):
         raise ValueError(f"features have shape {list(features.shape)}; pass [N, D] with N > 0")

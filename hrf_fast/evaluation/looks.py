@@ -7,7 +7,7 @@ one is left. Left out: how attributes go together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,12 +40,13 @@ def looks_interval(log_probs: Mapping[str, Tensor], *, seed: int) -> Interval:
 
     It grows with N, so compare at equal N.
     """
+    return weighted_interval(looks_of(log_probs), len(next(iter(log_probs.values()))), seed=seed)
+
+
+def looks_of(log_probs: Mapping[str, Tensor]) -> Callable[[Tensor | None], Tensor]:
+    """The effective number of looks as a function of the images' weights [R, N]; None: of all."""
     images = [_one_hot(values) for values in log_probs.values()]
-
-    def looks(weights: Tensor | None) -> Tensor:
-        return torch.stack([_entropy(values, weights) for values in images]).mean(0).exp()
-
-    return weighted_interval(looks, len(images[0]), seed=seed)
+    return lambda weights: torch.stack([_entropy(values, weights) for values in images]).mean(0).exp()
 
 
 def _one_hot(log_probs: Tensor) -> Tensor:

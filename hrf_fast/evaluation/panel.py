@@ -22,6 +22,7 @@ from hrf_fast.evaluation.diversity import (
     vendi_interval,
     vendi_score,
 )
+from hrf_fast.evaluation.kept import LEAST, panel_halves
 from hrf_fast.evaluation.looks import attribute_shares, looks_interval
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
@@ -52,6 +53,14 @@ class PanelMetrics:
     """Share of each value of every attribute, with `looks`."""
     prompts: tuple[str, ...] = ()
     """Texts, each of equally many images, in the order of the images; empty for an unconditional model."""
+    halves: Mapping[str, Tensor] = field(default_factory=dict)
+    """[1 + DRAWS] of every metric that has a share of the pretrained model's: `evaluation.kept`."""
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many samples the halves of a metric are of: prompts or images."""
+        counts = {"vendi_per_prompt": len(self.prompts)}
+        return {name: counts.get(name, len(self.images)) for name in self.halves}
 
     def record(self) -> dict[str, Any]:
         """JSON-able: every interval as [value, low, high], and the rewards of each image for paired comparison."""
@@ -91,8 +100,12 @@ class Panel:
         """Sample the panel and compute its metrics, on all ranks together."""
         # a reward that draws random numbers draws the same for every panel
         seed_everything(self.seed, 0)
-        images = policy.decode(self._sample(policy))
+        images = self.images(policy)
         return comm.main_says(lambda: self._measure(images, reward))
+
+    def images(self, policy: Policy) -> Tensor:
+        """The panel's images [N, 3, H, W] in [0, 1]; each rank denoises its share."""
+        return policy.decode(self._sample(policy))
 
     def noise(self, policy: Policy) -> NoiseKey:
         """The noise of the panel's images."""
@@ -111,6 +124,26 @@ class Panel:
             )
         fixed = prompts.fixed(self.seed, self.size // images_per_prompt)
         return replace(self, prompts=tuple(fixed), images_per_prompt=images_per_prompt)
+
+    @property
+    def shares(self) -> set[str]:
+        """Metrics that have a share of the pretrained model's; a panel of few images has none."""
+        names: set[str] = set()
+        if self.network is None:
+            return names
+        if self.size >= LEAST:
+            names.add("vendi")
+            heads = self.network.labels if isinstance(self.network, FeatureClassifier) else {}
+            names |= {"inception"} if "label" in heads else set()
+            names |= {"looks"} if len(heads) > 1 else set()
+        if self.has_prompt_scores and self.size // self.images_per_prompt >= LEAST:
+            names.add("vendi_per_prompt")
+        return names
+
+    @property
+    def has_prompt_scores(self) -> bool:
+        """Whether the images of one prompt have a Vendi Score of their own; one prompt's is the whole panel's."""
+        return bool(self.prompts) and 1 < self.images_per_prompt < self.size
 
     @property
     def note(self) -> str:
@@ -148,21 +181,24 @@ class Panel:
         rewards = reward(images, prompts).total.cpu()
         vendi = inception = per_prompt = looks = None
         attributes: dict[str, dict[str, float]] = {}
+        log_probs: dict[str, Tensor] = {}
+        halves: dict[str, Tensor] = {}
         if self.network is not None:
-            features = self.network.features(images)
+            features, scores = self.network.features(images), None
             on_cpu = features.cpu()
             vendi = vendi_interval(on_cpu, seed=self.seed)
-            # one prompt's is the whole panel's
-            if self.prompts and 1 < self.images_per_prompt < self.size:
-                scores = [vendi_score(part) for part in on_cpu.split(self.images_per_prompt)]
-                per_prompt = mean_interval(torch.tensor(scores, dtype=torch.float64), seed=self.seed)
+            if self.has_prompt_scores:
+                parts = on_cpu.split(self.images_per_prompt)
+                scores = torch.tensor([vendi_score(part) for part in parts], dtype=torch.float64)
+                per_prompt = mean_interval(scores, seed=self.seed)
             if isinstance(self.network, FeatureClassifier):
-                log_probs = self.network.log_probs_of(features)
+                log_probs = {name: values.cpu() for name, values in self.network.log_probs_of(features).items()}
                 if "label" in log_probs:
-                    inception = inception_interval(log_probs["label"].cpu(), seed=self.seed)
+                    inception = inception_interval(log_probs["label"], seed=self.seed)
                 if len(log_probs) > 1:
                     looks = looks_interval(log_probs, seed=self.seed)
                     attributes = attribute_shares(log_probs, self.network.labels)
+            halves = panel_halves(on_cpu, log_probs, scores, seed=self.seed)
         return PanelMetrics(
             images=images.cpu(),
             rewards=rewards.tolist(),
@@ -173,6 +209,7 @@ class Panel:
             looks=looks,
             attributes=attributes,
             prompts=self.texts,
+            halves=halves,
         )
 
 

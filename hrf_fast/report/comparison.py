@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hrf_fast.config.load import differences, load_config
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.card import METHODS
-from hrf_fast.run.files import PANEL, read_log
+from hrf_fast.run.files import EVENT, PANEL, read_log
 
 # names of metrics.jsonl that a report reads
 METRICS = {
@@ -33,7 +33,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run folder as read: the records of evaluations.jsonl (the pretrained model first) and of metrics.jsonl."""
+    """A run folder as read: evaluations.jsonl (the pretrained model first), metrics.jsonl and events.jsonl."""
 
     name: str
     folder: Path
@@ -41,14 +41,23 @@ class RunLog:
     panels: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
     finished: bool
+    events: list[dict[str, Any]] = field(default_factory=list)
+    model: int = -1
+    """Index of the panel of the tuned model: the last one's, or that of the checkpoint that was restored."""
 
-    def metric(self, name: str, panel: int = -1) -> Interval | None:
-        """A panel's interval of this name, of the last panel by default; None if nothing measured it."""
+    def metric(self, name: str, panel: int | None = None) -> Interval | None:
+        """A panel's interval of this name, of the tuned model by default; None if nothing measured it."""
+        panel = self.model if panel is None else panel
         return Interval(*self.panels[panel][name]) if name in self.panels[panel] else None
 
     def rewards(self) -> list[float]:
         """The mean reward of every panel."""
         return [panel["reward"][0] for panel in self.panels]
+
+    @property
+    def end(self) -> float:
+        """The mean reward of the tuned model's panel."""
+        return self.rewards()[self.model]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunLog]:
@@ -94,10 +103,15 @@ def _read(folder: Path) -> RunLog:
         )
     done, budget = metrics[-1]["iteration"] + 1, config.stop.max_evaluations
     complete = done >= config.train.iterations or 0 < budget <= metrics[-1]["evaluations"]
+    events = read_log(folder / "events.jsonl", EVENT)
+    ends = [event for event in events if event["event"] == "end" and event["iteration"] == done]
     # a run that is being extended still has the model/ of its earlier end
-    finished = (folder / "model").is_dir() and complete and panels[-1]["iteration"] == done
+    complete = bool(ends) or (complete and panels[-1]["iteration"] == done)
+    finished = (folder / "model").is_dir() and complete
+    tuned = ends[-1]["figures"]["model"] if ends else panels[-1]["iteration"]
+    model = next((i for i, panel in enumerate(panels) if panel["iteration"] == tuned), -1)
     method = METHODS.get(config.window.schedule, config.window.schedule)
-    return RunLog(method, folder, config, panels, metrics, finished)
+    return RunLog(method, folder, config, panels, metrics, finished, events, model)
 
 
 def _check_comparable(first: RunLog, other: RunLog) -> None:
@@ -124,14 +138,16 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
 
 
 def gain(log: RunLog, pretrained: RunLog) -> Interval:
-    """Mean reward of the last panel less that of the pretrained one, paired image by image."""
-    before, after = (torch.tensor(p["rewards"], dtype=torch.float64) for p in (pretrained.panels[0], log.panels[-1]))
+    """Mean reward of the tuned model's panel less that of the pretrained one, paired image by image."""
+    before, after = (
+        torch.tensor(p["rewards"], dtype=torch.float64) for p in (pretrained.panels[0], log.panels[log.model])
+    )
     return paired_difference_interval(before, after, seed=log.config.evaluation.seed)
 
 
 def lowest_end(logs: Sequence[RunLog]) -> float:
-    """The smallest of the runs' last panel rewards: the highest level that all of them have reached."""
-    return min(log.rewards()[-1] for log in logs)
+    """The smallest of the tuned models' panel rewards: the highest level that all of the runs have reached."""
+    return min(log.end for log in logs)
 
 
 def at_reward(log: RunLog, level: float) -> tuple[float, Interval] | None:

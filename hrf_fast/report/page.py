@@ -22,6 +22,7 @@ from hrf_fast.report.tables import (
     describe,
     equal_reward_table,
     findings,
+    happenings,
     result_table,
     run_title,
 )
@@ -76,7 +77,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def summary_lines(runs: list[Path]) -> list[str]:
-    """The page's runs, tables of metrics and findings as plain text.
+    """The page's runs, tables of metrics, findings and events as plain text.
 
     Raises:
         ValueError: as `write_report`, except for grids.
@@ -85,7 +86,7 @@ def summary_lines(runs: list[Path]) -> list[str]:
     lines = [*map(describe, logs), "", *result_table(logs).lines(), ""]
     if equal := equal_reward_table(logs):
         lines += [f"at equal reward, {lowest_end(logs):.4g}:", *equal.lines(), ""]
-    return lines + findings(logs)
+    return lines + findings(logs) + happenings(logs)
 
 
 def _page(logs: Sequence[RunLog]) -> str:
@@ -111,6 +112,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
         "equal_reward": equal.rows if equal else None,
         "level": f"{lowest_end(logs):.4g}",
         "findings": findings(logs),
+        "events": happenings(logs),
         "curves": _curves(logs),
         "grids": _grids(logs),
         "prompts": list(dict.fromkeys(logs[0].panels[0].get("prompts", []))),
@@ -171,7 +173,7 @@ def _diagnostics(log: RunLog) -> Figure:
 
 
 def _grids(logs: Sequence[RunLog]) -> list[Figure]:
-    ends = [_grid(log, -1, run_title(log), "grid") for log in logs if len(log.panels) > 1]
+    ends = [_grid(log, log.model, run_title(log), "grid") for log in logs if len(log.panels) > 1]
     return [_grid(logs[0], 0, "pretrained", "grid"), *ends]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
@@ -27,11 +28,12 @@ class Table:
 
 
 def result_table(logs: Sequence[RunLog]) -> Table:
-    """Tabulate the pretrained model and each run's last panel."""
+    """Tabulate the pretrained model and each run's tuned one."""
     rows = [["", "reward", "gain", "Vendi Score", "kept", "per prompt", "looks", "Inception Score", "UNet evaluations"]]
     first, before = logs[0], logs[0].metric("vendi", 0)
-    for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, -1) for log in logs)]:
-        change = [_interval(gain(log, first), "+"), _share(log.metric("vendi"), before)] if panel else ["", ""]
+    for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, log.model) for log in logs)]:
+        # the run's row, also where the pretrained weights came back
+        change = [_interval(gain(log, first), "+"), _share(log.metric("vendi"), before)] if rows[1:] else ["", ""]
         names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
         metrics = [_interval(log.metric(name, panel)) for name in names]
         evaluations = f"{log.panels[panel]['evaluations']:,}"
@@ -55,7 +57,7 @@ def equal_reward_table(logs: Sequence[RunLog]) -> Table | None:
 
 def findings(logs: Sequence[RunLog]) -> list[str]:
     """Say what the tables do and don't show, a sentence each."""
-    lines, weakest = [], min(logs, key=lambda log: log.rewards()[-1])
+    lines, weakest = [], min(logs, key=lambda log: log.end)
     for log in logs:
         change = gain(log, logs[0])
         if len(log.panels) == 1:
@@ -85,6 +87,19 @@ def findings(logs: Sequence[RunLog]) -> list[str]:
         f"Brackets are 95 % bootstrap intervals over the panel's {len(first)} images, from the same noise in every "
         "panel; gains are paired image by image. They say nothing about other training seeds.",
     ]
+
+
+def happenings(logs: Sequence[RunLog]) -> list[str]:
+    """Say what the rules of `stop` have seen in each run, in the order in which it happened."""
+    return [f"{log.name}, after {e['iteration']} iterations: {_sentence(e)}" for log in logs for e in log.events]
+
+
+def _sentence(event: dict[str, Any]) -> str:
+    if event["event"] != "end":
+        return event["text"]
+    model = event["figures"]["model"]
+    restored = f"; the tuned model is that after {model:g}" if model != event["iteration"] else ""
+    return f"the end: {event['text']}{restored}"
 
 
 def run_title(log: RunLog) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in entries if path.is_dir() and _iteration(path) >= 0), key=_iteration, reverse=True)
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from: not only one of the pretrained weights, before any iteration."""
+    return any(_iteration(path) for path in list_checkpoints(folder))
+
+
 def _iteration(path: Path) -> int:
     """The iteration in a checkpoint's name, -1 if it is no checkpoint."""
     match = re.fullmatch(rf"{_PREFIX}(\d+)", path.name)
@@ -87,6 +92,8 @@ def sweep(folder: Path) -> None:
 def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """Restore the newest checkpoint whose hashes are right; a broken one is named through `warn` and skipped.
 
+    One of the pretrained weights, before the first iteration, is nothing to go on from.
+
     Returns:
         The saved state with `iteration`, or None where there is no checkpoint.
 
@@ -94,11 +101,28 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
         ValueError: there are checkpoints, but every one is broken; or it is of another architecture, lacks a tensor or
             holds a number that is not finite.
     """
+    return _load(lambda: [path for path in list_checkpoints(folder) if _iteration(path)], engine, warn)
+
+
+def load_first_intact(
+    folder: Path, iterations: Sequence[int], engine: Engine, *, warn: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Restore the first of some checkpoints that is there and intact, as `load_newest`; one that is gone is skipped."""
+
+    def listed() -> list[Path]:
+        paths = {_iteration(path): path for path in list_checkpoints(folder)}
+        return [paths[iteration] for iteration in iterations if iteration in paths]
+
+    return _load(listed, engine, warn)
+
+
+def _load(listed: Callable[[], list[Path]], engine: Engine, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the first of the listed checkpoints whose hashes are right; result and errors as `load_newest`."""
     shapes, averaging = engine.shapes(), engine.ema.decay > 0
     tensors: list[Mapping[str, Tensor]] = [{}, {}, {}]
 
     def read() -> dict[str, Any] | None:
-        checkpoints = list_checkpoints(folder)
+        checkpoints = listed()
         for path in checkpoints:
             reason = _broken(path)
             if reason is None:
@@ -107,7 +131,8 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
             warn(f"checkpoint {path} is skipped: {reason}")
         if checkpoints:
             raise ValueError(
-                f"no checkpoint in {folder} is intact; delete the folder to start again, or restore a copy"
+                f"no checkpoint in {checkpoints[0].parent} is intact; delete the folder to start again, or restore a "
+                "copy"
             )
         return None
 

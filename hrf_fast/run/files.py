@@ -147,6 +147,8 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "interval": lambda value: _are_numbers(value) and len(value) == 3,
     "mapping of numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "text": lambda value: isinstance(value, str),
+    "intervals": lambda value: isinstance(value, dict) and all(map(KINDS["interval"], value.values())),
 }
 """Values that a log may hold."""
 PANEL = {
@@ -157,7 +159,10 @@ PANEL = {
     "vendi_per_prompt": "interval?",
     "inception": "interval?",
     "looks": "interval?",
+    "kept": "intervals?",
     "prompts": "list of texts?",
 }
 """Names of evaluations.jsonl that are read again."""
-INTERVALS = tuple(name for name, kind in PANEL.items() if kind.startswith("interval"))
+INTERVALS = tuple(name for name, kind in PANEL.items() if kind in ("interval", "interval?"))
+EVENT = {"event": "text", "text": "text", "figures": "mapping of numbers"}
+"""Names of events.jsonl."""

@@ -4,6 +4,8 @@ folder/
     config.yaml          the whole configuration, a valid --config
     metrics.jsonl        one line per iteration
     evaluations.jsonl    one line per panel
+    events.jsonl         one line for each thing that a rule of `stop` has seen, and for the end
+    pretrained.safetensors   where panels have a network: metrics of halves of the first, which later ones compare with
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
@@ -29,10 +32,10 @@ from hrf_fast.evaluation.grids import captions_of, save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
-from hrf_fast.run.checkpoint import list_checkpoints, sweep
-from hrf_fast.run.files import PANEL, append_line, read_log, write_atomically
+from hrf_fast.run.checkpoint import has_trained, sweep
+from hrf_fast.run.files import EVENT, PANEL, append_line, read_log, write_atomically
 
-SOURCES = "sources.json"
+SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
 # memory of the W&B writer
 WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
 
@@ -73,7 +76,7 @@ class RunFolder:
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is not a folder; remove it, or choose another run.folder")
         if path.exists():
-            if not list_checkpoints(self.checkpoints) and not read_log(self.path / "metrics.jsonl"):
+            if not has_trained(self.checkpoints) and not read_log(self.path / "metrics.jsonl"):
                 return
             changes = self._changes()
             changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
@@ -123,7 +126,7 @@ class RunFolder:
             )
         if done == 0 and path.exists() and (edited or self._changes()):
             # the panel of a configuration that never trained, and the W&B run that shows it
-            for name in ("evaluations.jsonl", WANDB_ID, WANDB_SENT):
+            for name in ("evaluations.jsonl", EVENTS, PRETRAINED, WANDB_ID, WANDB_SENT):
                 (self.path / name).unlink(missing_ok=True)
         sweep(self.checkpoints)
         self.rewind(done)
@@ -157,7 +160,7 @@ class RunFolder:
 
     def rewind(self, iteration: int) -> None:
         """Drop log lines of iterations that a resumed run will do again."""
-        for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration)):
+        for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration), (EVENTS, iteration)):
             path = self.path / name
             if path.exists():
                 earlier = [record for record in read_log(path) if record["iteration"] <= last]
@@ -171,6 +174,24 @@ class RunFolder:
         """The lines of metrics.jsonl."""
         return read_log(self.path / "metrics.jsonl")
 
+    def lines(self) -> list[tuple[dict[str, Any], bool]]:
+        """The lines of both logs in the order in which they were written, each with whether it is a panel's."""
+        logged = [*((r, True) for r in self.panels()), *((r, False) for r in self.iterations())]
+        return sorted(logged, key=lambda pair: (pair[0]["iteration"], not pair[1]))
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of events.jsonl."""
+        return read_log(self.path / EVENTS, EVENT)
+
+    def save_halves(self, halves: Mapping[str, Tensor]) -> None:
+        """Keep the halves of the pretrained panel's metrics: `evaluation.kept`."""
+        write_atomically(self.path / PRETRAINED, save({name: values.contiguous() for name, values in halves.items()}))
+
+    def halves(self) -> dict[str, Tensor]:
+        """Read what `save_halves` has written; empty for a run that began without."""
+        path = self.path / PRETRAINED
+        return load(path.read_bytes()) if path.is_file() else {}
+
     def grid(self, iteration: int) -> Path:
         """The PNG grid of the panel after `iteration` iterations."""
         return self.path / "samples" / f"iteration-{iteration:06d}.png"
@@ -180,10 +201,9 @@ class RunFolder:
         save_grid(images, self.grid(record["iteration"]), **captions_of(record))
         self.append("evaluations.jsonl", record)
 
-    def save_model(self, policy: Policy) -> None:
-        """Write the tuned model of the last panel as a diffusers folder with its card."""
-        panels = self.panels()
-        save_model(self.path / "model", policy, self.config, panels, panels[-1]["iteration"])
+    def save_model(self, policy: Policy, iterations: int) -> None:
+        """Write the tuned model, of so many iterations, as a diffusers folder with its card."""
+        save_model(self.path / "model", policy, self.config, self.panels(), iterations)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log, whole or not at all."""

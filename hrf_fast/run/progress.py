@@ -144,6 +144,8 @@ class BarProgress(Progress):
             for name in INTERVALS
             if name in record
         ]
+        shares = record.get("kept", {})
+        parts += [f"{name} kept {share:.1%} [{low:.1%}, {high:.1%}]" for name, (share, low, high) in shares.items()]
         self.note(f"panel after {record['iteration']} iterations: " + "   ".join(parts))
 
     def note(self, text: str) -> None:

@@ -7,7 +7,7 @@ state)` after its last. In between the weights stand for no iteration, so Ctrl-C
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from hrf_fast.evaluation.grids import SHOWN
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.audience import Audience
-from hrf_fast.run.checkpoint import load_newest, save_checkpoint
+from hrf_fast.run.checkpoint import load_first_intact, load_newest, save_checkpoint
+from hrf_fast.run.events import EventLog
 from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.run.listeners import Listener, check_listeners
@@ -37,11 +38,11 @@ class RunResult:
     folder: Path
     """config.yaml, metrics.jsonl, evaluations.jsonl, samples/, checkpoints/ and model/, the tuned model."""
     reason: str
-    """Why the run ended."""
+    """Why the run ended: its budget, a rule of `stop` or a listener."""
     last_panel: dict[str, Any]
     """Line of evaluations.jsonl after the last iteration."""
     best_panel: dict[str, Any]
-    """Line of evaluations.jsonl with the highest mean reward."""
+    """Line of evaluations.jsonl with the highest mean reward above the floors of `stop`."""
 
 
 class Run:
@@ -55,12 +56,13 @@ class Run:
         comm.main_says(self.folder.claim)
         self.progress: Progress = build_progress(config.run.progress) if comm.is_main() else Silence()
         self._audience = Audience(heard, self.progress, self.note_once)
+        self._events = EventLog(self.folder, self.note)
         self._stdout = redirect_stdout(self.progress.prints)
         self.interrupts = Interrupts(self.progress.note)
         self._seconds: dict[str, float] = {}
         self._began = 0.0
-        # iterations in the newest checkpoint
-        self._saved = 0
+        # iterations in the newest checkpoint; None before there is one
+        self._saved: int | None = None
         # what a checkpoint would hold beside the weights; None while these stand for no iteration
         self._state: dict[str, Any] | None = None
         self._unbroken = False
@@ -110,14 +112,19 @@ class Run:
                 code has changed and run.edited_code is refuse.
             ImportError: the package of a writer is missing.
         """
-        self._saved = done
+        self._saved = done or None
 
         def begin() -> None:
             for line in self.folder.begin(done, sources or {}):
                 self.note(line)
+            self._events.begin(done)
             self._audience.begin(build_writers(self.folder))
 
         comm.main_says(begin)
+
+    def ending(self) -> str | None:
+        """A rule's reason to end the run after the lines that are logged so far, on all ranks."""
+        return comm.main_says(lambda: self._events.ending)
 
     def begin_iteration(self) -> None:
         """Let time belong to the next line of the log from here on; panels and checkpoints belong to none."""
@@ -153,11 +160,13 @@ class Run:
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint of the committed state; a no-op where there is none, or where it is saved already."""
-        if self._state is None or self._state["iteration"] in (0, self._saved):
+        if self._state is None or self._state["iteration"] == self._saved:
+            return
+        if self._state["iteration"] == 0 and not self._events.keeps_pretrained:
             return
         run = self.config.run
         with self.interrupts.held():
-            best = self.best() if run.keep_best else None
+            best = self.best() if self.keeps_best else None
             save_checkpoint(self.folder.checkpoints, engine, self._state, keep=run.keep_checkpoints, best=best)
             self._saved = self._state["iteration"]
 
@@ -186,7 +195,7 @@ class Run:
             record: the line less its times; state: see `commit`; images: how many were trained on.
 
         Returns:
-            A listener's reason to end the run, on all ranks.
+            A listener's or a rule's reason to end the run, on all ranks.
         """
         total = time.perf_counter() - self._began
         times = {
@@ -199,10 +208,15 @@ class Run:
         }
         rounded = {name: {k: round(v, 4) for k, v in values.items()} for name, values in times.items()}
         line = record | rounded
-        comm.main_says(lambda: self.folder.append("metrics.jsonl", line))
+
+        def write() -> None:
+            self._events.iteration(line)
+            self.folder.append("metrics.jsonl", line)
+
+        comm.main_says(write)
         # from here on the iteration can be saved, whatever a listener raises
         self._state = state
-        asked = comm.main_says(lambda: self._audience.tell("iteration", line))
+        asked = comm.main_says(lambda: self._audience.tell("iteration", line) or self._events.ending)
         self.commit(state)
         return asked
 
@@ -212,8 +226,9 @@ class Run:
         shown = panel.images[:SHOWN]
 
         def write() -> str | None:
-            self.folder.append_panel(line, shown)
-            return self._audience.tell("panel", line, shown)
+            record = self._events.panel(line, panel)
+            self.folder.append_panel(record, shown)
+            return self._audience.tell("panel", record, shown) or self._events.ending
 
         return comm.main_says(write)
 
@@ -225,20 +240,53 @@ class Run:
         """Whether the panel after `iteration` iterations has been evaluated and logged."""
         return any(record["iteration"] == iteration for record in self.panels())
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint of the best panel is kept whatever its age."""
+        return self.config.run.keep_best or self._events.keeps_pretrained
+
     def best(self) -> int | None:
-        """After how many iterations the panel's reward was highest; None before the first that is not the start's."""
-        tuned = [record for record in self.panels() if record["iteration"] > 0]
-        return highest(tuned)["iteration"] if tuned else None
+        """After how many iterations the panel was best by the rule of `EventLog.best`; None before there is one."""
+        best = comm.main_says(self._events.best)
+        return None if best is None else best["iteration"]
+
+    def reason_of(self, loop: Callable[[], str]) -> str:
+        """Why `loop` has ended: what it returns, or the failure of an iteration where the best checkpoint is restored.
+
+        Raises:
+            FloatingPointError: an iteration has failed; an event says so.
+        """
+        try:
+            return loop()
+        except FloatingPointError as error:
+            reason = None
+            if comm.world_size() == 1 or comm.said_by_main(error):
+                text = str(error)
+                reason = comm.main_says(lambda: self._events.failure(text))
+            if reason is None:
+                raise
+            self.note(reason)
+            return reason
 
     def finish(self, policy: Policy, engine: Engine, reason: str) -> RunResult:
-        """Write the tuned model, averaged if there is an average, as a diffusers folder."""
+        """Write the tuned model, averaged if there is an average, as a diffusers folder.
+
+        It is of the last iteration, or of the best checkpoint where a rule has ended the run and stop.on_collapse is
+        restore_best.
+        """
         self.reason = reason
+        model = self.panels()[-1]["iteration"]
+        if comm.main_says(lambda: self._events.restores):
+            ranked = [panel["iteration"] for panel in comm.main_says(self._events.ranked)]
+            state = load_first_intact(self.folder.checkpoints, ranked, engine, warn=self.note)
+            if state is None:
+                raise ValueError(
+                    f"stop.on_collapse is restore_best, but {self.folder.checkpoints} has no checkpoint after any of "
+                    f"{ranked} iterations; set stop.on_collapse=stop to have the last weights as the tuned model"
+                )
+            model = state["iteration"]
+            self.note(f"the tuned model is that after {model} iterations, the best above the floors")
         with engine.gathered(ema=True):
-            comm.main_says(lambda: self.folder.save_model(policy))
-        panels = self.panels()
-        return RunResult(self.folder.path, reason, panels[-1], highest(panels))
-
-
-def highest(panels: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first panel of the highest mean reward."""
-    return max(panels, key=lambda record: record["reward"][0])
+            comm.main_says(lambda: self.folder.save_model(policy, model))
+        comm.main_says(lambda: self._events.end(reason, model))
+        return RunResult(self.folder.path, reason, self.panels()[-1], comm.main_says(self._events.best_panel))

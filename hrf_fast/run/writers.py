@@ -41,8 +41,7 @@ class Writer(Listener):
 
     def catch_up(self, folder: RunFolder) -> None:
         """Send what the folder's logs hold and the service lacks, in the order in which it was logged."""
-        logged = [*((r, True) for r in folder.panels()), *((r, False) for r in folder.iterations())]
-        for record, panel in sorted(logged, key=lambda pair: (pair[0]["iteration"], not pair[1])):
+        for record, panel in folder.lines():
             if self.has(record["iteration"], panel=panel):
                 continue
             if not panel:
@@ -62,6 +61,7 @@ class Writer(Listener):
 
     def _panel(self, record: dict[str, Any], picture: Image.Image | None) -> None:
         values = {f"panel/{name}": record[name][0] for name in INTERVALS if name in record}
+        values |= {f"panel/kept/{name}": interval[0] for name, interval in record.get("kept", {}).items()}
         self.send(record["iteration"], values, picture, panel=True)
 
 

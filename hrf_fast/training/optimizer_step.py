@@ -20,6 +20,7 @@ from hrf_fast.training.gradient_noise import GradientHalves
 from hrf_fast.training.metrics import StepStats
 from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.trajectory import Trajectory
+from hrf_fast.windows.base import Window
 from hrf_kernels import Surrogate, clipped_surrogate
 
 
@@ -32,7 +33,7 @@ class Clips:
     advantage_clip: float
     """Bound on |advantage|."""
     scale_by_window: bool
-    """Multiply both by (T − start)/T of each group."""
+    """Multiply both by `window_share` of each group."""
     step_weights: Tensor | None = None
     """[T], factors of the loss by step; None for 1. See `training.step_weights`."""
 
@@ -165,13 +166,23 @@ def _reference_output(trajectories: Mapping[int, Trajectory], call: Call, predic
 
 
 def _window_scale(policy: Policy, trajectories: Mapping[int, Trajectory], call: Call) -> float | Tensor:
-    """(T − start)/T: one number where all pieces' windows start together, else one per row."""
-    total = len(policy.sampler)
-    scales = [(total - trajectories[piece.group].window.start) / total for piece in call.pieces]
+    """The windows' shares of the T steps: one number where they are equal for all pieces, else one per row."""
+    sampler = policy.sampler
+    windows = [trajectories[piece.group].window for piece in call.pieces]
+    scales = [window_share(window, sampler.stochastic_steps, len(sampler)) for window in windows]
     if len(set(scales)) == 1:
         return scales[0]
     counts = torch.tensor([piece.size * len(call.steps) for piece in call.pieces])
     return torch.tensor(scales).repeat_interleave(counts).to(policy.device)
+
+
+def window_share(window: Window, stochastic: int, total: int) -> float:
+    """(T − start)/T, as HRF scales by (arXiv 2410.08315), or (stop − start)/T for a window that ends before.
+
+    Args:
+        stochastic: steps that can be trained; the deterministic ones after them belong to a window that reaches them.
+    """
+    return ((total if window.stop == stochastic else window.stop) - window.start) / total
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

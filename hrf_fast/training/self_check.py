@@ -49,8 +49,9 @@ def self_check(components: Components) -> str:
 def _verdict(components: Components, error: float, joined: bool) -> str:
     policy, plan, clips = components.policy, components.calls, components.rules.clips
     steps, stop = len(policy.sampler), policy.sampler.stochastic_steps
-    # the least window that any schedule can choose is the last stochastic step
-    smallest = clips.clip_range * ((steps - stop + 1) / steps if clips.scale_by_window else 1.0)
+    # the least window is the last stochastic step, but for a schedule of interior ones, which says how wide they are
+    least = min(steps - stop + 1, getattr(components.schedule, "width", steps))
+    smallest = clips.clip_range * (least / steps if clips.scale_by_window else 1.0)
     inside = error < smallest / 10
     verdict = "exact" if error == 0 else "well inside it" if inside else "NOT well inside it"
     line = (

@@ -111,12 +111,24 @@ class _Uniform:
 
 @register_schedule("full")
 class Full:
-    """DDPO (arXiv 2305.13301): every stochastic step, from pure noise."""
+    """DDPO (arXiv 2305.13301): every stochastic step, from pure noise.
 
-    needs_anchors = False
+    With `renoised` groups start from anchors taken back to step `start`, and train every step from there on: DDPO from
+    noisy states, which shows what HRF's anchors do without its windows.
+    """
 
-    def __init__(self, *, num_inference_steps: int, stop: int) -> None:
-        self.window = Window(0, stop)
+    def __init__(self, *, num_inference_steps: int, stop: int, renoised: bool = False, start: int = 0) -> None:
+        if type(renoised) is not bool:
+            raise ValueError(f"window.kwargs.renoised is {renoised!r}; use true or false")
+        if type(start) is not int or not 0 <= start < stop:
+            raise ValueError(f"window.kwargs.start is {start!r}; use a step from 0 to {stop - 1}")
+        if start and not renoised:
+            raise ValueError(
+                f"window.kwargs.start is {start}, which pure noise does not have; set window.kwargs.renoised=true, or "
+                "leave it at 0"
+            )
+        self.needs_anchors = renoised
+        self.window = Window(start, stop)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         return [self.window] * num_groups
@@ -178,6 +190,58 @@ def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 
     check_count("window.kwargs.stride", stride)
     starts = range(0, stop, stride)
     return _Uniform(lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop)
+
+
+@register_schedule("progressive")
+def progressive(
+    *, num_inference_steps: int, stop: int, first_steps: int | None = None, iterations: int = 100
+) -> WindowSchedule:
+    """B²-DiffuRL (arXiv 2503.11240): the late steps first, then more of them, back to step 0.
+
+    Iteration i trains the last first_steps + ⌊i·(T − first_steps + 1)/iterations⌋ of T steps, at most all, as its
+    authors' run does (the last 14 of 20, then up to 20 over 100 stages); by default `first_steps` is 0.7·T. Its groups
+    branch off one trajectory, ours are re-noised from an anchor.
+    """
+    total = num_inference_steps
+    # the deterministic end has nothing to train
+    least = total - stop + 1
+    first = max(least, round(0.7 * total)) if first_steps is None else first_steps
+    check_count("window.kwargs.iterations", iterations)
+    if type(first) is not int or not least <= first <= total:
+        raise ValueError(f"window.kwargs.first_steps is {first!r}; use from {least} to all {total} steps")
+
+    def starts(iteration: int) -> Sequence[int]:
+        return [total - min(total, first + iteration * (total - first + 1) // iterations)]
+
+    return _Uniform(starts, stop)
+
+
+@register_schedule("interior")
+class Interior:
+    """Windows [s, s + width) inside the trajectory, s uniform over the starts that leave all of it stochastic.
+
+    The steps after a window run to the clean image and are not trained. MixGRPO (arXiv 2507.21802) and Flow-GRPO's
+    fast variant train such windows, with deterministic steps around them; here those stay as the sampler has them.
+    `starts` narrows s to a half-open range or {steps: [...]}, as in `clusters`.
+    """
+
+    needs_anchors = True
+
+    def __init__(self, *, num_inference_steps: int, stop: int, width: int = 4, starts: Any = None) -> None:
+        check_count("window.kwargs.width", width)
+        if width > stop:
+            raise ValueError(f"window.kwargs.width is {width}, but {stop} steps can be trained; use at most that")
+        chosen = range(stop - width + 1) if starts is None else _cluster_steps(starts, "window.kwargs.starts")
+        wrong = [start for start in chosen if not 0 <= start <= stop - width]
+        if wrong or not chosen:
+            raise ValueError(
+                f"window.kwargs.starts is {starts!r}; use starts from 0 to {stop - width}, so that windows of {width} "
+                f"steps end before the deterministic end at {stop}"
+            )
+        self.starts, self.width = chosen, width
+
+    def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
+        return [Window(start, start + self.width) for start in _draw(self.starts, num_groups, generator)]
 
 
 register_schedule("dynamic")(dynamic)

@@ -27,6 +27,18 @@ def drawn():
     return f"{word} {random.randrange(100)}", {}
 
 
+_panels = 0
+
+
+def peaked(images, prompts=None):
+    """A reward whose panels, of two images each, are best after one iteration, run after run of three panels."""
+    global _panels
+    if len(images) != 2:
+        return coarse(images)
+    _panels += 1
+    return images.new_full((2,), (0.0, 5.0, 1.0)[(_panels - 1) % 3])
+
+
 _rewarded = 0
 
 

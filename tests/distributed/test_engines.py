@@ -122,6 +122,10 @@ def results(tiny_model, tmp_path_factory, request):
     two |= {f"weights {name}": run(name, *engine, ema) for name, engine in engines.items()}
     two["weights dynamic"] = run("dynamic", *SEARCH["dynamic"], "train.iterations=1")
     two["weights bandit"] = run("bandit", *SEARCH["bandit"])
+    best = [f"reward.name={CASES}:peaked", "stop.on_collapse=restore_best", "stop.diversity_floor=0", "stop.patience=1"]
+    best += ["evaluation.every=1", "run.keep_checkpoints=1"]
+    two |= {f"restored {name}": run(f"restored-{name}", *engine, ema, *best) for name, engine in engines.items()}
+    two["restored zero3 lora"] = run("restored-zero3 lora", *ENGINES["zero3"], *LORA, *best)
     two["collectives"] = ("collectives",)
     two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(engines)[:5]}
     # half of a run, then the rest of it, on the same engine
@@ -141,7 +145,7 @@ def results(tiny_model, tmp_path_factory, request):
     two["moved from"] = run("moved", *ENGINES["zero3"], ema, "train.iterations=1")
     if not every:
         names = {f"{kind} {name}" for kind in ("gradient", "weights") for name in QUICK}
-        names |= {"gradient zero3 micro", "not finite zero2", "collectives"}
+        names |= {"gradient zero3 micro", "not finite zero2", "collectives", "restored zero3"}
         kinds = ("resume zero2", "resume zero3 lora")
         two = {name: case for name, case in two.items() if name in names or name.startswith(kinds)}
         one = {name: one[name] for name in ("gradient", "gradient micro", "weights", "weights lora")}
@@ -157,9 +161,31 @@ def results(tiny_model, tmp_path_factory, request):
 def test_every_run_ends_well(results):
     found, _ = results
     failed = {
-        name: result for name, result in found.items() if name.startswith(("weights", "resume", "moved", "one w"))
+        name: result
+        for name, result in found.items()
+        if name.startswith(("weights", "resume", "moved", "restored", "one w"))
     }
     assert {name: result for name, result in failed.items() if result != 0} == {}
+
+
+RESTORED = [pytest.param(name, marks=[] if name == "zero3" else pytest.mark.slow) for name in (*ENGINES, "zero3 lora")]
+
+
+@pytest.mark.parametrize("name", RESTORED)
+def test_the_best_checkpoint_of_a_sharded_run_is_its_model_bit_for_bit(results, name):
+    _, folder = results
+    run = folder / f"restored-{name}"
+    # panels of 0, 5 and 1: the second has no gain over the first
+    assert [panel["iteration"] for panel in panels(run)] == [0, 1, 2]
+    best = run / "checkpoints" / "iteration-000001"
+    if "lora" in name:
+        saved = load_file(best / "weights.safetensors")
+        model = load_file(next((run / "model").rglob("pytorch_lora_weights.safetensors")))
+        values = sorted(value.flatten().tolist() for value in saved.values())
+        assert values == sorted(value.flatten().tolist() for value in model.values())
+    else:
+        assert equal(weights(run), checkpoint_weights(best, "ema.safetensors"))
+        assert not equal(weights(run), checkpoint_weights(run / "checkpoints" / "iteration-000002", "ema.safetensors"))
 
 
 def relative(a, b):

@@ -66,6 +66,7 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
         "config.yaml",
         "metrics.jsonl",
         "evaluations.jsonl",
+        "events.jsonl",
         "samples",
         "checkpoints",
         "model",

@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hrf_fast"
 # from the top: a module imports from its own line or from lines below
 LAYERS = (
-    ("cli", "train", "commands"),
+    ("cli", "train", "blending", "commands"),
     ("build",),
-    ("command", "stopping"),
+    ("command",),
     ("report",),
     ("memory", "doctor"),
     ("training",),
     ("run",),
+    ("stopping",),
     ("evaluation",),
     ("rewards",),
     ("engines",),

@@ -136,10 +136,15 @@ def test_sample_of_an_unconditional_model_refuses_a_prompt(tiny_model, tmp_path,
 
 def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
 
-    assert main(["evaluate", str(finished), "reward.name=jpeg_compressibility", "evaluation.panel_size=8"]) == 0
+    words = ["evaluate", str(finished), "reward.name=jpeg_compressibility"]
+    assert main([*words, "evaluation.panel_size=12"]) == 0
+    detail = json.loads((finished / "evaluation.json").read_text())["tuned"]["detail"]
+    assert {"precision", "vendi_rbf", "fid", "duplicates"} <= set(detail) and "coverage" in capsys.readouterr().out
+    assert main([*words, "evaluation.panel_size=8"]) == 0
+    assert "need 12 images" in capsys.readouterr().out
     result = json.loads((finished / "evaluation.json").read_text())
     assert result["tuned"]["prompts"] == ["<b>a dog & a cat</b>", "cat"] and "vendi_per_prompt" in result["pretrained"]
-    assert "vendi_per_prompt" in capsys.readouterr().out
+    assert "detail" not in result["tuned"]
     page = tmp_path / "page.html"
     assert main(["report", str(finished), "--out", str(page), "--strip", str(tmp_path / "strip.png")]) == 0
     html = page.read_text()

@@ -129,7 +129,8 @@ def test_the_python_of_the_readme_trains(tiny_run, tmp_path, monkeypatch, capsys
     (code,) = blocks(README, "python")
     # the fashion network reads any picture, so that the block's Vendi Score is there
     words = [*tiny_run, "train.groups_per_step=2", "stop.max_evaluations=0", "evaluation.network=fashion"]
-    words += ["window.kwargs.clusters=[[0, 6]]"]
+    # a panel of six images has no share of the pretrained model's
+    words += ["window.kwargs.clusters=[[0, 6]]", "stop.on_collapse=warn", "stop.diversity_floor=0"]
     names = run_block(code, monkeypatch, words)
     result = names["result"]
     assert isinstance(result, hrf_fast.RunResult) and (tmp_path / "run" / "model").is_dir()
@@ -202,13 +203,13 @@ def test_the_schedule_of_the_docs_trains(tiny_run, monkeypatch):
     assert records == [[4, 4], [4, 4]]
 
 
-def test_the_listener_of_the_docs_ends_the_run_when_diversity_falls(monkeypatch):
+def test_the_listener_of_the_docs_ends_the_run_when_the_images_are_dark(monkeypatch):
     (code,) = blocks(ROOT / "docs" / "run_folder.md", "python")
     calls = []
     monkeypatch.setattr(hrf_fast, "train", lambda config, **options: calls.append((config, options)))
     run_block(code, monkeypatch, [])
     ((config, options),) = calls
-    assert config.run.folder == "runs/diverse"
+    assert config.run.folder == "runs/bright"
     (listener,) = options["listeners"]
-    reasons = [listener.panel({"vendi": [vendi, 0, 99]}, torch.zeros(0)) for vendi in (10.0, 9.5, 8.9)]
-    assert reasons == [None, None, "diversity fell"]
+    reasons = [listener.panel({}, torch.full((2, 3, 4, 4), level)) for level in (0.5, 0.1)]
+    assert reasons == [None, "the images are dark"]

@@ -195,6 +195,22 @@ def test_an_unfinished_run_is_labelled_also_while_it_is_extended_or_young(tmp_pa
     assert read_runs([write_run(tmp_path / "d", train=TrainConfig(iterations=9), stop=budget)])[0].finished
 
 
+def test_what_the_rules_have_seen_is_on_the_page_and_a_restored_model_is_the_runs_end(tmp_path, no_plots):
+    # of panels of gain 1, 3 and 5 the first came back; the run was to have 9 iterations
+    later = [(1.0, 3.9), (3.0, 2.0), (5.0, 1.0)]
+    folder = write_run(tmp_path / "run", "full", later, train=TrainConfig(iterations=9))
+    low = {"iteration": 2, "event": "diversity", "text": "vendi is 0.5 of <it>", "figures": {"kept": 0.5}}
+    write_log(folder / "events.jsonl", [low, {"iteration": 3, "event": "end", "text": "why", "figures": {"model": 1}}])
+    (log,) = read_runs([folder])
+    assert log.finished and log.end == 2.5 and gain(log, log).value == 1.0 and log.metric("vendi").value == 3.9
+    text = "\n".join(Page(write_report([folder]).read_text()).text)
+    assert "DDPO, after 2 iterations: vendi is 0.5 of <it>" in text
+    assert "DDPO, after 3 iterations: the end: why; the tuned model is that after 1" in text
+    # an end of an earlier iteration is none: the run is being extended
+    write_log(folder / "events.jsonl", [{"iteration": 2, "event": "end", "text": "why", "figures": {"model": 1}}])
+    assert not read_runs([folder])[0].finished
+
+
 def test_runs_of_one_method_are_told_apart_by_folder(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("s0/hrf", "s1/hrf", "s2/other")]
     folders.append(write_run(tmp_path / "d", "full"))

@@ -13,7 +13,7 @@ from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.run.files import read_log
 from hrf_fast.run.listeners import Listener, check_listeners
-from hrf_fast.run.session import Run, highest
+from hrf_fast.run.session import Run
 
 INTERVAL = Interval(1.0, 0.5, 1.5)
 
@@ -90,7 +90,7 @@ def test_the_best_panel_is_the_first_highest_one_that_is_not_the_starts(config):
         for iteration, reward in enumerate((9.0, 1.0, 3.0, 3.0)):
             metrics = PanelMetrics(torch.rand(2, 3, 8, 8), [reward] * 2, Interval(reward, 0.0, 9.0), None, None)
             run.log_panel(iteration, 0, metrics)
-        assert run.best() == 2 and highest(run.panels())["iteration"] == 0
+        assert run.best() == 2 and run._events.best_panel()["iteration"] == 0
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_a_configuration_without_features_is_refused_before_anything_is_trained(
 @pytest.mark.slow
 def test_the_smallest_study_by_its_command(tmp_path):
     config = ROOT / "configs" / "demo_fashion.yaml"
-    words = ["train.iterations=1", "evaluation.panel_size=4", "evaluation.every=0"]
+    words = ["train.iterations=1", "evaluation.panel_size=8", "evaluation.every=0"]
     words += ["train.groups_per_iteration=1", "train.groups_per_step=1", "train.group_size=2"]
     command = [sys.executable, ROOT / "benchmarks/study.py", config, "--seeds", "0", "--out", tmp_path, *words]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)

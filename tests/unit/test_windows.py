@@ -48,7 +48,7 @@ def test_a_window_cannot_be_changed():
 
 def test_the_registered_schedules_are_known_here():
     # so that a new one is added to the sweep below
-    assert set(SCHEDULES) == {"full", "clusters", "random", "sliding", "dynamic"}
+    assert set(SCHEDULES) == {"full", "clusters", "random", "sliding", "dynamic", "progressive", "interior"}
 
 
 def random_probe(candidates, *, estimate="exact"):
@@ -65,6 +65,9 @@ LENGTHS = ((40, 39), (40, 40), (20, 19), (7, 6), (7, 7), (3, 2), (2, 2))
     ("name", "kwargs"),
     [
         ("full", {}),
+        ("full", {"renoised": True, "start": 1}),
+        ("progressive", {}),
+        ("progressive", {"iterations": 7}),
         ("clusters", {}),
         ("clusters", {"iterations_per_cluster": 3}),
         ("random", {}),
@@ -84,7 +87,7 @@ def test_no_window_of_a_full_cycle_is_empty_or_holds_a_deterministic_step(T, sto
         assert all(0 <= window.start < window.stop == stop for window in windows)
 
 
-@pytest.mark.parametrize("name", ["full", "clusters", "random", "sliding"])
+@pytest.mark.parametrize("name", ["full", "clusters", "random", "sliding", "progressive"])
 @pytest.mark.parametrize(("T", "stop"), [(1, 1), (2, 1)])
 def test_the_defaults_work_with_a_single_step_to_train(T, stop, name):
     # T = 2 with a deterministic last step leaves step 0: its default second half, [1, 2), has nothing to train

@@ -1,0 +1,90 @@
+"""`hrf blend`: the models on the line from a run's pretrained one through its tuned one, and the best of them saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompts
+from hrf_fast.commands import finished_run, run_config
+from hrf_fast.config.load import differences
+from hrf_fast.config.options import FACTS, Config, LoraConfig
+from hrf_fast.devices import choose_device
+from hrf_fast.evaluation import blend as blends
+from hrf_fast.policies.lora import adapted_layers
+from hrf_fast.report.plots import blend_front
+from hrf_fast.run.card import save_model
+from hrf_fast.run.files import PANEL, append_line, read_log, sha256, write_atomically
+
+
+def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: float) -> list[str]:
+    """Choose the best model on the line from a run's pretrained model through its tuned one, and save it in RUN/blend.
+
+    Args:
+        words: options to change, such as run.device=cpu; keep: least share of the pretrained model's Vendi Score.
+        most, step: of α, see `steps_to`.
+
+    Returns:
+        Lines about the blend that was chosen, the tuned model and the pretrained one.
+
+    Raises:
+        ValueError: an unfinished run, another pretrained model than the run's, a front of other settings, or a panel
+            without a network for the Vendi Score.
+    """
+    alphas, folder = blends.steps_to(most, step), finished_run(run) / "blend"
+    blends.check_keep(keep)
+    config = run_config(run, tuple(words))
+    device = choose_device(config.run.device)
+    panel = build_panel(config, device, build_prompts(config)[0])
+    if panel.network is None:
+        raise ValueError(
+            f"evaluation.network is {config.evaluation.network}, which gives no Vendi Score here; name a network, such "
+            "as openai/clip-vit-base-patch32"
+        )
+    policy = build_policy(config, str(run / "model"))
+    adapters = bool(adapted_layers(policy.network.unet))
+    pretrained = None if adapters else build_policy(replace(config, lora=LoraConfig())).network
+    line = blends.Line(policy.network, pretrained)
+    _claim_blend(folder, run, config)
+    front = blends.Front(folder / "front.jsonl", line, policy, build_config_reward(config, device), append=append_line)
+    panels = read_log(run / "evaluations.jsonl", PANEL)
+    changed = differences(config, run_config(run))
+    if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
+        front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
+    records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
+    chosen = blends.choose(records, keep)["alpha"]
+    # the choice has looked at the first panel, whose figures flatter it
+    other = replace(panel, seed=panel.seed + 1)
+    base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
+    write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
+    result = {"alpha": chosen, "keep": keep, "panels": [blends.summary(record, base) for record in (base, *others)]}
+    write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
+    if chosen:
+        line.move(chosen)
+        evaluation = replace(config.evaluation, seed=other.seed)
+        table = [{**base, "iteration": 0}, {**others[-1], "iteration": panels[-1]["iteration"]}]
+        described = replace(config, evaluation=evaluation)
+        save_model(folder / "model", policy, described, table, panels[-1]["iteration"], alpha=chosen)
+    return blends.describe(result)
+
+
+def _claim_blend(folder: Path, run: Path, config: Config) -> None:
+    """Begin RUN/blend, or go on in it where panels would be equal.
+
+    Raises:
+        ValueError: it holds panels of other settings or of another tuned model; says which.
+    """
+    weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
+    sections = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
+    now = {"precision": config.compute.precision, **sections, "weights": weights}
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{folder} holds blends of another {name}; move it away, or use its own ({path} has it)")
+    folder.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(now, indent=1).encode())

@@ -1,0 +1,72 @@
+"""Detail: what `hrf evaluate` says of a model's images beyond its panel, against the pretrained model's own samples.
+
+Intervals are of random halves: a bootstrap draws images twice, and the metrics here count different images
+(`evaluation.kept` has the reasoning and its sources).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hrf_fast.evaluation.diversity import Interval
+from hrf_fast.evaluation.fidelity import fid, kid
+from hrf_fast.evaluation.neighbours import NEAREST, Overlap, duplicates, overlap_of, radius, spread
+from hrf_fast.evaluation.vendi import distances, median_distance, vendi
+
+DRAWS = 100
+"""Halves of each metric."""
+ORDERS = {"vendi_q0.5": 0.5, "vendi_q2": 2.0, "vendi_qinf": math.inf}
+LEAST = 2 * (NEAREST + 1)
+"""Fewest images, so that a half of them has a NEAREST-th neighbour."""
+RBF_MOST = 2000
+"""Images whose RBF kernel is computed, which takes the cube of their number."""
+
+
+def half_intervals(statistic: Callable[[Tensor], Sequence[float]], count: int, *, seed: int) -> list[Interval]:
+    """Statistics of an index into `count` samples, each with the spread over random halves of them around its value.
+
+    Raises:
+        ValueError: fewer samples than LEAST.
+    """
+    if count < LEAST:
+        raise ValueError(f"evaluation.panel_size is {count}; these metrics need at least {LEAST} images")
+    generator, size = torch.Generator().manual_seed(seed), count // 2
+    index = [torch.randperm(count, generator=generator)[:size] for _ in range(DRAWS)]
+    drawn = torch.tensor([list(statistic(half)) for half in index], dtype=torch.float64)
+    deviations = (drawn - drawn.mean(0)) * math.sqrt(size / (count - size))
+    low, high = deviations.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    values = statistic(torch.arange(count))
+    return [Interval(value, value + down, value + up) for value, down, up in zip(values, low, high, strict=True)]
+
+
+def detail(
+    features: Tensor, images: Tensor, reference: Tensor, *, seed: int, fidelity: bool = True
+) -> dict[str, list[float]]:
+    """All metrics by name, each [value] or [value, low, high].
+
+    Args:
+        features: [N, D] of images [N, 3, H, W]; reference: [M, D] of the pretrained model's, of other noises.
+        seed: of the halves; fidelity: whether FID and KID are among them.
+
+    Raises:
+        ValueError: fewer images than LEAST.
+        ImportError: torchmetrics is not installed.
+    """
+    rows, other = (part.detach().to("cpu", torch.float64) for part in (features, reference))
+    radii, among, between = radius(distances(other, other)), distances(rows, rows), distances(other, rows)
+    orders = half_intervals(lambda i: [vendi(rows[i], order=q) for q in ORDERS.values()], len(rows), seed=seed)
+    overlaps = half_intervals(lambda i: overlap_of(radii, among[i][:, i], between[:, i]), len(rows), seed=seed)
+    apart = spread(rows)
+    return {
+        **{name: list(interval) for name, interval in zip(ORDERS, orders, strict=True)},
+        "vendi_rbf": [vendi(rows[:RBF_MOST], kernel="rbf", bandwidth=median_distance(other))],
+        "pairwise_distance": [apart.pairwise],
+        "nearest_distance": [apart.nearest],
+        "duplicates": [duplicates(images)],
+        **{name: list(interval) for name, interval in zip(Overlap._fields, overlaps, strict=True)},
+        **({"fid": [fid(other, rows)], "kid": [kid(other, rows, seed=seed)]} if fidelity else {}),
+    }

@@ -1,0 +1,135 @@
+"""Events: what the rules of `stop` see in a run's lines, in events.jsonl; on the main rank.
+
+An event is written before the line that it is about and known by its iteration and name: a run that is killed in
+between evaluates that line again, to the same event, and writes it once. What the rules remember is read from the lines
+that a resumed run goes on after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hrf_fast.evaluation.kept import kept_interval
+from hrf_fast.evaluation.panel import PanelMetrics
+from hrf_fast.run.folder import EVENTS, PRETRAINED, RunFolder
+from hrf_fast.stopping import Event, Watch, by_merit, check_first_panel, floors
+
+
+class EventLog:
+    """The rules of one run and the events that they have found."""
+
+    def __init__(self, folder: RunFolder, note: Callable[[str], None]) -> None:
+        """`note` shows the user a line."""
+        self._folder, self._note = folder, note
+        self._stop, self._seed = folder.config.stop, folder.config.evaluation.seed
+        self._watch = Watch(self._stop, seed=self._seed)
+        self._known: set[tuple[Any, ...]] = set()
+        self._pretrained: Mapping[str, Tensor] = {}
+        self._failure: str | None = None
+        self._done = 0
+
+    def begin(self, done: int) -> None:
+        """Read the lines of the first `done` iterations again, of which the folder has no later ones."""
+        self._done = done
+        self._known = {_key(record) for record in self._folder.events()}
+        self._pretrained = self._folder.halves()
+        for record, panel in self._folder.lines():
+            (self._watch.panel if panel else self._watch.iteration)(record)
+
+    @property
+    def ending(self) -> str | None:
+        """A rule's reason to end the run after the lines so far."""
+        return self._failure or self._watch.ending
+
+    @property
+    def restores(self) -> bool:
+        """Whether the best checkpoint's weights are to be the tuned model."""
+        return self.ending is not None and self._stop.on_collapse == "restore_best"
+
+    @property
+    def keeps_pretrained(self) -> bool:
+        """Whether a run may come back to its pretrained weights."""
+        return self._stop.on_collapse == "restore_best"
+
+    def iteration(self, record: dict[str, Any]) -> None:
+        """Hear of a line of metrics.jsonl before it is written."""
+        self._write(self._watch.iteration(record))
+        self._done = record["iteration"] + 1
+
+    def panel(self, record: dict[str, Any], panel: PanelMetrics) -> dict[str, Any]:
+        """Hear of a line of evaluations.jsonl before it is written; returns it with the shares that are kept.
+
+        Raises:
+            ValueError: the first panel, or the absence of its file, makes a floor one that can't be judged.
+        """
+        if record["iteration"] == 0:
+            check_first_panel(self._stop, record)
+            self._pretrained = panel.halves
+            if panel.halves:
+                self._folder.save_halves(panel.halves)
+        else:
+            self._check_pretrained(panel)
+            shares = {
+                name: list(kept_interval(self._pretrained[name], values, panel.samples[name]))
+                for name, values in panel.halves.items()
+                if name in self._pretrained
+            }
+            # the long list stays at the end of the line
+            rewards = record.pop("rewards")
+            record |= ({"kept": shares} if shares else {}) | {"rewards": rewards}
+        self._write(self._watch.panel(record))
+        return record
+
+    def _check_pretrained(self, panel: PanelMetrics) -> None:
+        judged = floors(self._stop, panel.halves)
+        lacking = [option for name, (option, _) in judged.items() if name not in self._pretrained]
+        if lacking and self._stop.on_collapse != "warn":
+            raise ValueError(
+                f"{lacking[0]} can't be judged: {self._folder.path / PRETRAINED}, which panels are compared with, is "
+                "gone, or the run began without it; set stop.on_collapse=warn, or begin again in another run.folder"
+            )
+
+    def failure(self, text: str) -> str | None:
+        """Write that the next iteration has failed; returns the reason to end in order where the best is restored."""
+        self._write([Event(self._done + 1, "error", text)])
+        self._failure = text if self._stop.on_collapse == "restore_best" else None
+        return self._failure
+
+    def end(self, reason: str, model: int) -> None:
+        """Write why the run has ended, and of how many iterations its tuned model is."""
+        self._write([Event(self._done, "end", reason, {"model": model})])
+
+    def _write(self, events: Sequence[Event]) -> None:
+        for event in events:
+            record = event.record()
+            if _key(record) in self._known:
+                continue
+            self._known.add(_key(record))
+            self._folder.append(EVENTS, record)
+            if event.event not in ("end", "error"):
+                self._note(f"after {event.iteration} iterations: {event.text}")
+
+    def best(self) -> dict[str, Any] | None:
+        """The panel whose checkpoint is the best: of highest reward above the floors; None before there is one.
+
+        The pretrained model's counts where the run may come back to it.
+        """
+        ranked = self.ranked()
+        return ranked[0] if ranked else None
+
+    def ranked(self) -> list[dict[str, Any]]:
+        """The panels that may be restored, the best first."""
+        first = 0 if self.keeps_pretrained else 1
+        return by_merit([panel for panel in self._folder.panels() if panel["iteration"] >= first], self._stop)
+
+    def best_panel(self) -> dict[str, Any]:
+        """The best of all panels, by the same rule; the pretrained model's is always above the floors."""
+        return by_merit(self._folder.panels(), self._stop)[0]
+
+
+def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """An event's identity; a run may end at one iteration for several reasons, one after the other."""
+    return record["iteration"], record["event"], record["text"] if record["event"] == "end" else ""
