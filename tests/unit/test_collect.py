@@ -191,7 +191,7 @@ def collected(components, numbers=None):
     """(phases, rollout, the rewards of each pack, windows)."""
     windows, groups = begin(components, Phases(), iteration=0)
     run = Phases()
-    rolled_out, pending = collect(components, run, [groups[number] for number in (numbers or groups)])
+    rolled_out, pending = collect(components, run, [groups[number] for number in (numbers or groups)], 0)
     return run.names, rolled_out, [future.result() for future in pending], windows
 
 

@@ -107,7 +107,7 @@ def test_groups_are_guided_or_not_as_the_rules_say_and_panels_always_are():
 def test_rewards_get_the_prompt_and_the_metadata_of_every_image(images_per_call):
     components = make_components(needs_anchors=False, images_per_call=images_per_call)
     _, groups = begin(components, Phases(), iteration=5)
-    _, pending = collect(components, Phases(), list(groups.values()))
+    _, pending = collect(components, Phases(), list(groups.values()), 0)
     rewards = {number: group for future in pending for number, group in future.result().items()}
     assert {number: group.prompt for number, group in rewards.items()} == {n: g.prompt.text for n, g in groups.items()}
     order = [number for future in pending for number in future.result()]
