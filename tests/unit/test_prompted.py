@@ -17,6 +17,7 @@ from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
+from hrf_fast.training.reference import NO_REFERENCE
 from hrf_fast.training.rewarding import Rewarder
 from tests.conftest import tiny_words
 from tests.prompted import WORDS, make_prompted_policy, prompted  # noqa: F401 (a fixture)
@@ -50,7 +51,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=groups,
         calls=CallPlan(3, images_per_call),
-        rules=SimpleNamespace(seed=SEED, guided=guided),
+        rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
         prompts=SOURCE,
     )
     components.draw_prompts = lambda iteration: Components.draw_prompts(components, iteration)
