@@ -72,10 +72,11 @@ class Rewarder:
         log_probs: Mapping[int, Tensor] | None,
     ) -> dict[int, GroupRewards]:
         rewards = reward_groups(self.reward, images, prompts)
-        for group in rewards if log_probs is not None else ():
-            rewards[group] = replace(rewards[group], log_prob=log_probs[group].cpu())
-        for group in rewards if self._network is not None else ():
-            rewards[group] = replace(rewards[group], novelty=novelty(self._network.features(images[group]).cpu()))
+        if log_probs is not None:
+            rewards = {group: replace(part, log_prob=log_probs[group].cpu()) for group, part in rewards.items()}
+        if (network := self._network) is not None:
+            factors = {group: novelty(network.features(images[group]).cpu()) for group in rewards}
+            rewards = {group: replace(part, novelty=factors[group]) for group, part in rewards.items()}
         return rewards
 
     def close(self) -> None:
