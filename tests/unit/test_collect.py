@@ -13,6 +13,7 @@ from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
+from hrf_fast.training.reference import NO_REFERENCE
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import Window
 from tests.conftest import T, make_policy
@@ -71,7 +72,7 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
-        rules=SimpleNamespace(seed=SEED, guided=guided),
+        rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
         draw_prompts=lambda iteration: prompts or [None] * 4,
     )
 
@@ -191,7 +192,7 @@ def collected(components, numbers=None):
     """(phases, rollout, the rewards of each pack, windows)."""
     windows, groups = begin(components, Phases(), iteration=0)
     run = Phases()
-    rolled_out, pending = collect(components, run, [groups[number] for number in (numbers or groups)])
+    rolled_out, pending = collect(components, run, [groups[number] for number in (numbers or groups)], 0)
     return run.names, rolled_out, [future.result() for future in pending], windows
 
 

@@ -17,6 +17,7 @@ from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
+from hrf_fast.training.reference import NO_REFERENCE
 from hrf_fast.training.rewarding import Rewarder
 from tests.conftest import tiny_words
 from tests.prompted import WORDS, make_prompted_policy, prompted  # noqa: F401 (a fixture)
@@ -50,7 +51,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=groups,
         calls=CallPlan(3, images_per_call),
-        rules=SimpleNamespace(seed=SEED, guided=guided),
+        rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
         prompts=SOURCE,
     )
     components.draw_prompts = lambda iteration: Components.draw_prompts(components, iteration)
@@ -107,7 +108,7 @@ def test_groups_are_guided_or_not_as_the_rules_say_and_panels_always_are():
 def test_rewards_get_the_prompt_and_the_metadata_of_every_image(images_per_call):
     components = make_components(needs_anchors=False, images_per_call=images_per_call)
     _, groups = begin(components, Phases(), iteration=5)
-    _, pending = collect(components, Phases(), list(groups.values()))
+    _, pending = collect(components, Phases(), list(groups.values()), 0)
     rewards = {number: group for future in pending for number, group in future.result().items()}
     assert {number: group.prompt for number, group in rewards.items()} == {n: g.prompt.text for n, g in groups.items()}
     order = [number for future in pending for number in future.result()]
