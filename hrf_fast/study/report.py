@@ -137,7 +137,7 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
 
 
 def _origin(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was run, of which code and where, and how to read the tables."""
+    """Say what was run, of which code and where, and how to read the tables."""
     machines = {f"{m['gpu'] or m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in _all(lines, "machine")}
     return [
         f"{study.path.name}: {len(lines)} runs, commit {', '.join(sorted(set(_all(lines, 'commit'))))}, "

@@ -51,7 +51,7 @@ def _git(root: Path, *words: str) -> bytes:
 
 
 def facts(job: Job, commit: str) -> dict[str, Any]:
-    """What a line says of its run besides the outcome."""
+    """Describe a run as its line does, but for the outcome."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {"cores": os.cpu_count(), "processor": _processor(), "gpu": gpu, "torch": torch.__version__}
     return {
