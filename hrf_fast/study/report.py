@@ -213,8 +213,8 @@ def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
     if not both:
         return Compared(title, len(seeds), None, None, None)
     ours, theirs = ({seed: float(one[seed] or 0) for seed in both} for one in values)
-    means = (estimate(list(one.values())) for one in (ours, theirs))
-    return Compared(title, len(seeds), *means, paired(ours, theirs))
+    means = [estimate(list(one.values())) for one in (ours, theirs)]
+    return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs))
 
 
 def _cells(compared: Compared, kind: str) -> list[str]:
