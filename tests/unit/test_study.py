@@ -260,7 +260,7 @@ def test_the_smallest_study_by_its_command(write_study, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(write_study, tmp_path):
+def test_ctrl_c_stops_the_runs_after_a_checkpoint(write_study, tmp_path):
     long = {**TINY, "train": {**TINY["train"], "iterations": 400}, "run": {"save_every": 1}}
     file, out = write_study(seeds=[1], options=long, arms={"ddpo": {"window": {"schedule": "full"}}}), tmp_path / "out"
     words = ["study", "run", str(file), "--results", str(tmp_path / "lines.jsonl"), "--out", str(out)]
