@@ -106,6 +106,8 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         policy.network.checkpoint_activations()
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
+    emulation = emulation_note(config.compute.precision, device.type)
+    notes = (activations.reason, emulation, _no_network_note(config), panel.note)
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),
@@ -118,17 +120,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         rules=build_rules(config, policy.sampler),
         panel=panel,
         prompts=prompts,
-        notes=tuple(
-            filter(
-                None,
-                (
-                    activations.reason,
-                    emulation_note(config.compute.precision, device.type),
-                    _no_network_note(config),
-                    panel.note,
-                ),
-            )
-        ),
+        notes=tuple(note for note in notes if note),
         sources={name: source for name, source in sources.items() if source is not None},
     )
 

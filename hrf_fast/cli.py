@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.command import RESUMES, run_command
+from hrf_fast.command import RESUMES, HelpFormatter, complete_option, path, run_command
 
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
@@ -99,6 +99,13 @@ def bench(arguments: argparse.Namespace) -> None:
     importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)
 
 
+def study(arguments: argparse.Namespace) -> None:
+    """Train the arms of a study over seeds, or compare them."""
+    from hrf_fast.study.command import main as study_main
+
+    study_main([arguments.what, *arguments.words])
+
+
 def from_trl(arguments: argparse.Namespace) -> None:
     """Translate a script or a JSON file for TRL's DDPOTrainer into a configuration; the script is not run."""
     from hrf_fast.config.trl import convert
@@ -135,26 +142,6 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name not in ("command", "version", "function")}
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of an option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default in (None, [], False, argparse.SUPPRESS)
-        return action.help if none else super()._get_help_string(action)
-
-
-def _complete_option(prefix: str, **_: Any) -> list[str]:
-    """`section.option=` and its choices, for a shell that completes a word."""
-    from hrf_fast.config.describe import completions
-
-    return completions(prefix)
-
-
-def _path(word: str) -> Path:
-    """A path of the command line; a shell leaves ~ alone in --out=~/page.html."""
-    return Path(word).expanduser()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `train`, whose words config/load.py reads."""
     return _parsers()[0]
@@ -176,14 +163,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             function.__name__.replace("_", "-"),
             help=function.__doc__,
             description=function.__doc__,
-            formatter_class=_Help,
+            formatter_class=HelpFormatter,
             **kwargs,
         )
         command.set_defaults(function=function)
         return command
 
     def add_options(command: argparse.ArgumentParser, name: str, text: str) -> None:
-        command.add_argument(name, nargs="*", help=text).completer = _complete_option  # type: ignore[attr-defined]
+        command.add_argument(name, nargs="*", help=text).completer = complete_option  # type: ignore[attr-defined]
 
     command = add(train, add_help=False)
     command.add_argument("--config", action="append")
@@ -191,7 +178,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(sample)
     models = "fashion, portraits, peeps, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
-    command.add_argument("--out", type=_path, default="samples.png", help="picture to write")
+    command.add_argument("--out", type=path, default="samples.png", help="picture to write")
     command.add_argument("--count", type=int, default=64, help="images, at least 1")
     steps = "denoising steps; a run's own, else 40"
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
@@ -208,24 +195,24 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(evaluate)
-    command.add_argument("run", type=_path, help="a run folder")
+    command.add_argument("run", type=path, help="a run folder")
     add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
     command = add(blend)
-    command.add_argument("run", type=_path, help="a finished run's folder")
+    command.add_argument("run", type=path, help="a finished run's folder")
     command.add_argument("--keep", type=float, default=0.95, help="least share of the pretrained Vendi Score")
     command.add_argument("--most", type=float, default=2.0, help="largest alpha; 1 is the tuned model")
     command.add_argument("--step", type=float, default=0.2, help="distance of the alphas")
     add_options(command, "words", "options to change, such as run.device=cpu")
     command = add(export)
-    command.add_argument("checkpoint", type=_path, help="such as RUN/checkpoints/iteration-000010")
-    command.add_argument("--out", type=_path, required=True, help="a new folder")
+    command.add_argument("checkpoint", type=path, help="such as RUN/checkpoints/iteration-000010")
+    command.add_argument("--out", type=path, required=True, help="a new folder")
     merge = "a whole pipeline with the adapters merged into its weights, of a text-to-image model tuned by LoRA"
     command.add_argument("--merge", action="store_true", help=merge)
     command = add(report)
-    command.add_argument("runs", nargs="+", type=_path, help="run folders; several are compared")
-    command.add_argument("--out", type=_path, help="HTML file; by default report.html in the first run")
+    command.add_argument("runs", nargs="+", type=path, help="run folders; several are compared")
+    command.add_argument("--out", type=path, help="HTML file; by default report.html in the first run")
     strip = "also write a strip of images, a row for each run"
-    command.add_argument("--strip", type=_path, metavar="FILE.png", help=strip)
+    command.add_argument("--strip", type=path, metavar="FILE.png", help=strip)
     command = add(plan)
     command.add_argument("--config", action="append", default=[], help="as in hrf train")
     command.add_argument("--gpus", type=int, default=1, help="GPUs, at least 1")
@@ -242,10 +229,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(bench)
     command.add_argument("what", choices=("kernels", "training", "memory", "search"), help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
+    command = add(study)
+    command.add_argument("what", choices=("run", "report"), help="train, or compare what was trained")
+    command.add_argument("words", nargs=argparse.REMAINDER, help="FILE and options; hrf study run --help lists them")
     command = add(from_trl)
-    command.add_argument("--out", type=_path, help="YAML file; printed by default")
+    command.add_argument("--out", type=path, help="YAML file; printed by default")
     command.add_argument("--processes", type=int, default=1, help="that TRL was launched on")
-    command.add_argument("source", type=_path, help="a script with a DDPOConfig, or a JSON file of its fields")
+    command.add_argument("source", type=path, help="a script with a DDPOConfig, or a JSON file of its fields")
     command.add_argument("words", nargs=argparse.REMAINDER, help="--field=value, as given to the script")
     add(doctor)
     return parser, commands.choices
@@ -259,8 +249,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    if words[:1] in (["bench"], ["from-trl"]) or not words or words[0] not in commands:
-        # the words after `bench WHAT` and `from-trl SOURCE` are its own
+    if words[:1] in (["bench"], ["study"], ["from-trl"]) or not words or words[0] not in commands:
+        # the words after `bench WHAT`, `study WHAT` and `from-trl SOURCE` are its own
         return parser.parse_args(words)
     arguments = commands[words[0]].parse_intermixed_args(words[1:])
     return argparse.Namespace(command=words[0], version=False, **vars(arguments))
@@ -286,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         build_parser().print_help()
         return 2
-    return run_command(lambda: arguments.function(arguments))
+    return run_command(lambda: arguments.function(arguments), RESUMES if arguments.command == "study" else "")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from hrf_fast.config.shapes import check_layer, missing_space
 from hrf_fast.registry import nearest
 
 
-def load_config(argv: Sequence[str]) -> Config:
-    """Defaults, then each `--config FILE` in order, then all `section.field=value` as one layer.
+def load_config(argv: Sequence[str], layers: Mapping[str, dict[str, Any]] | None = None) -> Config:
+    """Defaults, then each `--config FILE` in order, then `layers`, then all `section.field=value` as one layer.
 
     A YAML file may name others to start from: `base: other.yaml`, relative to itself.
+
+    Args:
+        layers: sections as a file has them, by the name that an error calls them.
 
     Raises:
         ValueError: an unknown option (with the nearest name), a value of the wrong type or out of range, no such file.
@@ -36,6 +39,10 @@ def load_config(argv: Sequence[str]) -> Config:
         layer = _read(Path(name).expanduser(), ())
         with _naming(name):
             merged = _merge(merged, layer)
+    for name, values in (layers or {}).items():
+        check_layer(values, name)
+        with _naming(name):
+            merged = _merge(merged, OmegaConf.create(values))
     for override in overrides:
         _check_override(override)
     # one layer, so that the order of the words does not matter: options of a new schedule may come before its name

@@ -79,6 +79,35 @@ def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: fl
     return _png(figure)
 
 
+def paths(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series], Series]]]],
+    *,
+    x_label: str,
+    y_label: str,
+    level: float,
+) -> bytes:
+    """Panels side by side, (title, arms) each: of an arm (name, runs, mean) thin lines and a thick one with its end.
+
+    A dotted line marks y = `level`.
+    """
+    figure = Figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
+    for number, (title, arms) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for index, (name, runs, mean) in enumerate(arms):
+            look = _look(index)
+            for line in runs:
+                axes.plot(line.x, line.y, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.6)
+            axes.plot(mean.x, mean.y, **{**look, "linewidth": 2.4, "marker": ""}, label=_label(name))
+            axes.plot(mean.x[-1:], mean.y[-1:], **{**look, "markersize": 8})
+        axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
+        axes.set_title(_label(title), fontsize=FONT)
+        axes.set_xlabel(_label(x_label), fontsize=FONT)
+        axes.set_ylabel(_label(y_label), fontsize=FONT)
+        _tidy(axes)
+        _legend(axes)
+    return _png(figure)
+
+
 def diagnostics(panels: Sequence[tuple[str, Series]], *, x_label: str) -> bytes:
     """Small panels in two columns, (title, series) each; the interval is drawn as a band."""
     rows = -(-len(panels) // 2)

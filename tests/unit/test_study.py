@@ -1,75 +1,274 @@
-"""The study's arithmetic on hand-made runs, its refusals, and one of the smallest runs by its command."""
+"""Studies: statistics by hand arithmetic, the file's refusals, lines that are kept apart, and the smallest real one."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from benchmarks import study
-from hrf_fast.config.load import load_config, to_yaml
-from tests.runs import REPORTED
+from hrf_fast.cli import main
+from hrf_fast.study import statistics
+from hrf_fast.study.plan import read_study
+from hrf_fast.study.report import compare, measures, write_report
+from hrf_fast.study.results import Results, code_commit, facts, key, select
+from hrf_fast.study.run import choices
+from hrf_fast.study.statistics import Point
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_run(folder, schedule, panels):
-    """panels: (iteration, evaluations, rewards per image, vendi)."""
-    folder.mkdir()
-    words = [f"window.schedule={schedule}", "evaluation.panel_size=2"]
-    (folder / "config.yaml").write_text(to_yaml(load_config(words)))
-    lines = []
-    for iteration, evaluations, rewards, vendi in panels:
-        mean = sum(rewards) / len(rewards)
-        record = {"iteration": iteration, "evaluations": evaluations, "rewards": rewards}
-        lines.append(record | {"reward": [mean, mean - 1, mean + 1], "vendi": [vendi, vendi - 1, vendi + 1]})
-    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = {**REPORTED, "iteration": panels[-1][0] - 1, "evaluations": panels[-1][1]}
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    return folder
+def panels(*points):
+    """points: (evaluations, reward, vendi)."""
+    return [
+        {"iteration": i, "evaluations": e, "reward": [r, r - 1, r + 1], "vendi": [v, v - 1, v + 1], "rewards": [r, r]}
+        for i, (e, r, v) in enumerate(points)
+    ]
 
 
-def test_one_seed_by_hand(tmp_path):
-    hrf = write_run(tmp_path / "hrf", "clusters", [(0, 0, [1.0, 3.0], 10.0), (4, 100, [2.0, 4.0], 9.0)])
-    # DDPO passes HRF's final reward 3.0 half way between panels of 2.5 and 3.5
-    panels = [(0, 0, [1.0, 3.0], 10.0), (1, 50, [2.0, 3.0], 8.0), (2, 150, [3.0, 4.0], 4.0)]
-    result = study.compare(hrf, write_run(tmp_path / "ddpo", "full", panels))
-    assert result["hrf_gain"] == pytest.approx([1.0, 1.0, 1.0])
-    assert result["hrf_vendi_share"] == pytest.approx(0.9)
-    assert result["ddpo_vendi_share_at_hrf_reward"] == pytest.approx(0.6)
-    assert result["ddpo_evaluations_at_hrf_reward"] == pytest.approx(100)
-    assert result["ddpo_vendi_share"] == pytest.approx(0.4)
+def line(*points, arm="hrf"):
+    return {"arm": arm, "panels": panels(*points)}
 
 
-def test_a_level_that_ddpo_never_reached_is_said_so(tmp_path):
-    hrf = write_run(tmp_path / "hrf", "clusters", [(0, 0, [1.0, 3.0], 10.0), (4, 100, [5.0, 6.0], 9.0)])
-    ddpo = write_run(tmp_path / "ddpo", "full", [(0, 0, [1.0, 3.0], 10.0), (4, 100, [2.0, 3.0], 9.0)])
-    page = study.markdown("t", {0: study.compare(hrf, ddpo)})
-    assert "never reached it" in page and "+3.5000" in page and "90.0%" in page
+@pytest.fixture
+def write_study(tmp_path):
+    def write(**changes):
+        values = {
+            "config": str(ROOT / "configs" / "smoke_cpu.yaml"),
+            "seeds": [1, 2],
+            "arms": {"ddpo": {"window": {"schedule": "full"}}, "hrf": {}},
+            "reference": "ddpo",
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(
+            yaml.safe_dump({k: v for k, v in {**values, **changes}.items() if v is not None}, sort_keys=False)
+        )
+        return path
+
+    return write
 
 
-def test_a_run_that_fails_names_method_and_seed(tmp_path):
-    with pytest.raises(ValueError, match=r"hrf with seed 3 failed: .*none\.yaml"):
-        study.train(tmp_path / "none.yaml", "hrf", 3, tmp_path / "x", 1, [])
+# ---- statistics
 
 
-def test_a_configuration_without_features_is_refused_before_anything_is_trained(tmp_path, tiny_run):
-    config = tmp_path / "config.yaml"
-    config.write_text(to_yaml(load_config([*tiny_run, "evaluation.network=none"])))
-    with pytest.raises(ValueError, match=r"evaluation\.network is 'none'"):
-        study.main([str(config), "--out", str(tmp_path / "study")])
-    assert not (tmp_path / "study").exists()
+@pytest.mark.parametrize("degrees, quantile", [(1, 12.7062), (2, 4.30265), (4, 2.77645), (9, 2.26216), (30, 2.04227)])
+def test_the_quantile_of_t_is_that_of_the_tables(degrees, quantile):
+    assert statistics.t_quantile(0.975, degrees) == pytest.approx(quantile, rel=1e-5)
+    assert statistics.two_sided_p(quantile, degrees) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_mean_and_paired_difference_by_hand():
+    # 1, 2, 3: mean 2, sd 1, half width 4.30265 / sqrt 3
+    assert statistics.estimate([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414, 3), abs=1e-4)
+    # seed 9 has no partner; differences 1, 2, 3: t = 2 sqrt 3 with 2 degrees, p = 1 - t / sqrt(2 + t^2) = 0.07418
+    result = statistics.paired({1: 2.0, 2: 4.0, 3: 6.0, 9: 50.0}, {1: 1.0, 2: 2.0, 3: 3.0})
+    assert result.difference.mean == 2 and result.difference.seeds == 3
+    assert result.p == pytest.approx(0.074180, abs=1e-5)
+    assert statistics.paired({1: 2.0}, {1: 1.0}) == ((1.0, None, None, 1), None)
+    assert statistics.paired({1: 2.0}, {2: 1.0}) is None
+
+
+def test_holm_by_hand():
+    # sorted .01 .03 .04, factors 3 2 1: .03, .06, then max(.06, .04); the order is the caller's
+    assert statistics.holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.06, None, 0.03, 0.06])
+    assert statistics.holm([0.8, 0.9]) == [1.0, 1.0]
+
+
+PATH = [Point(0, 0.0, 1.0), Point(100, 1.0, 0.96), Point(200, 2.0, 0.84), Point(300, 1.5, 0.95)]
+
+
+def test_a_path_by_hand():
+    # from (1, .96) to (2, .84) the floor .9 is crossed half way, at gain 1.5; the last segment crosses at 2 - .5 6/11
+    assert statistics.gain_at_diversity(PATH, 0.9) == pytest.approx(2 - 0.5 * 6 / 11)
+    assert statistics.gain_at_diversity(PATH[:3], 0.9) == pytest.approx(1.5)
+    assert statistics.evaluations_to_gain(PATH, 0.5, 0.9) == pytest.approx(50)
+    # gain 1.6 comes first at 160, where .888 is kept; the floor is back at 200 + 100 * 6/11
+    assert statistics.evaluations_to_gain(PATH, 1.6, 0.9) == pytest.approx(200 + 600 / 11)
+    assert statistics.evaluations_to_gain(PATH, 2.5, 0.9) is None
+    # strips: gain 2 to .84, gain 1.5 to .95, gain 1 to .96
+    assert statistics.hypervolume(PATH) == pytest.approx(2 * 0.84 + 1.5 * 0.11 + 1 * 0.01)
+
+
+def test_diversity_at_a_gain_counts_from_the_runs_own_start():
+    # reward 3 to 5 passes 4, gain 1, half way between shares 1 and .8
+    run = line((0, 3.0, 10.0), (100, 5.0, 8.0))
+    assert statistics.path_of(run) == [(0, 0, 1), (100, 2, pytest.approx(0.8))]
+    assert statistics.diversity_at_gain(run, 1.0) == pytest.approx(0.9)
+    assert statistics.diversity_at_gain(run, 2.5) is None
+
+
+def test_two_arms_at_their_common_levels():
+    hrf = {1: line((0, 0.0, 10.0), (100, 2.0, 9.0)), 2: line((0, 0.0, 10.0), (100, 1.0, 10.0))}
+    ddpo = {1: line((0, 0.0, 10.0), (100, 4.0, 6.0)), 2: line((0, 0.0, 10.0), (50, 2.0, 8.0))}
+    gain, share, evaluations, area = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
+    # at .9: 2 and 1 against 1 and 1
+    assert gain.arm.mean == pytest.approx(1.5) and gain.reference.mean == pytest.approx(1.0)
+    # the common gain is 1: .95 and 1 against .9 and .9
+    assert share.title == "kept at gain 1" and share.result.difference.mean == pytest.approx(0.075)
+    # within the floor the common gain is 1 too: 50 and 100 against 25 and 25
+    assert evaluations.result.difference.mean == pytest.approx(50)
+    assert area.arm.mean == pytest.approx((1.8 + 1) / 2)
+    # a target that one run does not reach leaves its seed out
+    missed = compare(hrf, ddpo, measures(0.9, 1.5)[2])
+    assert missed.result is None and missed.shared == 2
+    fell = {1: line((0, 0.0, 10.0), (100, -1.0, 9.0))}
+    assert compare(fell, ddpo, measures(0.9, None)[1]).result is None
+
+
+# ---- the file
+
+
+def test_layers_merge_as_files_do(write_study):
+    study = read_study(write_study(cases={"a": {"train": {"group_size": 3}}}))
+    ddpo, hrf = (study.job("a", arm, 1).config for arm in study.arms)
+    # another schedule drops the old one's options
+    assert (ddpo.window.schedule, ddpo.window.kwargs) == ("full", {})
+    assert hrf.window.kwargs == {"iterations_per_cluster": 1} and hrf.train.group_size == ddpo.train.group_size == 3
+    assert [(job.name, job.config.run.seed) for job in study.jobs({})] == [
+        ("a-ddpo-1", 1), ("a-hrf-1", 1), ("a-ddpo-2", 2), ("a-hrf-2", 2)
+    ]  # fmt: skip
+    assert len({job.configuration for job in study.jobs({})}) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"seed": [1]}, "no key 'seed' .*'seeds'"),
+        ({"reference": None}, "lacks reference"),
+        ({"reference": "dpo"}, "reference is 'dpo'"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"keep": 90}, "keep is 90"),
+        ({"tune": {"seeds": [2, 3], "learning_rates": [1e-5]}}, r"share \[2\]"),
+        ({"tune": {"seeds": [3]}}, "tune is"),
+        ({"arms": {"ddpo": {"run": {"seed": 3}}}}, "arms.ddpo sets run.seed"),
+        (
+            {"options": {"optimizer": {"learning_rate": 1}}, "tune": {"seeds": [3], "learning_rates": [1e-5]}},
+            "options sets optimizer.learning_rate",
+        ),
+        ({"arms": {"../x": {}}}, "arms has the name"),
+        ({"cases": [1]}, r"cases is \[1\]"),
+        ({"arms": {"ddpo": {"train": {"group_sise": 3}}}}, "arm ddpo: .*arms.ddpo: no option train.group_sise"),
+        ({"arms": {"ddpo": {}, "b": {"train": {"group_size": 1}}}}, "arm b: train.group_size is 1"),
+        ({"arms": {"ddpo": {"window": {"schedule": "ful"}}}}, "arm ddpo: .*'ful'"),
+        ({"arms": {"ddpo": {}, "b": {"evaluation": {"panel_size": 4}}}}, "evaluation.panel_size is 16 in arm ddpo"),
+        ({"options": {"evaluation": {"network": "none"}}}, "evaluation.network is 'none'"),
+        ({"config": "none.yaml"}, "none.yaml does not exist"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(write_study, changes, words):
+    with pytest.raises(ValueError, match=words):
+        read_study(write_study(**changes)).check()
+
+
+# ---- lines
+
+
+def finished(job, *points, commit="c1"):
+    return {**facts(job, commit), "seconds": 1.0, "reason": "the end", "panels": panels(*points)}
+
+
+def test_lines_that_do_not_count_are_named_and_stay(write_study, tmp_path):
+    study, results = read_study(write_study()), Results(tmp_path / "lines.jsonl")
+    jobs = study.jobs({})
+    whole = finished(jobs[0], (0, 0.0, 10.0))
+    results.append({**facts(jobs[0], "c1"), "error": "no disk"})
+    results.append(whole)
+    results.append(finished(jobs[0], (0, 9.0, 10.0)))
+    results.append(finished(jobs[1], (0, 0.0, 10.0), commit="c0"))
+    results.append({**finished(jobs[2], (0, 0.0, 10.0)), "configuration": "other"})
+    with open(results.path, "a") as file:
+        file.write('{"case": "tiny", "arm": "hr')
+    results.append(finished(jobs[3], (0, 0.0, 10.0)))
+    records, notes = results.read()
+    assert len(records) == 6 and len(notes) == 1 and "line 6" in notes[0]
+    lines, apart = select(records, jobs, {"c1"})
+    # the first whole line of a run wins, over a failure before it too
+    assert lines[key(jobs[0])] == whole and set(lines) == {key(jobs[0]), key(jobs[3])}
+    assert len(apart) == 2 and "commit c0" in apart[0] and "another configuration" in apart[1]
+    assert key(jobs[1]) in select(records, jobs, {"c1", "c0"})[0]
+
+
+def test_the_rate_of_the_highest_gain_within_the_floor_is_chosen(write_study):
+    tune = {"seeds": [7, 8], "learning_rates": [1e-5, 2e-5, 4e-5, "8e-5"]}
+    study = read_study(write_study(tune=tune))
+    ends = {1e-5: (1.0, 9.5), 2e-5: (2.0, 9.0), 4e-5: (9.0, 8.0), 8e-5: (9.0, 9.9)}
+    lines = {}
+    for job in study.tuning_jobs():
+        lines[key(job)] = finished(job, (0, 0.0, 10.0), (10, *ends[job.learning_rate]))
+        if job.learning_rate == 8e-5 and job.seed == 8:
+            lines[key(job)] = {**facts(job, "c1"), "error": "diverged"}
+    # 4e-5 ends below the floor, so its pretrained panel counts; 8e-5 failed on a seed
+    table = {"1e-05": 1.0, "2e-05": 2.0, "4e-05": 0.0}
+    assert choices(study, lines) == [
+        {"case": "tiny", "arm": arm, "learning_rate": 2e-5, "choice": table} for arm in ("ddpo", "hrf")
+    ]
+    (job, *_) = study.jobs({("tiny", "ddpo"): 2e-5})
+    assert job.name == "tiny-ddpo-1-2e-05" and job.config.optimizer.learning_rate == 2e-5
+
+
+def test_a_report_from_lines(write_study, tmp_path):
+    study, results = read_study(write_study(seeds=[1, 2, 3])), Results(tmp_path / "study-tiny.jsonl")
+    with pytest.raises(ValueError, match="no finished run"):
+        write_report(study, results)
+    ends = {"ddpo": [(2.0, 8.0), (4.0, 8.0)], "hrf": [(2.0, 10.0), (4.0, 9.0)]}
+    for job in study.jobs({}):
+        outcome = {**facts(job, "c1"), "error": "diverged"}
+        if job.seed < 3:
+            outcome = finished(job, (0, 0.0, 10.0), (100, *ends[job.arm][job.seed - 1]))
+        results.append(outcome)
+    text = write_report(study, results)
+    assert text == results.path.with_suffix(".md").read_text()
+    assert results.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # mean 3, sd sqrt 2: half width 12.706
+    assert "| ddpo | 2 | +3 [-9.706, +15.71] | 80.0 %" in text
+    # at gain 2: shares 1 and .95 against .8 and .9
+    assert "| kept at gain 2 | hrf | 2 | 97.5 % | 85.0 % | +12.5 % [" in text
+    assert "tiny-hrf-3 is not in the tables: diverged" in text
+
+
+# ---- the real thing
+
+TINY = {
+    "sample": {"num_inference_steps": 3},
+    "train": {"iterations": 1, "group_size": 2, "groups_per_iteration": 1, "groups_per_step": 1},
+    "evaluation": {"panel_size": 4},
+}
 
 
 @pytest.mark.slow
-def test_the_smallest_study_by_its_command(tmp_path):
-    config = ROOT / "configs" / "demo_fashion.yaml"
-    words = ["train.iterations=1", "evaluation.panel_size=8", "evaluation.every=0"]
-    words += ["train.groups_per_iteration=1", "train.groups_per_step=1", "train.group_size=2"]
-    command = [sys.executable, ROOT / "benchmarks/study.py", config, "--seeds", "0", "--out", tmp_path, *words]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (row,) = json.loads((tmp_path / "study.json").read_text()).values()
-    assert row["hrf_evaluations"] > 0 and row["ddpo_evaluations"] > 0 and row["pretrained_vendi"] > 1
-    assert "| 0 |" in (tmp_path / "study.md").read_text() and "| mean |" in result.stdout
+def test_the_smallest_study_by_its_command(write_study, tmp_path, capsys):
+    # the start refuses an arm whose windows have no clusters in range only when the model is there
+    broken = {"window": {"schedule": "clusters", "kwargs": {"clusters": [[2, 3]], "iterations_per_cluster": 1}}}
+    file = write_study(seeds=[1], options=TINY, arms={"ddpo": {"window": {"schedule": "full"}}, "broken": broken})
+    results = tmp_path / "lines.jsonl"
+    words = [str(file), "--results", str(results)]
+    run = ["study", "run", *words, "--jobs", "2", "--out", str(tmp_path / "out")]
+    assert main(run) == 1 and "1 runs failed: tiny-broken-1" in capsys.readouterr().err
+    records = {record["arm"]: record for record in map(json.loads, results.read_text().splitlines())}
+    assert "window.kwargs.clusters" in records["broken"]["error"]
+    record = records["ddpo"]
+    assert record["commit"] == code_commit() and record["reason"] == "train.iterations is 1"
+    assert [len(panel["rewards"]) for panel in record["panels"]] == [4, 4] and record["panels"][1]["vendi"][0] > 1
+    # only what failed is run again
+    trained = (tmp_path / "out" / "tiny-ddpo-1.log").stat().st_mtime_ns
+    assert main(run) == 1 and len(results.read_text().splitlines()) == 3
+    assert (tmp_path / "out" / "tiny-ddpo-1.log").stat().st_mtime_ns == trained
+    assert main(["study", "report", *words]) == 0 and "| ddpo | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_runs_after_a_checkpoint(write_study, tmp_path):
+    long = {**TINY, "train": {**TINY["train"], "iterations": 400}, "run": {"save_every": 1}}
+    file, out = write_study(seeds=[1], options=long, arms={"ddpo": {"window": {"schedule": "full"}}}), tmp_path / "out"
+    words = ["study", "run", str(file), "--results", str(tmp_path / "lines.jsonl"), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "hrf_fast.cli", *words], stderr=subprocess.PIPE, text=True)
+    log = out / "tiny-ddpo-1" / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert "the same command resumes" in process.communicate(timeout=120)[1] and process.returncode == 130
+    assert list((out / "tiny-ddpo-1" / "checkpoints").iterdir()) and not (tmp_path / "lines.jsonl").exists()

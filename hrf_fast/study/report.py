@@ -1,0 +1,254 @@
+"""Report: the arms of a study compared over training seeds, as Markdown with a plot, from its lines alone.
+
+Left out: anything over cases. Each case is compared by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hrf_fast.report.plots import Series, paths
+from hrf_fast.report.tables import Table
+from hrf_fast.run.files import write_atomically
+from hrf_fast.study.plan import Study
+from hrf_fast.study.results import Results, code_commit, key, select
+from hrf_fast.study.run import choices
+from hrf_fast.study.statistics import (
+    Estimate,
+    Paired,
+    diversity_at_gain,
+    estimate,
+    evaluations_to_gain,
+    gain_at_diversity,
+    holm,
+    hypervolume,
+    paired,
+    path_of,
+)
+
+Lines = Mapping[int, Mapping[str, Any]]
+"""Lines of one arm by seed."""
+_QUALITY = {
+    "inception": "Inception Score, share",
+    "looks": "looks, share",
+    "vendi_per_prompt": "Vendi per prompt, share",
+}
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "gain": lambda value: f"{value:+.4g}",
+    "share": lambda value: f"{100 * value:.1f} %",
+    "count": lambda value: f"{value:,.0f}",
+    "area": lambda value: f"{value:.4g}",
+}
+
+
+class Measure(NamedTuple):
+    """A number that each run of two arms comes to, at a level that is common to both arms."""
+
+    title: str
+    kind: str
+    """How it is shown, a key of _SHOWN."""
+    level: Callable[[Sequence[Mapping[str, Any]]], float | None]
+    """From the lines of both arms; None where they have no common level."""
+    value: Callable[[Mapping[str, Any], float], float | None]
+    """From a line and the level; None where the run does not reach it."""
+
+
+def measures(keep: float, target: float | None) -> list[Measure]:
+    """The comparisons of a study; `target` is the gain that evaluations are counted to, None for a common one."""
+
+    def highest_common(lines: Sequence[Mapping[str, Any]]) -> float | None:
+        return _positive(min(max(point.gain for point in path_of(line)) for line in lines))
+
+    def highest_within(lines: Sequence[Mapping[str, Any]]) -> float | None:
+        return target or _positive(min(gain_at_diversity(path_of(line), keep) for line in lines))
+
+    return [
+        Measure(
+            "gain with {level} kept", "gain", lambda _: keep, lambda line, _: gain_at_diversity(path_of(line), keep)
+        ),
+        Measure("kept at gain {level}", "share", highest_common, diversity_at_gain),
+        Measure(
+            f"evaluations to gain {{level}} with {100 * keep:.0f} % kept",
+            "count",
+            highest_within,
+            lambda line, gain: evaluations_to_gain(path_of(line), gain, keep),
+        ),
+        Measure("hypervolume", "area", lambda _: 0.0, lambda line, _: hypervolume(path_of(line))),
+    ]
+
+
+def _positive(gain: float) -> float | None:
+    return gain if gain > 0 else None
+
+
+def write_report(study: Study, results: Results, *, target: float | None = None, also: Collection[str] = ()) -> str:
+    """Write study-NAME.md and study-NAME.png beside the results; returns the text.
+
+    Args:
+        target: gain that evaluations are counted to, in units of the reward; by default the highest that every run of
+            both arms reached with the floor kept.
+        also: commits whose lines count besides those of the code's own, or of the newest line where the code has none.
+
+    Raises:
+        ValueError: there is no whole line of the study, or the target is no gain.
+    """
+    if target is not None and not target > 0:
+        raise ValueError(f"--target is {target}; use a gain above 0, in units of the reward")
+    records, notes = results.read()
+    commit, current = "", code_commit()
+    for record in records:
+        commit = record["commit"] if commit != current else commit
+    tuning, tuned_notes = select(records, study.tuning_jobs(), {commit, *also})
+    rates = {(c["case"], c["arm"]): c["learning_rate"] for c in choices(study, tuning)}
+    jobs = study.jobs(rates)
+    lines, more = select(records, jobs, {commit, *also})
+    notes += [*tuned_notes, *(note for note in more if note not in tuned_notes)]
+    for job in jobs:
+        line = lines.get(key(job), {"error": "not run yet"})
+        if "error" in line:
+            notes.append(f"{job.name} is not in the tables: {line['error']}")
+    done = {name: line for name, line in lines.items() if "error" not in line}
+    if not done:
+        raise ValueError(
+            f"{results.path} has no finished run of {study.path}; `hrf study run {study.path}` makes them"
+            + "".join(f". {note}" for note in notes)
+        )
+    text = [f"# Study {study.name}", "", *_origin(study, list(done.values())), ""]
+    plotted = []
+    for case in study.cases:
+        arms = {
+            arm: {
+                seed: line for (its_case, its_arm, seed, _), line in done.items() if (its_case, its_arm) == (case, arm)
+            }
+            for arm in study.arms
+        }
+        arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
+        text += [f"## {case}", "", *_markdown(ends(arms, tuned=bool(rates))), ""]
+        comparison = comparisons(arms, study.reference, measures(study.keep, target))
+        if len(comparison.rows) > 1:
+            text += [*_markdown(comparison), ""]
+        plotted.append((case, [(arm, *_series(arm, by_seed)) for arm, by_seed in arms.items()]))
+    image = results.path.with_suffix(".png")
+    text += [f"![Gain against the share kept]({image.name})", "", *(f"- {note}" for note in notes), ""]
+    write_atomically(image, paths(plotted, x_label="gain in reward", y_label="Vendi Score kept", level=study.keep))
+    write_atomically(results.path.with_suffix(".md"), "\n".join(text).encode())
+    return "\n".join(text)
+
+
+def _origin(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what was run, of which code and where, and how to read the tables."""
+    machines = {f"{m['gpu'] or m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in _all(lines, "machine")}
+    return [
+        f"{study.path.name}: {len(lines)} runs, commit {', '.join(sorted(set(_all(lines, 'commit'))))}, "
+        f"{min(_all(lines, 'date'))} to {max(_all(lines, 'date'))}; {'; '.join(sorted(machines))}.",
+        "",
+        "Gains and shares are of a run's panels against its own pretrained panel. Brackets are 95 % intervals over "
+        "training seeds (Student t); differences are paired by seed, p is a paired t-test's, and Holm's correction is "
+        "over the arms of a row's measure. Between panels a path is linear.",
+    ]
+
+
+def _all(lines: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    return [line[name] for line in lines]
+
+
+def ends(arms: Mapping[str, Lines], *, tuned: bool) -> Table:
+    """Tabulate where the runs of each arm end."""
+    rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *_QUALITY.values(), "evaluations"]]
+    for arm, by_seed in arms.items():
+        lines = list(by_seed.values())
+        last = [path_of(line)[-1] for line in lines]
+        rate = f"{lines[0]['learning_rate']:g}" if tuned else ""
+        quality = []
+        for name in _QUALITY:
+            shares = [p[-1][name][0] / p[0][name][0] for p in _all(lines, "panels") if name in p[0] and name in p[-1]]
+            quality.append(_shown(estimate(shares), "share") if shares else "")
+        gains, kept_shares = estimate([point.gain for point in last]), estimate([point.kept for point in last])
+        evaluations = _SHOWN["count"](estimate([point.evaluations for point in last]).mean)
+        rows.append(
+            [arm, rate, str(len(lines)), _shown(gains, "gain"), _shown(kept_shares, "share"), *quality, evaluations]
+        )
+    return Table(rows)
+
+
+def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Measure]) -> Table:
+    """Tabulate each measure of each arm against the reference, paired over the seeds that both have."""
+    rows = [["measure", "arm", "seeds", "mean", reference, "difference", "p", "p (Holm)"]]
+    for measure in wanted:
+        pairs = {
+            arm: compared
+            for arm in arms
+            if arm != reference and (compared := compare(arms[arm], arms.get(reference, {}), measure))
+        }
+        corrected = holm([compared.result.p if compared.result else None for compared in pairs.values()])
+        for (arm, compared), p in zip(pairs.items(), corrected, strict=True):
+            rows.append([compared.title, arm, *_cells(compared, measure.kind), _p(p)])
+    return Table(rows)
+
+
+class Compared(NamedTuple):
+    """A measure of an arm against the reference."""
+
+    title: str
+    shared: int
+    """Seeds that both arms have."""
+    arm: Estimate | None
+    reference: Estimate | None
+    """Over the seeds where both runs have a value."""
+    result: Paired | None
+
+
+def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
+    """Compare two arms on the seeds that both have; None without one."""
+    seeds = [seed for seed in arm if seed in reference]
+    if not seeds:
+        return None
+    level = measure.level([arms[seed] for arms in (arm, reference) for seed in seeds])
+    if level is None:
+        return Compared(measure.title.format(level="(none in common)"), len(seeds), None, None, None)
+    title = measure.title.format(level=f"{100 * level:.0f} %" if measure.kind == "gain" else f"{level:.4g}")
+    values = [{seed: measure.value(arms[seed], level) for seed in seeds} for arms in (arm, reference)]
+    both = [seed for seed in seeds if values[0][seed] is not None and values[1][seed] is not None]
+    if not both:
+        return Compared(title, len(seeds), None, None, None)
+    ours, theirs = ({seed: float(one[seed] or 0) for seed in both} for one in values)
+    means = [estimate(list(one.values())) for one in (ours, theirs)]
+    return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs))
+
+
+def _cells(compared: Compared, kind: str) -> list[str]:
+    if compared.arm is None or compared.reference is None or compared.result is None:
+        return [f"0 of {compared.shared}", "-", "-", "-", "-"]
+    seeds = compared.result.difference.seeds
+    difference = _shown(compared.result.difference, kind, signed=True)
+    count = str(seeds) if seeds == compared.shared else f"{seeds} of {compared.shared}"
+    means = [_SHOWN[kind](one.mean) for one in (compared.arm, compared.reference)]
+    return [count, *means, difference, _p(compared.result.p)]
+
+
+def _shown(value: Estimate, kind: str, *, signed: bool = False) -> str:
+    def show(number: float) -> str:
+        text = _SHOWN[kind](number)
+        return f"+{text}" if signed and number >= 0 and not text.startswith("+") else text
+
+    interval = "" if value.low is None or value.high is None else f" [{show(value.low)}, {show(value.high)}]"
+    return show(value.mean) + interval
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else f"{p:.2g}"
+
+
+def _markdown(table: Table) -> list[str]:
+    header, *rows = table.rows
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _series(arm: str, by_seed: Lines) -> tuple[list[Series], Series]:
+    """The path of each seed, and the mean path as far as all of them have panels."""
+    all_paths = [path_of(line) for line in by_seed.values()]
+    series = [Series(arm, [point.gain for point in path], [point.kept for point in path]) for path in all_paths]
+    columns = list(zip(*all_paths, strict=False))
+    gains = [estimate([point.gain for point in column]).mean for column in columns]
+    return series, Series(arm, gains, [estimate([point.kept for point in column]).mean for column in columns])

@@ -1,0 +1,141 @@
+"""Results: a file of JSON lines, one for each finished run and each choice of a learning rate; nothing is overwritten.
+
+A line says which code and which configuration it is of. Lines of other code or of another configuration stay in the
+file and are named, never used silently; a half-written line is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+import hrf_fast.version
+from hrf_fast.run.files import append_line
+from hrf_fast.study.plan import Job
+
+# what trains; the study and the report only read what training wrote
+_CODE = ("hrf_fast", "kernels", ":(exclude)hrf_fast/study", ":(exclude)hrf_fast/report")
+_RUN = {"case", "arm", "seed", "learning_rate", "configuration", "commit"}
+_CHOICE = {"case", "arm", "learning_rate", "choice"}
+
+
+def code_commit() -> str:
+    """The last commit that changed the code that trains, with a hash of what differs from it; the version without git.
+
+    Files that git does not know are not seen.
+    """
+    root = Path(hrf_fast.version.__file__).parents[1]
+    commit = _git(root, "log", "-1", "--abbrev=12", "--format=%h", "--", *_CODE).decode().strip()
+    if not commit:
+        return f"version-{hrf_fast.version.__version__}"
+    changes = _git(root, "diff", "HEAD", "--", *_CODE)
+    return f"{commit}-dirty-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
+
+
+def _git(root: Path, *words: str) -> bytes:
+    try:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True).stdout
+    except FileNotFoundError:
+        return b""
+
+
+def facts(job: Job, commit: str) -> dict[str, Any]:
+    """Describe a run as its line does, but for the outcome."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"cores": os.cpu_count(), "processor": _processor(), "gpu": gpu, "torch": torch.__version__}
+    return {
+        "case": job.case,
+        "arm": job.arm,
+        "seed": job.seed,
+        "learning_rate": job.learning_rate,
+        "configuration": job.configuration,
+        "commit": commit,
+        "machine": machine,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+class Results:
+    """The file of a study's lines; several processes may append to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; after a half-written one it begins on a line of its own.
+
+        Raises:
+            NotWritten: the disk is full or unwritable.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            before = self.path.read_bytes() if self.path.exists() else b""
+            append_line(self.path, ("\n" if before[-1:] not in (b"", b"\n") else "") + json.dumps(record))
+
+    def read(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The lines in order, and a note for each that is no record of a study."""
+        records, notes = [], []
+        text = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(text.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                is_run = record.keys() >= _RUN and ("error" in record or record["panels"])
+                if not (is_run or record.keys() >= _CHOICE):
+                    raise ValueError
+                records.append(record)
+            except (ValueError, AttributeError, KeyError):
+                notes.append(f"{self.path}, line {number} is half-written or no record of a study: it is ignored")
+        return records, notes
+
+
+def key(record: dict[str, Any] | Job) -> tuple[str, str, int, float]:
+    """Case, arm, seed and learning rate of a line or a run."""
+    if isinstance(record, Job):
+        return record.case, record.arm, record.seed, record.learning_rate
+    return record["case"], record["arm"], record["seed"], record["learning_rate"]
+
+
+def select(
+    records: Sequence[dict[str, Any]], jobs: Sequence[Job], commits: Collection[str]
+) -> tuple[dict[tuple[str, str, int, float], dict[str, Any]], list[str]]:
+    """The line of each run: its first whole one, else its last failure.
+
+    Args:
+        commits: whose lines count.
+
+    Returns:
+        Lines by `key`, and a note for each kind of line that was kept apart.
+    """
+    wanted = {key(job): job.configuration for job in jobs}
+    lines: dict[tuple[str, str, int, float], dict[str, Any]] = {}
+    apart: Counter[str] = Counter()
+    for record in records:
+        if "choice" in record or key(record) not in wanted:
+            continue
+        if record["configuration"] != wanted[key(record)]:
+            apart["of another configuration"] += 1
+        elif record["commit"] not in commits:
+            apart[f"of commit {record['commit']} (--also-commit {record['commit']} counts them)"] += 1
+        elif "error" in lines.get(key(record), {"error": ""}):
+            lines[key(record)] = record
+    return lines, [f"{count} lines {what} are kept apart" for what, count in apart.items()]

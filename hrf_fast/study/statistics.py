@@ -1,0 +1,190 @@
+"""Statistics of a study: what a run's path comes to, and means over training seeds with Student's t.
+
+A path is a run's panels as (evaluations, gain in reward, share of the pretrained Vendi Score), linear between panels.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hrf_fast.config.options import Config
+from hrf_fast.report.comparison import RunLog, at_reward
+
+_LEVEL = 0.95
+
+
+class Point(NamedTuple):
+    """A panel's place on a run's path."""
+
+    evaluations: float
+    gain: float
+    """Mean reward less the pretrained one."""
+    kept: float
+    """Vendi Score as a share of the pretrained one."""
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds with its 95 % interval; no interval from a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+class Paired(NamedTuple):
+    """The mean difference over seeds with its 95 % interval, and the p of a paired t-test that it is 0."""
+
+    difference: Estimate
+    p: float | None
+
+
+def run_log(line: Mapping[str, Any]) -> RunLog:
+    """A line's panels as a report reads them."""
+    return RunLog(line["arm"], Path(), Config(), line["panels"], [], True)
+
+
+def path_of(line: Mapping[str, Any]) -> list[Point]:
+    """A line's path, the pretrained model first: gain 0, share 1."""
+    first = line["panels"][0]
+    return [
+        Point(p["evaluations"], p["reward"][0] - first["reward"][0], p["vendi"][0] / first["vendi"][0])
+        for p in line["panels"]
+    ]
+
+
+def gain_at_diversity(path: Sequence[Point], floor: float) -> float:
+    """The highest gain among the points of the path that keep at least `floor`, between panels too."""
+    gains = [point.gain for point in path if point.kept >= floor]
+    for one, two in zip(path, path[1:], strict=False):
+        if (one.kept >= floor) != (two.kept >= floor):
+            share = (one.kept - floor) / (one.kept - two.kept)
+            gains.append(one.gain + share * (two.gain - one.gain))
+    return max(gains)
+
+
+def diversity_at_gain(line: Mapping[str, Any], gain: float) -> float | None:
+    """The share kept where the run's gain first reaches `gain`; None where it does not, or for a gain of 0 or less."""
+    log = run_log(line)
+    point = at_reward(log, log.rewards()[0] + gain)
+    return point[1].value / line["panels"][0]["vendi"][0] if point else None
+
+
+def evaluations_to_gain(path: Sequence[Point], gain: float, floor: float) -> float | None:
+    """Evaluations at the first point of the path with at least `gain` and at least `floor` kept; None without one."""
+    for one, two in zip(path, path[1:], strict=False):
+        # shares of the way on which both hold
+        spans = [_above(one.gain, two.gain, gain), _above(one.kept, two.kept, floor)]
+        if None not in spans:
+            start = max(span[0] for span in spans if span)
+            if start <= min(span[1] for span in spans if span):
+                return one.evaluations + start * (two.evaluations - one.evaluations)
+    return None
+
+
+def _above(one: float, two: float, level: float) -> tuple[float, float] | None:
+    """The part of the way from `one` to `two`, as shares, on which a linear value is at least `level`."""
+    if one >= level and two >= level:
+        return 0.0, 1.0
+    if one < level and two < level:
+        return None
+    crossing = (level - one) / (two - one)
+    return (crossing, 1.0) if two >= level else (0.0, crossing)
+
+
+def hypervolume(path: Sequence[Point]) -> float:
+    """Area that the panels dominate in the plane of gain and share kept, from the reference point (0, 0).
+
+    Zitzler and Thiele, IEEE Trans. Evol. Comput. 3(4), 1999.
+    """
+    area, best = 0.0, 0.0
+    # from the highest gain down, a panel adds the strip that no panel of a higher gain has covered
+    for point in sorted(path, key=lambda point: -point.gain):
+        if point.gain > 0 and point.kept > best:
+            area += point.gain * (point.kept - best)
+            best = point.kept
+    return area
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean over seeds with its 95 % interval by Student's t."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return Estimate(mean, None, None, count)
+    half = t_quantile((1 + _LEVEL) / 2, count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Paired | None:
+    """Compare two arms on the seeds that both have; None without one."""
+    seeds = [seed for seed in values if seed in reference]
+    if not seeds:
+        return None
+    differences = [values[seed] - reference[seed] for seed in seeds]
+    difference = estimate(differences)
+    if len(seeds) < 2:
+        return Paired(difference, None)
+    error = statistics.stdev(differences) / math.sqrt(len(seeds))
+    if not error:
+        return Paired(difference, 0.0 if difference.mean else 1.0)
+    return Paired(difference, two_sided_p(difference.mean / error, len(seeds) - 1))
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Adjust the p of several tests by Holm's step-down rule (Scand. J. Statist. 6, 1979); None stays None."""
+    known = sorted((p, index) for index, p in enumerate(ps) if p is not None)
+    adjusted: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[index] = largest
+    return adjusted
+
+
+def two_sided_p(t: float, degrees: int) -> float:
+    """Probability that Student's t with `degrees` of freedom is farther from 0 than `t`."""
+    return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """The t that Student's t with `degrees` of freedom stays under with probability `level`, above 0.5."""
+    high = 1.0
+    while two_sided_p(high, degrees) > 2 * (1 - level):
+        high *= 2
+    return _bisect(lambda t: two_sided_p(t, degrees) > 2 * (1 - level), 0.0, high)
+
+
+def _bisect(below: Callable[[float], bool], low: float, high: float) -> float:
+    """The place between `low` and `high` where `below` turns false."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return (low + high) / 2
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by Lentz's continued fraction (Numerical Recipes 6.4)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        # the fraction converges fast on this side only
+        return 1 - incomplete_beta(b, a, 1 - x)
+    scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    tiny = 1e-300
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    fraction = d
+    for m in range(1, 1000):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 / (1 + term * d or tiny)
+            c = 1 + term / c or tiny
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return scale * fraction / a
