@@ -1,0 +1,153 @@
+"""Signal and noise of the gradient by start and by step: how much of one optimizer step is direction, how much chance.
+
+    hrf bench signal --starts ddpo 0 5 10 14 --groups 24 train.group_size=8
+    hrf bench signal --starts ddpo 5 --groups 12 --config configs/peeps.yaml
+
+The words after the options are a configuration. At the pretrained weights, groups of each start are rolled out and
+rewarded, and the gradient of every group's loss is taken step by step. `ddpo` starts from pure noise; a number takes an
+anchor of each group back to that step. With n groups of gradients g_k at step k and step weights w_k:
+
+    signal = |mean of Σ w_k g_k|² − noise/n,   noise = Σ w_k² tr Cov(g_k),   ratio = signal/noise per group
+
+which takes the noises of two steps as uncorrelated; their draws are independent. A step that averages 1/ratio groups is
+half noise (McCandlish et al., arXiv 1812.06162). A ratio may come out negative where n groups are too few to tell the
+signal from 0. The weights: equal, as published; std, see train.step_weights; and equal without the last step, to show
+what that step alone does. Writes signal.json after each start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.machine import describe, machine
+from benchmarks.tables import markdown_table
+from hrf_fast.build import build_components
+from hrf_fast.config.load import load_config
+from hrf_fast.distributed import comm
+from hrf_fast.noise import NoiseKey, noise_key
+from hrf_fast.policies.sample import sample
+from hrf_fast.training.advantages import group_advantages
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.collect import group_noise
+from hrf_fast.training.components import Components
+from hrf_fast.training.groups import Group
+from hrf_fast.training.optimizer_step import Clips, call_surrogate
+from hrf_fast.training.rollout import rollout
+from hrf_fast.windows.base import Window
+
+HEAD = ("start", "spread of a group's rewards", "ratio, equal", "ratio, equal less the last step", "ratio, std")
+
+
+def gradients(components: Components, start: int | None, number: int) -> tuple[Tensor, float]:
+    """Gradients [S, P] of one group's loss by window step, at equal weights, and the spread of its rewards.
+
+    Args:
+        start: None for pure noise; number: of the group.
+    """
+    policy, groups, seed = components.policy, components.groups, components.rules.seed
+    prompts = [components.draw_prompts(number)[0]]
+    anchor = None
+    if start is not None:
+        key = NoiseKey(noise_key(seed, number, "anchors"), torch.zeros(1, dtype=torch.int64, device=policy.device))
+        anchor = sample(policy, key, prompts, images_per_call=1, guided=components.rules.guided)[0]
+    window = Window(start or 0, policy.sampler.stochastic_steps)
+    noise = group_noise(components, number, "rollout", 0)
+    condition = policy.condition(prompts * groups.size, guided=components.rules.guided)
+    group = Group(0, window, noise, condition, anchor, prompts[0])
+    rolled_out = rollout(policy, [group], CallPlan(groups.size, 0, "on_policy"), keep_from=window.start)
+    trajectory = rolled_out.trajectories[0]
+    rewards = components.reward(trajectory.images, prompts * groups.size).total.cpu()
+    advantages = group_advantages(rewards, torch.zeros(groups.size, dtype=torch.int64), floor=1e-9)
+    clips = Clips(clip_range=1e9, advantage_clip=math.inf, scale_by_window=False)
+    weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
+    by_step = []
+    for call in rolled_out.calls:
+        surrogate = call_surrogate(
+            policy, {0: trajectory}, {0: advantages.to(policy.device)}, call, clips, loss_weight=1 / groups.size
+        )
+        parts = torch.autograd.grad(surrogate.loss.sum(), weights, allow_unused=True)
+        by_step.append(torch.cat([part.flatten() for part in parts if part is not None]))
+    return torch.stack(by_step), float(rewards.double().std())
+
+
+def ratios(mean: Tensor, squares: Tensor, count: int, std: Tensor) -> dict[str, Any]:
+    """Signal over noise per group for each kind of weights.
+
+    Args:
+        mean: [S, P], mean of `count` groups' gradients; squares: [S], mean of squared norms; std: [S] of the steps.
+    """
+    noise = (squares - mean.square().sum(1)).clamp(min=0) * count / (count - 1)
+    equal = torch.ones_like(std)
+    kinds = {"equal": equal, "without_last": torch.cat([equal[:-1], equal.new_zeros(1)]), "std": std / std.mean()}
+    result: dict[str, Any] = {"noise_by_step": noise.tolist(), "std_by_step": std.tolist()}
+    for name, weights in kinds.items():
+        total = float((weights**2 * noise).sum())
+        signal = float((weights[:, None] * mean).sum(0).square().sum()) - total / count
+        result[name] = signal / total if total else math.nan
+    return result
+
+
+def measure(components: Components, start: int | None, count: int) -> dict[str, Any]:
+    """The ratios of one start over `count` groups."""
+    total, squares, spreads = torch.zeros(()), torch.zeros(()), []
+    for number in tqdm(range(count), desc="ddpo" if start is None else f"start {start}", unit="group"):
+        by_step, spread = gradients(components, start, number)
+        total, squares = total + by_step.double(), squares + by_step.double().square().sum(1)
+        spreads.append(spread)
+    window = slice(start or 0, components.policy.sampler.stochastic_steps)
+    std = components.policy.sampler.coefficients.std[window].double().cpu()
+    measured = ratios(total.cpu() / count, squares.cpu() / count, count, std)
+    return {"start": "ddpo" if start is None else start, "groups": count, "spread": sum(spreads) / count, **measured}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure every start and print the table.
+
+    Raises:
+        ValueError: a start outside the steps, or fewer than two groups or samples.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", nargs="+", default=["ddpo", "0", "5", "10", "14"], help="ddpo, or a step")
+    parser.add_argument("--groups", type=int, default=24, help="groups of each start, at least 2")
+    parser.add_argument("--out", type=Path, default=Path("runs/signal"), help="folder of signal.json and signal.md")
+    arguments, rest = parser.parse_known_args(words)
+    if arguments.groups < 2:
+        raise ValueError(f"--groups is {arguments.groups}; noise takes at least 2")
+    config = load_config([*rest, f"run.folder={arguments.out}"])
+    with comm.job(config.run.lost_after):
+        _, components = build_components(replace(config, train=replace(config.train, gradient_noise=False)))
+        stop = components.policy.sampler.stochastic_steps
+        starts = [None if start == "ddpo" else int(start) for start in arguments.starts]
+        for start in starts:
+            if start is not None and not 0 <= start < stop:
+                raise ValueError(f"--starts has {start}; use ddpo, or a step from 0 to {stop - 1}")
+        facts = machine(components.policy.device, torch.get_num_threads())
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        results: list[dict[str, Any]] = []
+        for start in starts:
+            results.append(measure(components, start, arguments.groups))
+            text = json.dumps({"machine": facts, "words": rest, "results": results}, indent=1)
+            (arguments.out / "signal.json").write_text(text + "\n")
+        rows = [[r["start"], r["spread"], r["equal"], r["without_last"], r["std"]] for r in results]
+        page = f"{describe(facts)}\n\n{markdown_table(HEAD, rows)}\n"
+        (arguments.out / "signal.md").write_text(page)
+        print(page)
+
+
+if __name__ == "__main__":
+    main()
