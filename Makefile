@@ -1,4 +1,4 @@
-# make demo: install, fine-tune a shipped model with HRF and with DDPO, and write one page. make test: what CI runs.
+# make demo: install, give everybody sunglasses by DDPO and by HRF, and write one page. make test: what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -17,11 +17,14 @@ CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
 .PHONY: demo demo-fashion check test interpreted test-all test-kernels soak lint install install-gpu clean
 
+# three runs that stop at equal reward
+DEMO = --config configs/demo_peeps.yaml run.folder=runs/demo
 demo: $(VENV)/.base
-	$(BIN)/hrf train --config configs/demo_portraits.yaml
-	$(BIN)/hrf train --config configs/demo_portraits.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-portraits-ddpo
-	$(BIN)/hrf report runs/demo-portraits-hrf runs/demo-portraits-ddpo --out runs/demo-portraits.html --strip runs/demo-portraits.png
-	@echo "the same on product photos: make demo-fashion"
+	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published
+	$(BIN)/hrf train --config configs/peeps_ddpo.yaml $(DEMO)-ddpo
+	$(BIN)/hrf train --config configs/peeps_hrf.yaml $(DEMO)-hrf
+	$(BIN)/hrf report runs/demo-published runs/demo-ddpo runs/demo-hrf --out runs/demo.html --strip runs/demo.png
+	@echo "smaller JPEGs of product photos: make demo-fashion"
 
 demo-fashion: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_fashion.yaml

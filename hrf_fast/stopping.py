@@ -31,7 +31,7 @@ class Event:
     iteration: int
     """Iterations done when it happened."""
     event: str
-    """diversity, quality, patience, ratio_max, clip_fraction, approx_kl, grad_norm, not_finite, error or end."""
+    """diversity, quality, target, patience, ratio_max, clip_fraction, approx_kl, grad_norm, not_finite, error, end."""
     text: str
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -138,8 +138,8 @@ class Watch:
 
     def panel(self, record: dict[str, Any]) -> list[Event]:
         """The events that a line of evaluations.jsonl brings."""
-        events = [*self._collapses(record), *self._stale_reward(record)]
-        return self._new(events, {"diversity", "quality", "patience"})
+        events = [*self._collapses(record), *self._target(record), *self._stale_reward(record)]
+        return self._new(events, {"diversity", "quality", "target", "patience"})
 
     def iteration(self, record: dict[str, Any]) -> list[Event]:
         """The events that a line of metrics.jsonl brings."""
@@ -154,7 +154,9 @@ class Watch:
     def _new(self, events: list[Event], watched: set[str]) -> list[Event]:
         """Return the events of rules that did not hold before; what holds may end the run at every line."""
         for event in events:
-            if event.event == "patience" or (self._stop.on_collapse != "warn" and event.event != "not_finite"):
+            if event.event in ("target", "patience") or (
+                self._stop.on_collapse != "warn" and event.event != "not_finite"
+            ):
                 self.ending = self.ending or event.text
         new = [event for event in events if event.event not in self._holding]
         self._holding = self._holding - watched | {event.event for event in events}
@@ -174,6 +176,13 @@ class Watch:
                 name = "quality" if metric == QUALITY else "diversity"
                 text = f"{metric} is {value:.3g} [{low:.3g}, {high:.3g}] of the pretrained model's, under {option}"
                 yield self._event(record, name, f"{text} {floor:g}", kept=value, low=low, high=high, floor=floor)
+
+    def _target(self, record: dict[str, Any]) -> Iterator[Event]:
+        """The panel's mean reward at or over the target."""
+        reward, target = record["reward"][0], self._stop.target_reward
+        if target is not None and reward >= target:
+            text = f"the panel's reward is {reward:.4g}, at least stop.target_reward {target:g}"
+            yield self._event(record, "target", text, reward=reward, target=target)
 
     def _stale_reward(self, record: dict[str, Any]) -> Iterator[Event]:
         """Panels since the last whose gain over the best before it, paired image by image, is beyond its interval."""

@@ -57,6 +57,8 @@ class StopConfig:
     where the panel measures it; 0 for none."""
     quality_floor: float | None = option(None, at_least=0, below=1, resumable=True)
     """Share of the pretrained model's Inception Score under which a panel has collapsed, as diversity_floor."""
+    target_reward: float | None = option(None, resumable=True)
+    """Stop at the first panel whose mean reward is at least this, so that methods can be compared at equal reward."""
     patience: int = option(0, at_least=0, resumable=True)
     """Stop after this many panels without a gain of the reward beyond its interval; 0 never."""
     on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)

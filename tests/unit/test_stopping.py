@@ -128,6 +128,15 @@ def test_patience_counts_panels_without_a_gain_beyond_its_interval():
     assert Watch(StopConfig(), seed=0).panel(line(9)) == []
 
 
+def test_a_panel_at_the_target_ends_the_run():
+    watch = Watch(StopConfig(target_reward=2.0), seed=0)
+    found = [names(watch.panel(line(i, values))) for i, values in enumerate(([1.0, 2.9], [1.0, 3.0]))]
+    assert found == [[], ["target"]] and "stop.target_reward 2" in watch.ending
+    # a target may be 0, and none is the default
+    assert names(Watch(StopConfig(target_reward=0.0), seed=0).panel(line(0, [0.0, 0.0]))) == ["target"]
+    assert Watch(StopConfig(), seed=0).panel(line(0, [9.0, 9.0])) == []
+
+
 UPDATE = {"ratio_max": 1.0, "clip_fraction": 0.0, "approx_kl": 0.0, "grad_norm": 1.0, "skipped_steps": 0}
 
 
