@@ -115,20 +115,31 @@ def measure(components: Components, start: int | None, count: int) -> dict[str, 
     return {"start": "ddpo" if start is None else start, "groups": count, "spread": sum(spreads) / count, **measured}
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Measure every start and print the table.
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `words` are those of the configuration.
 
     Raises:
-        ValueError: a start outside the steps, or fewer than two groups or samples.
+        ValueError: fewer than two groups, or a configuration that can't work.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", nargs="+", default=["ddpo", "0", "5", "10", "14"], help="ddpo, or a step")
     parser.add_argument("--groups", type=int, default=24, help="groups of each start, at least 2")
     parser.add_argument("--out", type=Path, default=Path("runs/signal"), help="folder of signal.json and signal.md")
-    arguments, rest = parser.parse_known_args(words)
+    arguments, arguments.words = parser.parse_known_args(words)
     if arguments.groups < 2:
         raise ValueError(f"--groups is {arguments.groups}; noise takes at least 2")
-    config = load_config([*rest, f"run.folder={arguments.out}"])
+    load_config(arguments.words)
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure every start and print the table.
+
+    Raises:
+        ValueError: a start outside the steps, or what `parse` refuses.
+    """
+    arguments = parse(words)
+    config = load_config([*arguments.words, f"run.folder={arguments.out}"])
     with comm.job(config.run.lost_after):
         _, components = build_components(replace(config, train=replace(config.train, gradient_noise=False)))
         stop = components.policy.sampler.stochastic_steps
@@ -141,7 +152,7 @@ def main(words: Sequence[str] | None = None) -> None:
         results: list[dict[str, Any]] = []
         for start in starts:
             results.append(measure(components, start, arguments.groups))
-            text = json.dumps({"machine": facts, "words": rest, "results": results}, indent=1)
+            text = json.dumps({"machine": facts, "words": arguments.words, "results": results}, indent=1)
             (arguments.out / "signal.json").write_text(text + "\n")
         rows = [[r["start"], r["spread"], r["equal"], r["without_last"], r["std"]] for r in results]
         page = f"{describe(facts)}\n\n{markdown_table(HEAD, rows)}\n"

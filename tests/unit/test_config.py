@@ -8,6 +8,7 @@ from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
 from hrf_fast.rewards import RewardTerm, list_rewards
+from hrf_fast.study.plan import read_study
 from hrf_fast.windows.schedules import build_schedule
 
 ROOT = Path(__file__).parents[2]
@@ -285,12 +286,21 @@ def test_differences_names_option_old_and_new():
     assert differences(load_config([]), load_config(["run.seed=4"])) == {"run.seed": (0, 4)}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
+STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
+SHIPPED = sorted(set(CONFIGS.glob("**/*.yaml")) - set(STUDIES))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_can_be_run(path):
+    read_study(path).check()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_yaml_loads(path):
     assert isinstance(load_config(["--config", str(path)]), Config)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_yaml_names_a_schedule_and_options_that_exist(path):
     config = load_config(["--config", str(path)])
     steps = config.sample.num_inference_steps
