@@ -34,10 +34,8 @@ def fid(reference: Tensor, samples: Tensor) -> float:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise _missing(error) from error
-    metric = FrechetInceptionDistance(feature=_Given(reference.shape[1])).set_dtype(torch.float64)
-    metric.update(reference.double(), real=True)
-    metric.update(samples.double(), real=False)
-    return float(metric.compute())
+    metric = FrechetInceptionDistance(feature=_Given(reference.shape[1]))
+    return float(_compute(metric, reference, samples))
 
 
 def kid(reference: Tensor, samples: Tensor, *, seed: int) -> float:
@@ -55,11 +53,15 @@ def kid(reference: Tensor, samples: Tensor, *, seed: int) -> float:
     options: dict[str, Any] = {"subsets": KID_SUBSETS, "subset_size": size}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(feature=_Given(reference.shape[1]), **options).set_dtype(torch.float64)
-        metric.update(reference.double(), real=True)
-        metric.update(samples.double(), real=False)
-        mean, _ = metric.compute()
+        mean, _ = _compute(KernelInceptionDistance(feature=_Given(reference.shape[1]), **options), reference, samples)
     return float(mean)
+
+
+def _compute(metric: Any, reference: Tensor, samples: Tensor) -> Any:
+    metric.set_dtype(torch.float64)
+    metric.update(reference.double(), real=True)
+    metric.update(samples.double(), real=False)
+    return metric.compute()
 
 
 def _check(reference: Tensor, samples: Tensor, least: int) -> None:
