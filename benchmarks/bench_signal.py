@@ -7,12 +7,11 @@ The words after the options are a configuration. At the pretrained weights, grou
 rewarded, and the gradient of every group's loss is taken step by step. `ddpo` starts from pure noise; a number takes an
 anchor of each group back to that step. With n groups of gradients g_k at step k and step weights w_k:
 
-    signal = |mean of Σ w_k g_k|² − noise/n,   noise = Σ w_k² tr Cov(g_k),   ratio = signal/noise per group
+    g = Σ w_k g_k of a group,   noise = tr Cov(g),   signal = |mean of g|² − noise/n,   ratio = signal/noise per group
 
-which takes the noises of two steps as uncorrelated; their draws are independent. A step that averages 1/ratio groups is
-half noise (McCandlish et al., arXiv 1812.06162). A ratio may come out negative where n groups are too few to tell the
-signal from 0. The weights: equal, as published; std, see train.step_weights; and equal without the last step, to show
-what that step alone does. Writes signal.json after each start.
+A step that averages 1/ratio groups is half noise (McCandlish et al., arXiv 1812.06162). A ratio may come out negative
+where n groups are too few to tell the signal from 0. The weights: equal, as published; std, see train.step_weights; and
+equal without the last step, to show what that step alone does. Writes signal.json after each start.
 """
 
 from __future__ import annotations
@@ -85,34 +84,47 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     return torch.stack(by_step), float(rewards.double().std())
 
 
-def ratios(mean: Tensor, squares: Tensor, count: int, std: Tensor) -> dict[str, Any]:
-    """Signal over noise per group for each kind of weights.
+def weightings(std: Tensor) -> dict[str, Tensor]:
+    """The step weights [S] that are compared, for steps of these std."""
+    equal = torch.ones_like(std)
+    return {"equal": equal, "without_last": torch.cat([equal[:-1], equal.new_zeros(1)]), "std": std / std.mean()}
+
+
+def ratio(total: Tensor, squares: float, count: int) -> float:
+    """Signal over noise of one group's gradient; NaN where there is no noise.
 
     Args:
-        mean: [S, P], mean of `count` groups' gradients; squares: [S], mean of squared norms; std: [S] of the steps.
+        total: [P], sum of the gradients of `count` groups; squares: sum of their squared norms.
     """
-    noise = (squares - mean.square().sum(1)).clamp(min=0) * count / (count - 1)
-    equal = torch.ones_like(std)
-    kinds = {"equal": equal, "without_last": torch.cat([equal[:-1], equal.new_zeros(1)]), "std": std / std.mean()}
-    result: dict[str, Any] = {"noise_by_step": noise.tolist(), "std_by_step": std.tolist()}
-    for name, weights in kinds.items():
-        total = float((weights**2 * noise).sum())
-        signal = float((weights[:, None] * mean).sum(0).square().sum()) - total / count
-        result[name] = signal / total if total else math.nan
-    return result
+    mean_square = float((total / count).square().sum())
+    noise = (squares / count - mean_square) * count / (count - 1)
+    return (mean_square - noise / count) / noise if noise > 0 else math.nan
 
 
 def measure(components: Components, start: int | None, count: int) -> dict[str, Any]:
     """The ratios of one start over `count` groups."""
-    total, squares, spreads = torch.zeros(()), torch.zeros(()), []
-    for number in tqdm(range(count), desc="ddpo" if start is None else f"start {start}", unit="group"):
-        by_step, spread = gradients(components, start, number)
-        total, squares = total + by_step.double(), squares + by_step.double().square().sum(1)
-        spreads.append(spread)
     window = slice(start or 0, components.policy.sampler.stochastic_steps)
     std = components.policy.sampler.coefficients.std[window].double().cpu()
-    measured = ratios(total.cpu() / count, squares.cpu() / count, count, std)
-    return {"start": "ddpo" if start is None else start, "groups": count, "spread": sum(spreads) / count, **measured}
+    kinds = weightings(std)
+    totals: dict[str, Any] = dict.fromkeys(kinds, 0.0)
+    squares = dict.fromkeys(kinds, 0.0)
+    by_step_squares, spreads = torch.zeros_like(std), []
+    for number in tqdm(range(count), desc="ddpo" if start is None else f"start {start}", unit="group"):
+        by_step, spread = gradients(components, start, number)
+        spreads.append(spread)
+        by_step_squares += by_step.double().square().sum(1).cpu()
+        for name, weights in kinds.items():
+            gradient = (weights.to(by_step)[:, None] * by_step).sum(0).double()
+            totals[name], squares[name] = totals[name] + gradient, squares[name] + float(gradient.square().sum())
+    return {
+        "start": "ddpo" if start is None else start,
+        "groups": count,
+        "spread": sum(spreads) / count,
+        **{name: ratio(totals[name], squares[name], count) for name in kinds},
+        "std_by_step": std.tolist(),
+        # mean squared norm of a group's gradient
+        "square_by_step": (by_step_squares / count).tolist(),
+    }
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:

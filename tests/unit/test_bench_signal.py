@@ -1,26 +1,28 @@
 """The signal's arithmetic by hand, and the smallest measurement."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from benchmarks.bench_signal import main, ratios
+from benchmarks.bench_signal import main, ratio, weightings
 
 
-def test_ratios_by_hand():
-    # two groups, two steps, two weights: step 0 has gradients (3, 0) and (1, 0), step 1 (0, 4) and (0, -4)
-    by_group = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[1.0, 0.0], [0.0, -4.0]]], dtype=torch.float64)
-    mean, squares = by_group.mean(0), by_group.square().sum(-1).mean(0)
-    result = ratios(mean, squares, 2, torch.tensor([3.0, 1.0], dtype=torch.float64))
-    # traces: 1 and 16, times n/(n − 1) = 2
-    assert result["noise_by_step"] == [2.0, 32.0]
-    # |(2, 0)|² less half the noise
-    assert result["equal"] == pytest.approx((4 - 34 / 2) / 34)
-    assert result["without_last"] == pytest.approx((4 - 2 / 2) / 2)
-    # weights 1.5 and 0.5
-    noise = 2.25 * 2 + 0.25 * 32
-    assert result["std"] == pytest.approx((9 - noise / 2) / noise)
+def test_a_ratio_by_hand():
+    # gradients (3, 0) and (1, 2): mean (2, 1), squared norms 9 and 5
+    noise = (14 / 2 - 5) * 2
+    assert ratio(torch.tensor([4.0, 2.0]), 14.0, 2) == pytest.approx((5 - noise / 2) / noise)
+    assert math.isnan(ratio(torch.tensor([4.0]), 8.0, 2))
+
+
+def test_weights_that_are_compared():
+    kinds = weightings(torch.tensor([3.0, 1.0]))
+    assert {name: weights.tolist() for name, weights in kinds.items()} == {
+        "equal": [1.0, 1.0],
+        "without_last": [1.0, 0.0],
+        "std": [1.5, 0.5],
+    }
 
 
 def test_the_smallest_measurement(tiny_model, tmp_path, capsys):
