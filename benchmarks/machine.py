@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hrf_fast.cpu import cpu_bf16_units
+from hrf_fast.cpu import cpu_bf16_units, cpu_name
 
 _PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
@@ -23,7 +23,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
     return {
         "device": gpu.name if gpu else "cpu",
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "bf16_units": [*(cpu_bf16_units() or []), *gpu_bf16],
         "threads": threads,
@@ -60,10 +60,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

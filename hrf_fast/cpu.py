@@ -1,12 +1,20 @@
-"""CPU: whether it computes in bf16. No torch here, so that `hrf doctor` can say so without one that works."""
+"""CPU: its name, and whether it computes in bf16. No torch here: `hrf doctor` says so without one that works."""
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 # flags of CPUs that compute in bf16, the last one Arm's
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def cpu_name() -> str:
+    """The processor's model as the system names it."""
+    lines = CPU_FLAGS.read_text().splitlines() if CPU_FLAGS.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def cpu_bf16_units() -> list[str] | None:

@@ -47,7 +47,7 @@ class EventLog:
     @property
     def restores(self) -> bool:
         """Whether the best checkpoint's weights are to be the tuned model."""
-        return self.ending is not None and self._stop.on_collapse == "restore_best"
+        return self.ending is not None and self.keeps_pretrained
 
     @property
     def keeps_pretrained(self) -> bool:
@@ -95,7 +95,7 @@ class EventLog:
     def failure(self, text: str) -> str | None:
         """Write that the next iteration has failed; returns the reason to end in order where the best is restored."""
         self._write([Event(self._done + 1, "error", text)])
-        self._failure = text if self._stop.on_collapse == "restore_best" else None
+        self._failure = text if self.keeps_pretrained else None
         return self._failure
 
     def end(self, reason: str, model: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ import torch
 from filelock import FileLock
 
 import hrf_fast.version
+from hrf_fast.cpu import cpu_name
 from hrf_fast.run.files import append_line
 from hrf_fast.study.plan import Job
 
@@ -53,7 +53,7 @@ def _git(root: Path, *words: str) -> bytes:
 def facts(job: Job, commit: str) -> dict[str, Any]:
     """Describe a run as its line does, but for the outcome."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"cores": os.cpu_count(), "processor": _processor(), "gpu": gpu, "torch": torch.__version__}
+    machine = {"cores": os.cpu_count(), "processor": cpu_name(), "gpu": gpu, "torch": torch.__version__}
     return {
         "case": job.case,
         "arm": job.arm,
@@ -64,13 +64,6 @@ def facts(job: Job, commit: str) -> dict[str, Any]:
         "machine": machine,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 class Results:
