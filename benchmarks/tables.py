@@ -12,5 +12,5 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    first, *others = (f"| {' | '.join(map(cell, line))} |" for line in (header, *rows))
+    return "\n".join((first, "|---" * len(header) + "|", *others))

@@ -6,6 +6,7 @@ may be is in rules.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -34,7 +35,7 @@ def load_config(argv: Sequence[str], layers: Mapping[str, dict[str, Any]] | None
     from omegaconf import OmegaConf
 
     files, overrides = _split(argv)
-    merged = OmegaConf.structured(Config)
+    merged = copy.deepcopy(_defaults())
     for name in files:
         layer = _read(Path(name).expanduser(), ())
         with _naming(name):
@@ -91,12 +92,14 @@ def _check_override(word: str) -> None:
         layer = OmegaConf.from_dotlist([word])
         values: Any = OmegaConf.to_container(layer)
         check_layer(values, word)
-        OmegaConf.merge(_defaults(), layer)
+        # its section alone: a merge copies what it goes over
+        (section,) = values
+        OmegaConf.merge({section: _defaults()[section]}, layer)
 
 
 @functools.cache
 def _defaults() -> Any:
-    """The defaults with their types, to merge over and never to change; making them takes four times a merge."""
+    """The defaults with their types, to copy and never to change; making them takes four times a copy."""
     from omegaconf import OmegaConf
 
     return OmegaConf.structured(Config)
@@ -170,14 +173,14 @@ def _text(path: Path) -> str:
 
 
 def _merge(config: Any, layer: Any) -> Any:
-    """`layer` over `config`; another schedule or reward starts with its own options, not with the old one's."""
+    """`layer` over `config`, which is used up; another schedule or reward starts with its own options, not the old's."""
     from omegaconf import OmegaConf
 
     for section, selector in (("window", "schedule"), ("reward", "name"), ("prompts", "source")):
         new, old = layer.get(section), config.get(section)
         if new and old and selector in new and new[selector] != old.get(selector):
             old.kwargs = {}
-    return OmegaConf.merge(config, layer)
+    return OmegaConf.unsafe_merge(config, layer)
 
 
 def to_yaml(config: Config) -> str:
