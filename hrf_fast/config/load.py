@@ -173,7 +173,7 @@ def _text(path: Path) -> str:
 
 
 def _merge(config: Any, layer: Any) -> Any:
-    """`layer` over `config`, which is used up; another schedule or reward starts with its own options, not the old's."""
+    """`layer` over `config`, which is used up; another schedule or reward starts with its own options."""
     from omegaconf import OmegaConf
 
     for section, selector in (("window", "schedule"), ("reward", "name"), ("prompts", "source")):
