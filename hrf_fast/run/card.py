@@ -27,8 +27,8 @@ METHODS = {
 NAME = "README.md"
 # the section of a flow-matching model, whose panel diffusers can't draw
 _ODE = (
-    "The panel samples with noise, by a rule that diffusers has no scheduler for (`stochastic_sampling` is another). These",
-    "lines draw by the deterministic ODE of the same model, whose images get other rewards.",
+    "The panel samples with noise, by a rule that no scheduler of diffusers has (`stochastic_sampling` is another).",
+    "These lines draw by the deterministic ODE of the same model, whose images get other rewards.",
 )
 _METRICS = {
     "reward": "reward",

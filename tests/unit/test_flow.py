@@ -12,7 +12,7 @@ from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sample import starting_noise
 from hrf_kernels import gaussian_mean
 from tests.conftest import make_unet, tiny_words
-from tests.runs import metrics, train
+from tests.runs import assert_equal_training, equal, metrics, train, weights
 from tests.unit.test_card import drawn, lines_of
 
 
@@ -67,17 +67,17 @@ def test_the_unet_is_given_sigmas_that_are_no_whole_numbers(flow_model):
 
 
 @pytest.mark.parametrize("schedule", ["full", "clusters", "dynamic"])
-def test_a_run_of_every_method_starts_on_policy_and_moves_the_weights(schedule, flow_model, tmp_path):
-    kwargs = {"full": "{}", "clusters": "{clusters: [[0, 3], [3, 6]]}", "dynamic": "{candidates: [0, 2, 4]}"}[schedule]
-    result = train(
-        words(flow_model, tmp_path / "run", f"window.schedule={schedule}", f"window.kwargs={kwargs}"),
-        reward=brightness,
-    )
-    (first, *_) = metrics(result.folder)
-    assert first["grad_norm"] > 0 and result.last_panel["reward"][0] != 0
-    before = UNet2DModel.from_pretrained(flow_model / "unet").state_dict()
-    after = UNet2DModel.from_pretrained(result.folder / "model" / "unet").state_dict()
-    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+def test_a_run_of_every_method_is_on_policy_and_resumes_to_the_bit(schedule, flow_model, tmp_path):
+    kwargs = {"full": "{}", "clusters": "{clusters: [[0, 3], [3, 6]]}", "dynamic": "{stride: 2}"}[schedule]
+    options = (f"window.schedule={schedule}", f"window.kwargs={kwargs}", "train.order=on_policy", "evaluation.every=0")
+    unbroken = train(words(flow_model, tmp_path / "unbroken", *options), reward=brightness).folder
+    for iterations in (1, 2):
+        resumed = words(flow_model, tmp_path / "resumed", *options, f"train.iterations={iterations}")
+        train(resumed, reward=brightness)
+    assert_equal_training(tmp_path / "resumed", unbroken)
+    records = metrics(unbroken)
+    assert [(record["ratio_mean"], record["ratio_max"]) for record in records] == [(1, 1), (1, 1)]
+    assert not equal(weights(unbroken), weights(flow_model))
 
 
 @pytest.mark.parametrize(
