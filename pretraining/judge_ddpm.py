@@ -1,8 +1,9 @@
 """Quality figures of a small model for its card: `python pretraining/judge_ddpm.py fashion`.
 
-512 images by DDIM (eta 1, 50 steps), or of a flow by its ODE and by Flow-SDE, against the 512 real images that ship, in the features of the shipped classifier:
-Vendi and Inception Score, precision and recall (Kynkäänniemi et al., arXiv 1904.06991, k = 3), and the distance to the
-nearest training image in pixels, compared with that of real held-out images: a model that copies is nearer.
+512 images by DDIM (eta 1, 50 steps), or of a flow by Flow-SDE and by its ODE, against the 512 real images that ship, in
+the features of the shipped classifier: Vendi and Inception Score, precision and recall (Kynkäänniemi et al., arXiv
+1904.06991, k = 3), and the distance to the nearest training image in pixels, compared with that of real held-out
+images: a model that copies is nearer.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     kind = "flow_sde" if flow else "ddim"
     policy = load_policy(arguments.model or arguments.name, sampler=kind, num_inference_steps=arguments.steps)
     noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)
-    for title in (kind, "ode") if flow else (kind,):
+    for title in ("flow_sde", "ode") if flow else ("ddim",):
         if title == "ode":
             policy.sampler = replace(policy.sampler, coefficients=policy.sampler.deterministic)
         print(f"{title}, {arguments.steps} steps", flush=True)
