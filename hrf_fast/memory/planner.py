@@ -39,6 +39,7 @@ class CallCounts:
     """Images through the network per iteration over all GPUs, a guided one counting two; the mean over the run."""
 
     anchors: float
+    """Anchors, or the deterministic steps that lead to windows."""
     search: float
     rollout: float
     update: float
@@ -74,7 +75,7 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
     stand_in = torch.Generator().manual_seed(config.run.seed)
     iterations = min(train.iterations, 1000)
     groups, size = train.groups_per_iteration, train.group_size
-    searched, lengths, run_steps, referred = 0, [], 0, 0
+    searched, lengths, run_steps, referred, led = 0, [], 0, 0, 0
     last_referred = config.remedies.referred_steps(steps)
 
     def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
@@ -90,10 +91,12 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
         for window in windows(iteration, groups, generator=generator, probe=probe):
             lengths.append(len(window))
             run_steps += steps - window.start
+            if window.deterministic and not windows.needs_anchors:
+                led += window.start * (1 if window.shared else size)
             referred += max(0, min(window.stop, last_referred) - window.start)
     branches = 2 if config.sample.guidance_scale > 1 and train.guidance else 1
     return CallCounts(
-        anchors=float(branches * groups * steps if windows.needs_anchors else 0),
+        anchors=branches * (groups * steps if windows.needs_anchors else led / iterations),
         search=branches * searched / iterations,
         rollout=branches * run_steps * size / iterations,
         update=branches * sum(lengths) * size / iterations,
@@ -249,7 +252,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         decoder=config.model.decoder,
         offload=config.compute.offload,
     )
-    sampler = plan_sampler(files, kind=sample.scheduler, num_inference_steps=sample.num_inference_steps, eta=sample.eta)
+    sampler = plan_sampler(files, sample)
     counts = count_calls(config, sampler.stochastic_steps)
     try:
         guided = sample.guidance_scale > 1

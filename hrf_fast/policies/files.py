@@ -140,7 +140,7 @@ def _read(name: str, folder: Path) -> ModelFiles:
         check_text_to_image(name, {part: component.config for part, component in parts.items()})
     else:
         check_unconditional(name, files.unet.config)
-    check_scheduler(name, parts["scheduler"].config)
+    check_scheduler(name, parts["scheduler"].config, pipeline)
     return files
 
 

@@ -13,10 +13,11 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.checks import check_options, check_unet
 from hrf_fast.policies.encoders import PromptEncoder, PromptEncoderXL, time_ids
 from hrf_fast.policies.files import STABLE_DIFFUSION, ModelFiles, read_decoder, read_model
+from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
 from hrf_fast.policies.latent import LatentPolicy
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
 from hrf_fast.policies.pixel import PixelPolicy
-from hrf_fast.policies.sampler import Sampler, build_sampler
+from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
 from hrf_fast.policies.text_to_image import StableDiffusionPolicy
 from hrf_fast.policies.unet import latent_shape
@@ -31,6 +32,7 @@ def load_policy(
     sampler: str = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
+    noise_level: float | None = None,
     guidance_scale: float = 1.0,
     precision: str = "fp32",
     attention: str = "sdpa",
@@ -38,14 +40,14 @@ def load_policy(
     offload: bool = False,
     device: str | torch.device = "cpu",
 ) -> Policy:
-    """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM), or Stable Diffusion 1, 2 or XL.
+    """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM, flow), or Stable Diffusion 1, 2 or XL.
 
     Args:
-        name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
+        name: `fashion` or another shipped name, a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
         variant: of the weight files, such as fp16; None for the plain ones.
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
-        sampler, num_inference_steps, eta: see `build_sampler`.
+        sampler, num_inference_steps, eta, noise_level: see `build_sampler` and, for flow models, `build_flow_sampler`.
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `UNetPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
@@ -65,11 +67,14 @@ def load_policy(
         scheduler = _scheduler(files)
         unet = load_module(_model(files), files.unet)
         if not files.takes_prompts:
-            check_unet(name, unet.config, scheduler.config, latent="vqvae" in files.parts)
+            latent = "vqvae" in files.parts
+            check_unet(name, unet.config, scheduler.config, latent=latent, is_flow=is_flow(scheduler))
         unet = unet.to(device)
         set_attention(unet, attention)
         kernels = os.environ.get("HRF_KERNELS") or "auto"
-        steps = build_sampler(scheduler, kind=sampler, num_inference_steps=num_inference_steps, eta=eta)
+        steps = choose_sampler(
+            scheduler, kind=sampler, num_inference_steps=num_inference_steps, eta=eta, noise_level=noise_level
+        )
         options: dict[str, Any] = {"precision": precision, "kernels": kernels, "channels_last": channels_last}
         if files.takes_prompts:
             options |= {"guidance_scale": guidance_scale, "offload": offload}

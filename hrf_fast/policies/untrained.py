@@ -6,12 +6,14 @@ import importlib
 
 import torch
 
+from hrf_fast.config.options import SampleConfig
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.component import Component
 from hrf_fast.policies.files import ModelFiles
+from hrf_fast.policies.flow_sampler import choose_sampler
 from hrf_fast.policies.lora import store_frozen
 from hrf_fast.policies.network import Network
-from hrf_fast.policies.sampler import Sampler, build_sampler
+from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
 from hrf_fast.policies.unet import latent_shape
 
@@ -51,12 +53,18 @@ def copied_bytes(files: ModelFiles, precision: str) -> int:
     return sum(parameter.nbytes for parameter in unet.parameters())
 
 
-def plan_sampler(files: ModelFiles, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:
-    """The sampler of a model, made from its scheduler's config alone; see `build_sampler`."""
+def plan_sampler(files: ModelFiles, sample: SampleConfig) -> Sampler:
+    """The sampler of a model, made from its scheduler's config alone; see `choose_sampler`."""
     scheduler = make_scheduler(
         f"model.name is {files.name!r}", files.parts["scheduler"].config, pipeline=files.pipeline
     )
-    return build_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, eta=eta)
+    return choose_sampler(
+        scheduler,
+        kind=sample.scheduler,
+        num_inference_steps=sample.num_inference_steps,
+        eta=sample.eta,
+        noise_level=sample.noise_level,
+    )
 
 
 def _untrained(part: Component) -> torch.nn.Module:
