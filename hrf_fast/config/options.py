@@ -40,6 +40,8 @@ class ModelConfig:
     decoder: str | None = option(None, panel=True)
     """An AutoencoderTiny, a folder or a hub id such as madebyollin/taesd, that decodes latents of a text-to-image model
     faster than its VAE; null for the VAE. RUN/model has the VAE."""
+    image_size: int | None = option(None, at_least=1, panel=True)
+    """Height and width in pixels of a text-to-image model's images; null for the model's own, 1024 for SD3 and FLUX."""
 
 
 @dataclass
