@@ -278,6 +278,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         sampler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,
+        noise_level=sample.noise_level,
         guidance_scale=sample.guidance_scale,
         precision=compute.precision,
         attention=compute.attention,

@@ -20,7 +20,9 @@ from hrf_fast.config.run_options import (
     StopConfig,
 )
 
-SAMPLERS = ("ddim", "ddpm", "ddim_trl")
+DDPM_SAMPLERS = ("ddim", "ddpm", "ddim_trl")
+# with the noise level that each one's authors publish
+FLOW_SAMPLERS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 STEP_WEIGHTS = ("equal", "std")
 LORA_INITS = ("gaussian", "kaiming")
@@ -48,14 +50,17 @@ class ModelConfig:
 class SampleConfig:
     """The sampler, in training and in evaluation."""
 
-    scheduler: str = option("ddim", choices=SAMPLERS, panel=True)
+    scheduler: str = option("ddim", choices=(*DDPM_SAMPLERS, *FLOW_SAMPLERS), panel=True)
     """ddim; ddpm, ancestral sampling; or ddim_trl, DDIM as TRL has it: the last step goes to the first trained step and
     not to the clean image, so it has noise and is trained. Where set_alpha_to_one is off (Stable Diffusion) this is
-    ddim."""
+    ddim. Flow-matching models need flow_sde (Flow-GRPO), dance_sde (DanceGRPO) or cps (Flow-CPS)."""
     num_inference_steps: int = option(40, at_least=1, panel=True)
     """Denoising steps, T; the paper uses 40."""
     eta: float = option(1.0, above=0, at_most=1, panel=True)
-    """Noise scale of DDIM; leave it at 1 for ddpm."""
+    """Noise scale of DDIM; leave it at 1 for ddpm and for flow-matching models."""
+    noise_level: float | None = option(None, above=0, panel=True)
+    """Noise scale of a flow-matching model's sampler; null for what its authors publish: 0.7 of flow_sde, 0.3 of
+    dance_sde, 0.8 of cps, which takes at most 1."""
     guidance_scale: float = option(1.0, at_least=1, panel=True)
     """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none."""
 

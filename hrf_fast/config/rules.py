@@ -10,7 +10,7 @@ from typing import Any
 
 from hrf_fast.assets import SHIPPED
 from hrf_fast.config.amounts import parse_memory
-from hrf_fast.config.options import FACTS, Config, LoraConfig, TrainConfig
+from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig, TrainConfig
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
 
@@ -27,6 +27,7 @@ def check_config(config: Config) -> None:
     for option, facts in FACTS.items():
         section, name = option.split(".")
         facts.check(option, getattr(getattr(config, section), name))
+    _check_sample(config.sample)
     train = config.train
     if train.groups_per_iteration % train.groups_per_step:
         raise ValueError(
@@ -46,6 +47,23 @@ def check_config(config: Config) -> None:
     _check_advantages(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
+
+
+def _check_sample(sample: SampleConfig) -> None:
+    """Check that the noise option is that of the sampler."""
+    kind = sample.scheduler
+    if kind not in FLOW_SAMPLERS and sample.noise_level is not None:
+        raise ValueError(
+            f"sample.noise_level is {sample.noise_level:g} but sample.scheduler is {kind}, whose noise scale is "
+            "sample.eta; leave noise_level out, or use a sampler of flow-matching models"
+        )
+    if kind in FLOW_SAMPLERS and sample.eta != SampleConfig().eta:
+        raise ValueError(
+            f"sample.eta is {sample.eta:g} but sample.scheduler is {kind}, whose noise scale is sample.noise_level; "
+            "leave eta out"
+        )
+    if kind == "cps" and (sample.noise_level or 0) > 1:
+        raise ValueError(f"sample.noise_level is {sample.noise_level:g}; cps takes at most 1")
 
 
 def _check_lora(config: Config) -> None:

@@ -249,7 +249,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         decoder=config.model.decoder,
         offload=config.compute.offload,
     )
-    sampler = plan_sampler(files, kind=sample.scheduler, num_inference_steps=sample.num_inference_steps, eta=sample.eta)
+    sampler = plan_sampler(files, sample, config.model.image_size)
     counts = count_calls(config, sampler.stochastic_steps)
     try:
         guided = sample.guidance_scale > 1

@@ -90,13 +90,13 @@ class Shape:
     call: Call
     size: tuple[int, int] | None
     """Height and width of the images in pixels; None for an unconditional model."""
-    grid: tuple[int, int]
-    """Rows and columns of the latents, or of the tokens that a transformer makes of them."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the tokens that a transformer makes of the latents."""
 
     @property
-    def tokens(self) -> int:
-        """Image tokens of a transformer, by which schedulers shift their σ."""
-        return self.grid[0] * self.grid[1]
+    def tokens(self) -> int | None:
+        """Image tokens of a transformer, by which schedulers shift their σ; None for a UNet."""
+        return self.grid and self.grid[0] * self.grid[1]
 
 
 def shape_of(
@@ -119,7 +119,7 @@ def shape_of(
     own = _FLUX_SIDE if pipeline == FLUX else denoiser["sample_size"]
     height, width = (own, own) if isinstance(own, int) else own
     if vae is None:
-        return Shape((denoiser["in_channels"], height, width), call_unet, None, (height, width))
+        return Shape((denoiser["in_channels"], height, width), call_unet, None)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     patch = _patch(pipeline, denoiser)
     if image_size is not None:
@@ -130,7 +130,7 @@ def shape_of(
         return Shape((grid[0] * grid[1], denoiser["in_channels"]), partial(call_flux, grid=grid), size, grid)
     if pipeline == STABLE_DIFFUSION_3:
         return Shape((denoiser["in_channels"], height, width), call_sd3, size, grid)
-    return Shape((denoiser["in_channels"], height, width), call_unet, size, (height, width))
+    return Shape((denoiser["in_channels"], height, width), call_unet, size)
 
 
 def _patch(pipeline: str, denoiser: Mapping[str, Any]) -> int:

@@ -121,16 +121,22 @@ def _check_widths(start: str, unet: Mapping[str, Any], encoders: list[Mapping[st
             )
 
 
-def check_unet(name: str, config: Any, scheduler: Any, *, latent: bool) -> None:
+def check_unet(name: str, config: Any, scheduler: Any, *, latent: bool, is_flow: bool = False) -> None:
     """Refuse a UNet2DModel whose input, output or table of steps is not what the sampler needs.
 
     Args:
-        config, scheduler: their configs with defaults filled in; latent: whether a decoder follows.
+        config, scheduler: their configs with defaults filled in; latent: whether a decoder follows;
+            is_flow: whether the timesteps are sigmas of flow matching.
     """
     if config.time_embedding_type == "learned" and config.num_train_timesteps < scheduler.num_train_timesteps:
         raise ValueError(
             f"model.name is {name!r}, whose UNet has learned {config.num_train_timesteps} steps but whose scheduler "
             f"has {scheduler.num_train_timesteps}; use the scheduler that the model was trained with"
+        )
+    if is_flow and config.time_embedding_type != "positional":
+        raise ValueError(
+            f"model.name is {name!r}, a flow-matching model whose UNet has time_embedding_type: "
+            f"{config.time_embedding_type!r}, a table of whole steps; its sigmas need positional"
         )
     if config.out_channels != config.in_channels:
         raise ValueError(

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrf_fast.config.options import FLOW_SAMPLERS
 from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.calling import Shape, shape_of
 from hrf_fast.policies.compilation import compile_network
 from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
+from hrf_fast.policies.schedulers import FLOW_SCHEDULER
 from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
 
@@ -65,8 +67,9 @@ class DenoiserPolicy:
         except ValueError as error:
             raise ValueError(f"HRF_KERNELS is {kernels!r}: {error}") from error
         self.sampler = sampler.to(self.device)
-        # a list, so that a step's timestep needs no copy from the device
-        self._timesteps: list[float] = sampler.timesteps.tolist()
+        # a list, so that a step's timestep needs no copy from the device; a UNet2DModel would truncate a float
+        countable = not sampler.timesteps.is_floating_point()
+        self._timesteps: list[int] | Tensor = sampler.timesteps.tolist() if countable else self.sampler.timesteps
         self.compiled = "none"
         self.calls = NetworkCalls()
         self.stopwatch = Stopwatch(self.device)
@@ -115,7 +118,8 @@ class DenoiserPolicy:
         self.calls.forwards += branches * len(latents)
         if branches > 1:
             latents = torch.cat([latents] * branches)
-            timesteps = timesteps.repeat(branches) if isinstance(timesteps, Tensor) else timesteps
+            one_each = isinstance(timesteps, Tensor) and timesteps.dim()
+            timesteps = timesteps.repeat(branches) if one_each else timesteps
         with self.stopwatch.running():
             output = forward(latents, timesteps, **condition.inputs)
         if branches == 1:
@@ -179,6 +183,8 @@ def scheduler_of(kind: str, eta: float) -> tuple[str, str, str]:
         "ddim": ("DDIMScheduler", "", f", eta={eta}"),
         "ddim_trl": ("DDIMScheduler", ", set_alpha_to_one=False", f", eta={eta}"),
         "ddpm": ("DDPMScheduler", "", ""),
+        # diffusers has none of the samplers of flow models, and its own stochastic one is another rule: the ODE
+        **dict.fromkeys(FLOW_SAMPLERS, (FLOW_SCHEDULER, ", stochastic_sampling=False", "")),
     }[kind]
 
 

@@ -174,7 +174,7 @@ def _read(name: str, folder: Path) -> ModelFiles:
         check_text_to_image(name, configs)
     else:
         check_unconditional(name, configs["unet"])
-    check_scheduler(name, parts["scheduler"].config)
+    check_scheduler(name, parts["scheduler"].config, pipeline)
     return files
 
 

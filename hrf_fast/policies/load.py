@@ -22,10 +22,11 @@ from hrf_fast.policies.files import (
     read_decoder,
     read_model,
 )
+from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
 from hrf_fast.policies.latent import LatentPolicy
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
 from hrf_fast.policies.pixel import PixelPolicy
-from hrf_fast.policies.sampler import Sampler, build_sampler
+from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
 from hrf_fast.policies.text_to_image import FluxPolicy, StableDiffusionPolicy, TextToImagePolicy
 from hrf_fast.policies.transformer_checks import check_transformer_options
@@ -48,6 +49,7 @@ def load_policy(
     sampler: str = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
+    noise_level: float | None = None,
     guidance_scale: float = 1.0,
     precision: str = "fp32",
     attention: str = "sdpa",
@@ -63,7 +65,7 @@ def load_policy(
         variant: of the weight files, such as fp16; None for the plain ones.
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
         image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
-        sampler, num_inference_steps, eta: see `build_sampler`.
+        sampler, num_inference_steps, eta, noise_level: see `build_sampler` and, for flow models, `build_flow_sampler`.
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
@@ -100,14 +102,23 @@ def load_policy(
         scheduler = _scheduler(files)
         unet = load_module(_model(files), files.parts[files.denoiser])
         if not files.takes_prompts:
-            check_unet(name, unet.config, scheduler.config, latent="vqvae" in files.parts)
+            latent = "vqvae" in files.parts
+            check_unet(name, unet.config, scheduler.config, latent=latent, is_flow=is_flow(scheduler))
         unet = unet.to(device)
         set_attention(unet, attention)
         kernels = os.environ.get("HRF_KERNELS") or "auto"
         parts = _other_parts(files)
         vae = parts["vae"].config if "vae" in parts else None
         shape = shape_of(name, files.pipeline, unet.config, vae, image_size)
-        steps = build_sampler(scheduler, kind=sampler, num_inference_steps=num_inference_steps, eta=eta)
+        steps = choose_sampler(
+            scheduler,
+            kind=sampler,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            noise_level=noise_level,
+            image_tokens=shape.tokens,
+            pipeline=files.pipeline,
+        )
         options: dict[str, Any] = {
             "precision": precision,
             "kernels": kernels,

@@ -1,4 +1,4 @@
-"""PixelPolicy: an unconditional DDPM or DDIM whose latents are the pixels themselves."""
+"""PixelPolicy: an unconditional DDPM, DDIM or flow model whose latents are the pixels themselves."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ class PixelPolicy(UnconditionalPolicy):
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
-        pipeline = "DDPMPipeline" if scheduler == "ddpm" else "DDIMPipeline"
+        pipeline = "DDIMPipeline" if scheduler.startswith("ddim") else "DDPMPipeline"
         return pipeline_example(pipeline, scheduler, num_inference_steps, eta)

@@ -1,6 +1,6 @@
-"""StepCoefficients from a diffusers scheduler, in float64: DDIM with eta, or DDPM ancestral sampling.
+"""Sampler, and the one of DDPM's kind of models: DDIM with eta, or DDPM ancestral sampling, made in float64.
 
-What the affine form cannot express (dynamic thresholding, learned
+flow_sampler.py makes those of flow matching. What the affine form cannot express (dynamic thresholding, learned
 variances) is refused by name. Reproduces `DDIMScheduler.step` and `DDPMScheduler.step` of diffusers.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.config.options import SAMPLERS
+from hrf_fast.config.options import DDPM_SAMPLERS
 from hrf_kernels import StepCoefficients
 
 # under this the step is deterministic to float32: diffusers floors a DDPM variance at 1e-20
@@ -26,17 +26,18 @@ class Sampler:
     """A sampler of T steps as tables; `step` 0 is the noisiest."""
 
     timesteps: Tensor
-    """[T] int64: the scheduler's value at each step."""
+    """[T]: the scheduler's value at each step, int64; fp32 for a flow model."""
     coefficients: StepCoefficients
     """[T] fp32: the stochastic policy that is trained."""
     deterministic: StepCoefficients
-    """[T] fp32: DDIM with eta = 0, for the search of HRF-D."""
+    """[T] fp32: DDIM with eta = 0, or a flow's ODE, for the search of HRF-D."""
     signal: Tensor
-    """[T] fp32: sqrt(ā), the factor of x0 at each step."""
+    """[T] fp32: sqrt(ā), or 1 − σ of a flow model; the factor of x0 at each step."""
     noise: Tensor
-    """[T] fp32: sqrt(1−ā)."""
+    """[T] fp32: sqrt(1 − ā), or σ of a flow model."""
     stochastic_steps: int
-    """Steps [0, stochastic_steps) have std > 0; the deterministic rest (DDIM's last step) is in no window."""
+    """Steps [0, stochastic_steps) have std > 0; the deterministic rest (the last step of DDIM and flows) is in no
+    window."""
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -48,7 +49,7 @@ class Sampler:
         return replace(self.deterministic, mean_x0=zeros + 1, mean_latents=zeros, mean_output=zeros)
 
     def renoise(self, x0: Tensor, step: int, noise: Tensor) -> Tensor:
-        """Forward process: x_step = sqrt(ā)·x0 + sqrt(1−ā)·noise, [B, C, H, W]."""
+        """Forward process: x_step = signal·x0 + noise level·noise, [B, C, H, W]."""
         return self.signal[step] * x0 + self.noise[step] * noise
 
     def to(self, device: torch.device) -> Sampler:
@@ -106,8 +107,8 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
 
 def _check_sampler(scheduler: Any, kind: str, num_inference_steps: int, eta: float) -> None:
     trained_steps = scheduler.config.num_train_timesteps
-    if kind not in SAMPLERS:
-        raise ValueError(f"sample.scheduler is {kind!r}; use {', '.join(SAMPLERS)}")
+    if kind not in DDPM_SAMPLERS:
+        raise ValueError(f"sample.scheduler is {kind!r}; use {', '.join(DDPM_SAMPLERS)}")
     if not 1 <= num_inference_steps <= trained_steps:
         raise ValueError(f"sample.num_inference_steps is {num_inference_steps}; use 1 to {trained_steps}, as trained")
     if not 0 < eta <= 1:
@@ -160,13 +161,22 @@ def _stochastic_steps(std: Tensor, eta: float) -> int:
             f"sample.num_inference_steps is {len(std)}: no step is stochastic before the deterministic last one, so "
             "there is no policy to sample or train; use at least 2 (--steps of hrf sample)"
         )
-    least = float(std[:count].min())
+    check_least_std(std[:count], "sample.eta", eta)
+    return count
+
+
+def check_least_std(std: Tensor, option: str, value: float) -> None:
+    """Refuse noise that float32 rounds away.
+
+    Args:
+        std: of the stochastic steps, proportional to the option's value.
+    """
+    least = float(std.min())
     if least < _LEAST_STD:
         raise ValueError(
-            f"sample.eta is {eta}, which leaves a step with noise of std {least:.1g}: float32 rounds latents by 6e-8, "
-            f"so its log-probs would be rounding errors; use at least {1.06 * _LEAST_STD / least * eta:.2g}"
+            f"{option} is {value}, which leaves a step with noise of std {least:.1g}: float32 rounds latents by 6e-8, "
+            f"so its log-probs would be rounding errors; use at least {1.06 * _LEAST_STD / least * value:.2g}"
         )
-    return count
 
 
 def _previous_alpha(alphas: Tensor, previous: Tensor, final: float) -> Tensor:

@@ -1,8 +1,9 @@
 """Schedulers: which of diffusers' schedulers say by their config what DDIM and DDPM steps of a model are.
 
 A DDIM or DDPM scheduler stays as it is. Another one whose alphas mean the same becomes the DDIM of its config, as in
-TRL: how it spaces its own noise levels (Karras sigmas and the like) belongs to its own steps. Schedulers of flow
-matching, of EDM and of distilled models (LCM, TCD) are refused by name.
+TRL: how it spaces its own noise levels (Karras sigmas and the like) belongs to its own steps. Flow matching has one
+scheduler, whose sigmas are taken as they are (flow_sampler.py). Schedulers of EDM and of distilled models (LCM, TCD)
+are refused by name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from hrf_fast.hub import first_line
+from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3
 
 # schedulers that the steps are made of directly
 _EXACT = ("DDPMScheduler", "DDIMScheduler")
@@ -29,6 +31,10 @@ COMPATIBLE = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# pipelines that diffusers runs with it alone, and all that it runs with it
+_FLOW_ALONE = (STABLE_DIFFUSION_3, FLUX)
+FLOW_PIPELINES = ("DDPMPipeline", *_FLOW_ALONE)
 # settings that a DDIM takes over; diffusers drops those that are another class's defaults
 _KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
@@ -38,18 +44,27 @@ _KEPT = (
 _OTHER_KINDS = {"use_flow_sigmas": (None, False), "timestep_type": (None, "discrete")}
 
 
-def check_scheduler(model: str, config: dict[str, Any]) -> None:
+def check_scheduler(model: str, config: dict[str, Any], pipeline: str) -> None:
     """Refuse a scheduler config whose alphas mean something else, or none that diffusers knows.
 
     Args:
-        model: model.name, for errors.
+        model: model.name, for errors; pipeline: class of the model's pipeline.
 
     Raises:
         ValueError: names the class or the setting.
     """
     kind = config.get("_class_name")
+    if kind == FLOW_SCHEDULER:
+        _check_flow(model, config, pipeline)
+        return
+    if pipeline in _FLOW_ALONE:
+        raise ValueError(
+            f"model.name is {model!r}, a {pipeline}, whose transformer is one of flow matching, but whose scheduler is "
+            f"{kind}; use a {FLOW_SCHEDULER}"
+        )
     if kind not in COMPATIBLE:
-        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {', '.join(COMPATIBLE)}")
+        known = ", ".join((*COMPATIBLE, FLOW_SCHEDULER))
+        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {known}")
     for setting, allowed in _OTHER_KINDS.items():
         if config.get(setting) not in allowed:
             raise ValueError(
@@ -58,8 +73,22 @@ def check_scheduler(model: str, config: dict[str, Any]) -> None:
             )
 
 
+def _check_flow(model: str, config: dict[str, Any], pipeline: str) -> None:
+    """Refuse a scheduler of flow matching in a pipeline that can't run it, or one whose sigmas rise."""
+    if pipeline not in FLOW_PIPELINES:
+        raise ValueError(
+            f"model.name is {model!r}, a {pipeline} whose scheduler is {FLOW_SCHEDULER}, which diffusers can't run; "
+            f"use a pipeline of flow matching: {', '.join(FLOW_PIPELINES)}"
+        )
+    if config.get("invert_sigmas", False):
+        raise ValueError(
+            f"model.name is {model!r}, whose scheduler has invert_sigmas: true, so that noise is at sigma 0; use a "
+            "model without it"
+        )
+
+
 def make_scheduler(model: str, config: dict[str, Any], *, pipeline: str) -> Any:
-    """The DDIM or DDPM scheduler of a config that `check_scheduler` lets through, as the pipeline's class uses it.
+    """The DDIM, DDPM or flow scheduler of a config that `check_scheduler` lets through, as its pipeline uses it.
 
     Args:
         model: the option that names the model, and its value, for errors.
@@ -69,7 +98,7 @@ def make_scheduler(model: str, config: dict[str, Any], *, pipeline: str) -> Any:
         ValueError: a config that does not load, or alphas that are not those of a DDIM of this config.
     """
     scheduler = _from_config(model, config["_class_name"], config)
-    if config["_class_name"] not in _EXACT:
+    if config["_class_name"] not in (*_EXACT, FLOW_SCHEDULER):
         settings = {"clip_sample": False} | {name: scheduler.config[name] for name in _KEPT if name in scheduler.config}
         ddim = _from_config(model, "DDIMScheduler", scheduler.config, **settings)
         # with zero terminal SNR some have 2**-24 where DDIM has 0

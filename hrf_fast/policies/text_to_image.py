@@ -112,6 +112,9 @@ class TextToImagePolicy(DenoiserPolicy):
     def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
         source, adapters = ('"."', "") if not adapted_layers(self.unet) else (base, 'pipeline.load_lora_weights(".")\n')
+        # diffusers wants to hear of text encoders that are not there
+        absent = [name for name, part in self._parts.items() if part is None and name.startswith(("text_", "token"))]
+        source = ", ".join([source, *(f"{name}=None" for name in absent)])
         kind, options, noise = scheduler_of(scheduler, eta)
         names = sorted((self._pipeline, kind, *(["AutoencoderTiny"] if self._decoder_name else [])))
         tiny = f'pipeline.vae = AutoencoderTiny.from_pretrained("{self._decoder_name}")\n' if self._decoder_name else ""
@@ -164,4 +167,5 @@ class FluxPolicy(TextToImagePolicy):
         return Condition(rows)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
+        assert self.shape.grid is not None
         return super()._unscaled(unpack(latents, self.shape.grid))

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from hrf_fast.config.options import SampleConfig
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3, Shape, shape_of
 from hrf_fast.policies.component import Component
 from hrf_fast.policies.encoders_t5 import LENGTH_FLUX, LENGTH_SD3
 from hrf_fast.policies.files import ModelFiles
+from hrf_fast.policies.flow_sampler import choose_sampler
 from hrf_fast.policies.lora import store_frozen
 from hrf_fast.policies.network import Network
-from hrf_fast.policies.sampler import Sampler, build_sampler
+from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
 
 
@@ -78,12 +80,20 @@ def copied_bytes(files: ModelFiles, precision: str) -> int:
     return sum(parameter.nbytes for parameter in unet.parameters())
 
 
-def plan_sampler(files: ModelFiles, *, kind: str, num_inference_steps: int, eta: float) -> Sampler:
-    """The sampler of a model, made from its scheduler's config alone; see `build_sampler`."""
+def plan_sampler(files: ModelFiles, sample: SampleConfig, image_size: int | None = None) -> Sampler:
+    """The sampler of a model at model.image_size, made from its configs alone; see `choose_sampler`."""
     scheduler = make_scheduler(
         f"model.name is {files.name!r}", files.parts["scheduler"].config, pipeline=files.pipeline
     )
-    return build_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, eta=eta)
+    return choose_sampler(
+        scheduler,
+        kind=sample.scheduler,
+        num_inference_steps=sample.num_inference_steps,
+        eta=sample.eta,
+        noise_level=sample.noise_level,
+        image_tokens=untrained_shape(files, image_size).tokens,
+        pipeline=files.pipeline,
+    )
 
 
 def _configured(part: Component) -> dict[str, Any]:

@@ -13,7 +13,7 @@ OFTEN = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": F
 
 
 def made(config, pipeline="StableDiffusionXLPipeline"):
-    check_scheduler("some", config)
+    check_scheduler("some", config, pipeline)
     return make_scheduler("model.name is 'some'", config, pipeline=pipeline)
 
 
