@@ -26,6 +26,7 @@ from tests.text_models import make_text_config, make_tokenizer
 # sd35: dual attention and normalised queries; sd3_no_t5: without T5; schnell: without embedded guidance, unshifted
 KINDS = ("sd3", "sd35", "sd3_no_t5", "flux", "schnell")
 WIDTH, WIDTH_2, JOINT = 8, 12, 24
+SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 # latents are [4, SIDE, SIDE], FLUX's [SIDE² / 4, 16]; images [3, 2 * SIDE, 2 * SIDE]
 SIDE = 8
 SIZE = 2 * SIDE

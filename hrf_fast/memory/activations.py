@@ -60,7 +60,8 @@ def choose_activations(
     name, bucket = engine_of(config)
     guided = config.train.guidance
     footprints = {(policy.precision, False): measure_running(policy, checkpointing=False, guided=guided)}
-    counts = count_calls(config, policy.sampler.stochastic_steps, schedule)
+    branches = policy.condition([None], guided=guided).branches
+    counts = count_calls(config, policy.sampler.stochastic_steps, schedule, branches=branches)
     plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints)
     return _fitting(plan, policy)
 

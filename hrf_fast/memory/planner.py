@@ -1,7 +1,7 @@
-"""Planner: what a configuration needs per GPU, in bytes and in UNet calls, before a GPU is rented.
+"""Planner: what a configuration needs per GPU, in bytes and in network calls, before a GPU is rented.
 
-Weights, gradients and optimizer state are arithmetic (zero.py); activations are counted on the UNet itself
-(footprint.py); UNet calls come from running the configuration's own window schedule. Left out: networks of rewards and
+Weights, gradients and optimizer state are arithmetic (zero.py); activations are counted on the network itself
+(footprint.py); calls come from running the configuration's own window schedule. Left out: networks of rewards and
 panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named there.
 """
 
@@ -20,10 +20,10 @@ from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import ENGINES, States, engine_of, model_states
 from hrf_fast.noise import noise_generator
-from hrf_fast.policies.checks import check_options
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
-from hrf_fast.policies.untrained import copied_bytes, frozen_bytes, plan_sampler
+from hrf_fast.policies.option_checks import check_options
+from hrf_fast.policies.untrained import copied_bytes, frozen_bytes, plan_sampler, untrained_condition
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 from hrf_fast.windows.base import evaluations
 from hrf_fast.windows.schedules import build_schedule
@@ -58,14 +58,17 @@ class CallCounts:
         return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
 
 
-def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | None = None) -> CallCounts:
+def count_calls(
+    config: Config, stop: int, schedule: str | Callable[..., Any] | None = None, *, branches: int
+) -> CallCounts:
     """Run a window schedule of the configuration's (or another one) over the run's iterations, 1000 at most, and count.
 
-    It is a schedule of its own: what it is shown here must not get into the run's memory.
+        It is a schedule of its own: what it is shown here must not get into the run's memory.
 
-    The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
-    run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
-    but not the same ones.
+        The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
+        run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
+        but not the same ones.
+    XX
     """
     train, steps = config.train, config.sample.num_inference_steps
     windows = build_schedule(
@@ -91,7 +94,6 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
             lengths.append(len(window))
             run_steps += steps - window.start
             referred += max(0, min(window.stop, last_referred) - window.start)
-    branches = 2 if config.sample.guidance_scale > 1 and train.guidance else 1
     return CallCounts(
         anchors=float(branches * groups * steps if windows.needs_anchors else 0),
         search=branches * searched / iterations,
@@ -242,26 +244,30 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(f"--gpus is {gpus}; use at least 1")
     files = read_model(config.model.name, config.model.revision, weights=False)
     sample = config.sample
+    model, compute = config.model, config.compute
     check_options(
-        config.model.name,
-        files.takes_prompts,
+        files,
         guidance_scale=sample.guidance_scale,
-        decoder=config.model.decoder,
-        offload=config.compute.offload,
+        decoder=model.decoder,
+        image_size=model.image_size,
+        attention=compute.attention,
+        channels_last=compute.channels_last,
+        offload=compute.offload,
     )
-    sampler = plan_sampler(files, sample, config.model.image_size)
-    counts = count_calls(config, sampler.stochastic_steps)
+    sampler = plan_sampler(files, sample, model.image_size)
+    conditions = sample.guidance_scale > 1, sample.guidance_scale > 1 and config.train.guidance
+    branches = untrained_condition(files, 1, conditions[1]).branches
+    counts = count_calls(config, sampler.stochastic_steps, branches=branches)
     try:
-        guided = sample.guidance_scale > 1
         footprints = measure_model(
-            files, device=device, guided=(guided, guided and config.train.guidance), prepare=_adapters(config)
+            files, device=device, guided=conditions, image_size=model.image_size, prepare=_adapters(config)
         )
     except WrongTarget:
         raise
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
-            f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
+            f"model.name is {model.name!r}, whose config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
     frozen = 0 if config.compute.offload else frozen_bytes(files)

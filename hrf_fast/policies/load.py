@@ -11,7 +11,7 @@ import torch
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3, Shape, shape_of
-from hrf_fast.policies.checks import check_options, check_unet
+from hrf_fast.policies.checks import check_unet
 from hrf_fast.policies.encoders import PromptEncoder, PromptEncoderXL, time_ids
 from hrf_fast.policies.encoders_t5 import PromptEncoderFlux, PromptEncoderSD3
 from hrf_fast.policies.files import (
@@ -24,12 +24,12 @@ from hrf_fast.policies.files import (
 )
 from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
 from hrf_fast.policies.latent import LatentPolicy
+from hrf_fast.policies.option_checks import check_options
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
 from hrf_fast.policies.text_to_image import FluxPolicy, StableDiffusionPolicy, TextToImagePolicy
-from hrf_fast.policies.transformer_checks import check_transformer_options
 
 _POLICIES: dict[str, type[TextToImagePolicy]] = {
     STABLE_DIFFUSION: StableDiffusionPolicy,
@@ -80,22 +80,14 @@ def load_policy(
     """
     files, device = read_model(name, revision, variant), torch.device(device)
     check_options(
-        name,
-        files.takes_prompts,
-        decoder=decoder,
+        files,
         guidance_scale=guidance_scale,
+        decoder=decoder,
         image_size=image_size,
+        attention=attention,
+        channels_last=channels_last,
         offload=offload,
     )
-    if files.denoiser == "transformer":
-        check_transformer_options(
-            name,
-            files.pipeline,
-            files.parts["transformer"].config,
-            guidance_scale=guidance_scale,
-            attention=attention,
-            channels_last=channels_last,
-        )
     if offload and device.type == "cpu":
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():

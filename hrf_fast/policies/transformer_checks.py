@@ -1,4 +1,4 @@
-"""Checks of SD3 and FLUX: what their configs and the options say that the trainer can't drive, each refused by name."""
+"""Checks of SD3 and FLUX: what their configs say that the trainer can't drive, each refused by name."""
 
 from __future__ import annotations
 
@@ -43,32 +43,3 @@ def check_transformer(name: str, pipeline: str, configs: Mapping[str, Mapping[st
         raise ValueError(
             f"{start}has joint_attention_dim: {joint} but whose two CLIPs make {side}; give the parts of one model"
         )
-
-
-def check_transformer_options(
-    name: str,
-    pipeline: str,
-    transformer: Mapping[str, Any],
-    *,
-    guidance_scale: float,
-    attention: str = "sdpa",
-    channels_last: bool = False,
-) -> None:
-    """Refuse options that a transformer has no use for.
-
-    Args:
-        transformer: its config; the options are sample.guidance_scale, compute.attention and compute.channels_last.
-    """
-    if pipeline == FLUX and guidance_scale != 1 and not transformer.get("guidance_embeds", False):
-        raise ValueError(
-            f"sample.guidance_scale is {guidance_scale} but {name!r} is a FLUX without guidance (guidance_embeds: "
-            "false, as FLUX.1-schnell); leave it at 1, or use FLUX.1-dev"
-        )
-    for option, value, neutral in (
-        ("compute.attention", attention, "sdpa"),
-        ("compute.channels_last", channels_last, False),
-    ):
-        if value != neutral:
-            raise ValueError(
-                f"{option} is {value} but {name!r} is a transformer, which has {neutral} only; leave it out"
-            )

@@ -105,7 +105,7 @@ def make_plan(memory, *words, gpus=1):
         ["train.groups_per_iteration=2", "train.group_size=8", "sample.num_inference_steps=4"]
         + ["window.schedule=full", *words]
     )
-    return Plan(config, gpus, memory, "plain", 0, count_calls(config, 3), footprints)
+    return Plan(config, gpus, memory, "plain", 0, count_calls(config, 3, branches=1), footprints)
 
 
 def test_what_each_mode_holds_by_hand():

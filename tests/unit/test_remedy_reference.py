@@ -177,7 +177,7 @@ def test_a_run_counts_its_calls_starts_at_a_kl_of_zero_and_resumes_to_the_bit(ti
     assert first["reference_kl"] == 0 and first["ratio_max"] == 1 and second["reference_kl"] > 0
     # per iteration 2 groups of 3: rollouts of 6 steps, 5 of them asked and trained
     assert first["forwards"] == 6 * (6 + 5 + 5) and first["backwards"] == 6 * 5
-    counts = count_calls(load_config(words), 5)
+    counts = count_calls(load_config(words), 5, branches=1)
     assert counts.reference == 6 * 5 and counts.forwards("replay", 1) == first["forwards"]
     halves = with_folder(words, tmp_path / "halves")
     train([*halves, "train.iterations=1"], reward=brightness)
