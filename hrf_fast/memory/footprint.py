@@ -49,7 +49,7 @@ class Footprint:
         kept: what the graph of a forward holds on to until its backward.
         update: peak of a forward and its backward.
         tensors: elements of each trained parameter; image_bytes: of one image's latents in fp32.
-        frozen: elements of all frozen parameters; frozen_bytes: of those.
+        frozen: elements of all frozen parameters; frozen_bytes: of those; buffer_bytes: of the network's buffers.
     """
 
     sampling: Line
@@ -59,6 +59,7 @@ class Footprint:
     image_bytes: int
     frozen: int = 0
     frozen_bytes: int = 0
+    buffer_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -160,6 +161,7 @@ def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Condition
         image_bytes,
         sum(p.numel() for p in frozen),
         sum(p.nbytes for p in frozen),
+        sum(buffer.nbytes for buffer in network.buffers()),
     )
 
 

@@ -63,12 +63,11 @@ def count_calls(
 ) -> CallCounts:
     """Run a window schedule of the configuration's (or another one) over the run's iterations, 1000 at most, and count.
 
-        It is a schedule of its own: what it is shown here must not get into the run's memory.
+    It is a schedule of its own: what it is shown here must not get into the run's memory.
 
-        The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
-        run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
-        but not the same ones.
-    XX
+    The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
+    run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
+    but not the same ones. `branches` are those of a call in training, see `Condition`.
     """
     train, steps = config.train, config.sample.num_inference_steps
     windows = build_schedule(
@@ -209,7 +208,8 @@ class Plan:
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
         most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
-        return states.together + self.frozen + self.copies.get(precision, 0) + self.trajectories + most
+        most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
+        return states.together + self.trajectories + most
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
         """The configuration's calls, or the largest smaller ones, if any fit."""

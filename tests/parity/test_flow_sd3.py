@@ -1,4 +1,4 @@
-"""Parity with Flow-GRPO on SD3: the transformer's velocities, log-probs and ratios under new weights, and the gradient."""
+"""Parity with Flow-GRPO on SD3: velocities, log-probs and ratios under new weights, and the gradient."""
 
 import functools
 
