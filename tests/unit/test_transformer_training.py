@@ -1,0 +1,146 @@
+"""Training SD3 and FLUX: adapters and whole weights by the one loop, their files, resumes, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from hrf_fast.engines.base import trained_weights
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.lora import LORA_WEIGHTS, WrongTarget, add_adapters
+from hrf_fast.policies.sample import starting_noise
+from hrf_fast.prompts import Prompt
+from tests.conftest import tiny_words
+from tests.flow_models import SIZE, flow_model, load_flow_policy, load_pipeline, size_of
+from tests.runs import assert_equal_checkpoints, assert_equal_runs, metrics, train, weights, with_folder
+
+SD3_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+SD3_TARGETS += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+FLUX_TARGETS = [*SD3_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+TARGETS = {"sd35": SD3_TARGETS, "flux": FLUX_TARGETS}
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def flow_words(kind, folder, *more):
+    """Two iterations of 2 groups of 3 over 4 steps, guided, with averaged weights."""
+    words = [*tiny_words(flow_model(kind), folder), "prompts.source=animals", "evaluation.images_per_prompt=2"]
+    own = ("sample.num_inference_steps", "sample.eta", "evaluation.every", "window.")
+    words = [word for word in words if not word.startswith(own)]
+    size = [] if size_of(kind) is None else [f"model.image_size={SIZE}"]
+    return [
+        *words,
+        *size,
+        "sample.scheduler=flow_sde",
+        "sample.num_inference_steps=4",
+        "sample.guidance_scale=3.5",
+        "optimizer.learning_rate=0.01",
+        "optimizer.ema_decay=0.5",
+        "train.clip_range=1",
+        "evaluation.every=0",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "schedule"),
+    [
+        pytest.param("sd35", True, "full", marks=pytest.mark.slow),
+        ("flux", False, "clusters"),
+        pytest.param("flux", True, "full", marks=pytest.mark.slow),
+        pytest.param("sd3", False, "dynamic", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_starts_at_ratio_one_resumes_to_the_bit_and_trains_the_transformer(kind, lora, schedule, tmp_path):
+    more = ["lora.rank=2", f"lora.targets=[{','.join(TARGETS[kind])}]"] if lora else []
+    more += [f"window.schedule={schedule}", "train.groups_per_step=2"]
+    if schedule == "clusters":
+        more += ["window.kwargs={clusters: [[0, 2], [2, 3]], iterations_per_cluster: 1}"]
+    words = flow_words(kind, tmp_path / "run", "remedies.kl_weight=0.1", *more)
+    train(words, reward=brightness)
+    first, second = metrics(tmp_path / "run")
+    assert first["ratio_max"] == 1 and first["reference_kl"] == 0 and second["reference_kl"] > 0
+    halves = with_folder(words, tmp_path / "halves")
+    train([*halves, "train.iterations=1"], reward=brightness)
+    train(halves, reward=brightness)
+    assert_equal_runs(tmp_path / "run", tmp_path / "halves")
+    assert_equal_checkpoints(tmp_path / "run", tmp_path / "halves")
+    tuned = weights(tmp_path / "run")
+    if lora:
+        assert all(name.startswith("transformer.") for name in tuned)
+    else:
+        before = weights(flow_model(kind))
+        assert before.keys() == tuned.keys() and any(not torch.equal(before[name], tuned[name]) for name in before)
+
+
+@torch.no_grad()
+def velocity(policy, transformer=None):
+    """The policy's velocities for two prompts, through another transformer of its kind if one is given."""
+    network, condition = policy.network, policy.condition([Prompt("a red cat"), Prompt("dog")], guided=False)
+    network.unet, own = transformer or network.unet, network.unet
+    latents = starting_noise(policy, NoiseKey(0, torch.arange(2)))
+    output = network(latents, policy.sampler.timesteps[1], **condition.inputs)
+    network.unet = own
+    return output
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_diffusers_loads_adapters_and_whole_pipelines_and_has_the_policys_network(kind, tmp_path):
+    policy = load_flow_policy(kind)
+    start = velocity(policy)
+    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS[kind])
+    assert torch.equal(velocity(policy), start)
+    for weight in trained_weights(policy.unet).values():
+        nn.init.normal_(weight, std=0.3)
+    policy.save(tmp_path / "adapters")
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == [LORA_WEIGHTS]
+    pipeline = load_pipeline(flow_model(kind), kind)
+    pipeline.load_lora_weights(tmp_path / "adapters")
+    assert float((velocity(policy) - start).abs().max()) > 1e-3
+    assert torch.equal(velocity(policy, pipeline.transformer), velocity(policy))
+    whole = load_flow_policy(kind)
+    with torch.no_grad():
+        whole.unet.proj_out.bias += 1
+    whole.save(tmp_path / "whole")
+    saved = load_pipeline(tmp_path / "whole", kind)
+    assert torch.equal(velocity(whole, saved.transformer), velocity(whole))
+    assert {name for name, part in saved.components.items() if part is not None} == {
+        name for name, part in pipeline.components.items() if part is not None
+    }
+
+
+@pytest.mark.parametrize("kind", ["sd3_no_t5", "flux"])
+def test_the_lines_of_the_card_draw_in_the_folder(kind, tmp_path, monkeypatch):
+    policy = load_flow_policy(kind)
+    policy.save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(policy.example("flow_sde", 4, 1.0), names)
+    assert names["images"].shape == (16, 3, SIZE, SIZE)
+    assert torch.equal(names["pipeline"].scheduler.timesteps, policy.sampler.timesteps)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        ("sd3", {"sampler": "ddim"}, "sample.scheduler is 'ddim'.*flow"),
+        ("schnell", {"guidance_scale": 3.5}, "sample.guidance_scale is 3.5.*guidance_embeds"),
+        ("sd3", {"image_size": 18}, "model.image_size is 18.*multiple of 4.*use 16"),
+        ("flux", {"image_size": 18}, "model.image_size is 18.*multiple of 4.*use 16"),
+        ("sd3", {"image_size": 64}, "model.image_size is 64.*32 pixels at most"),
+        ("sd3", {"channels_last": True}, "compute.channels_last is True.*transformer"),
+        ("flux", {"attention": "xformers"}, "compute.attention is xformers.*transformer"),
+    ],
+)
+def test_options_that_a_transformer_cant_follow_are_refused(kind, options, match):
+    with pytest.raises(ValueError, match=match):
+        load_flow_policy(kind, **options)
+
+
+def test_a_target_that_the_transformer_lacks_is_refused_with_those_it_has():
+    with pytest.raises(WrongTarget, match="lora.targets has 'attn.to_qq'.*add_q_proj"):
+        add_adapters(load_flow_policy("sd3").unet, rank=2, targets=["attn.to_qq"])
