@@ -50,7 +50,7 @@ def panels(run: Path):
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """The denoiser of a run's tuned model or of a model's own folder; the adapters where a run has saved these alone."""
+    """The denoiser of a run's tuned model or of a model's own folder; adapters where a run has saved these alone."""
     folder = run / "model" if (run / "model").is_dir() else run
     if (folder / LORA_WEIGHTS).is_file():
         return load_file(folder / LORA_WEIGHTS)
