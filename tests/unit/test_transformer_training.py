@@ -1,17 +1,21 @@
 """Training SD3 and FLUX: adapters and whole weights by the one loop, their files, resumes, and what is refused."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import LORA_WEIGHTS, WrongTarget, add_adapters
 from hrf_fast.policies.sample import starting_noise
 from hrf_fast.prompts import Prompt
 from tests.conftest import tiny_words
 from tests.flow_models import SIZE, flow_model, load_flow_policy, load_pipeline, size_of
-from tests.runs import assert_equal_checkpoints, assert_equal_runs, metrics, train, weights, with_folder
+from tests.runs import assert_equal_checkpoints, assert_equal_training, metrics, train, weights, with_folder
 
 SD3_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 SD3_TARGETS += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
@@ -60,11 +64,12 @@ def test_a_run_starts_at_ratio_one_resumes_to_the_bit_and_trains_the_transformer
     words = flow_words(kind, tmp_path / "run", "remedies.kl_weight=0.1", *more)
     train(words, reward=brightness)
     first, second = metrics(tmp_path / "run")
-    assert first["ratio_max"] == 1 and first["reference_kl"] == 0 and second["reference_kl"] > 0
+    # a sum of an adapter's zeros may lie elsewhere in memory, which some matrix products round by
+    assert first["ratio_max"] == 1 and first["reference_kl"] < 1e-12 < second["reference_kl"]
     halves = with_folder(words, tmp_path / "halves")
     train([*halves, "train.iterations=1"], reward=brightness)
     train(halves, reward=brightness)
-    assert_equal_runs(tmp_path / "run", tmp_path / "halves")
+    assert_equal_training(tmp_path / "run", tmp_path / "halves")
     assert_equal_checkpoints(tmp_path / "run", tmp_path / "halves")
     tuned = weights(tmp_path / "run")
     if lora:
@@ -139,6 +144,38 @@ def test_the_lines_of_the_card_draw_in_the_folder(kind, tmp_path, monkeypatch):
 def test_options_that_a_transformer_cant_follow_are_refused(kind, options, match):
     with pytest.raises(ValueError, match=match):
         load_flow_policy(kind, **options)
+
+
+def test_a_condition_of_flux_has_its_guidance_as_an_input_and_one_row():
+    policy = load_flow_policy("flux")
+    for guided, scale in ((True, 3.5), (False, 1.0)):
+        condition = policy.condition([Prompt("cat", "red")] * 2, guided=guided)
+        assert condition.branches == 1 and condition.inputs["guidance"].tolist() == [scale] * 2
+    assert "guidance" not in load_flow_policy("schnell").condition([Prompt("cat")]).inputs
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "values", "match"),
+    [
+        ("sd3", "text_encoder_3", None, "holds no text_encoder_3/config.json"),
+        ("flux", "vae", None, "holds no vae/config.json"),
+        ("flux", "text_encoder_2/config.json", {"d_model": 20}, "joint_attention_dim: 24 but whose T5 makes 20"),
+        ("sd3", "text_encoder/config.json", {"projection_dim": 9}, "pooled_projection_dim: 20 but whose CLIP makes 21"),
+        ("flux", "transformer/config.json", {"in_channels": 12, "out_channels": 12}, "in_channels: 12 .*VAE makes 16"),
+        ("flux", "transformer/config.json", {"out_channels": 12}, "takes 16 channels and returns 12"),
+        ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "whose scheduler is DDIMSch"),
+        ("flux", "model_index.json", {"_class_name": "FluxFillPipeline"}, "says FluxFillPipeline; .*FluxPipeline"),
+    ],
+)
+def test_parts_that_are_missing_or_of_another_model_are_refused_by_name(kind, part, values, match, tmp_path):
+    folder = shutil.copytree(flow_model(kind), tmp_path / "model")
+    shutil.rmtree(folder / part) if values is None else edit(folder / part, **values)
+    with pytest.raises(ValueError, match=f"model.name is '{folder}'.*{match}"):
+        read_model(str(folder), weights=False)
 
 
 def test_a_target_that_the_transformer_lacks_is_refused_with_those_it_has():
