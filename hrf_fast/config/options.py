@@ -62,7 +62,8 @@ class SampleConfig:
     """Noise scale of a flow-matching model's sampler; null for what its authors publish: 0.7 of flow_sde, 0.3 of
     dance_sde, 0.8 of cps, which takes at most 1."""
     guidance_scale: float = option(1.0, at_least=1, panel=True)
-    """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none."""
+    """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none.
+    FLUX.1-dev takes it as an input of the network."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class PromptsConfig:
     kwargs: dict[str, Any] = option({})
     """Arguments of a source that is a function."""
     negative: str = option("", panel=True)
-    """Negative prompt of prompts that have none of their own; it acts under guidance only."""
+    """Negative prompt of prompts that have none of their own; it acts under guidance only, and not for FLUX."""
 
 
 @dataclass

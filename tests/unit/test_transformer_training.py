@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from hrf_fast.engines.base import trained_weights
+from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import LORA_WEIGHTS, WrongTarget, add_adapters
 from hrf_fast.policies.sample import starting_noise
 from hrf_fast.prompts import Prompt
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.groups import Group
+from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratios
+from hrf_fast.training.rollout import rollout
+from hrf_fast.windows.base import Window
 from tests.conftest import tiny_words
 from tests.flow_models import SIZE, flow_model, load_flow_policy, load_pipeline, size_of
 from tests.runs import assert_equal_checkpoints, assert_equal_training, metrics, train, weights, with_folder
@@ -47,14 +53,35 @@ def flow_words(kind, folder, *more):
     ]
 
 
+@pytest.mark.parametrize(("kind", "lora", "checkpoint"), [("sd35", True, False), ("flux", False, True)])
+def test_an_optimizer_step_starts_at_ratio_one_and_moves_what_is_trained(kind, lora, checkpoint):
+    policy, window = load_flow_policy(kind), Window(0, 3)
+    if lora:
+        add_adapters(policy.unet, rank=2, targets=TARGETS[kind])
+    if checkpoint:
+        policy.network.checkpoint_activations()
+    group = Group(0, window, NoiseKey(3, torch.arange(2)), policy.condition([Prompt("cat", "red")] * 2))
+    plan = CallPlan(2, 0, "on_policy")
+    rolled_out = rollout(policy, [group], plan)
+    calls = plan.update(rolled_out.calls, {0: window})
+    assert replay_ratios(policy, rolled_out.trajectories, calls, as_in_update=True).tolist() == [1.0] * 2 * len(window)
+    engine = PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    engine.set_learning_rate(0.01)
+    before = {name: weight.detach().clone() for name, weight in policy.network.named_parameters()}
+    advantages = {0: torch.tensor([1.0, -1.0])}
+    stats = optimizer_step(engine, policy, rolled_out.trajectories, advantages, calls, Clips(1e-4, 2.5, False))
+    assert float(stats.ratio_max) == 1 and float(stats.grad_norm) > 0
+    moved = {name for name, weight in policy.network.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved and all((".lora_" in name) == lora for name in moved)
+    # a guided call of SD3 has two rows
+    rows = (2 if kind == "sd35" else 1) * 2 * len(window)
+    assert policy.calls.backwards == rows
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lora", "schedule"),
-    [
-        pytest.param("sd35", True, "full", marks=pytest.mark.slow),
-        ("flux", False, "clusters"),
-        pytest.param("flux", True, "full", marks=pytest.mark.slow),
-        pytest.param("sd3", False, "dynamic", marks=pytest.mark.slow),
-    ],
+    [("sd35", True, "full"), ("flux", False, "clusters"), ("flux", True, "full"), ("sd3", False, "dynamic")],
 )
 def test_a_run_starts_at_ratio_one_resumes_to_the_bit_and_trains_the_transformer(kind, lora, schedule, tmp_path):
     more = ["lora.rank=2", f"lora.targets=[{','.join(TARGETS[kind])}]"] if lora else []
