@@ -176,15 +176,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--config", action="append")
     add_options(command, "words", "section.option=value")
     command = add(sample)
-    models = "fashion, portraits, peeps, a run folder, one of its checkpoints, a diffusers folder or a hub id"
+    models = "fashion or another shipped name, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
     command.add_argument("--out", type=path, default="samples.png", help="picture to write")
     command.add_argument("--count", type=int, default=64, help="images, at least 1")
     steps = "denoising steps; a run's own, else 40"
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
-    scheduler = "a run's own, else ddim"
-    command.add_argument("--scheduler", choices=("ddim", "ddpm"), dest="sampler", help=scheduler)
+    scheduler = "a run's own, else ddim; a flow-matching model has the last three"
+    kinds = ("ddim", "ddpm", "flow_sde", "dance_sde", "cps")
+    command.add_argument("--scheduler", choices=kinds, dest="sampler", help=scheduler)
     command.add_argument("--eta", type=float, help="a run's own, else 1")
+    command.add_argument("--noise-level", type=float, help="of a flow-matching model; a run's own, else as published")
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "TEXT"}
     command.add_argument("--prompt", **many, dest="prompts", help="of a text-to-image model, may repeat; a run's own")
     command.add_argument("--negative", **many, dest="negatives", help="negative prompt, of all prompts or one of each")

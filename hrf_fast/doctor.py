@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast import cpu
-from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.assets import ASSETS, DATA, SHIPPED
 from hrf_fast.config.options import OPTIMIZERS
 from hrf_fast.version import __version__
 
@@ -232,12 +232,13 @@ def _launcher() -> str:
 
 
 def _shipped(name: str) -> str:
+    data = DATA.get(name, name)
     needed = {
-        "model": "model/unet/*.safetensors",
-        "classifier": "classifier/*.safetensors",
-        "reference images": "reference.safetensors",
+        "model": f"{name}/model/unet/*.safetensors",
+        "classifier": f"{data}/classifier/*.safetensors",
+        "reference images": f"{data}/reference.safetensors",
     }
-    lacking = [part for part, pattern in needed.items() if not any((ASSETS / name).glob(pattern))]
+    lacking = [part for part, pattern in needed.items() if not any(ASSETS.glob(pattern))]
     return f"missing: its {' and '.join(lacking)}; reinstall hrf_fast" if lacking else f"ok {', '.join(needed)}"
 
 

@@ -1,11 +1,12 @@
-"""Quality figures of a small DDPM for its model card: `python pretraining/judge_ddpm.py fashion`.
+"""Quality figures of a small model for its card: `python pretraining/judge_ddpm.py fashion`.
 
-512 images by DDIM (eta 1, 50 steps) against the 512 real images that ship, in the features of the shipped classifier:
+512 images by DDIM (eta 1, 50 steps), or of a flow by its ODE and by Flow-SDE, against the 512 real images that ship, in the features of the shipped classifier:
 Vendi and Inception Score, precision and recall (Kynkäänniemi et al., arXiv 1904.06991, k = 3), and the distance to the
 nearest training image in pixels, compared with that of real held-out images: a model that copies is nearer.
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from data import fashion, portraits
@@ -31,16 +32,27 @@ def nearest_training_distance(images: Tensor, training: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=("fashion", "portraits"))
+    parser.add_argument("name", choices=("fashion", "portraits", "fashion-flow"))
     parser.add_argument("--model", help="folder; by default the shipped model")
     parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
-    policy = load_policy(arguments.model or arguments.name, num_inference_steps=50)
-    with torch.no_grad():
-        noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)
-        images = policy.decode(sample(policy, noise, images_per_call=64))
-    real, classifier = load_reference(arguments.name), load_shipped(arguments.name)
-    pixels = fashion("train")[0] if arguments.name == "fashion" else portraits(12_000)
+    torch.set_num_threads(1)
+    flow = arguments.name.endswith("-flow")
+    kind = "flow_sde" if flow else "ddim"
+    policy = load_policy(arguments.model or arguments.name, sampler=kind, num_inference_steps=arguments.steps)
+    noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)
+    for title in (kind, "ode") if flow else (kind,):
+        if title == "ode":
+            policy.sampler = replace(policy.sampler, coefficients=policy.sampler.deterministic)
+        print(f"{title}, {arguments.steps} steps", flush=True)
+        judge(policy.decode(sample(policy, noise, images_per_call=64)), arguments.name)
+
+
+def judge(images: Tensor, name: str) -> None:
+    """Print the figures of images [N, 3, H, W] in [0, 1]."""
+    real, classifier = load_reference(name), load_shipped(name)
+    pixels = portraits(12_000) if name == "portraits" else fashion("train")[0]
     training = (torch.from_numpy(pixels[:12_000]).permute(0, 3, 1, 2).float() / 255).expand(-1, 3, -1, -1)
     ours, theirs = classifier.features(images), classifier.features(real)
     print(f"Vendi Score {vendi_score(ours):.1f}, real {vendi_score(theirs):.1f}")

@@ -6,6 +6,8 @@ Nothing is loaded here; `hrf_fast.vision.shipped` reads the classifiers and the 
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
-SHIPPED = ("fashion", "portraits", "peeps")
+SHIPPED = ("fashion", "portraits", "peeps", "fashion-flow")
+# models whose classifier and reference images lie with another one, which was trained on the same data
+DATA = {"fashion-flow": "fashion"}
 # lists of prompts, in prompts/
 PROMPT_LISTS = {"animals": "animals.txt", "activities": "activities.txt", "peeps": "peeps.jsonl"}

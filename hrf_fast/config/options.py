@@ -24,7 +24,7 @@ DDPM_SAMPLERS = ("ddim", "ddpm", "ddim_trl")
 # with the noise level that each one's authors publish
 FLOW_SAMPLERS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
-STEP_WEIGHTS = ("equal", "std")
+STEP_WEIGHTS = ("equal", "std", "guard", "dt")
 LORA_INITS = ("gaussian", "kaiming")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
@@ -34,7 +34,8 @@ class ModelConfig:
     """The pretrained model to fine-tune."""
 
     name: str = option("fashion", panel=True)
-    """`fashion`, `portraits` or `peeps` (shipped), a diffusers folder, or a hub id such as google/ddpm-celebahq-256."""
+    """`fashion`, `fashion-flow`, `portraits` or `peeps` (shipped), a diffusers folder, or a hub id such as
+    google/ddpm-celebahq-256."""
     revision: str | None = option(None, panel=True)
     """Branch, tag or commit of a hub id."""
     variant: str | None = option(None, panel=True)
@@ -84,7 +85,8 @@ class WindowConfig:
     """Which denoising steps are trained."""
 
     schedule: str = option("clusters")
-    """full (DDPO), clusters (HRF), dynamic (HRF-D), progressive, interior, random, sliding, or module:function."""
+    """full (DDPO), clusters (HRF), dynamic (HRF-D), mixgrpo, flow_grpo_fast, progressive, interior, random, sliding, or
+    module:function."""
     kwargs: dict[str, Any] = option({})
     """The schedule's own options, e.g. {clusters: [[0, 20], [20, 40]], iterations_per_cluster: 35}."""
 
@@ -155,7 +157,8 @@ class TrainConfig:
     step_weights: str = option("equal", choices=STEP_WEIGHTS)
     """Weight of each denoising step in the loss: equal, as published; or std, its noise's standard deviation over their
     mean. A log-prob's gradient grows as 1/std, so with equal weights the last steps, which hardly change an image, make
-    nearly all of the gradient's noise."""
+    nearly all of the gradient's noise. Of flow models also guard, std over the fall of sigma as in GRPO-Guard, and dt,
+    that fall, as in PCPO."""
     gradient_noise: bool = option(False)
     """Measure the gradient's signal and noise of every optimizer step, from its groups in two halves: no extra network
     calls, one more gradient in memory. Needs an even number of groups per step and the plain engine."""

@@ -20,8 +20,9 @@ from hrf_fast.config.amounts import parse_memory, show_bytes
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.distributed.launcher import ranks_of_machine
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.memory.footprint import measure_running
-from hrf_fast.memory.planner import RESERVE, Plan, count_calls
+from hrf_fast.memory.planner import RESERVE, Plan
 from hrf_fast.memory.zero import engine_of
 from hrf_fast.policies.base import Policy
 

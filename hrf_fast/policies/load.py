@@ -60,7 +60,7 @@ def load_policy(
     """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM), a Stable Diffusion or a FLUX.
 
     Args:
-        name: `fashion` or `portraits` (shipped), a local diffusers folder, or a hub id such as
+        name: `fashion` or another shipped name, a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
         variant: of the weight files, such as fp16; None for the plain ones.
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.

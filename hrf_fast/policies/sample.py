@@ -10,7 +10,7 @@ from torch import Tensor
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Policy, Prediction
 from hrf_fast.prompts import Prompt
-from hrf_kernels import gaussian_step, philox_normal
+from hrf_kernels import gaussian_mean, gaussian_step, philox_normal
 
 # counter value for a sample's starting noise: no denoising step has it
 _START = 0xFFFFFFFF
@@ -41,6 +41,11 @@ def advance(
         guidance_scale=prediction.guidance_scale,
         backend=policy.kernels,
     )
+
+
+def follow(policy: Policy, prediction: Prediction, latents: Tensor, step: int) -> Tensor:
+    """The latents after `step` [B, *latent_shape] without noise: by DDIM with eta 0, or by a flow's ODE."""
+    return gaussian_mean(prediction.combined, latents, policy.sampler.deterministic[step])
 
 
 @torch.no_grad()

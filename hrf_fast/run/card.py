@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assets import SHIPPED
-from hrf_fast.config.options import Config, LoraConfig, RewardConfig
+from hrf_fast.config.options import FLOW_SAMPLERS, Config, LoraConfig, RewardConfig, SampleConfig
 from hrf_fast.hub import HUB_ID
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.files import replace_folder
 from hrf_fast.version import __version__
 
-METHODS = {"full": "DDPO", "clusters": "HRF", "dynamic": "HRF-D"}
+METHODS = {
+    "full": "DDPO",
+    "clusters": "HRF",
+    "dynamic": "HRF-D",
+    "mixgrpo": "MixGRPO",
+    "flow_grpo_fast": "Flow-GRPO-Fast",
+}
 NAME = "README.md"
+# the section of a flow-matching model, whose panel diffusers can't draw
+_ODE = (
+    "The panel samples with noise, by a rule that no scheduler of diffusers has (`stochastic_sampling` is another).",
+    "These lines draw by the deterministic ODE of the same model, whose images get other rewards.",
+)
 _METRICS = {
     "reward": "reward",
     "vendi": "Vendi Score",
@@ -67,7 +78,8 @@ def model_card(
     details += [f"{name} {_shown(str(value))}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
-    sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, eta {sample.eta:g}"
+    flow = sample.scheduler in FLOW_SAMPLERS
+    sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, {_noise(sample)}"
     prompts = f", {evaluation.images_per_prompt} to a prompt" if policy.takes_prompts else ""
     lines = [
         "---",
@@ -93,7 +105,7 @@ def model_card(
         f"Panel: {evaluation.panel_size} images{prompts} from noise of seed {evaluation.seed}, {sampler}, "
         f"{config.compute.precision}. Brackets are 95 % bootstrap intervals over its images.",
         "",
-        "## Draw as the panel does",
+        *(["## Draw by the ODE", "", *_ODE] if flow else ["## Draw as the panel does"]),
         "",
         'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
         "",
@@ -101,11 +113,20 @@ def model_card(
         _example(policy, config),
         "```",
         "",
-        "Another number of steps, another eta or another scheduler is another sampler, whose images get other rewards;",
+        f"Another number of steps, another {'scheduler' if flow else 'eta or another scheduler'} is another sampler, "
+        "whose images get other rewards;",
         "the pipeline's own defaults are one. The noise is PyTorch's here and not the panel's.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _noise(sample: SampleConfig) -> str:
+    """The noise scale of the sampler, by its name."""
+    if sample.scheduler not in FLOW_SAMPLERS:
+        return f"eta {sample.eta:g}"
+    level = FLOW_SAMPLERS[sample.scheduler] if sample.noise_level is None else sample.noise_level
+    return f"noise level {level:g}"
 
 
 def _trained(lora: LoraConfig) -> list[str]:

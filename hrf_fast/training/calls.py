@@ -185,11 +185,11 @@ def together(
         beyond = [lane for lane in active if stops is not None and step >= stops[lane]]
         inside = [lane for lane in active if lane not in beyond]
         for lanes in (inside, beyond):
-            for call in _filled(lanes, sizes, images_per_call):
+            for call in filled(lanes, sizes, images_per_call):
                 yield step, call
 
 
-def _filled(lanes: Sequence[int], sizes: Sequence[int], images_per_call: int) -> Iterator[list[int]]:
+def filled(lanes: Sequence[int], sizes: Sequence[int], images_per_call: int) -> Iterator[list[int]]:
     """Consecutive lanes, as many to a call as fit."""
     call: list[int] = []
     for lane in lanes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hrf_fast.registry import qualified_name
 from hrf_fast.run.session import Run
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Group
+from hrf_fast.training.prefix import prefixes
 from hrf_fast.training.probe import StartProbe
 from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.training.rollout import Rollout, rollout
@@ -54,17 +56,22 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         if changes:
             run.note_once(note_of(what, changes), key=what)
         _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, what)
-    return windows, {
+    own_groups = {
         number: Group(
             number,
             windows[number],
             group_noise(components, iteration, "rollout", number),
             policy.condition([prompts[number]] * groups.size, guided=guided),
             anchors.get(number),
-            prompts[number],
+            prompt=prompts[number],
         )
         for number in numbers
     }
+    if windows[0].deterministic and not anchors:
+        with run.phase("anchors"):
+            origins = prefixes(policy, own_groups.values(), images_per_call=components.calls.sampled)
+        own_groups = {number: replace(group, origin=origins[number]) for number, group in own_groups.items()}
+    return windows, own_groups
 
 
 def collect(
@@ -107,6 +114,11 @@ def _check_windows(windows: Any, groups: int, stop: int, what: str) -> None:
         raise ValueError(f"{what} returned {windows!r}; return a list of Window(start, stop)")
     if len(windows) != groups:
         raise ValueError(f"{what} returned {len(windows)} windows for {groups} groups; return one each")
+    if len({(window.deterministic, window.shared) for window in windows}) > 1:
+        raise ValueError(
+            f"{what} returned windows of which some are deterministic or shared and others not; let all of an "
+            "iteration be alike"
+        )
     last = max(window.stop for window in windows)
     if last > stop:
         raise ValueError(f"{what} returned a window to {last}; steps from {stop} are deterministic")

@@ -67,7 +67,7 @@ class NoiseScale:
         if self._count < _ENOUGH or self._noise <= self._groups * self._signal:
             return None
         scale = f"{self._noise / self._signal:.3g} groups" if self._signal > 0 else "too large to be measured"
-        weights = "" if self._step_weights == "std" else ", train.step_weights=std"
+        weights = "" if self._step_weights != "equal" else ", train.step_weights=std"
         return (
             f"over {self._count} iterations the gradient's noise scale is {scale}, and an optimizer step averages "
             f"{self._groups}: its update is mostly noise; use a larger train.groups_per_step or group_size{weights}, "

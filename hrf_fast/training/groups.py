@@ -73,6 +73,8 @@ class Group:
     """[*latent_shape], clean; None where the group starts from pure noise."""
     prompt: Prompt | None = None
     """The prompt of all its samples; None for a model that takes none."""
+    origin: Tensor | None = None
+    """[B, *latent_shape] at the window's first step, where deterministic steps have led there; otherwise None."""
 
     @property
     def size(self) -> int:

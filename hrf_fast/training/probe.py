@@ -17,7 +17,7 @@ from torch import Tensor
 from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition, Policy
-from hrf_fast.policies.sample import renoised
+from hrf_fast.policies.sample import follow, renoised
 from hrf_fast.prompts import Prompt
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward
@@ -160,7 +160,7 @@ def _denoised(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane],
                 latents[index] = renoised(policy, anchors[lanes[index].group], step, lanes[index].noise)
         batch = torch.cat([latents[index] for index in call])
         prediction = policy.predict(batch, step, Condition.join([lanes[index].condition for index in call]))
-        batch = gaussian_mean(prediction.combined, batch, policy.sampler.deterministic[step])
+        batch = follow(policy, prediction, batch, step)
         latents |= zip(call, batch.split([sizes[index] for index in call]), strict=True)
         if step == steps - 1:
             yield call, batch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition, Policy
-from hrf_fast.policies.sample import advance, renoised, starting_noise
+from hrf_fast.policies.sample import advance, follow, renoised, starting_noise
 from hrf_fast.training.calls import Call, CallPlan, Piece
 from hrf_fast.training.groups import Group
 from hrf_fast.training.trajectory import Trajectory
@@ -53,6 +53,8 @@ def rollout(
         ratio is 1 to the bit.
     """
     groups = {group.number: group for group in pack}
+    # of one schedule, so that all windows are alike
+    deterministic = pack[0].window.deterministic
     starts = {group.number: _start(policy, group) for group in pack}
     stored = {group.number: _storage(group, starts[group.number]) for group in pack}
     references = {group.number: _reference_storage(group, starts[group.number], reference_steps) for group in pack}
@@ -67,7 +69,10 @@ def rollout(
         keep = call.trained and keep_from is not None and step >= keep_from
         with torch.set_grad_enabled(keep):
             prediction = policy.predict(latents, step, condition)
-        next_latents, log_prob = advance(policy, prediction.detach(), latents, step, noise)
+        if call.trained or not deterministic:
+            next_latents, log_prob = advance(policy, prediction.detach(), latents, step, noise)
+        else:
+            next_latents = follow(policy, prediction, latents, step)
         sizes = [piece.size for piece in call.pieces]
         current |= zip(call.pieces, next_latents.split(sizes), strict=True)
         if call.trained and step < reference_steps:
@@ -92,7 +97,9 @@ def rollout(
 
 
 def _start(policy: Policy, group: Group) -> Tensor:
-    """Latents [B, *latent_shape] at the window's first step: pure noise, or the anchor taken back there."""
+    """Latents [B, *latent_shape] at the window's first step: pure noise, an anchor taken back, or a prefix."""
+    if group.origin is not None:
+        return group.origin
     if group.anchor is None:
         return starting_noise(policy, group.noise)
     return renoised(policy, group.anchor, group.window.start, group.noise)

@@ -72,7 +72,7 @@ def _verdict(components: Components, error: float, joined: bool) -> str:
     if (least_std := float(std.min())) < _SMALL_STD:
         line += (
             f"; step {int(std.argmin())} has noise of std {least_std:.2g} only, where fp32 rounds gradients by "
-            f"{_ROUNDING / least_std:.2%}: a larger sample.eta has more"
+            f"{_ROUNDING / least_std:.2%}: a larger sample.eta or noise_level has more"
         )
     return line
 

@@ -80,10 +80,10 @@ def _run(policy: Policy, size: int, prompt: Prompt | None, guided: bool) -> None
     # the network itself: predict would count the calls, and an engine would wait for a step
     condition = policy.condition([prompt] * size, guided=guided)
     latents = torch.zeros(size * condition.branches, *policy.latent_shape, device=policy.device)
-    named = condition.inputs
+    named, timestep = condition.inputs, policy.sampler.timesteps[0]
     with torch.no_grad():
-        policy.network(latents, 0, **named)
+        policy.network(latents, timestep, **named)
     weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        output = policy.network(latents, 0, **named)
+        output = policy.network(latents, timestep, **named)
     torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)

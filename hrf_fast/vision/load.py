@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.assets import ASSETS, DATA, SHIPPED
 from hrf_fast.vision.base import BATCH, Classifier, FeatureNetwork
 from hrf_fast.vision.hub import HubClassifier, HubFeatures, find_network
 from hrf_fast.vision.shipped import load_shipped
 
-FOLDERS = {name: ASSETS / name / "classifier" for name in SHIPPED}
+FOLDERS = {name: ASSETS / DATA.get(name, name) / "classifier" for name in SHIPPED}
 
 
 def load_feature_network(option: str, value: Any, device: torch.device | str = "cpu") -> FeatureNetwork:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hrf_fast.assets import ASSETS, SHIPPED
+from hrf_fast.assets import ASSETS, DATA, SHIPPED
 from hrf_fast.registry import nearest
 from hrf_fast.vision.base import in_batches
 from hrf_fast.weights import judge
@@ -160,4 +160,4 @@ def _shipped_folder(name: str) -> Path:
     if name not in SHIPPED:
         shipped = ", ".join(SHIPPED)
         raise ValueError(f"{name!r}{nearest(name, SHIPPED)} does not ship with the package; use one of {shipped}")
-    return ASSETS / name
+    return ASSETS / DATA.get(name, name)

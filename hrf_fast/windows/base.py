@@ -24,10 +24,20 @@ class Window:
 
     start: int
     stop: int
+    deterministic: bool = False
+    """Whether the steps around the window are deterministic: those after it, and those from pure noise to it where the
+    schedule has no anchors. Otherwise the steps after it are the sampler's."""
+    shared: bool = False
+    """Whether the group's samples share a noise to start from, and so the deterministic steps before the window."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"window [{self.start}, {self.stop}) is empty or negative; use 0 <= start < stop")
+        if self.shared and not self.deterministic:
+            raise ValueError(
+                f"window [{self.start}, {self.stop}) is shared but not deterministic: noise before it would part the "
+                "samples; set deterministic=True"
+            )
 
     def __len__(self) -> int:
         return self.stop - self.start

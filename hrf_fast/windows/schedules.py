@@ -2,7 +2,8 @@
 
 A schedule is called on every rank with equal arguments and must return equal windows: it draws from a generator that
 depends on (seed, iteration) only, and what it probes is gathered from all ranks. `register_schedule` adds one;
-`module:function` in window.schedule names a user's factory. The searched one, HRF-D, is in dynamic.py.
+`module:function` in window.schedule names a user's factory. The searched one, HRF-D, is in dynamic.py, and those
+with deterministic steps around a window are in mixed.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hrf_fast.registry import (
 )
 from hrf_fast.windows.base import Probe, Window, WindowSchedule
 from hrf_fast.windows.dynamic import dynamic
+from hrf_fast.windows.mixed import flow_grpo_fast, mixgrpo
 
 Factory = Callable[..., WindowSchedule]
 SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
@@ -220,8 +222,8 @@ def progressive(
 class Interior:
     """Windows [s, s + width) inside the trajectory, s uniform over the starts that leave all of it stochastic.
 
-    The steps after a window run to the clean image and are not trained. MixGRPO (arXiv 2507.21802) and Flow-GRPO's
-    fast variant train such windows, with deterministic steps around them; here those stay as the sampler has them.
+    The steps after a window run to the clean image, with noise as the sampler has them, and are not trained. The
+    schedules mixgrpo and flow_grpo_fast have such windows from pure noise, with deterministic steps around them.
     `starts` narrows s to a half-open range or {steps: [...]}, as in `clusters`.
     """
 
@@ -245,3 +247,5 @@ class Interior:
 
 
 register_schedule("dynamic")(dynamic)
+register_schedule("mixgrpo")(mixgrpo)
+register_schedule("flow_grpo_fast")(flow_grpo_fast)

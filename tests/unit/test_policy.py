@@ -46,16 +46,16 @@ def test_the_flat_layout_of_older_hub_repositories_loads(tiny_model, tmp_path):
     assert torch.equal(load(tmp_path).unet.conv_in.weight, load(tiny_model).unet.conv_in.weight)
 
 
-@pytest.mark.parametrize("name", ["fashion", "portraits"])
+@pytest.mark.parametrize("name", ["fashion", "portraits", "fashion-flow"])
 def test_the_shipped_models_load_and_draw(name):
-    policy = load(name)
+    policy = load(name, **({"sampler": "flow_sde"} if name == "fashion-flow" else {}))
     images = policy.decode(sample(policy, NoiseKey(0, torch.arange(2)), images_per_call=2))
     assert images.shape == (2, 3, 32, 32)
-    if name == "fashion":
+    if name != "portraits":
         assert torch.equal(images[:, 0], images[:, 2])
 
 
-@pytest.mark.parametrize("name", ["fashion", "portraits"])
+@pytest.mark.parametrize("name", ["fashion", "portraits", "fashion-flow"])
 def test_the_shipped_folders_load_as_diffusers_pipelines(name):
     pipeline = DDPMPipeline.from_pretrained(ASSETS / name / "model")
     assert pipeline.unet.config.sample_size == 32

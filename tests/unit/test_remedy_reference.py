@@ -6,7 +6,8 @@ import torch
 from hrf_fast.build import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.config.remedy_options import RemediesConfig
-from hrf_fast.memory.planner import count_calls, plan
+from hrf_fast.memory.counts import count_calls
+from hrf_fast.memory.planner import plan
 from hrf_fast.noise import NoiseKey
 from hrf_fast.prompts import Prompt
 from hrf_fast.training.calls import Call, CallPlan, Piece

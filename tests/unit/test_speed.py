@@ -183,4 +183,4 @@ def test_the_self_check_says_how_much_float32_rounds_steps_of_little_noise(tiny_
     least = float(build(tiny_run).policy.sampler.coefficients.std[:5].min())
     line = check(tiny_run, monkeypatch, 0.0, "sample.eta=0.001")
     numbers = f"step 4 has noise of std {0.001 * least:.2g} only, where fp32 rounds gradients by {6e-3 / least:.2f}%"
-    assert numbers in line and line.endswith("a larger sample.eta has more")
+    assert numbers in line and line.endswith("a larger sample.eta or noise_level has more")

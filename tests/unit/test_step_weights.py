@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+from hrf_fast.policies.flow_sampler import build_flow_sampler
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
 from hrf_fast.training.rollout import rollout
@@ -52,3 +54,24 @@ def test_a_run_is_weighted_by_the_option(tiny_run, tmp_path):
     # one rollout, other gradients
     assert equal["reward_mean"] == std["reward_mean"]
     assert equal["grad_norm"] != std["grad_norm"]
+
+
+def test_weights_of_flow_steps_by_hand():
+    # sigmas 1, .5, .001, 0 (T 3, shift 1; the last but one is the scheduler's least), falls .5, .499, .001; the last
+    # step is deterministic. Dance-SDE: std .3 * sqrt(fall)
+    sampler = build_flow_sampler(FlowMatchEulerDiscreteScheduler(), kind="dance_sde", num_inference_steps=3)
+    torch.testing.assert_close(sampler.noise, torch.tensor([1.0, 0.5005, 0.001]))
+    falls = torch.tensor([0.4995, 0.4995, 0.001])
+    torch.testing.assert_close(step_weights("dt", sampler), falls / 0.4995)
+    torch.testing.assert_close(step_weights("guard", sampler), torch.tensor([1.0, 1.0, 0.0]))
+    sampler = build_flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), kind="dance_sde", num_inference_steps=4)
+    falls = -torch.cat([sampler.noise, torch.zeros(1)]).diff()
+    guard = 0.3 / falls[:3].sqrt()
+    torch.testing.assert_close(step_weights("guard", sampler)[:3], guard / guard.mean())
+    assert float(step_weights("dt", sampler)[:3].mean()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["guard", "dt"])
+def test_weights_of_flow_steps_need_a_flow_model(name):
+    with pytest.raises(ValueError, match=f"train.step_weights is {name}.*none of flow matching"):
+        step_weights(name, make_policy().sampler)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hrf_fast.config.load import load_config
-from hrf_fast.memory.planner import count_calls
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.optimizer_step import Clips, call_surrogate, window_share
 from hrf_fast.training.rollout import rollout

@@ -48,7 +48,10 @@ def test_a_window_cannot_be_changed():
 
 def test_the_registered_schedules_are_known_here():
     # so that a new one is added to the sweep below
-    assert set(SCHEDULES) == {"full", "clusters", "random", "sliding", "dynamic", "progressive", "interior"}
+    assert set(SCHEDULES) == {
+        *("full", "clusters", "random", "sliding", "dynamic", "progressive", "interior"),
+        *("mixgrpo", "flow_grpo_fast"),
+    }
 
 
 def random_probe(candidates, *, estimate="exact"):
