@@ -76,5 +76,7 @@ class Network(nn.Module):
             latents, timesteps = canonical(latents, timesteps)
         if self.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
+        # each weight is used once a call: a cache of rounded weights would only hold half of them more until its end
+        enabled = self.dtype is not None
+        with torch.autocast(latents.device.type, self.dtype, enabled=enabled, cache_enabled=False):
             return self.call(self.unet, latents, timesteps, condition).contiguous()

@@ -119,7 +119,7 @@ def test_the_plan_has_the_counted_bytes_of_the_true_architectures(name, tmp_path
     }[made.engine] == (states.parameters, states.gradients, states.optimizer, states.host)
     if config.lora.rank:
         # 2 bytes each but for the normalisations and the adapters
-        assert 2 * elements < weights < 2.05 * elements and gradients < 0.01 * weights
+        assert 2 * elements < weights < 2.05 * elements and gradients < 0.02 * weights
     else:
         assert weights == gradients == averages / 2 == 4 * elements
 
