@@ -274,6 +274,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         revision=config.model.revision if name is None else None,
         variant=config.model.variant if name is None else None,
         decoder=config.model.decoder,
+        image_size=config.model.image_size,
         sampler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,

@@ -50,11 +50,12 @@ def panels(run: Path):
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """The UNet of a run's tuned model or of a model's own folder; the adapters where a run has saved these alone."""
+    """The denoiser of a run's tuned model or of a model's own folder; adapters where a run has saved these alone."""
     folder = run / "model" if (run / "model").is_dir() else run
     if (folder / LORA_WEIGHTS).is_file():
         return load_file(folder / LORA_WEIGHTS)
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    part = "transformer" if (folder / "transformer").is_dir() else "unet"
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
 
 
 def checkpoint_weights(checkpoint: Path, file: str = "weights.safetensors") -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ class ModelConfig:
     decoder: str | None = option(None, panel=True)
     """An AutoencoderTiny, a folder or a hub id such as madebyollin/taesd, that decodes latents of a text-to-image model
     faster than its VAE; null for the VAE. RUN/model has the VAE."""
+    image_size: int | None = option(None, at_least=1, panel=True)
+    """Height and width in pixels of a text-to-image model's images; null for the model's own, 1024 for SD3 and FLUX."""
 
 
 @dataclass
@@ -61,7 +63,8 @@ class SampleConfig:
     """Noise scale of a flow-matching model's sampler; null for what its authors publish: 0.7 of flow_sde, 0.3 of
     dance_sde, 0.8 of cps, which takes at most 1."""
     guidance_scale: float = option(1.0, at_least=1, panel=True)
-    """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none."""
+    """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none.
+    FLUX.1-dev takes it as an input of the network."""
 
 
 @dataclass
@@ -74,7 +77,7 @@ class PromptsConfig:
     kwargs: dict[str, Any] = option({})
     """Arguments of a source that is a function."""
     negative: str = option("", panel=True)
-    """Negative prompt of prompts that have none of their own; it acts under guidance only."""
+    """Negative prompt of prompts that have none of their own; it acts under guidance only, and not for FLUX."""
 
 
 @dataclass

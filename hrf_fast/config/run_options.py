@@ -20,7 +20,7 @@ class ComputeConfig:
     """fp32, or autocast to bf16 or fp16 over fp32 weights; fp16 scales the loss and is for CUDA."""
     activations: str = option("replay", choices=("auto", "keep", "replay", "checkpoint"), resumable=True)
     """Activations of window steps. keep holds those of the rollout for the update (order on_policy); replay runs the
-    steps again; checkpoint also runs each UNet block again in the backward, for least memory; auto keeps as many as fit
+    steps again; checkpoint also runs each block again in the backward, for least memory; auto keeps as many as fit
     into memory."""
     memory_budget: str | None = option(None, resumable=True)
     """Memory that activations=auto may plan for, per process, such as 24GB; null for all that is free at the start."""
@@ -35,7 +35,7 @@ class ComputeConfig:
     channels_last: bool = option(False)
     """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
     compile: str = option("none", choices=("none", "unet", "blocks"))
-    """torch.compile for the UNet: none, unet (one graph) or blocks (a graph for each down, mid and up block)."""
+    """torch.compile for the denoiser: none, unet (one graph for all of it) or blocks (a graph for each block)."""
     deterministic: bool = option(True)
     """Equal seeds give equal bits, and fp32 is fp32. false is faster and for CUDA: matrix products and convolutions in
     TF32, and cudnn times its convolutions and takes the fastest."""

@@ -20,8 +20,9 @@ from hrf_fast.config.amounts import parse_memory, show_bytes
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.distributed.launcher import ranks_of_machine
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.memory.footprint import measure_running
-from hrf_fast.memory.planner import RESERVE, Plan, count_calls
+from hrf_fast.memory.planner import RESERVE, Plan
 from hrf_fast.memory.zero import engine_of
 from hrf_fast.policies.base import Policy
 
@@ -60,7 +61,8 @@ def choose_activations(
     name, bucket = engine_of(config)
     guided = config.train.guidance
     footprints = {(policy.precision, False): measure_running(policy, checkpointing=False, guided=guided)}
-    counts = count_calls(config, policy.sampler.stochastic_steps, schedule)
+    branches = policy.condition([None], guided=guided).branches
+    counts = count_calls(config, policy.sampler.stochastic_steps, schedule, branches=branches)
     plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints)
     return _fitting(plan, policy)
 

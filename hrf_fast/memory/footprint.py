@@ -1,6 +1,6 @@
-"""Footprint: how many bytes a UNet's activations take.
+"""Footprint: how many bytes a network's activations take.
 
-For a plan the UNet runs on fake tensors: shapes, types and lifetimes are real, memory is not, so a model of any size
+For a plan the network runs on fake tensors: shapes, types and lifetimes are real, memory is not, so a model of any size
 takes seconds on any machine. At the start of a run the real one does, on three images. Every storage that an operation
 makes is counted from its birth to its death. Left out: workspaces of convolution libraries, fragmentation, the CUDA
 context (the planner keeps a reserve for them).
@@ -31,7 +31,7 @@ Conditions = Callable[[int], tuple[Condition, Condition]]
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes as a function of the images in a UNet call: all its layers are linear in them."""
+    """Bytes as a function of the images in a network call: all its layers are linear in them."""
 
     fixed: float
     per_image: float
@@ -42,14 +42,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one UNet call besides weights and gradients.
+    """Bytes of one network call besides weights and gradients.
 
     Attributes:
         sampling: peak of a forward without gradients.
         kept: what the graph of a forward holds on to until its backward.
         update: peak of a forward and its backward.
         tensors: elements of each trained parameter; image_bytes: of one image's latents in fp32.
-        frozen: elements of all frozen parameters; frozen_bytes: of those.
+        frozen: elements of all frozen parameters; frozen_bytes: of those; buffer_bytes: of the network's buffers.
     """
 
     sampling: Line
@@ -59,6 +59,7 @@ class Footprint:
     image_bytes: int
     frozen: int = 0
     frozen_bytes: int = 0
+    buffer_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -70,6 +71,7 @@ def measure_model(
     *,
     device: str,
     guided: tuple[bool, bool] = (False, False),
+    image_size: int | None = None,
     prepare: Callable[[nn.Module, str], None] | None = None,
 ) -> dict[tuple[str, bool], Footprint]:
     """Count a model's activations without its weights, for (precision, with gradient checkpointing).
@@ -77,7 +79,7 @@ def measure_model(
     Args:
         device: cuda or cpu, whose autocast rules differ.
         guided: whether there is guidance where nothing is trained, and in an update.
-        prepare: makes of a UNet what is trained in a precision: adds adapters.
+        image_size: model.image_size; prepare: makes of a denoiser what is trained in a precision: adds adapters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,7 +94,7 @@ def measure_model(
         # fp16 takes as much as bf16
         for precision in ("fp32", "bf16"):
             with torch.device("meta"):
-                network, shape = untrained_network(files)
+                network, shape = untrained_network(files, image_size)
                 if prepare is not None:
                     prepare(network.unet, precision)
             with FakeTensorMode():
@@ -104,7 +106,7 @@ def measure_model(
                 for checkpointing in (False, True):
                     network.checkpoint_activations(checkpointing)
                     footprints[precision, checkpointing] = _footprint(
-                        Network(network.unet, precision), shape, conditions
+                        Network(network.unet, precision, call=network.call), shape, conditions
                     )
     finally:
         gc.unfreeze()
@@ -159,6 +161,7 @@ def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Condition
         image_bytes,
         sum(p.numel() for p in frozen),
         sum(p.nbytes for p in frozen),
+        sum(buffer.nbytes for buffer in network.buffers()),
     )
 
 

@@ -1,108 +1,32 @@
-"""Planner: what a configuration needs per GPU, in bytes and in UNet calls, before a GPU is rented.
+"""Planner: what a configuration needs per GPU, in bytes and in network calls, before a GPU is rented.
 
-Weights, gradients and optimizer state are arithmetic (zero.py); activations are counted on the UNet itself
-(footprint.py); UNet calls come from running the configuration's own window schedule. Left out: networks of rewards and
+Weights, gradients and optimizer state are arithmetic (zero.py); activations are counted on the network itself
+(footprint.py); calls come from running the configuration's own window schedule. Left out: networks of rewards and
 panels, and what DeepSpeed and CUDA keep for themselves beyond the buffers named there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hrf_fast.config.options import Config
 from hrf_fast.config.run_options import PRECISIONS
+from hrf_fast.memory.counts import CallCounts, count_calls
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import ENGINES, States, engine_of, model_states
-from hrf_fast.noise import noise_generator
-from hrf_fast.policies.checks import check_options
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
-from hrf_fast.policies.untrained import copied_bytes, frozen_bytes, plan_sampler
+from hrf_fast.policies.option_checks import check_options
+from hrf_fast.policies.untrained import copied_bytes, frozen_bytes, plan_sampler, untrained_condition
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
-from hrf_fast.windows.base import evaluations
-from hrf_fast.windows.schedules import build_schedule
 
 MODES = ("keep", "replay", "checkpoint")
 """Modes of a window's activations, the fastest first: kept from the rollout, computed again, or again by blocks."""
 # of the memory, left to the CUDA context, workspaces and fragmentation
 RESERVE = 0.1
-
-
-@dataclass(frozen=True)
-class CallCounts:
-    """Images through the network per iteration over all GPUs, a guided one counting two; the mean over the run."""
-
-    anchors: float
-    """Anchors, or the deterministic steps that lead to windows."""
-    search: float
-    rollout: float
-    update: float
-    longest_window: int
-    """In steps."""
-    reference: float = 0.0
-    """Through the pretrained model, where the loss has a term of it."""
-
-    def forwards(self, mode: str, inner_epochs: int) -> float:
-        """Forwards without those that checkpointing repeats; `keep` needs none in the first epoch of the update."""
-        sampled = self.anchors + self.search + self.rollout + self.reference
-        return sampled + self.update * (inner_epochs - (mode == "keep"))
-
-    def evaluations(self, mode: str, inner_epochs: int) -> float:
-        """Cost in forwards, a backward counting two."""
-        again = inner_epochs if mode == "checkpoint" else 0
-        return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
-
-
-def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | None = None) -> CallCounts:
-    """Run a window schedule of the configuration's (or another one) over the run's iterations, 1000 at most, and count.
-
-    It is a schedule of its own: what it is shown here must not get into the run's memory.
-
-    The search of a schedule that probes (HRF-D) is counted as it asks; what it would measure is not known before the
-    run, so random numbers stand in for it: exact for exact and x0, and for a bandit as many candidates as in the run,
-    but not the same ones.
-    """
-    train, steps = config.train, config.sample.num_inference_steps
-    windows = build_schedule(
-        schedule or config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=stop
-    )
-    stand_in = torch.Generator().manual_seed(config.run.seed)
-    iterations = min(train.iterations, 1000)
-    groups, size = train.groups_per_iteration, train.group_size
-    searched, lengths, run_steps, referred, led = 0, [], 0, 0, 0
-    last_referred = config.remedies.referred_steps(steps)
-
-    def probe(candidates: Sequence[Sequence[int]], *, estimate: str = "exact") -> list[tuple[Tensor, Tensor]]:
-        nonlocal searched
-        searched += sum(evaluations(start, steps, estimate) for starts in candidates for start in starts) * size
-        return [
-            (torch.rand(len(starts), generator=stand_in), torch.rand(len(starts), generator=stand_in))
-            for starts in candidates
-        ]
-
-    for iteration in range(iterations):
-        generator = noise_generator(config.run.seed, iteration, "windows")
-        for window in windows(iteration, groups, generator=generator, probe=probe):
-            lengths.append(len(window))
-            run_steps += steps - window.start
-            if window.deterministic and not windows.needs_anchors:
-                led += window.start * (1 if window.shared else size)
-            referred += max(0, min(window.stop, last_referred) - window.start)
-    branches = 2 if config.sample.guidance_scale > 1 and train.guidance else 1
-    return CallCounts(
-        anchors=branches * (groups * steps if windows.needs_anchors else led / iterations),
-        search=branches * searched / iterations,
-        rollout=branches * run_steps * size / iterations,
-        update=branches * sum(lengths) * size / iterations,
-        longest_window=stop if searched else max(lengths),
-        reference=branches * referred * size / iterations,
-    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +134,8 @@ class Plan:
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
         most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
-        return states.together + self.frozen + self.copies.get(precision, 0) + self.trajectories + most
+        most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
+        return states.together + self.trajectories + most
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
         """The configuration's calls, or the largest smaller ones, if any fit."""
@@ -245,26 +170,30 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(f"--gpus is {gpus}; use at least 1")
     files = read_model(config.model.name, config.model.revision, weights=False)
     sample = config.sample
+    model, compute = config.model, config.compute
     check_options(
-        config.model.name,
-        files.takes_prompts,
+        files,
         guidance_scale=sample.guidance_scale,
-        decoder=config.model.decoder,
-        offload=config.compute.offload,
+        decoder=model.decoder,
+        image_size=model.image_size,
+        attention=compute.attention,
+        channels_last=compute.channels_last,
+        offload=compute.offload,
     )
-    sampler = plan_sampler(files, sample)
-    counts = count_calls(config, sampler.stochastic_steps)
+    sampler = plan_sampler(files, sample, model.image_size)
+    conditions = sample.guidance_scale > 1, sample.guidance_scale > 1 and config.train.guidance
+    branches = untrained_condition(files, 1, conditions[1]).branches
+    counts = count_calls(config, sampler.stochastic_steps, branches=branches)
     try:
-        guided = sample.guidance_scale > 1
         footprints = measure_model(
-            files, device=device, guided=(guided, guided and config.train.guidance), prepare=_adapters(config)
+            files, device=device, guided=conditions, image_size=model.image_size, prepare=_adapters(config)
         )
     except WrongTarget:
         raise
     # diffusers checks no types: a wrong value in a config can raise nearly anything
     except Exception as error:
         raise ValueError(
-            f"model.name is {config.model.name!r}, whose UNet config does not run ({type(error).__name__}: {error})"
+            f"model.name is {model.name!r}, whose config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
     frozen = 0 if config.compute.offload else frozen_bytes(files)

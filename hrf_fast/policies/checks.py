@@ -12,23 +12,6 @@ _BLOCKS = ("down_block_types", "mid_block_type", "up_block_types")
 _MORE_CONDITIONS = ("num_class_embeds", "class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
 
 
-def check_options(
-    name: str, takes_prompts: bool, *, guidance_scale: float, decoder: str | None = None, offload: bool = False
-) -> None:
-    """Refuse options of text-to-image models that would do nothing for another.
-
-    Args:
-        name: model.name; the options are sample.guidance_scale, model.decoder and compute.offload.
-    """
-    values = {"sample.guidance_scale": (guidance_scale, 1), "model.decoder": (decoder, None)}
-    for option, (value, neutral) in {**values, "compute.offload": (offload, False)}.items():
-        if value != neutral and not takes_prompts:
-            raise ValueError(
-                f"{option} is {value} but model.name is {name!r}, an unconditional model, which has no prompts to "
-                f"steer it and no encoders; leave it at {neutral}, or name a text-to-image model"
-            )
-
-
 def check_unconditional(name: str, config: Mapping[str, Any]) -> None:
     """Refuse a UNet2DModel that anything but the noisy image and a discrete step goes into.
 

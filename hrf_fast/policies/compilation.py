@@ -1,4 +1,4 @@
-"""Compilation: torch.compile for a UNet's forward, whole or block by block, in a fixed small number of graphs.
+"""Compilation: torch.compile for a denoiser's forward, whole or block by block, in a fixed small number of graphs.
 
 Compiled are the forward functions: modules, the names of their weights and what is saved stay as they are. Timesteps
 come in as tensors and the batch dimension is dynamic, so neither steps, windows nor batch sizes compile again: there is
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 # the tests put a cheap one here
 BACKEND: str | Callable[..., Any] = "inductor"
@@ -59,7 +60,7 @@ def check_compile(mode: str, device: torch.device) -> None:
 
 
 def compile_network(modules: Sequence[Any]) -> None:
-    """Let each module's forward run compiled, as one graph: a whole UNet, or its blocks one by one."""
+    """Let each module's forward run compiled, as one graph: a whole denoiser, or its blocks one by one."""
     for number, module in enumerate(modules):
         # as nn.Module.compile does, which would compile one code object for all blocks: torch counts graphs, and looks
         # for the right one, per code object, and gives up at 8
@@ -81,27 +82,26 @@ def _compiled(module: Any, name: str) -> Callable[..., Any]:
 
 
 def _mark_batch(value: Any) -> None:
-    """Make the first dimension of every tensor a variable of the graph."""
-    if isinstance(value, Tensor):
+    """Make the batch, which is the first dimension of the first tensor and of others, a variable of the graph.
+
+    The positions of a transformer's tokens have no batch.
+    """
+    tensors = [part for part in tree_iter(value) if isinstance(part, Tensor)]
+    for tensor in tensors:
         # torch compiles a size of 1 as a constant, and refuses the wish for anything else
-        if len(value) > 1:
-            torch._dynamo.mark_dynamic(value, 0)
-    elif isinstance(value, dict):
-        _mark_batch(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _mark_batch(part)
+        if len(tensor) == len(tensors[0]) > 1:
+            torch._dynamo.mark_dynamic(tensor, 0)
 
 
-def canonical(latents: Tensor, timesteps: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs of a compiled UNet, in the one form that its graphs are made for.
+def canonical(latents: Tensor, timesteps: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs of a compiled denoiser, in the one form that its graphs are made for.
 
     Args:
-        latents: [B, C, H, W]; its strides may differ in dimensions of size 1, which would compile again.
+        latents: [B, …]; its strides may differ in dimensions of size 1, which would compile again.
         timesteps: one value or [B].
 
     Returns:
-        Contiguous latents, and timesteps [B] int64.
+        Contiguous latents, and timesteps [B].
     """
     count = len(latents)
     if isinstance(timesteps, Tensor):

@@ -32,12 +32,12 @@ class Component:
 
     @property
     def of_transformers(self) -> bool:
-        return self.kind.startswith("CLIP")
+        return self.kind.startswith(("CLIP", "T5"))
 
     @property
     def has_weights(self) -> bool:
         """Whether it is a network."""
-        return not self.kind.endswith(("Scheduler", "Tokenizer"))
+        return "Tokenizer" not in self.kind and not self.kind.endswith("Scheduler")
 
 
 def weight_files(part: Component, folder: Path, names: Collection[str], variant: str | None) -> list[str]:

@@ -1,7 +1,8 @@
-"""Encoders: prompts as a Stable Diffusion UNet takes them, encoded as diffusers' pipelines do (`encode_prompt`).
+"""Encoders: prompts as a UNet of Stable Diffusion takes them, encoded as diffusers' pipelines do (`encode_prompt`).
 
-A text is padded to the tokenizer's length, or cut to it. Texts are encoded one at a time, so that an embedding does not
-depend on what else is asked for, and are remembered on the CPU. Left out: clip_skip and textual inversion.
+Those of SD3 and FLUX are in encoders_t5.py. A text is padded to a length, or cut to it. Texts are encoded one at a
+time, so that an embedding does not depend on what else is asked for, and are remembered on the CPU. Left out: clip_skip
+and textual inversion.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# texts whose embeddings are remembered: 0.6 MB each for SDXL
-_REMEMBERED = 1024
+# bytes of embeddings that are remembered: a text has 0.6 MB for SDXL and 8 MB for FLUX
+_REMEMBERED = 2**30
 Rows = dict[str, Tensor]
 
 
@@ -56,17 +57,20 @@ class PromptEncoder:
     def _remember(self, rows: dict[str, Rows]) -> None:
         """Keep rows as the last used, and drop those that were not used for longest."""
         self._remembered = {text: row for text, row in self._remembered.items() if text not in rows} | rows
-        for text in [*self._remembered][:-_REMEMBERED]:
-            del self._remembered[text]
+        room = _REMEMBERED
+        for text, row in reversed([*self._remembered.items()]):
+            room -= sum(tensor.nbytes for tensor in row.values())
+            if room < 0:
+                del self._remembered[text]
 
     def _encode(self, text: str) -> Rows:
         """The rows [1, …] of one text, on the CPU."""
         return {"encoder_hidden_states": self._call(0, text)[0].to("cpu", torch.float32)}
 
-    def _call(self, number: int, text: str, **options: Any) -> Any:
-        """The output of an encoder for a text."""
+    def _call(self, number: int, text: str, length: int | None = None, **options: Any) -> Any:
+        """The output of an encoder for a text of `length` tokens; None for the tokenizer's own."""
         tokenizer, encoder = self._tokenizers[number], self.encoders[number]
-        length = tokenizer.model_max_length
+        length = length or tokenizer.model_max_length
         tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         self._note_cut(tokenizer, text, length)
         mask = tokens.attention_mask.to(self._device) if getattr(encoder.config, "use_attention_mask", False) else None

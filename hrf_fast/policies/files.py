@@ -14,9 +14,11 @@ from typing import Any
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.hub import files_in, find_folder
+from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3
 from hrf_fast.policies.checks import check_text_to_image, check_unconditional
 from hrf_fast.policies.component import INDEXES, VARIANT, Component, read_json, stems, weight_files
 from hrf_fast.policies.schedulers import check_scheduler
+from hrf_fast.policies.transformer_checks import check_transformer
 
 # the parts of a pipeline by name, and the class that a part's config must say it is
 _PIXEL = {"unet": "UNet2DModel", "scheduler": ""}
@@ -29,6 +31,28 @@ _TEXT = {
     "tokenizer": "CLIPTokenizer",
 }
 _TEXT_XL = {**_TEXT, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
+_FLUX = {
+    "transformer": "FluxTransformer2DModel",
+    "scheduler": "",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+    "text_encoder_2": "T5EncoderModel",
+    "tokenizer_2": "T5TokenizerFast",
+}
+_SD3 = {
+    "transformer": "SD3Transformer2DModel",
+    "scheduler": "",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModelWithProjection",
+    "tokenizer": "CLIPTokenizer",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "tokenizer_2": "CLIPTokenizer",
+    "text_encoder_3": "T5EncoderModel",
+    "tokenizer_3": "T5TokenizerFast",
+}
+# what model_index.json may say that a pipeline lacks, as [null, null]
+_OPTIONAL = ("text_encoder_3", "tokenizer_3")
 STABLE_DIFFUSION, STABLE_DIFFUSION_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 PIPELINES = {
     "DDPMPipeline": _PIXEL,
@@ -37,12 +61,14 @@ PIPELINES = {
     "LDMPipeline": _LATENT,
     STABLE_DIFFUSION: _TEXT,
     STABLE_DIFFUSION_XL: _TEXT_XL,
+    STABLE_DIFFUSION_3: _SD3,
+    FLUX: _FLUX,
 }
 # of every model; those of text-to-image parts follow where model_index.json has them
 CONFIGS = (
     *("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"),
-    *("config.json", "scheduler_config.json"),
-    *(INDEXES, f"unet/{INDEXES}", f"vqvae/{INDEXES}"),
+    *("config.json", "scheduler_config.json", "transformer/config.json"),
+    *(INDEXES, f"unet/{INDEXES}", f"vqvae/{INDEXES}", f"transformer/{INDEXES}"),
 )
 
 
@@ -54,13 +80,14 @@ class ModelFiles:
     pipeline: str
     """The pipeline's class."""
     parts: dict[str, Component]
-    """unet and scheduler, and by the pipeline vqvae, or vae, text_encoder, tokenizer and SDXL's second pair."""
+    """unet or transformer, scheduler, and by the pipeline vqvae, or vae and pairs of text_encoder and tokenizer."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The values of model_index.json."""
 
     @property
-    def unet(self) -> Component:
-        return self.parts["unet"]
+    def denoiser(self) -> str:
+        """The name of the part that is trained."""
+        return "transformer" if "transformer" in self.parts else "unet"
 
     @property
     def takes_prompts(self) -> bool:
@@ -134,12 +161,19 @@ def _read(name: str, folder: Path) -> ModelFiles:
     index = folder / "model_index.json"
     settings = read_json(index) if index.is_file() else {}
     pipeline = _pipeline(folder, name)
-    parts = {part: _component(name, folder, pipeline, part, kind) for part, kind in PIPELINES[pipeline].items()}
+    parts = {
+        part: _component(name, folder, pipeline, part, kind)
+        for part, kind in PIPELINES[pipeline].items()
+        if part not in _OPTIONAL or settings.get(part) != [None, None]
+    }
     files = ModelFiles(name, pipeline, parts, settings)
-    if files.takes_prompts:
-        check_text_to_image(name, {part: component.config for part, component in parts.items()})
+    configs = {part: component.config for part, component in parts.items()}
+    if files.denoiser == "transformer":
+        check_transformer(name, pipeline, configs)
+    elif files.takes_prompts:
+        check_text_to_image(name, configs)
     else:
-        check_unconditional(name, files.unet.config)
+        check_unconditional(name, configs["unet"])
     check_scheduler(name, parts["scheduler"].config, pipeline)
     return files
 
@@ -179,14 +213,15 @@ def _component(name: str, folder: Path, pipeline: str, part: str, kind: str) -> 
         kind: the class that it must be; "" for a scheduler, whose class is in its config.
     """
     kinds = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    config = kinds.get(part.removesuffix("_2"), "config.json")
+    config = kinds.get(part.rstrip("_23"), "config.json")
     for candidate in (folder / part, folder):
         if (candidate / config).is_file():
             values = read_json(candidate / config)
             says = values.get("_class_name") or (values.get("architectures") or [None])[0]
-            if kind.endswith("Tokenizer"):
-                says = str(values.get("tokenizer_class", kind)).removesuffix("Fast")
-            if kind and says != kind:
+            if "Tokenizer" in kind:
+                says = values.get("tokenizer_class", kind)
+            # a tokenizer's class has two names
+            if kind and str(says).removesuffix("Fast") != kind.removesuffix("Fast"):
                 raise ValueError(
                     f"model.name is {name!r}, whose {part} is a {says} where a {pipeline} has a {kind}; use a folder "
                     "as diffusers' save_pretrained writes it"

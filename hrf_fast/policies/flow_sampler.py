@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.config.options import DDPM_SAMPLERS, FLOW_SAMPLERS
+from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.sampler import Sampler, build_sampler, check_least_std
 from hrf_fast.policies.schedulers import FLOW_SCHEDULER
 from hrf_kernels import StepCoefficients
@@ -46,9 +47,12 @@ def choose_sampler(
     eta: float = 1.0,
     noise_level: float | None = None,
     image_tokens: int | None = None,
-    sigmas: str = SCHEDULER,
+    pipeline: str = "",
 ) -> Sampler:
     """The sampler of a model by its scheduler's class: `build_flow_sampler` or `build_sampler`.
+
+    Args:
+        pipeline: class of the model's pipeline, of which FluxPipeline has sigmas of its own.
 
     Raises:
         ValueError: a sampler of the other kind of model; else as those two.
@@ -59,8 +63,14 @@ def choose_sampler(
                 f"sample.scheduler is {kind!r} but the model is one of flow matching (its scheduler is a "
                 f"{FLOW_SCHEDULER}); use one of {', '.join(FLOW_SAMPLERS)}"
             )
-        options = {"noise_level": noise_level, "image_tokens": image_tokens, "sigmas": sigmas}
-        return build_flow_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, **options)
+        return build_flow_sampler(
+            scheduler,
+            kind=kind,
+            num_inference_steps=num_inference_steps,
+            noise_level=noise_level,
+            image_tokens=image_tokens,
+            sigmas=LINEAR if pipeline == FLUX else SCHEDULER,
+        )
     if kind in FLOW_SAMPLERS:
         raise ValueError(
             f"sample.scheduler is {kind!r} but the model is none of flow matching: its scheduler is a "

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrf_fast.policies.denoiser import check_finite, contiguous
 from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
-from hrf_fast.policies.unet import check_finite, contiguous
 
 # images that the decoder takes at once: its activations are those of full-size images
 _DECODED_AT_ONCE = 8

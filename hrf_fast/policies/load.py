@@ -10,17 +10,33 @@ import torch
 
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
-from hrf_fast.policies.checks import check_options, check_unet
+from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3, Shape, shape_of
+from hrf_fast.policies.checks import check_unet
 from hrf_fast.policies.encoders import PromptEncoder, PromptEncoderXL, time_ids
-from hrf_fast.policies.files import STABLE_DIFFUSION, ModelFiles, read_decoder, read_model
+from hrf_fast.policies.encoders_t5 import PromptEncoderFlux, PromptEncoderSD3
+from hrf_fast.policies.files import (
+    PIPELINES,
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    ModelFiles,
+    read_decoder,
+    read_model,
+)
 from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
 from hrf_fast.policies.latent import LatentPolicy
+from hrf_fast.policies.option_checks import check_options
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
-from hrf_fast.policies.text_to_image import StableDiffusionPolicy
-from hrf_fast.policies.unet import latent_shape
+from hrf_fast.policies.text_to_image import FluxPolicy, StableDiffusionPolicy, TextToImagePolicy
+
+_POLICIES: dict[str, type[TextToImagePolicy]] = {
+    STABLE_DIFFUSION: StableDiffusionPolicy,
+    STABLE_DIFFUSION_XL: StableDiffusionPolicy,
+    STABLE_DIFFUSION_3: TextToImagePolicy,
+    FLUX: FluxPolicy,
+}
 
 
 def load_policy(
@@ -29,6 +45,7 @@ def load_policy(
     revision: str | None = None,
     variant: str | None = None,
     decoder: str | None = None,
+    image_size: int | None = None,
     sampler: str = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
@@ -40,48 +57,71 @@ def load_policy(
     offload: bool = False,
     device: str | torch.device = "cpu",
 ) -> Policy:
-    """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM, flow), or Stable Diffusion 1, 2 or XL.
+    """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM), a Stable Diffusion or a FLUX.
 
     Args:
         name: `fashion` or another shipped name, a local diffusers folder, or a hub id such as
             google/ddpm-celebahq-256; revision: of a hub id.
         variant: of the weight files, such as fp16; None for the plain ones.
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
+        image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
         sampler, num_inference_steps, eta, noise_level: see `build_sampler` and, for flow models, `build_flow_sampler`.
         guidance_scale: of a text-to-image model; 1 for no guidance.
-        precision, channels_last: see `UNetPolicy`; attention: see `set_attention`.
+        precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
 
     The environment variable HRF_KERNELS chooses what computes log-probs and their gradients, as `choose_backend` does:
     triton (fused), eager (plain torch), or auto.
 
     Raises:
-        ValueError: no such model, no UNet in it, one that this trainer cannot drive, or weights that are not those of
-            its config or not finite; an option that this model has no use for; or an HRF_KERNELS that can't run here.
+        ValueError: no such model, no denoiser in it, one that this trainer cannot drive, or weights that are not those
+            of its config or not finite; an option that this model has no use for; or an HRF_KERNELS that can't run
+            here.
     """
     files, device = read_model(name, revision, variant), torch.device(device)
-    check_options(name, files.takes_prompts, decoder=decoder, guidance_scale=guidance_scale, offload=offload)
+    check_options(
+        files,
+        guidance_scale=guidance_scale,
+        decoder=decoder,
+        image_size=image_size,
+        attention=attention,
+        channels_last=channels_last,
+        offload=offload,
+    )
     if offload and device.type == "cpu":
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():
         scheduler = _scheduler(files)
-        unet = load_module(_model(files), files.unet)
+        unet = load_module(_model(files), files.parts[files.denoiser])
         if not files.takes_prompts:
             latent = "vqvae" in files.parts
             check_unet(name, unet.config, scheduler.config, latent=latent, is_flow=is_flow(scheduler))
         unet = unet.to(device)
         set_attention(unet, attention)
         kernels = os.environ.get("HRF_KERNELS") or "auto"
+        parts = _other_parts(files)
+        vae = parts["vae"].config if "vae" in parts else None
+        shape = shape_of(name, files.pipeline, unet.config, vae, image_size)
         steps = choose_sampler(
-            scheduler, kind=sampler, num_inference_steps=num_inference_steps, eta=eta, noise_level=noise_level
+            scheduler,
+            kind=sampler,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            noise_level=noise_level,
+            image_tokens=shape.tokens,
+            pipeline=files.pipeline,
         )
-        options: dict[str, Any] = {"precision": precision, "kernels": kernels, "channels_last": channels_last}
+        options: dict[str, Any] = {
+            "precision": precision,
+            "kernels": kernels,
+            "channels_last": channels_last,
+            "shape": shape,
+        }
         if files.takes_prompts:
-            options |= {"guidance_scale": guidance_scale, "offload": offload}
-            return _text_to_image(files, unet, scheduler, steps, decoder, device, **options)
-        if "vqvae" in files.parts:
-            vqvae = load_module(_model(files), files.parts["vqvae"]).to(device)
-            return LatentPolicy(unet, scheduler, steps, vqvae, **options)
+            options |= {"guidance_scale": guidance_scale, "offload": offload, "sized": image_size is not None}
+            return _text_to_image(files, unet, scheduler, steps, parts, decoder, device, **options)
+        if "vqvae" in parts:
+            return LatentPolicy(unet, scheduler, steps, parts["vqvae"].to(device), **options)
         return PixelPolicy(unet, scheduler, steps, **options)
 
 
@@ -93,30 +133,37 @@ def _scheduler(files: ModelFiles) -> Any:
     return make_scheduler(_model(files), files.parts["scheduler"].config, pipeline=files.pipeline)
 
 
+def _other_parts(files: ModelFiles) -> dict[str, Any]:
+    """What a pipeline is made of besides the denoiser and the scheduler; None for a part that it does without."""
+    parts: dict[str, Any] = dict.fromkeys(PIPELINES[files.pipeline])
+    for name, part in files.parts.items():
+        load = load_module if part.has_weights else from_pretrained
+        parts[name] = None if name in (files.denoiser, "scheduler") else load(_model(files), part)
+    return {name: part for name, part in parts.items() if name not in (files.denoiser, "scheduler")}
+
+
 def _text_to_image(
     files: ModelFiles,
     unet: Any,
     scheduler: Any,
     sampler: Sampler,
+    parts: dict[str, Any],
     decoder: str | None,
     device: torch.device,
     *,
+    shape: Shape,
     offload: bool,
     **options: Any,
-) -> StableDiffusionPolicy:
-    """The policy of a Stable Diffusion, with all parts that its pipeline has."""
-    parts: dict[str, Any] = {
-        name: load_module(_model(files), part) if part.has_weights else from_pretrained(_model(files), part)
-        for name, part in files.parts.items()
-        if name not in ("unet", "scheduler")
-    }
-    encoder = _encoder(files, parts, latent_shape(unet.config), device, offload=offload)
+) -> TextToImagePolicy:
+    """The policy of a text-to-image model, with all parts that its pipeline has."""
+    encoder = _encoder(files, parts, unet.config, shape, device, offload=offload)
     # on the CPU the VAE is kept for saving, where another decoder stands in for it
     tiny = load_module(f"model.decoder is {decoder!r}", read_decoder(decoder)) if decoder else None
-    settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if files.pipeline != STABLE_DIFFUSION:
-        settings = {"force_zeros_for_empty_prompt": _zero_negative(files)}
-    return StableDiffusionPolicy(
+    settings = {
+        STABLE_DIFFUSION: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        STABLE_DIFFUSION_XL: {"force_zeros_for_empty_prompt": _zero_negative(files)},
+    }.get(files.pipeline, {})
+    return _POLICIES[files.pipeline](
         unet,
         scheduler,
         sampler,
@@ -124,30 +171,40 @@ def _text_to_image(
         tiny or parts["vae"],
         pipeline=files.pipeline,
         parts=parts | settings,
+        denoiser=files.denoiser,
         # where a folder lies is no one else's business
         decoder_name=Path(decoder).name if decoder and os.path.isdir(decoder) else decoder,
+        shape=shape,
         offload=offload,
         **options,
     )
 
 
 def _encoder(
-    files: ModelFiles, parts: dict[str, Any], shape: tuple[int, int, int], device: torch.device, *, offload: bool
+    files: ModelFiles, parts: dict[str, Any], config: Any, shape: Shape, device: torch.device, *, offload: bool
 ) -> PromptEncoder:
-    """The prompt encoder of a pipeline's tokenizers and text encoders."""
-    tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
-    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    """The prompt encoder of a pipeline's tokenizers and text encoders.
+
+    Args:
+        config: of the denoiser.
+    """
+    tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        if tokenizer.model_max_length > (most := encoder.config.max_position_embeddings):
+        # T5 takes any number
+        most = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+        if tokenizer.model_max_length > most:
             raise ValueError(
                 f"{_model(files)}, whose tokenizer makes {tokenizer.model_max_length} tokens (model_max_length) but "
                 f"whose text encoder takes {most}; correct tokenizer_config.json"
             )
-    if files.pipeline == STABLE_DIFFUSION:
+    if files.pipeline == STABLE_DIFFUSION_3:
+        return PromptEncoderSD3(tokenizers, encoders, device, width=config.joint_attention_dim, offload=offload)
+    if files.pipeline == FLUX:
+        return PromptEncoderFlux(tokenizers, encoders, device, offload=offload)
+    if files.pipeline == STABLE_DIFFUSION or shape.size is None:
         return PromptEncoder(tokenizers, encoders, device, offload=offload)
-    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    size = (shape[1] * factor, shape[2] * factor)
-    ids, zero = time_ids(size, (0, 0), size), _zero_negative(files)
+    ids, zero = time_ids(shape.size, (0, 0), shape.size), _zero_negative(files)
     return PromptEncoderXL(tokenizers, encoders, device, time_ids=ids, zero_negative=zero, offload=offload)
 
 

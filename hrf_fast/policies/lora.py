@@ -31,7 +31,7 @@ _LAYERS = (nn.Linear, nn.Conv2d)
 
 
 class WrongTarget(ValueError):
-    """A target of lora.targets that the UNet does not have."""
+    """A target of lora.targets that the denoiser does not have."""
 
 
 def add_adapters(
@@ -44,10 +44,10 @@ def add_adapters(
     base_precision: str = "fp32",
     seed: int = 0,
 ) -> None:
-    """Freeze a UNet and put an adapter beside each of its target layers.
+    """Freeze a denoiser and put an adapter beside each of its target layers.
 
     Args:
-        unet: a diffusers UNet in fp32, on its device.
+        unet: a UNet or transformer of diffusers in fp32, on its device.
         rank: of A and B; alpha: the scale's numerator, None for the rank.
         targets: endings of the names of layers, such as to_q or to_out.0.
         init: of A, whose columns are normal with std 1/rank (gaussian) or uniform (kaiming); B is 0.
@@ -89,7 +89,7 @@ def store_frozen(unet: nn.Module, precision: str) -> None:
 
 
 def adapted_layers(unet: nn.Module) -> dict[str, Any]:
-    """The layers that have an adapter, by name; none for a UNet that is trained whole."""
+    """The layers that have an adapter, by name; none for a denoiser that is trained whole."""
     if not hasattr(unet, "peft_config"):
         return {}
     from peft.tuners.lora import LoraLayer
@@ -99,7 +99,7 @@ def adapted_layers(unet: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def switched_off(unet: nn.Module) -> Iterator[None]:
-    """A block in which the UNet computes without its adapters; a no-op for one that has none."""
+    """A block in which the denoiser computes without its adapters; a no-op for one that has none."""
     layers = adapted_layers(unet).values()
     try:
         for layer in layers:
@@ -113,10 +113,10 @@ def switched_off(unet: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(unet: Any) -> Any:
-    """The UNet as diffusers knows it: a copy in fp32 on the CPU with W + alpha/rank · B·A for W.
+    """The denoiser as diffusers knows it: a copy in fp32 on the CPU with W + alpha/rank · B·A for W.
 
     Returns:
-        The UNet itself where it has no adapters.
+        The denoiser itself where it has no adapters.
     """
     if not (layers := adapted_layers(unet)):
         return unet
@@ -143,18 +143,21 @@ def save_adapters(unet: Any, folder: Path, pipeline: Any) -> None:
     # a set, whose order differs between processes
     settings["target_modules"] = sorted(settings["target_modules"])
     weights = {saved: _saved(unet.get_parameter(name)) for name, saved in _names(unet).items()}
-    pipeline.save_lora_weights(folder, weights, unet_lora_adapter_metadata=settings)
+    part = next(name for name in ("transformer", "unet") if name in pipeline._lora_loadable_modules)
+    layers = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}
+    pipeline.save_lora_weights(folder, **layers)
 
 
 @torch.no_grad()
 def load_adapters(unet: Any, folder: Path) -> None:
-    """Put the adapters that `save_adapters` wrote into a UNet that has adapters of the same rank, alpha and targets.
+    """Put the adapters that `save_adapters` wrote into a denoiser with adapters of equal rank, alpha and targets.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape or not finite.
     """
     file, names = folder / LORA_WEIGHTS, _names(unet)
-    tensors = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
+    # after the part of the pipeline
+    tensors = {name.partition(".")[2]: tensor for name, tensor in load_file(file).items()}
     if problem := judge({saved: unet.get_parameter(name).shape for name, saved in names.items()}, tensors):
         raise ValueError(f"{file} can't be used for the adapters of section lora: {problem}; restore the run's folder")
     for name, saved in names.items():

@@ -1,4 +1,4 @@
-"""Network: a UNet under its precision, the count of its calls, and the policy that every UNet has in common."""
+"""Network: a denoiser, UNet or transformer, under its precision, and the count of its calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.distributed import comm
+from hrf_fast.policies.calling import Call, call_unet
 from hrf_fast.policies.compilation import canonical
 
-# inputs that SDXL's UNet takes in a mapping of their own; flat here, so that engines and rows treat all inputs alike
-_ADDED = ("text_embeds", "time_ids")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the reentrant form loses gradients under ZeRO-3
 NOT_REENTRANT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -43,11 +42,19 @@ class NetworkCalls:
 
 
 class Network(nn.Module):
-    """A UNet under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights."""
+    """A denoiser under its precision, fp32 in and its own dtype out; precision is autocast over fp32 weights.
 
-    def __init__(self, unet: nn.Module, precision: str, *, channels_last: bool = False) -> None:
-        """Raises ValueError for an unknown precision."""
+    It is `unet` whatever its architecture: checkpoints have that name before those of the weights.
+    """
+
+    def __init__(self, unet: nn.Module, precision: str, *, channels_last: bool = False, call: Call = call_unet) -> None:
+        """Wrap a denoiser that `call` knows the arguments of.
+
+        Raises:
+            ValueError: an unknown precision.
+        """
         super().__init__()
+        self.call = call
         if precision not in PRECISIONS:
             raise ValueError(f"compute.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.channels_last, self.compiled = channels_last, False
@@ -56,21 +63,20 @@ class Network(nn.Module):
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Keep only the inputs of the UNet's blocks and run each block again in the backward; or stop doing so."""
+        """Keep only the inputs of the denoiser's blocks and run each block again in the backward; or stop doing so."""
         unet: Any = self.unet
         if enabled:
             unet.enable_gradient_checkpointing(NOT_REENTRANT)
         else:
             unet.disable_gradient_checkpointing()
 
-    def forward(self, latents: Tensor, timesteps: int | Tensor, **condition: Tensor) -> Tensor:
-        """The UNet's output [B, C, H, W] for latents of that shape; `timesteps` is one value or [B]."""
-        named: dict[str, Any] = {name: tensor for name, tensor in condition.items() if name not in _ADDED}
-        if added := {name: tensor for name, tensor in condition.items() if name in _ADDED}:
-            named["added_cond_kwargs"] = added
+    def forward(self, latents: Tensor, timesteps: float | Tensor, **condition: Tensor) -> Tensor:
+        """The denoiser's output for latents [B, …], of their shape; `timesteps` is one value or [B]."""
         if self.compiled:
             latents, timesteps = canonical(latents, timesteps)
         if self.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.unet(latents, timesteps, return_dict=False, **named)[0].contiguous()
+        # each weight is used once a call: a cache of rounded weights would only hold half of them more until its end
+        enabled = self.dtype is not None
+        with torch.autocast(latents.device.type, self.dtype, enabled=enabled, cache_enabled=False):
+            return self.call(self.unet, latents, timesteps, condition).contiguous()

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hrf_fast.policies.denoiser import check_finite, contiguous
 from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
-from hrf_fast.policies.unet import check_finite, contiguous
 
 
 class PixelPolicy(UnconditionalPolicy):

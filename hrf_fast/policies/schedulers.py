@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hrf_fast.hub import first_line
+from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3
 
 # schedulers that the steps are made of directly
 _EXACT = ("DDPMScheduler", "DDIMScheduler")
@@ -31,8 +32,9 @@ COMPATIBLE = (
     "UniPCMultistepScheduler",
 )
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# pipelines that diffusers runs with it
-FLOW_PIPELINES = ("DDPMPipeline",)
+# pipelines that diffusers runs with it alone, and all that it runs with it
+_FLOW_ALONE = (STABLE_DIFFUSION_3, FLUX)
+FLOW_PIPELINES = ("DDPMPipeline", *_FLOW_ALONE)
 # settings that a DDIM takes over; diffusers drops those that are another class's defaults
 _KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
@@ -55,6 +57,11 @@ def check_scheduler(model: str, config: dict[str, Any], pipeline: str) -> None:
     if kind == FLOW_SCHEDULER:
         _check_flow(model, config, pipeline)
         return
+    if pipeline in _FLOW_ALONE:
+        raise ValueError(
+            f"model.name is {model!r}, a {pipeline}, whose transformer is one of flow matching, but whose scheduler is "
+            f"{kind}; use a {FLOW_SCHEDULER}"
+        )
     if kind not in COMPATIBLE:
         known = ", ".join((*COMPATIBLE, FLOW_SCHEDULER))
         raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {known}")

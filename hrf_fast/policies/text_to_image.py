@@ -1,7 +1,8 @@
-"""StableDiffusionPolicy: Stable Diffusion 1, 2 (v-prediction too) and XL, steered by prompts, in the VAE's latents."""
+"""TextToImagePolicy: models steered by prompts, in the latents of a VAE: Stable Diffusion 1, 2, XL and 3, and FLUX."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ import torch
 from torch import Tensor
 
 from hrf_fast.policies.base import Condition
+from hrf_fast.policies.calling import unpack
+from hrf_fast.policies.denoiser import DenoiserPolicy, check_finite, contiguous, scheduler_of
 from hrf_fast.policies.encoders import PromptEncoder, resident
 from hrf_fast.policies.files import STABLE_DIFFUSION
 from hrf_fast.policies.lora import adapted_layers, save_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sampler import Sampler
-from hrf_fast.policies.unet import UNetPolicy, check_finite, contiguous, scheduler_of
 from hrf_fast.prompts import Prompt
 
 # pixels that the decoder makes at once: its activations are those of full-size images
 _PIXELS_AT_ONCE = 8 * 256 * 256
 
 
-class StableDiffusionPolicy(UNetPolicy):
-    """The policy of a StableDiffusionPipeline or StableDiffusionXLPipeline; its UNet alone is trained."""
+class TextToImagePolicy(DenoiserPolicy):
+    """The policy of a StableDiffusion3Pipeline, and of others as below; its denoiser alone is trained."""
 
     takes_prompts = True
 
@@ -37,7 +39,9 @@ class StableDiffusionPolicy(UNetPolicy):
         *,
         pipeline: str,
         parts: Mapping[str, Any],
+        denoiser: str = "unet",
         decoder_name: str | None = None,
+        sized: bool = False,
         offload: bool = False,
         **options: Any,
     ) -> None:
@@ -45,18 +49,18 @@ class StableDiffusionPolicy(UNetPolicy):
 
         Args:
             encoder: of prompts; decoder: an AutoencoderKL or AutoencoderTiny.
-            pipeline: the class that `save` writes; parts: what it is made of besides the UNet and the scheduler.
+            pipeline: the class that `save` writes; parts: what it is made of besides the denoiser and the scheduler.
+            denoiser: the denoiser's name among the pipeline's parts, unet or transformer.
             decoder_name: model.decoder, where the decoder is not the pipeline's VAE.
+            sized: whether the images have a size of the user's, which the lines of `example` name.
             offload: keep the decoder on the CPU between uses.
-            options: UNetPolicy's.
+            options: DenoiserPolicy's.
         """
         super().__init__(unet, scheduler, sampler, **options)
-        self._encoder, self._parts, self._pipeline = encoder, parts, pipeline
-        self._decoder_name, self._offload = decoder_name, offload
+        self._encoder, self._parts, self._pipeline, self._denoiser = encoder, parts, pipeline, denoiser
+        self._decoder_name, self._sized, self._offload = decoder_name, sized, offload
         self.decoder = decoder.eval().requires_grad_(False).to("cpu" if offload else self.device)
-        _, height, width = self.latent_shape
-        factor = 2 ** (len(decoder.config.block_out_channels) - 1)
-        self._decoded_at_once = max(1, _PIXELS_AT_ONCE // (height * width * factor**2))
+        self._decoded_at_once = max(1, _PIXELS_AT_ONCE // math.prod(self.shape.size or ()))
 
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The embeddings of prompts and, under guidance, of their negative prompts; None is the empty prompt."""
@@ -68,7 +72,7 @@ class StableDiffusionPolicy(UNetPolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode clean latents [B, 4, h, w] in fp32 to images [B, 3, H, W] in [0, 1], as the pipelines do.
+        """Decode clean latents [B, …] in fp32 to images [B, 3, H, W] in [0, 1], as the pipelines do.
 
         Raises:
             FloatingPointError: a latent is NaN or infinite.
@@ -80,18 +84,14 @@ class StableDiffusionPolicy(UNetPolicy):
         return (images / 2 + 0.5).clamp(0, 1)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """Latents in the decoder's own units; SDXL's pipeline alone reads a VAE's mean and std."""
+        """Latents [B, C, h, w] in the decoder's own units."""
         config = self.decoder.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if self._pipeline == STABLE_DIFFUSION or mean is None or std is None:
-            return latents / config.scaling_factor
-        mean, std = (torch.tensor(value, device=latents.device).view(1, -1, 1, 1) for value in (mean, std))
-        return latents * std / config.scaling_factor + mean
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def save(self, folder: Path) -> None:
         """Write a diffusers folder (safetensors) with every part, which the pipeline's `from_pretrained` loads.
 
-        Of a UNet with adapters only these are written, for `load_lora_weights`.
+        Of a denoiser with adapters only these are written, for `load_lora_weights`.
         """
         import diffusers
 
@@ -102,20 +102,25 @@ class StableDiffusionPolicy(UNetPolicy):
                 save_adapters(self.unet, folder, kind)
                 return
             with contiguous(self.unet):
-                pipeline = kind(unet=self.unet, scheduler=self.scheduler, **self._parts)
+                pipeline = kind(**{self._denoiser: self.unet}, scheduler=self.scheduler, **self._parts)
                 pipeline.save_pretrained(folder, safe_serialization=True)
             for name, part in self._parts.items():
-                if name.startswith("tokenizer"):
+                if type(part).__name__.startswith("CLIPTokenizer"):
                     # vocab.json and merges.txt, which transformers 4 reads; 5 writes tokenizer.json alone
                     part.backend_tokenizer.model.save(str(folder / name))
 
     def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
         """See `Policy.example`."""
         source, adapters = ('"."', "") if not adapted_layers(self.unet) else (base, 'pipeline.load_lora_weights(".")\n')
+        # diffusers wants to hear of text encoders that are not there
+        absent = [name for name, part in self._parts.items() if part is None and name.startswith(("text_", "token"))]
+        source = ", ".join([source, *(f"{name}=None" for name in absent)])
         kind, options, noise = scheduler_of(scheduler, eta)
         names = sorted((self._pipeline, kind, *(["AutoencoderTiny"] if self._decoder_name else [])))
         tiny = f'pipeline.vae = AutoencoderTiny.from_pretrained("{self._decoder_name}")\n' if self._decoder_name else ""
         arguments = f"\n    {noise.removeprefix(', ')}," if noise else ""
+        if self._sized and self.shape.size:
+            arguments += "\n    height={},\n    width={},".format(*self.shape.size)
         return f"""\
 import torch
 from diffusers import {", ".join(names)}
@@ -132,3 +137,35 @@ pipeline = {self._pipeline}.from_pretrained({source})
 # [16, 3, height, width] in [0, 1], as rewards see them
 images = torch.from_numpy(images).permute(0, 3, 1, 2)
 """
+
+
+class StableDiffusionPolicy(TextToImagePolicy):
+    """The policy of a StableDiffusionPipeline or StableDiffusionXLPipeline."""
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents in the decoder's own units; SDXL's pipeline alone reads a VAE's mean and std."""
+        config = self.decoder.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if self._pipeline == STABLE_DIFFUSION or mean is None or std is None:
+            return latents / config.scaling_factor
+        mean, std = (torch.tensor(value, device=latents.device).view(1, -1, 1, 1) for value in (mean, std))
+        return latents * std / config.scaling_factor + mean
+
+
+class FluxPolicy(TextToImagePolicy):
+    """The policy of a FluxPipeline, whose latents are tokens and whose guidance is an input of the network."""
+
+    def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
+        """The embeddings of prompts and, for a transformer that takes it, the guidance scale: 1 if not `guided`.
+
+        There is no unconditional branch: a negative prompt has no effect.
+        """
+        rows = self._encoder.rows([(prompt or Prompt("")).text for prompt in prompts])
+        if self.unet.config.guidance_embeds:
+            scale = self.guidance_scale if guided else 1.0
+            rows["guidance"] = torch.full((len(prompts),), scale, device=self.device)
+        return Condition(rows)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        assert self.shape.grid is not None
+        return super()._unscaled(unpack(latents, self.shape.grid))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.unet import UNetPolicy, scheduler_of
+from hrf_fast.policies.denoiser import DenoiserPolicy, scheduler_of
 from hrf_fast.prompts import Prompt
 
 
-class UnconditionalPolicy(UNetPolicy):
+class UnconditionalPolicy(DenoiserPolicy):
     """The policy of a UNet2DModel, which nothing steers."""
 
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:

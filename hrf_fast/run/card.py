@@ -75,7 +75,7 @@ def model_card(
     local = model.name not in SHIPPED and os.path.isdir(model.name)
     base = _shown(model.name)
     details = ["a local folder"] if local else []
-    details += [f"{name} {_shown(value)}" for name, value in vars(model).items() if name != "name" and value]
+    details += [f"{name} {_shown(str(value))}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
     flow = sample.scheduler in FLOW_SAMPLERS

@@ -13,7 +13,7 @@ import hrf_fast.memory.activations as activations_module
 from hrf_fast.build import build_components, build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.activations import memory_for
-from hrf_fast.policies.unet import UNetPolicy
+from hrf_fast.policies.denoiser import DenoiserPolicy
 from hrf_fast.train import main
 from hrf_fast.training.rewarding import Rewarder, reward_groups
 from tests.runs import (
@@ -64,7 +64,7 @@ def test_keep_is_replay_is_checkpoint(tiny_run, tmp_path, words):
 
 
 def test_only_window_steps_run_with_gradient(tiny_run, tmp_path, monkeypatch):
-    seen, original = [], UNetPolicy.predict
+    seen, original = [], DenoiserPolicy.predict
 
     def watched(policy, latents, steps, condition):
         prediction = original(policy, latents, steps, condition)
@@ -77,7 +77,7 @@ def test_only_window_steps_run_with_gradient(tiny_run, tmp_path, monkeypatch):
             if record["iteration"] == 0:
                 seen.clear()
 
-    monkeypatch.setattr(UNetPolicy, "predict", watched)
+    monkeypatch.setattr(DenoiserPolicy, "predict", watched)
     # 6 steps, window [3, 5) of both groups
     words = ["window.schedule=clusters", "window.kwargs.clusters=[{steps: [3]}]", "compute.activations=keep"]
     words += ["train.iterations=1", "compute.images_per_call=6", "train.groups_per_step=2"]

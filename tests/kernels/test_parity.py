@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-import hrf_fast.policies.unet
+import hrf_fast.policies.denoiser
 import hrf_kernels
 from hrf_fast.train import main
 from hrf_kernels import fused
@@ -49,7 +49,7 @@ def triton_ran(monkeypatch):
         launch(kernel, *args, **kwargs)
 
     monkeypatch.setattr(hrf_kernels, "choose_backend", choose_triton)
-    monkeypatch.setattr(hrf_fast.policies.unet, "choose_backend", choose_triton)
+    monkeypatch.setattr(hrf_fast.policies.denoiser, "choose_backend", choose_triton)
     monkeypatch.setattr(fused, "launch", count)
     yield
     assert launches

@@ -72,7 +72,8 @@ def test_a_text_is_encoded_once_and_alike_in_any_company(monkeypatch):
     assert calls == [[1] * 5] * 2
     assert all(torch.equal(alone[name][0], together[name][1]) for name in alone)
     # what was not used for longest is forgotten
-    monkeypatch.setattr(encoders, "_REMEMBERED", 2)
+    size = sum(tensor.nbytes for tensor in policy._encoder._remembered["dog"].values())
+    monkeypatch.setattr(encoders, "_REMEMBERED", 2 * size)
     policy.condition([Prompt("dog", "")])
     assert [*policy._encoder._remembered] == ["dog", ""]
     policy.condition([Prompt("a", "")])

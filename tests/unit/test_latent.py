@@ -151,7 +151,7 @@ def test_a_plan_needs_the_configs_only(model, tmp_path, capsys):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "LDMSuperResolutionPipeline"])
+@pytest.mark.parametrize("kind", ["PixArtAlphaPipeline", "LDMSuperResolutionPipeline"])
 def test_a_pipeline_that_no_policy_drives_is_refused_by_name(copy, kind):
     edit(copy / "model_index.json", _class_name=kind)
     with pytest.raises(ValueError, match=f"model.name is '{copy}'.* {kind};"):

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hrf_fast.config.load import load_config
-from hrf_fast.memory.planner import count_calls
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.policies.flow_sampler import build_flow_sampler
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sample import starting_noise
@@ -157,6 +157,6 @@ def test_a_run_costs_what_the_plan_says_and_its_ratio_is_1(schedule, tiny_run):
     words.append(f"window.kwargs={kwargs}")
     records = metrics(train(words).folder)
     assert [(record["ratio_mean"], record["ratio_max"]) for record in records] == [(1, 1), (1, 1)]
-    counts = count_calls(load_config(words), 5)
+    counts = count_calls(load_config(words), 5, branches=1)
     assert records[-1]["forwards"] in (2 * counts.forwards("keep", 1), 2 * counts.forwards("replay", 1))
     assert counts.anchors > 0

@@ -175,8 +175,8 @@ def test_a_variant_of_the_hub_is_named_and_downloaded_alone(hub):
 
 
 def test_a_model_that_cannot_be_driven_is_refused_before_its_weights_are_downloaded(hub):
-    (hub.source / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline"):
+    (hub.source / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(ValueError, match="PixArtAlphaPipeline"):
         load(ID)
     assert hub.downloaded == CONFIGS
 

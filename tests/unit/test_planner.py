@@ -15,8 +15,9 @@ from hrf_fast.cli import main
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
 from hrf_fast.memory import planner
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.memory.footprint import Footprint, Line, measure_model
-from hrf_fast.memory.planner import Plan, count_calls, plan
+from hrf_fast.memory.planner import Plan, plan
 from hrf_fast.memory.zero import ENGINES, model_states
 from hrf_fast.policies.files import read_model
 from hrf_fast.run.files import read_log
@@ -105,7 +106,7 @@ def make_plan(memory, *words, gpus=1):
         ["train.groups_per_iteration=2", "train.group_size=8", "sample.num_inference_steps=4"]
         + ["window.schedule=full", *words]
     )
-    return Plan(config, gpus, memory, "plain", 0, count_calls(config, 3), footprints)
+    return Plan(config, gpus, memory, "plain", 0, count_calls(config, 3, branches=1), footprints)
 
 
 def test_what_each_mode_holds_by_hand():

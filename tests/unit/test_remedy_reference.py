@@ -6,7 +6,8 @@ import torch
 from hrf_fast.build import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.config.remedy_options import RemediesConfig
-from hrf_fast.memory.planner import count_calls, plan
+from hrf_fast.memory.counts import count_calls
+from hrf_fast.memory.planner import plan
 from hrf_fast.noise import NoiseKey
 from hrf_fast.prompts import Prompt
 from hrf_fast.training.calls import Call, CallPlan, Piece
@@ -177,7 +178,7 @@ def test_a_run_counts_its_calls_starts_at_a_kl_of_zero_and_resumes_to_the_bit(ti
     assert first["reference_kl"] == 0 and first["ratio_max"] == 1 and second["reference_kl"] > 0
     # per iteration 2 groups of 3: rollouts of 6 steps, 5 of them asked and trained
     assert first["forwards"] == 6 * (6 + 5 + 5) and first["backwards"] == 6 * 5
-    counts = count_calls(load_config(words), 5)
+    counts = count_calls(load_config(words), 5, branches=1)
     assert counts.reference == 6 * 5 and counts.forwards("replay", 1) == first["forwards"]
     halves = with_folder(words, tmp_path / "halves")
     train([*halves, "train.iterations=1"], reward=brightness)

@@ -177,7 +177,7 @@ def test_weights_of_every_part_are_judged(copy_xl, part, fault):
         "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
-        "StableDiffusion3Pipeline",
+        "PixArtAlphaPipeline",
     ],
 )
 def test_other_pipelines_are_refused_by_their_class(copy, kind):

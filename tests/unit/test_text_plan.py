@@ -3,19 +3,19 @@
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.footprint import measure_running
-from hrf_fast.memory.planner import count_calls, plan
+from hrf_fast.memory.planner import plan
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untrained_network
 from tests.text_models import KINDS, load_text_policy, text_model
-from tests.true_models import UNETS, write_true_model
+from tests.true_models import DENOISERS, write_true_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # by configuration: the model, its elements, GPUs and their memory
@@ -23,6 +23,9 @@ TRUE = {
     "sd/sd15_lora": ("sd15", 859_520_964, 1, "24GB"),
     "sdxl/sdxl_lora_zero2": ("sdxl", 2_567_463_684, 8, "24GB"),
     "sdxl/sdxl_full_zero3": ("sdxl", 2_567_463_684, 8, "80GB"),
+    "sd3/sd35_lora": ("sd35_medium", 2_243_171_520, 1, "24GB"),
+    "flux/flux_dev_lora_zero2": ("flux_dev", 11_901_408_320, 1, "80GB"),
+    "flux/flux_dev_full_zero3": ("flux_dev", 11_901_408_320, 8, "80GB"),
 }
 
 
@@ -56,9 +59,11 @@ def test_a_guided_call_has_the_activations_of_two_images():
     ("words", "factor"),
     [([], 1), (["sample.guidance_scale=5"], 2), (["sample.guidance_scale=5", "train.guidance=false"], 1)],
 )
-def test_guided_images_count_two(words, factor):
-    config = load_config(["window.schedule=full", "sample.num_inference_steps=6", "train.group_size=3", *words])
-    counts = count_calls(config, 6)
+def test_guided_images_count_two(words, factor, monkeypatch):
+    # activations are another test's
+    monkeypatch.setattr("hrf_fast.memory.footprint._peaks", lambda *_: (0, 0, 0))
+    words += [f"model.name={text_model('sd1')}", "window.schedule=full", "sample.num_inference_steps=6"]
+    counts = plan(load_config([*words, "train.group_size=3"]), gpus=1, memory=10**9).counts
     # 4 groups of 3 over 6 steps
     assert counts.rollout == counts.update == factor * 4 * 3 * 6 and counts.longest_window == 6
 
@@ -75,7 +80,8 @@ def test_options_of_other_models_are_refused(word, tiny_model):
 def counted(config, kind):
     """(elements, bytes of all weights, of gradients, of AdamW's averages) of what a configuration trains."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNETS[kind])
+        config_of = DENOISERS[kind]
+        unet = getattr(diffusers, config_of["_class_name"]).from_config(config_of)
         elements = sum(weight.numel() for weight in unet.parameters())
         if config.lora.rank:
             add_adapters(unet, **vars(config.lora))
@@ -89,9 +95,9 @@ def counted(config, kind):
     return elements, weights, gradients, averages
 
 
-# SDXL's layers take seconds to make even on the meta device
+# the layers of large models take seconds to make even on the meta device
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "sdxl" in name else name for name in TRUE]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "sd15" not in name else name for name in TRUE]
 )
 def test_the_plan_has_the_counted_bytes_of_the_true_architectures(name, tmp_path, monkeypatch):
     kind, elements, gpus, _ = TRUE[name]
@@ -113,7 +119,7 @@ def test_the_plan_has_the_counted_bytes_of_the_true_architectures(name, tmp_path
     }[made.engine] == (states.parameters, states.gradients, states.optimizer, states.host)
     if config.lora.rank:
         # 2 bytes each but for the normalisations and the adapters
-        assert 2 * elements < weights < 2.05 * elements and gradients < 0.01 * weights
+        assert 2 * elements < weights < 2.05 * elements and gradients < 0.02 * weights
     else:
         assert weights == gradients == averages / 2 == 4 * elements
 

@@ -160,6 +160,20 @@ def test_the_example_draws_in_the_folder_with_the_policys_sampler(kind, sampler,
         assert not names["pipeline"].scheduler.config.set_alpha_to_one
 
 
+def test_another_image_size_is_that_of_latents_images_time_ids_and_the_example():
+    policy = load_text_policy("sdxl", image_size=32)
+    assert policy.latent_shape == (4, 16, 16)
+    condition = policy.condition([Prompt("cat")])
+    assert condition.inputs["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+    latents = latents_of(policy, 1)
+    assert policy.predict(latents, 2, condition).combined.shape == latents.shape
+    assert policy.decode(latents).shape == (1, 3, 32, 32)
+    assert "height=32,\n    width=32," in policy.example("ddim", 4, 1.0)
+    # two levels of the VAE, two of the UNet
+    with pytest.raises(ValueError, match="model.image_size is 30.*multiple of 4.*use 32"):
+        load_text_policy("sdxl", image_size=30)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 MODES = {
@@ -299,6 +313,7 @@ def test_groups_are_guided_by_option_and_panels_always(guided, tmp_path):
         ({"guidance_scale": 2.0}, "sample.guidance_scale is 2.0.*unconditional.*leave it at 1"),
         ({"decoder": "madebyollin/taesd"}, "model.decoder is madebyollin/taesd.*leave it at None"),
         ({"offload": True}, "compute.offload is True.*leave it at False"),
+        ({"image_size": 32}, "model.image_size is 32.*leave it at None"),
     ],
 )
 def test_options_of_text_to_image_models_are_refused_for_others(tiny_model, options, match):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hrf_fast.config.load import load_config
-from hrf_fast.memory.planner import count_calls
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.optimizer_step import Clips, call_surrogate, window_share
 from hrf_fast.training.rollout import rollout
@@ -132,5 +132,5 @@ def test_a_run_of_interior_windows_is_counted_and_planned_as_it_is_made(tiny_run
     # 2 anchors of 6 steps; 2 groups of 3 from step 1 on, 5 steps; 2 of these again, with gradient
     assert (record["window_starts"], record["window_steps"]) == ([1, 1], 4)
     assert (record["forwards"], record["backwards"]) == (2 * 6 + 6 * 5 + 6 * 2, 6 * 2)
-    counts = count_calls(load_config(words), stop=5)
+    counts = count_calls(load_config(words), stop=5, branches=1)
     assert (counts.anchors, counts.rollout, counts.update, counts.longest_window) == (12, 30, 12, 2)

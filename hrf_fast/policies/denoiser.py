@@ -1,4 +1,4 @@
-"""UNetPolicy: what policies of every UNet have in common: calls of the network, guidance, counting and compiling."""
+"""DenoiserPolicy: what every policy has in common: calls of the network, guidance, counting and compiling."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hrf_fast.config.options import FLOW_SAMPLERS
 from hrf_fast.policies.base import Condition, Prediction
+from hrf_fast.policies.calling import Shape, shape_of
 from hrf_fast.policies.compilation import compile_network
 from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
@@ -21,8 +22,11 @@ from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
 
 
-class UNetPolicy:
-    """The denoising policy π(x_{t-1} | x_t, t) of a UNet; a subclass adds `condition`, `decode` and how it is saved."""
+class DenoiserPolicy:
+    """The denoising policy π(x_{t-1} | x_t, t) of a UNet or transformer.
+
+    A subclass adds `condition`, `decode` and how it is saved.
+    """
 
     takes_prompts = False
 
@@ -36,22 +40,25 @@ class UNetPolicy:
         kernels: str = "auto",
         channels_last: bool = False,
         guidance_scale: float = 1.0,
+        shape: Shape | None = None,
     ) -> None:
-        """Wrap a UNet of diffusers.
+        """Wrap a UNet or transformer of diffusers.
 
         Args:
             scheduler: the model's own, which is saved with it; sampler: the steps made of it.
             precision: fp32, or bf16 or fp16 for autocast with fp32 weights.
             kernels: see `hrf_kernels.choose_backend`.
-            channels_last: weights and inputs of the UNet in that memory format.
+            channels_last: weights and inputs of a UNet in that memory format.
             guidance_scale: for conditions with an unconditional branch.
+            shape: of the latents, and the call that takes them; None for what the config of a UNet says.
 
         Raises:
-            ValueError: an unknown precision, or kernels that can't run on the UNet's device.
+            ValueError: an unknown precision, or kernels that can't run on the network's device.
         """
         self.scheduler, self.precision = scheduler, precision
         self.guidance_scale = guidance_scale
-        self.network = Network(unet, precision, channels_last=channels_last)
+        shape = shape or shape_of("", "", unet.config)
+        self.network = Network(unet, precision, channels_last=channels_last, call=shape.call)
         self._with_gradient: Callable[..., Tensor] = self.network
         self._reference: Network | None = None
         self.device = next(unet.parameters()).device
@@ -66,15 +73,15 @@ class UNetPolicy:
         self.compiled = "none"
         self.calls = NetworkCalls()
         self.stopwatch = Stopwatch(self.device)
-        self.latent_shape: tuple[int, ...] = latent_shape(unet.config)
+        self.shape, self.latent_shape = shape, shape.latents
 
     @property
     def unet(self) -> Any:
-        """The network's UNet."""
+        """The network's denoiser."""
         return self.network.unet
 
     def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
-        """The UNet's outputs for latents [B, C, H, W] at one step or at [B] steps, counted and timed.
+        """The network's outputs for latents [B, …] at one step or at [B] steps, counted and timed.
 
         Both branches of guidance are one call of 2B rows, the unconditional ones first, as in diffusers' pipelines.
         """
@@ -134,11 +141,11 @@ class UNetPolicy:
             self.calls = calls
 
     def blocks(self) -> list[nn.Module]:
-        """The down, mid and up blocks."""
+        """The down, mid and up blocks of a UNet, or the blocks of a transformer."""
         return _blocks(self.unet)
 
     def compile(self, mode: str) -> None:
-        """Run the UNet compiled, see `compile_network`; `warm_up` makes the graphs before training."""
+        """Run the denoiser compiled, see `compile_network`; `warm_up` makes the graphs before training."""
         unets = [self.unet, *([self._reference.unet] if self._reference else [])]
         blocks = [block for unet in unets for block in _blocks(unet)]
         compile_network({"none": [], "unet": unets, "blocks": blocks}[mode])
@@ -148,14 +155,9 @@ class UNetPolicy:
 
 
 def _blocks(unet: Any) -> list[nn.Module]:
+    if hasattr(unet, "transformer_blocks"):
+        return [*unet.transformer_blocks, *getattr(unet, "single_transformer_blocks", ())]
     return [*unet.down_blocks, *filter(None, [unet.mid_block]), *unet.up_blocks]
-
-
-def latent_shape(config: Any) -> tuple[int, int, int]:
-    """(channels, height, width) that a UNet of this configuration takes."""
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
 
 
 def check_finite(latents: Tensor) -> None:

@@ -1,0 +1,48 @@
+"""Checks of options by the model: one that would do nothing for it, or that it can't follow, is refused by name."""
+
+from __future__ import annotations
+
+from hrf_fast.policies.calling import FLUX
+from hrf_fast.policies.files import ModelFiles
+
+
+def check_options(
+    files: ModelFiles,
+    *,
+    guidance_scale: float,
+    decoder: str | None = None,
+    image_size: int | None = None,
+    attention: str = "sdpa",
+    channels_last: bool = False,
+    offload: bool = False,
+) -> None:
+    """Refuse options of text-to-image models for another, and those of UNets for a transformer.
+
+    Args:
+        guidance_scale: sample.guidance_scale; decoder, image_size: of section model; the others: of section compute.
+    """
+    for_prompts = {
+        "sample.guidance_scale": (guidance_scale, 1),
+        "model.decoder": (decoder, None),
+        "model.image_size": (image_size, None),
+        "compute.offload": (offload, False),
+    }
+    for option, (value, neutral) in for_prompts.items():
+        if value != neutral and not files.takes_prompts:
+            raise ValueError(
+                f"{option} is {value} but model.name is {files.name!r}, an unconditional model, which has no prompts "
+                f"to steer it and no encoders; leave it at {neutral}, or name a text-to-image model"
+            )
+    for_unets = {"compute.attention": (attention, "sdpa"), "compute.channels_last": (channels_last, False)}
+    for option, (value, neutral) in for_unets.items():
+        if value != neutral and files.denoiser == "transformer":
+            raise ValueError(
+                f"{option} is {value} but model.name is {files.name!r}, a transformer, for which it does nothing; "
+                f"leave it at {neutral}"
+            )
+    config = files.parts[files.denoiser].config
+    if files.pipeline == FLUX and guidance_scale != 1 and not config.get("guidance_embeds", False):
+        raise ValueError(
+            f"sample.guidance_scale is {guidance_scale} but model.name is {files.name!r}, a FLUX that was distilled "
+            "without guidance (guidance_embeds: false, as FLUX.1-schnell); leave it at 1, or use FLUX.1-dev"
+        )

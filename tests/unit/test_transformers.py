@@ -1,0 +1,93 @@
+"""SD3 and FLUX: the pipelines' own embeddings, latents and images."""
+
+import pytest
+import torch
+
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies import compilation
+from hrf_fast.policies.files import read_model
+from hrf_fast.policies.sample import starting_noise
+from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untrained_network
+from hrf_fast.prompts import Prompt
+from hrf_kernels import gaussian_mean
+from tests.flow_models import KINDS, SIDE, SIZE, flow_model, load_flow_policy, load_pipeline, size_of
+
+TEXTS, NEGATIVES = ["a red cat", "dog"], ["red", ""]
+
+
+def prompts():
+    return [Prompt(*texts) for texts in zip(TEXTS, NEGATIVES, strict=True)]
+
+
+@torch.no_grad()
+def ode(policy, condition, latents):
+    """Clean latents by the deterministic rule."""
+    for step in range(len(policy.sampler)):
+        latents = gaussian_mean(
+            policy.predict(latents, step, condition).combined, latents, policy.sampler.deterministic[step]
+        )
+    return latents
+
+
+@pytest.mark.parametrize(("kind", "guided"), [*((kind, True) for kind in KINDS), ("sd3", False), ("flux", False)])
+def test_without_noise_the_policy_draws_what_the_pipeline_draws(kind, guided):
+    options = {} if guided else {"guidance_scale": 1.0}
+    policy, pipeline = load_flow_policy(kind, **options), load_pipeline(flow_model(kind), kind)
+    start = starting_noise(policy, NoiseKey(0, torch.arange(2)))
+    negative = {"negative_prompt": NEGATIVES} if kind.startswith("sd3") else {}
+
+    def draw(output):
+        return pipeline(
+            TEXTS,
+            num_inference_steps=4,
+            guidance_scale=policy.guidance_scale,
+            latents=start.clone(),
+            height=SIZE,
+            width=SIZE,
+            output_type=output,
+            **negative,
+        ).images
+
+    latents = ode(policy, policy.condition(prompts()), start)
+    torch.testing.assert_close(latents, draw("latent"), rtol=1e-5, atol=1e-5)
+    assert torch.equal(policy.sampler.timesteps, pipeline.scheduler.timesteps)
+    images = torch.from_numpy(draw("np")).permute(0, 3, 1, 2)
+    assert images.shape == (2, 3, 2 * SIDE, 2 * SIDE)
+    torch.testing.assert_close(policy.decode(latents), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd3_no_t5", "sd35", "flux", "schnell"])
+def test_a_plan_sees_the_shapes_of_the_model_itself(kind):
+    files, policy = read_model(str(flow_model(kind)), weights=False), load_flow_policy(kind)
+    network, shape = untrained_network(files, size_of(kind))
+    assert shape == policy.latent_shape
+    ours, theirs = ({n: w.shape for n, w in each.named_parameters()} for each in (network, policy.network))
+    assert ours == theirs
+    for guided in (True, False):
+        ours, theirs = untrained_condition(files, 3, guided).inputs, policy.condition([None] * 3, guided=guided).inputs
+        assert {n: rows.shape for n, rows in ours.items()} == {n: rows.shape for n, rows in theirs.items()}
+    frozen = [module for module in policy._parts.values() if isinstance(module, torch.nn.Module)]
+    assert frozen_bytes(files) == sum(weight.nbytes for module in frozen for weight in module.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["unet", "blocks"])
+@pytest.mark.parametrize("kind", ["sd35", "flux"])
+def test_compiled_calls_are_the_plain_ones_for_any_batch(kind, mode, monkeypatch):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    policy, plain = load_flow_policy(kind, guidance_scale=1.0), load_flow_policy(kind, guidance_scale=1.0)
+    policy.compile(mode)
+    assert len(policy.blocks()) == 2
+    for count in (3, 2, 4):
+        condition = plain.condition([Prompt("cat"), Prompt("dog"), Prompt("a"), Prompt("red")][:count])
+        latents = starting_noise(plain, NoiseKey(0, torch.arange(count)))
+        with torch.no_grad():
+            ours, theirs = (each.predict(latents, 1, condition).combined for each in (policy, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(made) == {"unet": 1, "blocks": 2}[mode]
