@@ -109,7 +109,9 @@ def call_surrogate(
     # one step: the scalar form of the rollout, so that the arithmetic and hence the ratio is equal to the bit
     steps: int | Tensor = call.steps.start
     if len(call.steps) > 1:
-        steps = torch.tensor(call.steps, device=latents.device).repeat_interleave(call.pieces[0].size)
+        # made on the device: a copy of a list to a GPU waits for the GPU
+        steps = torch.arange(call.steps.start, call.steps.stop, device=latents.device)
+        steps = steps.repeat_interleave(call.pieces[0].size)
     if clips.step_weights is not None:
         # the loss is proportional to the advantage, so that its weight and that of its clip are the loss's
         weights = clips.step_weights[steps].expand_as(advantage)
@@ -172,8 +174,9 @@ def _window_scale(policy: Policy, trajectories: Mapping[int, Trajectory], call: 
     scales = [window_share(window, sampler.stochastic_steps, len(sampler)) for window in windows]
     if len(set(scales)) == 1:
         return scales[0]
-    counts = torch.tensor([piece.size * len(call.steps) for piece in call.pieces])
-    return torch.tensor(scales).repeat_interleave(counts).to(policy.device)
+    counts = [piece.size * len(call.steps) for piece in call.pieces]
+    # fills, which a GPU does by itself; a copy of a list to it waits for it
+    return torch.cat([torch.full((n,), scale, device=policy.device) for n, scale in zip(counts, scales, strict=True)])
 
 
 def window_share(window: Window, stochastic: int, total: int) -> float:
