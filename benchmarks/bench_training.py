@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ if __name__ == "__main__":
 
 from benchmarks.machine import commit, describe, machine
 from benchmarks.tables import markdown_table
-from benchmarks.training_bench.ceiling import matmul_speed, unet_flops
+from benchmarks.training_bench.ceiling import add_utilisation, unet_flops
 from benchmarks.training_bench.configurations import METHODS, Row, method_words, table_of
 from benchmarks.training_bench.models import MODELS, make_model, without_clipping
 from benchmarks.training_bench.turns import CHECKED, measure, note
@@ -125,25 +124,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['mfu']:.0%}",
         f"{row['check']['largest_weight_difference']:.1e}" if row["check"] else "",
     ]
-
-
-def add_utilisation(rows: Sequence[dict[str, Any]], unet: Path, device: torch.device) -> dict[str, float]:
-    """Give every row its model FLOPs utilisation.
-
-    Returns:
-        Operations a second of a large matrix product, by precision.
-    """
-    without, with_gradient = unet_flops(unet)
-    speeds: dict[str, float] = {}
-    for row in rows:
-        precision = row["options"].get("compute.precision", "fp32")
-        if precision not in speeds:
-            speeds[precision] = matmul_speed(device, precision)
-        row["mfu"] = statistics.median(
-            ((images - learnt) * without + learnt * with_gradient) / seconds / speeds[precision]
-            for images, learnt, seconds in row.pop("turns")
-        )
-    return speeds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -265,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     clock=arguments.clock,
                     advance=advance,
                 )
-            speeds = add_utilisation(measured, unets[model], arguments.device)
+            speeds = add_utilisation(measured, unet_flops(unets[model]), arguments.device)
             result["results"].append({"model": model, "method": method, "matmul_speeds": speeds, "rows": measured})
             # after each, so that an interrupted run leaves what it has
             (arguments.out / "training.json").write_text(json.dumps(result, indent=1))

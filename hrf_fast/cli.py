@@ -12,6 +12,7 @@ from typing import Any
 
 from hrf_fast.command import RESUMES, HelpFormatter, complete_option, path, run_command
 
+BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "gpu")
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
 
@@ -87,7 +88,7 @@ def serve_reward(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measure: kernels, training against the loop as published, memory, or what HRF-D's cheap searches lose."""
+    """Measure: kernels, training against the loop as published, memory, what cheap searches lose; check a GPU."""
     root = Path(__file__).parents[1]
     # the benchmarks are part of the repository and not of the package
     if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
@@ -227,7 +228,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(bench)
-    command.add_argument("what", choices=("kernels", "training", "memory", "search", "signal"), help="benchmark to run")
+    command.add_argument("what", choices=BENCHMARKS, help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     command = add(study)
     command.add_argument("what", choices=("run", "report"), help="train, or compare what was trained")

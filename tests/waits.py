@@ -1,4 +1,4 @@
-"""What makes a host and a GPU wait for each other, counted where there is no GPU; and the part of the loop to count in."""
+"""What makes a host and a GPU wait for each other, counted where there is no GPU, and the loop to count in."""
 
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
@@ -55,6 +55,7 @@ def loop_parts(components):
         done["rollout"], pending = collect(components, run, list(groups.values()), 0)
         for future in pending:
             future.result()
+        return done["rollout"]
 
     def learn():
         size = components.groups.size
