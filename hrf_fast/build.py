@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from hrf_fast.assets import SHIPPED
-from hrf_fast.config.options import Config, RewardConfig, WindowConfig
+from hrf_fast.config.options import Config, RewardConfig
 from hrf_fast.config.paths import with_absolute_paths
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
@@ -23,7 +22,7 @@ from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
-from hrf_fast.evaluation.panel import Panel, choose_network
+from hrf_fast.evaluation.panel import Panel, choose_network, no_network_note
 from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
@@ -35,6 +34,7 @@ from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.stopping import check_floors
+from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.gradient_noise import NoiseScale
@@ -44,6 +44,7 @@ from hrf_fast.training.peers import Advantages, build_advantages
 from hrf_fast.training.reference import reference_at
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.step_weights import step_weights
+from hrf_fast.training.thinning import Thinning
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
 
@@ -82,6 +83,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
         )
+        check_anchors(windows, config.window.anchor_steps, config.window.anchor_reuse)
         advantages = build_config_advantages(config)
         prompts, prompts_source = build_prompts(config)
         check_prompts(
@@ -107,7 +109,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
-    notes = (activations.reason, emulation, _no_network_note(config), panel.note)
+    notes = (activations.reason, emulation, no_network_note(config.evaluation.network, config.model.name), panel.note)
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),
@@ -119,6 +121,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config, policy.sampler),
         panel=panel,
+        anchors=Anchors(config.window.anchor_steps, config.window.anchor_reuse),
         prompts=prompts,
         notes=tuple(note for note in notes if note),
         sources={name: source for name, source in sources.items() if source is not None},
@@ -132,7 +135,7 @@ def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
         config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))
     if schedule is not None:
         name, kwargs = _named(schedule, config.window.schedule, config.window.kwargs)
-        config = replace(config, window=WindowConfig(schedule=name, kwargs=kwargs))
+        config = replace(config, window=replace(config.window, schedule=name, kwargs=kwargs))
     return with_absolute_paths(config)
 
 
@@ -178,6 +181,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
         ),
         guided=train.guidance,
         sharpness=config.remedies.matching,
+        thinning=Thinning(train.step_share, train.skip_flat_groups),
         reference=reference_at(
             config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
         ),
@@ -214,17 +218,6 @@ def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
     if evaluation.prompts is not None:
         prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
     return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)
-
-
-def _no_network_note(config: Config) -> str:
-    """A line for a model of the user's, whose panels would lack the diversity without a word."""
-    if config.evaluation.network != "auto" or config.model.name in SHIPPED:
-        return ""
-    return (
-        f"evaluation.network is auto, which has no network for model.name {config.model.name}: panels will lack the "
-        "Vendi Score, and a loss of diversity won't show; set evaluation.network=openai/clip-vit-base-patch32 or "
-        f"another vision network ({' and '.join(SHIPPED)} are shipped), or none to do without"
-    )
 
 
 def build_engine(policy: Policy, config: Config) -> Engine:

@@ -91,12 +91,14 @@ def count_calls(config: Config, stop: int, schedule: str | Callable[..., Any] | 
             lengths.append(len(window))
             run_steps += steps - window.start
             referred += max(0, min(window.stop, last_referred) - window.start)
+    # anchors are drawn in the first of every `anchor_reuse` iterations
+    draws = math.ceil(iterations / config.window.anchor_reuse) / iterations
     branches = 2 if config.sample.guidance_scale > 1 and train.guidance else 1
     return CallCounts(
-        anchors=float(branches * groups * steps if windows.needs_anchors else 0),
+        anchors=branches * groups * (config.window.anchor_steps or steps) * draws if windows.needs_anchors else 0.0,
         search=branches * searched / iterations,
         rollout=branches * run_steps * size / iterations,
-        update=branches * sum(lengths) * size / iterations,
+        update=branches * train.step_share * sum(lengths) * size / iterations,
         longest_window=stop if searched else max(lengths),
         reference=branches * referred * size / iterations,
     )
