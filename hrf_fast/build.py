@@ -5,15 +5,14 @@ The only module that opens the whole configuration for the loop: what is below i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hrf_fast.config.options import Config, RewardConfig
-from hrf_fast.config.paths import with_absolute_paths
+from hrf_fast.config.named import Named, with_names
+from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.cpu import emulation_note
@@ -24,6 +23,7 @@ from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.evaluation.panel import Panel, choose_network, no_network_note
 from hrf_fast.memory.activations import choose_activations, memory_for
+from hrf_fast.memory.tuning import set_threads, tuned
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
@@ -31,7 +31,6 @@ from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
-from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.anchors import Anchors, check_anchors
@@ -48,8 +47,6 @@ from hrf_fast.training.thinning import Thinning
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
 
-Named = str | Callable[..., Any] | None
-
 
 def build_components(config: Config, *, reward: Named = None, schedule: Named = None) -> tuple[Config, Components]:
     """Load the model, the reward and its networks, the schedule, the optimizer and the panel's network.
@@ -63,10 +60,12 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
     Raises:
         ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
-    config = _with_names(config, reward, schedule)
+    config = with_names(config, reward, schedule)
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
         check_job(config, comm.world_size())
+        config, tuning = tuned(config, build_policy)
+        set_threads(config)
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config)
@@ -109,7 +108,13 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
-    notes = (activations.reason, emulation, no_network_note(config.evaluation.network, config.model.name), panel.note)
+    notes = (
+        tuning,
+        activations.reason,
+        emulation,
+        no_network_note(config.evaluation.network, config.model.name),
+        panel.note,
+    )
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),
@@ -126,24 +131,6 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         notes=tuple(note for note in notes if note),
         sources={name: source for name, source in sources.items() if source is not None},
     )
-
-
-def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
-    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before."""
-    if reward is not None:
-        name, kwargs = _named(reward, config.reward.name, config.reward.kwargs)
-        config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))
-    if schedule is not None:
-        name, kwargs = _named(schedule, config.window.schedule, config.window.kwargs)
-        config = replace(config, window=replace(config.window, schedule=name, kwargs=kwargs))
-    return with_absolute_paths(config)
-
-
-def _named(thing: str | Callable[..., Any], before: str | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and kwargs of a reward or schedule that takes the place of `before`."""
-    if callable(thing):
-        return qualified_name(thing), kwargs
-    return thing, kwargs if thing == before else {}
 
 
 def build_groups(config: Config) -> Groups:

@@ -40,6 +40,7 @@ def check_config(config: Config) -> None:
         )
     _check_order(config)
     _check_fewer_calls(config)
+    _check_tuning(config)
     _check_optimizer_kwargs(config.optimizer.kwargs)
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
     _check_lora(config)
@@ -118,6 +119,16 @@ def _check_advantages(config: Config) -> None:
     for option, (value, needed, why) in wrong.items():
         if value != needed:
             raise ValueError(f"{option} is {value} but remedies.matching is {remedies.matching:g}: {why}; use {needed}")
+
+
+def _check_tuning(config: Config) -> None:
+    """Check that nothing is set by hand which a measurement is to choose."""
+    compute = config.compute
+    for name, value, default in (("threads", compute.threads, 0), ("channels_last", compute.channels_last, False)):
+        if compute.auto_tune and value != default:
+            raise ValueError(
+                f"compute.{name} is {value} but compute.auto_tune is true, which chooses it; leave one of them out"
+            )
 
 
 def _check_fewer_calls(config: Config) -> None:
