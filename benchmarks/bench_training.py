@@ -2,6 +2,7 @@
 
     hrf bench training                                   # the shipped model and a 35 M UNet; with a GPU also 113.7 M
     hrf bench training --models fashion --methods hrf --rounds 9
+    hrf bench training --models fashion portraits --methods hrf --starts 10 30
     hrf bench training --against ../earlier --models fashion --methods hrf      # this checkout against another
     hrf bench training --quick                           # does it run? its figures mean nothing
 
@@ -67,6 +68,11 @@ HEAD = (
 )
 
 
+def per_round(method: str, arguments: argparse.Namespace) -> int:
+    """Iterations of a turn, such that every window has its one."""
+    return len(arguments.starts) if arguments.starts else PER_ROUND[method]
+
+
 def tables_of(model: str, method: str, arguments: argparse.Namespace) -> list[Table]:
     """Rows to measure together: all of a method beside the literal loop, or with --against each row beside itself.
 
@@ -76,7 +82,7 @@ def tables_of(model: str, method: str, arguments: argparse.Namespace) -> list[Ta
     table = table_of(method, method_words(model, method, arguments), arguments)
     if arguments.against is None:
         return [table]
-    names = ("steps", "groups", "group_size", "seed", "rows")
+    names = ("steps", "groups", "group_size", "seed", "rows", "starts")
     asked = {name: getattr(arguments, name) for name in names} | {"device": str(arguments.device)}
     theirs = {row.name: words for row, words in table_of_tree(arguments.against, model, method, asked)}
     pairs = []
@@ -93,6 +99,7 @@ def markdown(result: dict[str, Any]) -> str:
     """One table per model and method."""
     settings = result["settings"]
     size = f"{settings['groups']} groups of {settings['group_size']}"
+    size += f", windows from {' and '.join(map(str, settings['starts']))} in turn" if settings["starts"] else ""
     baseline = f"commit {result['against']}" if result["against"] else "the literal loop"
     lines = [
         f"### Training against {baseline}",
@@ -138,6 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, default=4, help="per iteration")
     parser.add_argument("--group-size", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="T")
+    parser.add_argument(
+        "--starts", type=int, nargs="+", help="HRF's windows, one iteration each, not drawn from halves"
+    )
     parser.add_argument("--threads", type=int, help="of torch; default as torch chooses")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine"
@@ -163,6 +173,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least {least}")
+    for start in arguments.starts or []:
+        # the last step is deterministic
+        if not 0 <= start < arguments.steps - 1:
+            raise ValueError(f"--starts has {start}; use steps from 0 to {arguments.steps - 2}")
+    if arguments.starts and (arguments.methods != ["hrf"] or arguments.against):
+        raise ValueError("--starts are HRF's, and another checkout may not have them; use --methods hrf, no --against")
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"--threads is {arguments.threads}; use at least 1")
     if arguments.against is not None:
@@ -230,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tables[model, method] = tables_of(spec, method, arguments)
             unets[model] = Path(spec) / "unet"
             workers = sum(map(len, tables[model, method]))
-            bar.total += workers * (CHECKED + arguments.rounds * PER_ROUND[method])
+            bar.total += workers * (CHECKED + arguments.rounds * per_round(method, arguments))
         for (model, method), together in tables.items():
             measured: list[dict[str, Any]] = []
             for number, table in enumerate(together):
@@ -240,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     folder=folder / f"{model}-{method}-{number}",
                     threads=threads,
                     rounds=arguments.rounds,
-                    per_round=PER_ROUND[method],
+                    per_round=per_round(method, arguments),
                     images=arguments.groups * arguments.group_size,
                     clock=arguments.clock,
                     advance=advance,
