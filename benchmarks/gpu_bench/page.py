@@ -73,7 +73,7 @@ def _state(part: dict[str, Any] | None) -> str:
 
 
 def _unproven(facts: dict[str, Any], parts: dict[str, dict[str, Any]], planned: list[str]) -> list[str]:
-    """What a reader must not take for proven, by name."""
+    """Name what a reader must not take for proven."""
     lines = [f"{name}: {_state(parts.get(name))}" for name in planned if parts.get(name, {}).get("state") != WHOLE]
     for name, part in parts.items():
         skipped = part.get("skipped", {})

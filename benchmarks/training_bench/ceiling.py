@@ -71,10 +71,14 @@ def network_flops(config: Config) -> tuple[int, int]:
             add_adapters(network.unet, **vars(config.lora))
         latents, timesteps = torch.empty(1, *shape), torch.zeros(1, dtype=torch.long)
         inputs = untrained_condition(files, 1, False).inputs
+        # the network around the UNet casts, which the meta device has no rules for
+        named: dict[str, Any] = {name: value for name, value in inputs.items() if name == "encoder_hidden_states"}
+        if added := {name: value for name, value in inputs.items() if name not in named}:
+            named["added_cond_kwargs"] = added
         with FlopCounterMode(display=False) as forward, torch.no_grad():
-            network(latents, timesteps, **inputs)
+            network.unet(latents, timesteps, **named)
         with FlopCounterMode(display=False) as both:
-            network(latents, timesteps, **inputs).sum().backward()
+            network.unet(latents, timesteps, **named).sample.sum().backward()
     return forward.get_total_flops(), both.get_total_flops()
 
 

@@ -17,7 +17,7 @@ class Thinning:
     """Rules of which calls an update makes; by default all of them."""
 
     share: float = 1.0
-    """Of a window's steps; each is chosen with this probability and weighted by its inverse."""
+    """Share of a window's steps; each is chosen with this probability and weighted by its inverse."""
     skip_flat: bool = False
     """Leave out calls whose groups all have advantages of 0."""
 

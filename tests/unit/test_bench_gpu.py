@@ -33,7 +33,10 @@ def test_without_a_gpu_the_check_says_what_was_skipped_and_exits_with_2(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_a_part_writes_its_result_and_a_second_one_skips_it(tmp_path, capsys):
+def test_a_dry_run_of_a_part_writes_its_result_and_a_second_one_skips_it(tmp_path, capsys, monkeypatch):
+    # the tree may be edited between two runs
+    here = facts(commit="abc", changes="")
+    monkeypatch.setattr(bench_gpu, "facts_of", lambda device, dry_run: here)
     words = ["--dry-run", "--parts", "kernels: fp32", "--out", str(tmp_path)]
     bench_gpu.main(words)
     written = json.loads((tmp_path / "gpu.json").read_text())
@@ -89,7 +92,7 @@ def test_outcomes_of_tests_are_read_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        (["--parts", "test*s"], "--parts 'test\\*s' names no part"),
+        (["--parts", "all"], "--parts 'all' names no part"),
         (["--minutes", "0"], "--minutes is 0.0"),
         (["--dry-run", "--write", "README.md"], "--write is README.md"),
     ],
