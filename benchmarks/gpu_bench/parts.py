@@ -91,6 +91,8 @@ def run_kernels(dtype: str, device: torch.device, left: float, *, dry_run: bool)
 
 def run_training(layout: str, device: torch.device, left: float, *, dry_run: bool) -> dict[str, Any]:
     """Time the literal loop and this trainer on a layout; one that does not fit is skipped by name."""
+    # what other parts have left in this process's cache is free
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
         result = measure_layout(LAYOUTS[layout], Path(folder), device, free, tiny=dry_run)

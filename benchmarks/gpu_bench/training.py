@@ -18,6 +18,7 @@ from benchmarks.training_bench.ceiling import add_utilisation, network_flops
 from benchmarks.training_bench.configurations import LITERAL, Row, base_words
 from benchmarks.training_bench.turns import measure
 from hrf_fast.config.load import load_config
+from hrf_fast.devices import set_precision_flags
 from hrf_fast.memory.planner import RESERVE, plan
 
 # plans are for any memory: what fits is decided here
@@ -131,5 +132,7 @@ def measure_layout(
         clock="wall",
         advance=lambda iterations, doing: None,
     )
+    # the ceiling is that of TF32 too
+    set_precision_flags(device, deterministic=device.type != "cuda")
     add_utilisation(measured, network_flops(load_config(words)), device)
     return {**shown, "rows": measured, "left_out": left_out}

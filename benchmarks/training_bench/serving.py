@@ -65,7 +65,9 @@ def _run_literal(config: Any, server: Server) -> None:
 
     trainer = LiteralTrainer(config)
     server.watch(trainer.unet, lambda *inputs, **named: trainer.unet(*inputs, **named).sample, trainer.noise.device)
-    server.save("initial")
+    if not trainer.prompt:
+        # no row of a text-to-image model is compared, whose weights are gigabytes
+        server.save("initial")
     with server.meter():
         for iteration in range(config.train.iterations):
             trainer.prepare(iteration)
