@@ -6,8 +6,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 # kernel tests that `make test` also runs in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = tests/kernels/test_accuracy.py
 # unit tests that train, compile or start processes
-LONG = $(addprefix tests/unit/test_,api.py bench_kernels.py bench_search.py bench_training.py card.py compilation.py \
-	drift.py latent.py model_files.py paths.py planner.py prompted.py prompted_commands.py readme.py speed.py study.py user_runs.py watch.py writers.py)
+LONG = $(addprefix tests/unit/test_,api.py bench_gpu.py bench_kernels.py bench_search.py bench_training.py card.py compilation.py \
+	drift.py fewer_calls.py latent.py model_files.py paths.py planner.py prompted.py prompted_commands.py readme.py speed.py study.py tuning.py \
+	user_runs.py waits.py watch.py writers.py)
 # one run of every method
 METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process
@@ -15,7 +16,7 @@ METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_chan
 PYTEST = $(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
 CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
-.PHONY: demo demo-fashion check test interpreted test-all test-kernels soak lint install install-gpu clean
+.PHONY: demo demo-fashion check test interpreted test-all test-kernels gpu-check soak lint install install-gpu clean
 
 # DDPO as published, and with step weights, a floor under spreads and a penalty; both stop at one reward
 DEMO = --config configs/demo_peeps.yaml run.folder=runs/demo
@@ -51,6 +52,11 @@ test-all: $(VENV)/.test lint
 test-kernels: $(VENV)/.test lint
 	$(PYTEST) tests/kernels tests/ptx tests/unit/test_reference.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+# on a machine with a GPU: what is proven without one, and figures, in at most ten minutes; it goes on where it stopped.
+# GPU=--dry-run goes as far as a CPU can
+gpu-check: $(VENV)/.test
+	$(BIN)/hrf bench gpu $(GPU)
 
 # stop a training run by SIGKILL, SIGTERM, SIGHUP and Ctrl-C in turn, resume it, and so on; then compare it with an
 # unbroken one; and again with adapters of a text-to-image model. ENGINE="section.field=value"

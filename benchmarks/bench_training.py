@@ -2,6 +2,7 @@
 
     hrf bench training                                   # the shipped model and a 35 M UNet; with a GPU also 113.7 M
     hrf bench training --models fashion --methods hrf --rounds 9
+    hrf bench training --models fashion portraits --methods hrf --starts 10 30
     hrf bench training --against ../earlier --models fashion --methods hrf      # this checkout against another
     hrf bench training --quick                           # does it run? its figures mean nothing
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 from benchmarks.machine import commit, describe, machine
 from benchmarks.tables import markdown_table
-from benchmarks.training_bench.ceiling import matmul_speed, unet_flops
+from benchmarks.training_bench.ceiling import add_utilisation, unet_flops
 from benchmarks.training_bench.configurations import METHODS, Row, method_words, table_of
 from benchmarks.training_bench.models import MODELS, make_model, without_clipping
 from benchmarks.training_bench.turns import CHECKED, measure, note
@@ -68,6 +68,11 @@ HEAD = (
 )
 
 
+def per_round(method: str, arguments: argparse.Namespace) -> int:
+    """Iterations of a turn, such that every window has its one."""
+    return len(arguments.starts) if arguments.starts else PER_ROUND[method]
+
+
 def tables_of(model: str, method: str, arguments: argparse.Namespace) -> list[Table]:
     """Rows to measure together: all of a method beside the literal loop, or with --against each row beside itself.
 
@@ -77,7 +82,7 @@ def tables_of(model: str, method: str, arguments: argparse.Namespace) -> list[Ta
     table = table_of(method, method_words(model, method, arguments), arguments)
     if arguments.against is None:
         return [table]
-    names = ("steps", "groups", "group_size", "seed", "rows")
+    names = ("steps", "groups", "group_size", "seed", "rows", "starts")
     asked = {name: getattr(arguments, name) for name in names} | {"device": str(arguments.device)}
     theirs = {row.name: words for row, words in table_of_tree(arguments.against, model, method, asked)}
     pairs = []
@@ -94,6 +99,7 @@ def markdown(result: dict[str, Any]) -> str:
     """One table per model and method."""
     settings = result["settings"]
     size = f"{settings['groups']} groups of {settings['group_size']}"
+    size += f", windows from {' and '.join(map(str, settings['starts']))} in turn" if settings["starts"] else ""
     baseline = f"commit {result['against']}" if result["against"] else "the literal loop"
     lines = [
         f"### Training against {baseline}",
@@ -127,25 +133,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def add_utilisation(rows: Sequence[dict[str, Any]], unet: Path, device: torch.device) -> dict[str, float]:
-    """Give every row its model FLOPs utilisation.
-
-    Returns:
-        Operations a second of a large matrix product, by precision.
-    """
-    without, with_gradient = unet_flops(unet)
-    speeds: dict[str, float] = {}
-    for row in rows:
-        precision = row["options"].get("compute.precision", "fp32")
-        if precision not in speeds:
-            speeds[precision] = matmul_speed(device, precision)
-        row["mfu"] = statistics.median(
-            ((images - learnt) * without + learnt * with_gradient) / seconds / speeds[precision]
-            for images, learnt, seconds in row.pop("turns")
-        )
-    return speeds
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hrf bench training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, default=4, help="per iteration")
     parser.add_argument("--group-size", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="T")
+    parser.add_argument(
+        "--starts", type=int, nargs="+", help="HRF's windows, one iteration each, not drawn from halves"
+    )
     parser.add_argument("--threads", type=int, help="of torch; default as torch chooses")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine"
@@ -183,6 +173,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least {least}")
+    for start in arguments.starts or []:
+        # the last step is deterministic
+        if not 0 <= start < arguments.steps - 1:
+            raise ValueError(f"--starts has {start}; use steps from 0 to {arguments.steps - 2}")
+    if arguments.starts and (arguments.methods != ["hrf"] or arguments.against):
+        raise ValueError("--starts are HRF's, and another checkout may not have them; use --methods hrf, no --against")
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"--threads is {arguments.threads}; use at least 1")
     if arguments.against is not None:
@@ -250,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tables[model, method] = tables_of(spec, method, arguments)
             unets[model] = Path(spec) / "unet"
             workers = sum(map(len, tables[model, method]))
-            bar.total += workers * (CHECKED + arguments.rounds * PER_ROUND[method])
+            bar.total += workers * (CHECKED + arguments.rounds * per_round(method, arguments))
         for (model, method), together in tables.items():
             measured: list[dict[str, Any]] = []
             for number, table in enumerate(together):
@@ -260,12 +256,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     folder=folder / f"{model}-{method}-{number}",
                     threads=threads,
                     rounds=arguments.rounds,
-                    per_round=PER_ROUND[method],
+                    per_round=per_round(method, arguments),
                     images=arguments.groups * arguments.group_size,
                     clock=arguments.clock,
                     advance=advance,
                 )
-            speeds = add_utilisation(measured, unets[model], arguments.device)
+            speeds = add_utilisation(measured, unet_flops(unets[model]), arguments.device)
             result["results"].append({"model": model, "method": method, "matmul_speeds": speeds, "rows": measured})
             # after each, so that an interrupted run leaves what it has
             (arguments.out / "training.json").write_text(json.dumps(result, indent=1))

@@ -5,16 +5,14 @@ The only module that opens the whole configuration for the loop: what is below i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hrf_fast.assets import SHIPPED
-from hrf_fast.config.options import Config, RewardConfig, WindowConfig
-from hrf_fast.config.paths import with_absolute_paths
+from hrf_fast.config.named import Named, with_names
+from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.cpu import emulation_note
@@ -23,8 +21,9 @@ from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
-from hrf_fast.evaluation.panel import Panel, choose_network
+from hrf_fast.evaluation.panel import Panel, choose_network, no_network_note
 from hrf_fast.memory.activations import choose_activations, memory_for
+from hrf_fast.memory.tuning import set_threads, tuned
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
@@ -32,9 +31,9 @@ from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
-from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.stopping import check_floors
+from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.components import Components, Rules
 from hrf_fast.training.gradient_noise import NoiseScale
@@ -44,10 +43,9 @@ from hrf_fast.training.peers import Advantages, build_advantages
 from hrf_fast.training.reference import reference_at
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.step_weights import step_weights
+from hrf_fast.training.thinning import Thinning
 from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
-
-Named = str | Callable[..., Any] | None
 
 
 def build_components(config: Config, *, reward: Named = None, schedule: Named = None) -> tuple[Config, Components]:
@@ -62,10 +60,12 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
     Raises:
         ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
-    config = _with_names(config, reward, schedule)
+    config = with_names(config, reward, schedule)
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
         check_job(config, comm.world_size())
+        config, tuning = tuned(config, build_policy)
+        set_threads(config)
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config)
@@ -82,6 +82,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
         )
+        check_anchors(windows, config.window.anchor_steps, config.window.anchor_reuse)
         advantages = build_config_advantages(config)
         prompts, prompts_source = build_prompts(config)
         check_prompts(
@@ -107,7 +108,13 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
-    notes = (activations.reason, emulation, _no_network_note(config), panel.note)
+    notes = (
+        tuning,
+        activations.reason,
+        emulation,
+        no_network_note(config.evaluation.network, config.model.name),
+        panel.note,
+    )
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),
@@ -119,28 +126,11 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         rules=build_rules(config, policy.sampler),
         panel=panel,
+        anchors=Anchors(config.window.anchor_steps, config.window.anchor_reuse),
         prompts=prompts,
         notes=tuple(note for note in notes if note),
         sources={name: source for name, source in sources.items() if source is not None},
     )
-
-
-def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
-    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before."""
-    if reward is not None:
-        name, kwargs = _named(reward, config.reward.name, config.reward.kwargs)
-        config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))
-    if schedule is not None:
-        name, kwargs = _named(schedule, config.window.schedule, config.window.kwargs)
-        config = replace(config, window=WindowConfig(schedule=name, kwargs=kwargs))
-    return with_absolute_paths(config)
-
-
-def _named(thing: str | Callable[..., Any], before: str | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and kwargs of a reward or schedule that takes the place of `before`."""
-    if callable(thing):
-        return qualified_name(thing), kwargs
-    return thing, kwargs if thing == before else {}
 
 
 def build_groups(config: Config) -> Groups:
@@ -178,6 +168,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
         ),
         guided=train.guidance,
         sharpness=config.remedies.matching,
+        thinning=Thinning(train.step_share, train.skip_flat_groups),
         reference=reference_at(
             config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
         ),
@@ -214,17 +205,6 @@ def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
     if evaluation.prompts is not None:
         prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
     return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)
-
-
-def _no_network_note(config: Config) -> str:
-    """A line for a model of the user's, whose panels would lack the diversity without a word."""
-    if config.evaluation.network != "auto" or config.model.name in SHIPPED:
-        return ""
-    return (
-        f"evaluation.network is auto, which has no network for model.name {config.model.name}: panels will lack the "
-        "Vendi Score, and a loss of diversity won't show; set evaluation.network=openai/clip-vit-base-patch32 or "
-        f"another vision network ({' and '.join(SHIPPED)} are shipped), or none to do without"
-    )
 
 
 def build_engine(policy: Policy, config: Config) -> Engine:

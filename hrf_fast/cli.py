@@ -12,6 +12,7 @@ from typing import Any
 
 from hrf_fast.command import RESUMES, HelpFormatter, complete_option, path, run_command
 
+BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "gpu")
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
 
@@ -87,7 +88,7 @@ def serve_reward(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measure: kernels, training against the loop as published, memory, or what HRF-D's cheap searches lose."""
+    """Measure: kernels, training against the loop as published, memory, what cheap searches lose; check a GPU."""
     root = Path(__file__).parents[1]
     # the benchmarks are part of the repository and not of the package
     if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
@@ -126,15 +127,20 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Say what a configuration needs per GPU, what fits, and how many UNet calls it makes."""
+    """Say what a configuration needs per GPU, what fits, how many network calls it makes, and how long they take."""
     from hrf_fast.config.amounts import parse_memory
     from hrf_fast.config.load import load_config
     from hrf_fast.memory.planner import plan as make_plan
+    from hrf_fast.memory.seconds import NO_RATE, measured, seconds_line, stated
     from hrf_fast.memory.table import describe
 
-    memory = parse_memory(arguments.memory)
+    if arguments.measure and arguments.rate is not None:
+        raise ValueError(f"--measure and --rate {arguments.rate:g} are two rates; give one of them")
+    memory, rate = parse_memory(arguments.memory), None if arguments.rate is None else stated(arguments.rate)
     config = load_config([*(word for file in arguments.config for word in ("--config", file)), *arguments.overrides])
-    print(describe(make_plan(config, gpus=arguments.gpus, memory=memory)))
+    made = make_plan(config, gpus=arguments.gpus, memory=memory)
+    rate = measured(made) if arguments.measure else rate
+    print(describe(made), seconds_line(made, rate, arguments.target_evaluations) if rate else NO_RATE, sep="\n\n")
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -219,6 +225,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--config", action="append", default=[], help="as in hrf train")
     command.add_argument("--gpus", type=int, default=1, help="GPUs, at least 1")
     command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
+    command.add_argument("--measure", action="store_true", help="time a few network calls on this machine")
+    command.add_argument(
+        "--rate", type=float, metavar="N", help="evaluations a second of one GPU, instead of measuring"
+    )
+    target = "evaluations to a target, as hrf study report has them: seconds of these too"
+    command.add_argument("--target-evaluations", type=float, metavar="N", help=target)
     add_options(command, "overrides", "section.option=value, anywhere among the words")
     add(rewards)
     command = add(serve_reward)
@@ -229,7 +241,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(bench)
-    command.add_argument("what", choices=("kernels", "training", "memory", "search", "signal"), help="benchmark to run")
+    command.add_argument("what", choices=BENCHMARKS, help="benchmark to run")
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     command = add(study)
     command.add_argument("what", choices=("run", "report"), help="train, or compare what was trained")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check", "prompts", "adapters")
+PURPOSES = ("anchors", "rollout", "search", "windows", "reward", "panel", "self_check", "prompts", "adapters", "steps")
 
 
 def noise_key(seed: int, iteration: int, purpose: str) -> int:

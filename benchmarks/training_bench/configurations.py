@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.cpu import emulation_note
 from hrf_fast.run.card import METHODS as NAMES
 from hrf_fast.training.calls import SAMPLED_TOGETHER
 
@@ -83,9 +84,12 @@ def method_words(model: str, method: str, arguments: Any) -> list[str]:
     words = base_words(model, schedule=METHODS[method], **{name: getattr(arguments, name) for name in names})
     if method == "hrf":
         half, steps = arguments.steps // 2, arguments.steps
+        clusters = [[0, half], [half, steps]]
+        if getattr(arguments, "starts", None):
+            clusters = [[start, start + 1] for start in arguments.starts]
         # one iteration of each cluster in turn
         words += [
-            f"window.kwargs.clusters=[[0,{half}],[{half},{steps}]]",
+            f"window.kwargs.clusters={clusters}".replace(" ", ""),
             "window.kwargs.iterations_per_cluster=1",
         ]
     return words
@@ -99,6 +103,9 @@ def table_of(method: str, words: list[str], arguments: Any) -> list[tuple[Row, l
     """
     known = rows(method, groups=arguments.groups, group_size=arguments.group_size)
     chosen = [row for row in known if any(fnmatch(row.name, pattern) for pattern in arguments.rows)]
+    if emulation_note("bf16", str(arguments.device)):
+        # emulated, a row would take an hour and say nothing about bf16
+        chosen = [row for row in chosen if row.options.get("compute.precision") != "bf16"]
     if not chosen:
         names = "; ".join(row.name for row in known)
         raise ValueError(f"--rows {' '.join(map(repr, arguments.rows))} names none of {method}'s: {names}")
@@ -134,6 +141,10 @@ def rows(method: str, *, groups: int, group_size: int) -> list[Row]:
             Row("on_policy, keep, one step", together),
             Row("on_policy, keep, one step, channels_last", together | {"compute.channels_last": True}),
             Row("on_policy, keep, one step, compile unet", together | {"compute.compile": "unet"}),
+            Row(
+                "on_policy, keep, one step, channels_last, compile unet",
+                together | {"compute.channels_last": True, "compute.compile": "unet"},
+            ),
             Row("on_policy, keep, one step, bf16", together | bf16),
             Row("on_policy, keep, one step, bf16, compile unet", together | bf16 | {"compute.compile": "unet"}),
             Row("on_policy, keep, one step, bf16, compile blocks", together | bf16 | {"compute.compile": "blocks"}),

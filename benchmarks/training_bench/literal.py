@@ -24,6 +24,7 @@ from hrf_fast.build import build_config_reward, build_policy
 from hrf_fast.config.options import Config
 from hrf_fast.devices import choose_device
 from hrf_fast.noise import noise_generator, noise_key
+from hrf_fast.prompts import Prompt
 from hrf_kernels import philox_normal
 
 # the counter of a sample's starting noise in hrf_fast.policies.sample
@@ -68,6 +69,7 @@ class LiteralTrainer:
             ("sample.scheduler", config.sample.scheduler, "ddim"),
             ("train.inner_epochs", train.inner_epochs, 1),
             ("train.groups_per_step", train.groups_per_step, 1),
+            ("sample.guidance_scale", config.sample.guidance_scale, 1),
             ("optimizer.warmup_iterations", optimizer.warmup_iterations, 0),
             ("optimizer.learning_rate_schedule", optimizer.learning_rate_schedule, "constant"),
         ):
@@ -75,6 +77,8 @@ class LiteralTrainer:
                 raise ValueError(f"{option} is {value!r}; the literal loop is published with {published!r}")
         self.config, self.schedule = config, schedule
         policy = build_policy(config)
+        self.policy, self.prompt = policy, Prompt("a cat") if policy.takes_prompts else None
+        self._conditions: dict[int, dict[str, Any]] = {}
         self.unet, self.reward = policy.unet, build_config_reward(config, choose_device(config.run.device))
         scheduler = DDIMScheduler.from_config(policy.scheduler.config)
         scheduler.set_timesteps(config.sample.num_inference_steps)
@@ -88,7 +92,7 @@ class LiteralTrainer:
         self._set_alphas(scheduler)
         self.noise = Noise(config.run.seed, policy.latent_shape, policy.device)
         self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(),
+            [parameter for parameter in self.unet.parameters() if parameter.requires_grad],
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -101,6 +105,19 @@ class LiteralTrainer:
         self.alpha = [float(alphas[t]) for t in self.timesteps]
         final = float(scheduler.final_alpha_cumprod)
         self.alpha_previous = [float(alphas[t - stride]) if t >= stride else final for t in self.timesteps]
+
+    def predict(self, latents: Tensor, step: int) -> Tensor:
+        """The UNet's output; under a prompt with its embeddings, which are encoded once."""
+        return self.unet(latents, self.timesteps[step], **self.condition(len(latents))).sample
+
+    def condition(self, count: int) -> dict[str, Any]:
+        """The embeddings of `count` samples under the UNet's argument names; empty for an unconditional model."""
+        if count not in self._conditions:
+            inputs = self.policy.condition([self.prompt] * count).inputs
+            named = {name: value for name, value in inputs.items() if name == "encoder_hidden_states"}
+            added = {name: value for name, value in inputs.items() if name not in named}
+            self._conditions[count] = named | ({"added_cond_kwargs": added} if added else {})
+        return self._conditions[count]
 
     def prepare(self, iteration: int) -> None:
         """Draw the iteration's noise, outside the timing."""
@@ -144,9 +161,7 @@ class LiteralTrainer:
         """A full rollout of one image, [1, C, H, W]."""
         latents = self.noise.take("anchors", group)
         for step in range(self.T):
-            mean, std = self.ddim(
-                self.unet(latents, self.timesteps[step]).sample, latents, step, self.config.sample.eta
-            )
+            mean, std = self.ddim(self.predict(latents, step), latents, step, self.config.sample.eta)
             latents = mean + std * self.noise.take("anchors", group, step)
         return latents
 
@@ -172,7 +187,7 @@ class LiteralTrainer:
         for start in candidates:
             latents = self.renoise(anchor, start, self.noise.take("search", group * self.config.train.group_size))
             for step in range(start, self.T):
-                latents, _ = self.ddim(self.unet(latents, self.timesteps[step]).sample, latents, step, 0.0)
+                latents, _ = self.ddim(self.predict(latents, step), latents, step, 0.0)
             rewards.append(float(self.reward(self.images(latents)).total.mean()))
             distances.append(float(1 - torch.cosine_similarity(latents.flatten(1), anchor.flatten(1)).mean()))
         change = _normalised([after - before for before, after in zip(rewards, rewards[1:], strict=False)])
@@ -192,7 +207,7 @@ class LiteralTrainer:
         latents = [self.renoise(anchors[first // len(noise)], start, noise) if anchors else noise]
         log_probs = []
         for step in range(start, self.T):
-            output = self.unet(latents[-1], self.timesteps[step]).sample
+            output = self.predict(latents[-1], step)
             mean, std = self.ddim(output, latents[-1], step, self.config.sample.eta)
             latents.append(mean + std * self.noise.take("rollout", first, step))
             if std > 0:
@@ -216,7 +231,7 @@ class LiteralTrainer:
         advantages = advantages.clamp(-bound, bound)
         total = 0.0
         for index, step in enumerate(range(start, self.T - 1)):
-            output = self.unet(latents[index], self.timesteps[step]).sample
+            output = self.predict(latents[index], step)
             mean, std = self.ddim(output, latents[index], step, self.config.sample.eta)
             ratio = torch.exp(log_prob(latents[index + 1], mean, std) - old[index])
             unclipped, clipped = -advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip, 1 + clip)
@@ -240,6 +255,8 @@ class LiteralTrainer:
 
     def images(self, latents: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1]; a grey channel is repeated."""
+        if self.prompt:
+            return self.policy.decode(latents)
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 

@@ -64,8 +64,10 @@ def _run_literal(config: Any, server: Server) -> None:
     from benchmarks.training_bench.literal import LiteralTrainer
 
     trainer = LiteralTrainer(config)
-    server.watch(trainer.unet, lambda latents, timestep: trainer.unet(latents, timestep).sample, trainer.noise.device)
-    server.save("initial")
+    server.watch(trainer.unet, lambda *inputs, **named: trainer.unet(*inputs, **named).sample, trainer.noise.device)
+    if not trainer.prompt:
+        # no row of a text-to-image model is compared, whose weights are gigabytes
+        server.save("initial")
     with server.meter():
         for iteration in range(config.train.iterations):
             trainer.prepare(iteration)
@@ -78,8 +80,8 @@ class Server(Listener):
 
     def __init__(self, link: Connection, folder: Path, saved: bool) -> None:
         self.link, self.folder = link, folder
-        # network calls of an iteration: (latents' shape, with gradient, timestep)
-        self.calls: list[tuple[torch.Size, bool, Any]] = []
+        # network calls of an iteration: (latents' shape, with gradient, timestep, embeddings)
+        self.calls: list[tuple[torch.Size, bool, Any, dict[str, Any]]] = []
         # memory of the imports: everything above it is the model, its optimizer and training
         self.baseline = resident_bytes()
         self.began: float | None = None
@@ -98,11 +100,11 @@ class Server(Listener):
             self.baseline = 0
         if self.saved:
             self.saved.ignore([*network.parameters(), *network.buffers()])
-        network.register_forward_pre_hook(self._see)
+        network.register_forward_pre_hook(self._see, with_kwargs=True)
 
-    def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _see(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         latents, timestep = inputs
-        self.calls.append((latents.shape, torch.is_grad_enabled(), timestep))
+        self.calls.append((latents.shape, torch.is_grad_enabled(), timestep, named))
 
     def meter(self) -> AbstractContextManager[object]:
         """Count the tensors saved for the backward inside, where the worker was asked to."""
@@ -129,8 +131,8 @@ class Server(Listener):
             "peak_bytes": peak_memory_bytes(self.device) - self.baseline,
             "saved_bytes": self.saved.peak if self.saved else None,
             "batches": len(self.calls),
-            "images": sum(shape[0] for shape, _, _ in self.calls),
-            "images_with_gradient": sum(shape[0] for shape, gradient, _ in self.calls if gradient),
+            "images": sum(shape[0] for shape, *_ in self.calls),
+            "images_with_gradient": sum(shape[0] for shape, gradient, *_ in self.calls if gradient),
             "latent_shape": tuple(self.calls[-1][0][1:]),
             "record": record,
         }
@@ -143,12 +145,12 @@ class Server(Listener):
     def _bare(self) -> float:
         """Seconds of the iteration's calls alone: forwards without gradient, or forwards with a backward at once."""
         calls = list(self.calls)
-        inputs = {shape: torch.randn(shape, device=self.device) for shape, _, _ in calls}
+        inputs = {shape: torch.randn(shape, device=self.device) for shape, *_ in calls}
         self._synchronize()
         began = time.perf_counter()
-        for shape, gradient, timestep in calls:
+        for shape, gradient, timestep, named in calls:
             with torch.set_grad_enabled(gradient):
-                output = self.call(inputs[shape], timestep)
+                output = self.call(inputs[shape], timestep, **named)
             if gradient:
                 output.backward(torch.ones_like(output))
         self._synchronize()

@@ -89,6 +89,10 @@ class WindowConfig:
     module:function."""
     kwargs: dict[str, Any] = option({})
     """The schedule's own options, e.g. {clusters: [[0, 20], [20, 40]], iterations_per_cluster: 35}."""
+    anchor_steps: int = option(0, at_least=0)
+    """Draw anchors by this many deterministic steps (DDIM with eta 0) of the T; 0 draws them as all samples are."""
+    anchor_reuse: int = option(1, at_least=1)
+    """Iterations that anchors, and their prompts, serve before new ones are drawn."""
 
 
 @dataclass
@@ -162,6 +166,11 @@ class TrainConfig:
     gradient_noise: bool = option(False)
     """Measure the gradient's signal and noise of every optimizer step, from its groups in two halves: no extra network
     calls, one more gradient in memory. Needs an even number of groups per step and the plain engine."""
+    step_share: float = option(1.0, above=0, at_most=1)
+    """Share of the window's steps that an update learns from, every 1/share-th from a random one on, each weighted by
+    1/share: the gradient's expectation is that of all steps."""
+    skip_flat_groups: bool = option(False)
+    """Leave network calls whose groups all have equal rewards out of the update: their gradient is zero."""
     guidance: bool = option(True)
     """Roll out and update under sample.guidance_scale, with gradient through both branches. false trains the model
     without guidance at half the cost; panels have guidance either way."""
@@ -172,8 +181,8 @@ class OptimizerConfig:
     """AdamW: the implementation, the learning rate and the averaging of weights."""
 
     name: str = option("adamw", choices=OPTIMIZERS)
-    """torch's AdamW, its fused form, DeepSpeed's for ZeRO offload (cpu_adam), or bitsandbytes' with 8-bit state. The
-    paged form needs CUDA and is paged until a resume."""
+    """torch's AdamW (fused on CUDA with the plain engine), its fused form, DeepSpeed's for ZeRO offload (cpu_adam), or
+    bitsandbytes' with 8-bit state. The paged form needs CUDA and is paged until a resume."""
     learning_rate: float = option(5e-6, above=0)
     """Peak learning rate."""
     learning_rate_schedule: str = option("constant", choices=LEARNING_RATE_SCHEDULES)

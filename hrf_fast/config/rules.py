@@ -40,6 +40,8 @@ def check_config(config: Config) -> None:
             "least 2, or advantages=batch"
         )
     _check_order(config)
+    _check_fewer_calls(config)
+    _check_tuning(config)
     _check_optimizer_kwargs(config.optimizer.kwargs)
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
     _check_lora(config)
@@ -135,6 +137,28 @@ def _check_advantages(config: Config) -> None:
     for option, (value, needed, why) in wrong.items():
         if value != needed:
             raise ValueError(f"{option} is {value} but remedies.matching is {remedies.matching:g}: {why}; use {needed}")
+
+
+def _check_tuning(config: Config) -> None:
+    """Check that nothing is set by hand which a measurement is to choose."""
+    compute = config.compute
+    for name, value, default in (("threads", compute.threads, 0), ("channels_last", compute.channels_last, False)):
+        if compute.auto_tune and value != default:
+            raise ValueError(
+                f"compute.{name} is {value} but compute.auto_tune is true, which chooses it; leave one of them out"
+            )
+
+
+def _check_fewer_calls(config: Config) -> None:
+    """Check what leaves network calls out."""
+    steps, total = config.window.anchor_steps, config.sample.num_inference_steps
+    if steps > total:
+        raise ValueError(f"window.anchor_steps is {steps} but sample.num_inference_steps is {total}; use at most that")
+    if config.train.skip_flat_groups and config.remedies.needs_reference:
+        raise ValueError(
+            "train.skip_flat_groups is true but section remedies has a term of the pretrained model, whose gradient is "
+            "not zero in a group of equal rewards; set it to false"
+        )
 
 
 def _check_optimizer_kwargs(kwargs: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     device: torch.device,
+    fuses: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that optimizer.name names, with learning rate 0 until one is set.
 
@@ -38,6 +39,7 @@ def build_optimizer(
         name: adamw; fused_adamw, one kernel for all tensors; cpu_adam, DeepSpeed's for offloaded weights; adamw_8bit,
             2 bytes of state a weight instead of 8; paged_adamw_8bit, the same in memory that CUDA may move to the host.
         device: where the model computes.
+        fuses: take torch's fused form for adamw where all parameters are on CUDA, as they stay.
 
     Raises:
         ImportError: its package is missing; says how to install it.
@@ -45,7 +47,8 @@ def build_optimizer(
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name in ("adamw", "fused_adamw"):
-        return torch.optim.AdamW(parameters, **settings, fused=True if name == "fused_adamw" else None)
+        fused = name == "fused_adamw" or (fuses and all(parameter.is_cuda for parameter in parameters))
+        return torch.optim.AdamW(parameters, **settings, fused=True if fused else None)
     if name == "cpu_adam":
         return _deepspeed_cpu_adam(parameters, settings)
     if name not in _BITSANDBYTES:

@@ -41,7 +41,7 @@ class PlainEngine:
         self.max_grad_norm = max_grad_norm
         device = next(model.parameters()).device
         self.optimizer = build_optimizer(
-            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device, fuses=True
         )
         self.loss_scale = LossScale(precision)
         self.ema = Ema(self.parameters, ema_decay)

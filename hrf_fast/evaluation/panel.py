@@ -220,3 +220,18 @@ def choose_network(spec: str, model_name: str, device: torch.device) -> FeatureN
     if spec == "none":
         return None
     return load_feature_network("evaluation.network", spec, device)
+
+
+def no_network_note(network: str, model: str) -> str:
+    """A line for a model of the user's, whose panels would lack the diversity without a word.
+
+    Args:
+        network: evaluation.network; model: model.name.
+    """
+    if network != "auto" or model in SHIPPED:
+        return ""
+    return (
+        f"evaluation.network is auto, which has no network for model.name {model}: panels will lack the Vendi Score, "
+        "and a loss of diversity won't show; set evaluation.network=openai/clip-vit-base-patch32 or another vision "
+        f"network ({' and '.join(SHIPPED)} are shipped), or none to do without"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,11 +78,14 @@ def count_calls(
             if window.deterministic and not windows.needs_anchors:
                 led += window.start * (1 if window.shared else size)
             referred += max(0, min(window.stop, last_referred) - window.start)
+    # anchors are drawn in the first of every `anchor_reuse` iterations
+    draws = math.ceil(iterations / config.window.anchor_reuse) / iterations
+    drawn = groups * (config.window.anchor_steps or steps) * draws
     return CallCounts(
-        anchors=branches * (groups * steps if windows.needs_anchors else led / iterations),
+        anchors=branches * (drawn if windows.needs_anchors else led / iterations),
         search=branches * searched / iterations,
         rollout=branches * run_steps * size / iterations,
-        update=branches * sum(lengths) * size / iterations,
+        update=branches * train.step_share * sum(lengths) * size / iterations,
         longest_window=stop if searched else max(lengths),
         reference=branches * referred * size / iterations,
     )

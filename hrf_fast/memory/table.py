@@ -94,17 +94,19 @@ def _calls(plan: Plan) -> str:
     return "\n".join([line, _table(rows)])
 
 
+def mode_of(plan: Plan) -> str:
+    """The configuration's mode of activations; for auto the first that fits."""
+    compute, usable = plan.config.compute, plan.memory * (1 - RESERVE)
+    if compute.activations != "auto":
+        return compute.activations
+    needs = {m: plan.need(plan.engine, compute.precision, m, compute.images_per_call) for m in plan.modes}
+    return next((mode for mode, need in needs.items() if need <= usable), "checkpoint")
+
+
 def _verdict(plan: Plan) -> str:
     compute, usable = plan.config.compute, plan.memory * (1 - RESERVE)
-    precision, images = compute.precision, compute.images_per_call
-
-    def need_of(mode: str) -> float:
-        return plan.need(plan.engine, precision, mode, images)
-
-    # auto takes the first that fits
-    fastest = next((mode for mode in plan.modes if need_of(mode) <= usable), "checkpoint")
-    mode = fastest if compute.activations == "auto" else compute.activations
-    need = need_of(mode)
+    precision, images, mode = compute.precision, compute.images_per_call, mode_of(plan)
+    need = plan.need(plan.engine, precision, mode, images)
     named = f"{_TITLES[plan.engine]}, {precision}, {mode}, compute.images_per_call {images}"
     fits = "it fits" if need <= usable else "it does not fit"
     ways = (plan.best(engine, p) for p in dict.fromkeys((precision, *PRECISIONS)) for engine in (plan.engine, *ENGINES))

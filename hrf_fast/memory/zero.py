@@ -66,8 +66,8 @@ def model_states(
         return replace(plain, parameters=plain.parameters + (total / gpus if engine == "zero3" else total))
     moments = _moments(tensors, optimizer)
     if engine == "plain":
-        # torch's AdamW on CUDA works on all tensors at once; several ranks send their gradients as one flat copy
-        return States(total, total, moments, 0.0 if optimizer != "adamw" and gpus == 1 else total)
+        # several ranks send their gradients as one flat copy; the optimizers of one need no other room
+        return States(total, total, moments, total if gpus > 1 else 0.0)
     part, buffers = total / gpus, float(FP32 * bucket)
     gradients = buffers + (total if engine.startswith("zero1") else 0.0)
     if engine.endswith("offload"):

@@ -67,9 +67,6 @@ class DenoiserPolicy:
         except ValueError as error:
             raise ValueError(f"HRF_KERNELS is {kernels!r}: {error}") from error
         self.sampler = sampler.to(self.device)
-        # a list, so that a step's timestep needs no copy from the device; a UNet2DModel would truncate a float
-        countable = not sampler.timesteps.is_floating_point()
-        self._timesteps: list[int] | Tensor = sampler.timesteps.tolist() if countable else self.sampler.timesteps
         self.compiled = "none"
         self.calls = NetworkCalls()
         self.stopwatch = Stopwatch(self.device)
@@ -112,14 +109,14 @@ class DenoiserPolicy:
     def _predict(
         self, forward: Callable[..., Tensor], latents: Tensor, steps: int | Tensor, condition: Condition
     ) -> Prediction:
-        timesteps = self._timesteps[steps] if isinstance(steps, int) else self.sampler.timesteps[steps]
+        # one step: a view of the device's table; diffusers would copy a Python number to the device and wait for it
+        timesteps = self.sampler.timesteps[steps]
         branches = condition.branches
         self.calls.batches += 1
         self.calls.forwards += branches * len(latents)
         if branches > 1:
             latents = torch.cat([latents] * branches)
-            if isinstance(timesteps, Tensor) and timesteps.dim():
-                timesteps = timesteps.repeat(branches)
+            timesteps = timesteps.repeat(branches) if timesteps.dim() else timesteps
         with self.stopwatch.running():
             output = forward(latents, timesteps, **condition.inputs)
         if branches == 1:

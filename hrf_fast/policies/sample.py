@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Policy, Prediction
+from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts import Prompt
-from hrf_kernels import gaussian_mean, gaussian_step, philox_normal
+from hrf_kernels import StepCoefficients, gaussian_mean, gaussian_step, philox_normal
 
 # counter value for a sample's starting noise: no denoising step has it
 _START = 0xFFFFFFFF
@@ -76,3 +77,52 @@ def sample(
             latents, _ = advance(policy, policy.predict(latents, step, condition), latents, step, part)
         chunks.append(latents)
     return torch.cat(chunks)
+
+
+@torch.no_grad()
+def sample_deterministic(
+    policy: Policy,
+    noise: NoiseKey,
+    prompts: Sequence[Prompt | None],
+    *,
+    steps: int,
+    images_per_call: int,
+    guided: bool = True,
+) -> Tensor:
+    """Denoise pure noise by `steps` deterministic steps; the other arguments and the result are those of `sample`."""
+    numbers, coefficients = deterministic_jumps(policy.sampler, steps)
+    chunks: list[Tensor] = []
+    for part in noise.split(images_per_call):
+        latents = starting_noise(policy, part)
+        first = len(chunks) * images_per_call
+        condition = policy.condition(prompts[first : first + len(part)], guided=guided)
+        for index, step in enumerate(numbers):
+            prediction = policy.predict(latents, step, condition)
+            latents = gaussian_mean(prediction.combined, latents, coefficients[index])
+        chunks.append(latents)
+    return torch.cat(chunks)
+
+
+def deterministic_jumps(sampler: Sampler, count: int) -> tuple[list[int], StepCoefficients]:
+    """`count` of the sampler's T steps, evenly spaced from the first on, and the way from each to the next.
+
+    DDIM's equation 12 with eta 0 (arXiv 2010.02502): signal'·x̂0 + noise'·ε̂, with ε̂ = (x − signal·x̂0)/noise of the
+    estimate without its clamp. The last one goes to the clean image, x̂0 itself.
+
+    Returns:
+        The steps, and [count] coefficients for `gaussian_mean`.
+    """
+    numbers = [index * len(sampler) // count for index in range(count)]
+    table = sampler.coefficients
+    values = (sampler.signal, sampler.noise, table.x0_latents, table.x0_output)
+    signal, noise, of_latents, of_output = (value.double()[numbers] for value in values)
+    next_signal, next_noise = (torch.cat([v[1:], v.new_full((1,), end)]) for v, end in ((signal, 1.0), (noise, 0.0)))
+    jumps = {
+        "x0_latents": of_latents,
+        "x0_output": of_output,
+        "mean_x0": next_signal,
+        "mean_latents": next_noise * (1 - signal * of_latents) / noise,
+        "mean_output": -next_noise * signal * of_output / noise,
+        "std": torch.zeros_like(signal),
+    }
+    return numbers, StepCoefficients(**{name: v.float() for name, v in jumps.items()}, x0_clip=table.x0_clip)

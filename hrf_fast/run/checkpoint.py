@@ -1,9 +1,10 @@
 """Checkpoints: written aside, hashed, renamed into place; resumed exactly, never unpickled.
 
 A checkpoint folder holds the trained tensors (`weights.safetensors`), `optimizer.safetensors`, with averaged weights on
-`ema.safetensors`, `state.json` and `manifest.json` with the SHA-256 of every file. Random numbers need no state
-(noise.py): weights, optimizer and counters are all. Every engine on any number of ranks writes and reads the same
-files; only the main rank touches them. `hrf export` makes a diffusers folder of a checkpoint.
+`ema.safetensors`, tensors that the loop remembers in `remembered.safetensors`, `state.json`, and `manifest.json` with
+the SHA-256 of every file. Random numbers need no state (noise.py): weights, optimizer and counters are all. Every
+engine on any number of ranks writes and reads the same files; only the main rank touches them. `hrf export` makes a
+diffusers folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from hrf_fast.weights import judge
 
 _PREFIX = "iteration-"
 WEIGHTS, OPTIMIZER, AVERAGES = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
+# tensors of the state
+REMEMBERED = "remembered.safetensors"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -33,7 +36,8 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
     """Save after `state["iteration"]` complete iterations; drop all but the newest `keep` checkpoints and the `best`.
 
     Args:
-        state: JSON-able counters to hand back on resume; best: iteration of a checkpoint to keep whatever its age.
+        state: counters to hand back on resume, JSON-able but for `tensors`, which are tensors by name.
+        best: iteration of a checkpoint to keep whatever its age.
 
     Raises:
         OSError: the disk is full or unwritable; earlier checkpoints are intact.
@@ -48,6 +52,8 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
         if ema:
             save_file({name: part.contiguous() for name, part in ema.items()}, path / AVERAGES)
         record = {**state, "engine": numbers}
+        if tensors := record.pop("tensors", None):
+            save_file(tensors, path / REMEMBERED)
         (path / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -127,7 +133,9 @@ def _load(listed: Callable[[], list[Path]], engine: Engine, warn: Callable[[str]
             reason = _broken(path)
             if reason is None:
                 tensors[:] = _read(path, shapes, averaging)
-                return json.loads((path / "state.json").read_text())
+                state = json.loads((path / "state.json").read_text())
+                remembered = path / REMEMBERED
+                return {**state, "tensors": load_file(remembered)} if remembered.is_file() else state
             warn(f"checkpoint {path} is skipped: {reason}")
         if checkpoints:
             raise ValueError(

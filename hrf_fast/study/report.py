@@ -25,6 +25,7 @@ from hrf_fast.study.statistics import (
     hypervolume,
     paired,
     path_of,
+    seconds_to_gain,
 )
 
 Lines = Mapping[int, Mapping[str, Any]]
@@ -73,6 +74,12 @@ def measures(keep: float, target: float | None) -> list[Measure]:
             "count",
             highest_within,
             lambda line, gain: evaluations_to_gain(path_of(line), gain, keep),
+        ),
+        Measure(
+            f"seconds to gain {{level}} with {100 * keep:.0f} % kept",
+            "count",
+            highest_within,
+            lambda line, gain: seconds_to_gain(line, gain, keep),
         ),
         Measure("hypervolume", "area", lambda _: 0.0, lambda line, _: hypervolume(path_of(line))),
     ]

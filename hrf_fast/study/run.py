@@ -174,13 +174,15 @@ class Workers:
             return {"error": line.removeprefix("error: ") or f"exit code {code}"}
         reason = next(match[1] for line in reversed(log) if (match := re.match(r"done, (.*): .* \(hrf report", line)))
         panels = read_log(folder / "evaluations.jsonl", PANEL)
+        iterations = [sum(line["seconds"].values()) for line in read_log(folder / "metrics.jsonl")]
         for number, panel in enumerate(panels):
+            # of training before it
+            panel["seconds"] = round(sum(iterations[: panel["iteration"]]), 1)
             panel.pop("prompts", None)
             # for gains that are paired image by image
             if 0 < number < len(panels) - 1:
                 del panel["rewards"]
-        seconds = sum(sum(line["seconds"].values()) for line in read_log(folder / "metrics.jsonl"))
-        return {"seconds": round(seconds, 1), "reason": reason, "panels": panels}
+        return {"seconds": round(sum(iterations), 1), "reason": reason, "panels": panels}
 
     def _stop(self) -> None:
         """Ask every run to save a checkpoint and stop, and wait; a second signal does not let them save."""

@@ -86,6 +86,21 @@ def evaluations_to_gain(path: Sequence[Point], gain: float, floor: float) -> flo
     return None
 
 
+def seconds_to_gain(line: Mapping[str, Any], gain: float, floor: float) -> float | None:
+    """Seconds of training at that point; None without one, or for a line whose panels have no seconds.
+
+    Between panels seconds pass as evaluations do. Panels and checkpoints count nothing.
+    """
+    panels, evaluations = line["panels"], evaluations_to_gain(path_of(line), gain, floor)
+    if evaluations is None or any("seconds" not in panel for panel in panels):
+        return None
+    for one, two in zip(panels, panels[1:], strict=False):
+        if one["evaluations"] <= evaluations <= two["evaluations"]:
+            share = (evaluations - one["evaluations"]) / (two["evaluations"] - one["evaluations"])
+            return float(one["seconds"] + share * (two["seconds"] - one["seconds"]))
+    return None
+
+
 def _above(one: float, two: float, level: float) -> tuple[float, float] | None:
     """The part of the way from `one` to `two`, as shares, on which a linear value is at least `level`."""
     if one >= level and two >= level:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.noise import NoiseKey, noise_generator, noise_key
-from hrf_fast.policies.sample import sample
+from hrf_fast.policies.sample import sample, sample_deterministic
 from hrf_fast.registry import qualified_name
 from hrf_fast.run.session import Run
 from hrf_fast.training.components import Components
@@ -38,14 +38,20 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
     """
     policy, groups, schedule = components.policy, components.groups, components.schedule
     numbers, seed = groups.own(), components.rules.seed
-    prompts, guided = components.draw_prompts(iteration), components.rules.guided
+    prompts, guided = components.draw_prompts(components.anchors.drawn_at(iteration)), components.rules.guided
     anchors: dict[int, Tensor] = {}
     if schedule.needs_anchors:
         with run.phase("anchors"):
             noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(numbers, device=policy.device))
             own_prompts = [prompts[number] for number in numbers]
-            clean = sample(policy, noise, own_prompts, images_per_call=components.calls.sampled, guided=guided)
-            anchors = dict(zip(numbers, clean, strict=True))
+            options: dict[str, Any] = {"images_per_call": components.calls.sampled, "guided": guided}
+
+            def draw() -> Tensor:
+                if few := components.anchors.steps:
+                    return sample_deterministic(policy, noise, own_prompts, steps=few, **options)
+                return sample(policy, noise, own_prompts, **options)
+
+            anchors = components.anchors.take(iteration, numbers, policy.device, draw)
     with run.phase("search"):
         generator = noise_generator(seed, iteration, "windows")
         noises = {number: group_noise(components, iteration, "search", number) for number in numbers}

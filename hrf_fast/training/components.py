@@ -15,6 +15,7 @@ from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.registry import load_state_of, state_of
 from hrf_fast.rewards import CombinedReward
+from hrf_fast.training.anchors import Anchors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.groups import Groups
@@ -22,6 +23,7 @@ from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.peers import Advantages
 from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.rewarding import Rewarder
+from hrf_fast.training.thinning import Thinning
 from hrf_fast.windows.base import WindowSchedule
 from hrf_fast.windows.schedules import load_schedule_state, schedule_state
 
@@ -49,6 +51,7 @@ class Rules:
     """By iteration."""
     sharpness: float = 0.0
     """Sharpness of trajectories that are matched to their rewards; 0 leaves advantages as they are."""
+    thinning: Thinning = Thinning()
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Components:
     calls: CallPlan
     rules: Rules
     panel: Panel
+    anchors: Anchors = field(default_factory=Anchors)
     prompts: Prompts | None = None
     """The groups' source; None for a model that takes none."""
     notes: tuple[str, ...] = ()
@@ -86,13 +90,17 @@ class Components:
         return [*comm.main_says(lambda: source.draw(self.rules.seed, iteration, count))]
 
     def state(self, iteration: int) -> dict[str, Any]:
-        """The JSON-able part of a checkpoint after `iteration` iterations: everything but weights and optimizer."""
+        """The part of a checkpoint after `iteration` iterations beside weights and optimizer.
+
+        JSON-able but for `tensors`, which are tensors by name.
+        """
         remembered = {**schedule_state(self.schedule), **state_of(self.advantages, "advantages", "train.advantages")}
-        return {"iteration": iteration, "calls": asdict(self.policy.calls), **remembered}
+        return {"iteration": iteration, "calls": asdict(self.policy.calls), **remembered, **self.anchors.state()}
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Restore what `state` gave, or start anew; returns how many iterations are done."""
         self.policy.calls = NetworkCalls(**state["calls"]) if state else NetworkCalls()
+        self.anchors.load_state(state or {})
         load_schedule_state(self.schedule, state or {})
         load_state_of(self.advantages, state or {}, "advantages", "train.advantages")
         return state["iteration"] if state else 0

@@ -50,6 +50,7 @@ def optimizer_step(
     pairs: int | None = None,
     padding: int = 0,
     measure: bool = False,
+    factor: float = 1.0,
 ) -> StepStats:
     """Make one optimizer step on some groups (DDPO, arXiv 2305.13301; HRF, arXiv 2410.08315).
 
@@ -57,12 +58,13 @@ def optimizer_step(
 
     Args:
         trajectories: this rank's groups, whose windows may differ; advantages: [B] fp32 for each.
-        calls: which steps and samples share a network call; together every step of every window once. A call that comes
-            with its prediction is not made again.
+        calls: which steps and samples share a network call; together every step of every window once, or those that
+            a thinned update is left with. A call that comes with its prediction is not made again.
         reference: weights of the terms that hold the policy to the pretrained model, which the rollout has asked.
         pairs: samples × steps of the groups of all ranks, if there are other ranks.
         padding: zero-weight forwards that the engine adds so that all ranks make equally many; they are not counted.
         measure: measure the gradient's signal and noise; no call then has groups of even and of odd numbers.
+        factor: of the loss, for a thinned update.
 
     Returns:
         StepStats: the loss as differentiated, the rest over every sample and step.
@@ -72,7 +74,7 @@ def optimizer_step(
     """
     totals = StepStats.zeros(policy.device)
     pairs = pairs or sum(trajectory.old_log_prob.numel() for trajectory in trajectories.values())
-    weight = 1 / sum(trajectory.group.size for trajectory in trajectories.values())
+    weight = factor / sum(trajectory.group.size for trajectory in trajectories.values())
     halves = GradientHalves(engine) if measure else None
     with engine.accumulating():
         for call in halves.in_order(calls) if halves else calls:
@@ -109,7 +111,9 @@ def call_surrogate(
     # one step: the scalar form of the rollout, so that the arithmetic and hence the ratio is equal to the bit
     steps: int | Tensor = call.steps.start
     if len(call.steps) > 1:
-        steps = torch.tensor(call.steps, device=latents.device).repeat_interleave(call.pieces[0].size)
+        # made on the device: a copy of a list to a GPU waits for the GPU
+        steps = torch.arange(call.steps.start, call.steps.stop, device=latents.device)
+        steps = steps.repeat_interleave(call.pieces[0].size)
     if clips.step_weights is not None:
         # the loss is proportional to the advantage, so that its weight and that of its clip are the loss's
         weights = clips.step_weights[steps].expand_as(advantage)
@@ -172,8 +176,9 @@ def _window_scale(policy: Policy, trajectories: Mapping[int, Trajectory], call: 
     scales = [window_share(window, sampler.stochastic_steps, len(sampler)) for window in windows]
     if len(set(scales)) == 1:
         return scales[0]
-    counts = torch.tensor([piece.size * len(call.steps) for piece in call.pieces])
-    return torch.tensor(scales).repeat_interleave(counts).to(policy.device)
+    counts = [piece.size * len(call.steps) for piece in call.pieces]
+    # fills, which a GPU does by itself; a copy of a list to it waits for it
+    return torch.cat([torch.full((n,), scale, device=policy.device) for n, scale in zip(counts, scales, strict=True)])
 
 
 def window_share(window: Window, stochastic: int, total: int) -> float:

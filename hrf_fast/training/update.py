@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import LossScaleOverflow
+from hrf_fast.training.calls import Call
 from hrf_fast.training.components import Components
 from hrf_fast.training.metrics import StepStats
 from hrf_fast.training.optimizer_step import optimizer_step
 from hrf_fast.training.rollout import Rollout
+from hrf_fast.training.thinning import draw_offsets
 from hrf_fast.windows.base import Window
 
 
@@ -38,13 +41,15 @@ def update(
         FloatingPointError: a gradient is not finite and is not to be skipped; the step was not made, on all ranks.
     """
     made, skipped = [], 0
-    for _ in range(components.rules.inner_epochs):
+    rules = components.rules
+    offsets = draw_offsets(rules.seed, iteration, rules.inner_epochs, components.groups.num_steps)
+    for epoch in range(rules.inner_epochs):
         for step in steps:
             if any(group not in advantages for group in components.groups.of_step(step)):
                 skipped += 1
                 continue
             try:
-                made.append(_step(components, rolled_out, windows, advantages, step, iteration))
+                made.append(_step(components, rolled_out, windows, advantages, step, iteration, offsets[epoch][step]))
             except FloatingPointError as error:
                 groups = components.groups.of_step(step)
                 named = f"groups {groups[0]} to {groups[-1]}" if len(groups) > 1 else f"group {groups[0]}"
@@ -64,10 +69,20 @@ def _step(
     advantages: Mapping[int, Tensor],
     step: int,
     iteration: int,
+    offset: float,
 ) -> StepStats:
     groups, plan = components.groups, components.calls
     rank_groups = groups.of_rank(step, groups.rank)
-    calls = plan.update(rolled_out.calls, {group: windows[group] for group in rank_groups})
+    calls: Sequence[Call] = plan.update(rolled_out.calls, {group: windows[group] for group in rank_groups})
+    pairs, factor, thinning = groups.size * sum(len(windows[g]) for g in groups.of_step(step)), 1.0, None
+    if components.rules.thinning.active:
+        flat = [group for group in groups.of_step(step) if not advantages[group].any()]
+        options = {"offset": offset, "steps_per_call": plan.steps_per_call, "flat": flat}
+        thinning = partial(components.rules.thinning.thin, **options)
+        calls, factor = thinning(calls)
+        pairs = sum(
+            call.images for rank in range(groups.ranks) for call in _replay(components, windows, step, rank, thinning)
+        )
     return optimizer_step(
         components.engine,
         components.policy,
@@ -76,19 +91,28 @@ def _step(
         calls,
         components.rules.clips,
         reference=components.rules.reference(iteration),
-        pairs=groups.size * sum(len(windows[group]) for group in groups.of_step(step)),
-        padding=_padding(components, windows, step) if all(call.prediction is None for call in calls) else 0,
+        pairs=pairs,
+        padding=_padding(components, windows, step, thinning) if all(call.prediction is None for call in calls) else 0,
         measure=plan.halves,
+        factor=factor,
     )
 
 
-def _padding(components: Components, windows: Sequence[Window], step: int) -> int:
+Thin = Callable[[Sequence[Call]], tuple[list[Call], float]]
+
+
+def _replay(
+    components: Components, windows: Sequence[Window], step: int, rank: int, thinning: Thin | None
+) -> list[Call]:
+    """The calls that a rank makes in an optimizer step which replays."""
+    calls = components.calls.replay({group: windows[group] for group in components.groups.of_rank(step, rank)})
+    return thinning(calls)[0] if thinning else calls
+
+
+def _padding(components: Components, windows: Sequence[Window], step: int, thinning: Thin | None) -> int:
     """Forwards that the busiest rank makes beyond this one's in an optimizer step, where ranks wait for each other."""
-    groups, plan = components.groups, components.calls
+    groups = components.groups
     if not components.engine.lockstep:
         return 0
-    counts = [
-        len(plan.replay({group: windows[group] for group in groups.of_rank(step, rank)}))
-        for rank in range(groups.ranks)
-    ]
+    counts = [len(_replay(components, windows, step, rank, thinning)) for rank in range(groups.ranks)]
     return max(counts) - counts[groups.rank]

@@ -207,6 +207,10 @@ def clips(
     """Both clips times the window's scale, fp32 scalars or [B]."""
     named = {"clip_range": clip_range, "advantage_clip": advantage_clip, "window_scale": window_scale}
     check_per_sample(latents, **{name: value for name, value in named.items() if isinstance(value, Tensor)})
-    scaled = (torch.as_tensor(value * window_scale, dtype=torch.float32) for value in (clip_range, advantage_clip))
-    low, high = (value.to(latents.device) for value in scaled)
-    return low, high
+    low, high = (value * window_scale for value in (clip_range, advantage_clip))
+    return _number(low, latents), _number(high, latents)
+
+
+def _number(value: float | Tensor, like: Tensor) -> Tensor:
+    # a fill, which a GPU does by itself: to copy a Python number there waits for it
+    return value.float() if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float32)

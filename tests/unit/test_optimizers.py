@@ -69,6 +69,15 @@ def test_torchs_adamw_has_the_options_and_does_the_arithmetic(name):
     assert weight.tolist() == pytest.approx([0.85] * 3, rel=1e-6)
 
 
+def test_adamw_is_fused_where_all_weights_are_on_cuda_and_stay_there(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **settings: made.append(settings["fused"]))
+    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "device": CPU}
+    for places, fuses in (([True, True], True), ([True, False], True), ([True, True], False)):
+        build_optimizer("adamw", [SimpleNamespace(is_cuda=place) for place in places], **options, fuses=fuses)
+    assert made == [True, None, None]
+
+
 def test_the_engine_steps_with_the_optimizer_of_the_configuration(tiny_run):
     words = ["optimizer.name=fused_adamw", "optimizer.weight_decay=0.25", "optimizer.kwargs={betas: [0.5, 0.75]}"]
     _, components = build_components(load_config([*tiny_run, *words]))

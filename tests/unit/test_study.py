@@ -92,6 +92,19 @@ def test_a_path_by_hand():
     assert statistics.hypervolume(PATH) == pytest.approx(2 * 0.84 + 1.5 * 0.11 + 1 * 0.01)
 
 
+def test_seconds_to_a_gain_pass_as_evaluations_do():
+    line = {"arm": "hrf", "panels": panels((0, 0.0, 10.0), (100, 1.0, 9.6), (200, 2.0, 9.4))}
+    # a line of before panels had seconds
+    assert statistics.seconds_to_gain(line, 1.5, 0.9) is None
+    for panel, seconds in zip(line["panels"], (0.0, 30.0, 80.0), strict=True):
+        panel["seconds"] = seconds
+    # gain 1.5 is half way between the last two panels
+    assert statistics.seconds_to_gain(line, 1.5, 0.9) == pytest.approx(55)
+    assert statistics.seconds_to_gain(line, 0.5, 0.9) == pytest.approx(15)
+    assert statistics.seconds_to_gain(line, 2.5, 0.9) is None
+    assert statistics.seconds_to_gain(line, 1.5, 0.955) is None
+
+
 def test_diversity_at_a_gain_counts_from_the_runs_own_start():
     # reward 3 to 5 passes 4, gain 1, half way between shares 1 and .8
     run = line((0, 3.0, 10.0), (100, 5.0, 8.0))
@@ -227,6 +240,8 @@ def test_a_report_from_lines(write_study, tmp_path):
     # at gain 2: shares 1 and .95 against .8 and .9
     assert "| kept at gain 2 | hrf | 2 | 97.5 % | 85.0 % | +12.5 % [" in text
     assert "tiny-hrf-3 is not in the tables: diverged" in text
+    # these lines have no seconds
+    assert "| seconds to gain 1 with 90 % kept | hrf | 0 of 2 |" in text
 
 
 # ---- the real thing
@@ -251,6 +266,7 @@ def test_the_smallest_study_by_its_command(write_study, tmp_path, capsys):
     assert "window.kwargs.clusters" in records["broken"]["error"]
     record = records["ddpo"]
     assert record["commit"] == code_commit() and record["reason"] == "train.iterations is 1"
+    assert [panel["seconds"] for panel in record["panels"]] == [0, record["seconds"]]
     assert [len(panel["rewards"]) for panel in record["panels"]] == [4, 4] and record["panels"][1]["vendi"][0] > 1
     # only what failed is run again
     trained = (tmp_path / "out" / "tiny-ddpo-1.log").stat().st_mtime_ns

@@ -1,0 +1,122 @@
+"""The check that anyone with a GPU runs: what is proven here without one, and the figures that nobody has measured.
+
+    hrf bench gpu                           # in at most ten minutes; the same command goes on where it stopped
+    hrf bench gpu --parts 'tests: *'        # only what proves
+    hrf bench gpu --write README.md         # put the table of figures between the markers of a file
+    hrf bench gpu --dry-run                 # without a GPU: every part as far as a CPU can, with tiny sizes
+
+Offline: models are published layouts with random weights. First tests/gpu, then the kernel benchmark, then the training
+benchmark against the loop as published. Each part's result is written as it ends, to OUT/gpu.json and OUT/gpu.md; a
+part that is whole for the same code, card and driver does not run again. Exit code 0: all parts that ran are whole; 1:
+a part failed; 2: there is no GPU, or time was up before the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.gpu_bench.page import page, table, write_between
+from benchmarks.gpu_bench.parts import Part, all_parts
+from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options and check them.
+
+    Raises:
+        ValueError: names the option, its value and the rule.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hrf bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
+    parser.add_argument("--parts", nargs="+", default=["*"], help="only parts of these names; * is any text")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no part begins after this many")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder of gpu.json and gpu.md")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    options = parser.parse_args(words)
+    if not 0 < options.minutes < float("inf"):
+        raise ValueError(f"--minutes is {options.minutes}; use a finite number above 0")
+    if options.dry_run and options.write:
+        raise ValueError(f"--write is {options.write}, but a dry run measures nothing to write; leave one of them out")
+    return options
+
+
+def choose(parts: dict[str, Part], patterns: Sequence[str]) -> dict[str, Part]:
+    """The parts whose names match.
+
+    Raises:
+        ValueError: none does; says what there is.
+    """
+    chosen = {name: part for name, part in parts.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    if not chosen:
+        raise ValueError(f"--parts {' '.join(map(repr, patterns))} names no part; there are {'; '.join(parts)}")
+    return chosen
+
+
+def run(parts: dict[str, Part], record: Record, minutes: float) -> None:
+    """Run what is not whole yet, as long as there is time, and keep each result as it ends."""
+    end = time.monotonic() + 60 * minutes
+    for name, part in parts.items():
+        if record.is_whole(name):
+            _say(f"{name}: whole already")
+        elif (left := end - time.monotonic()) > 0:
+            _say(f"{name} …")
+            began = time.monotonic()
+            try:
+                result = part(left)
+            # an out-of-memory error, or whatever a driver raises: the other parts still say something
+            except (RuntimeError, ValueError, ImportError, OSError) as error:
+                result = {"state": FAILED, "reason": f"{type(error).__name__}: {str(error)[:500]}"}
+            record.add(name, {**result, "part_seconds": round(time.monotonic() - began, 1)})
+            _say(f"{name}: {result['state']} in {time.monotonic() - began:.0f} s")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Check and measure.
+
+    Raises:
+        ValueError: an option, or a part that failed; SystemExit with 2: no GPU, or not all parts in time.
+    """
+    options = parse(words)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda and not options.dry_run else torch.device("cpu")
+    parts = choose(all_parts(device, dry_run=options.dry_run), options.parts)
+    if not cuda and not options.dry_run:
+        _say(f"no GPU: torch {torch.__version__} sees none, so nothing was checked; skipped: {'; '.join(parts)}")
+        _say("see `hrf doctor`; --dry-run runs each part as far as a CPU can")
+        raise SystemExit(2)
+    record = Record(options.out / "gpu.json", facts_of(device, dry_run=options.dry_run))
+    run(parts, record, options.minutes)
+    everything = list(all_parts(device, dry_run=options.dry_run))
+    (options.out / "gpu.md").write_text(page(record.facts, record.parts, everything))
+    _say(f"written to {options.out / 'gpu.json'} and {options.out / 'gpu.md'}")
+    failed = [name for name in parts if record.parts.get(name, {}).get("state") == FAILED]
+    if failed:
+        raise ValueError(f"{len(failed)} parts failed: {'; '.join(failed)}; {options.out / 'gpu.md'} says how")
+    if late := [name for name in parts if record.parts.get(name, {}).get("state") != WHOLE]:
+        _say(f"time was up before the end of {'; '.join(late)}: the same command goes on with them")
+        raise SystemExit(2)
+    if options.write:
+        write_between(options.write, table(record.facts, record.parts))
+
+
+if __name__ == "__main__":
+    from hrf_fast.command import run_command
+
+    sys.exit(run_command(main))

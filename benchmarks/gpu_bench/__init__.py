@@ -1,0 +1,1 @@
+"""The parts of `hrf bench gpu`."""

@@ -1,0 +1,146 @@
+"""The check as a page of Markdown, and the table of it for a README; nothing is written that was not measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_bench.record import WHOLE
+from benchmarks.kernel_bench.page import page as kernel_page
+from benchmarks.machine import describe
+from benchmarks.tables import markdown_table
+
+MARKERS = ("<!-- hrf bench gpu -->", "<!-- end of hrf bench gpu -->")
+# the shape and the provider that the README names
+_SHAPE, _OURS = [3, 256, 256], "two-stage"
+_HEAD = (
+    "configuration",
+    "trained images/s",
+    "over the loop [min, max]",
+    "seconds a turn [min, max]",
+    "time over bare calls",
+    "MFU",
+    "peak GB",
+)
+
+
+def page(facts: dict[str, Any], parts: dict[str, dict[str, Any]], planned: list[str]) -> str:
+    """All parts: what was proven and measured, and what was not.
+
+    Args:
+        planned: the names of all parts, of which some may not have run.
+    """
+    lines = ["# Check on a GPU", "", *_head(facts), "", "| part | state |", "|---|---|"]
+    lines += [f"| {name} | {_state(parts.get(name))} |" for name in planned]
+    unproven = _unproven(facts, parts, planned)
+    lines += ["", "## Not proven by this run", "", *(f"- {line}" for line in unproven or ["nothing"])]
+    failures = [(name, *failure) for name, part in parts.items() for failure in part.get("failed", {}).items()]
+    if failures:
+        lines += ["", "## Failed", "", *(f"- {name}: {test}: {reason}" for name, test, reason in failures)]
+    for name, part in parts.items():
+        if name.startswith("kernels") and "result" in part:
+            lines += ["", f"## {name.capitalize()}", "", kernel_page(part["result"])]
+    for name, part in parts.items():
+        if part.get("rows"):
+            lines += ["", f"## {name.capitalize()}", "", *_training(part)]
+    return "\n".join(lines) + "\n"
+
+
+def _head(facts: dict[str, Any]) -> list[str]:
+    if facts["dry_run"]:
+        return [
+            "**A dry run on a CPU, with tiny sizes: every part runs. No figure on this page says anything "
+            "about a GPU.**",
+            "",
+            describe(facts),
+        ]
+    software = f"driver {facts['driver']}, CUDA {facts['cuda']}" if facts["cuda"] else f"ROCm {facts['hip']}"
+    used = facts["memory_used_by_others"] / 1e9
+    shared = f"before the check {used:.1f} GB of the card were in use and its utilization was {facts['utilization']}"
+    return [
+        f"{describe(facts)}; {software}",
+        "",
+        f"A card may be shared: {shared}. Every time below is a median of turns with the least and the most beside it.",
+    ]
+
+
+def _state(part: dict[str, Any] | None) -> str:
+    if part is None:
+        return "not run"
+    counts = ", ".join(f"{len(part[name])} {name}" for name in ("passed", "failed", "skipped") if part.get(name))
+    reason = (part.get("skipped") if isinstance(part.get("skipped"), str) else "") or part.get("reason", "")
+    return ": ".join(filter(None, (part["state"], counts, reason.splitlines()[-1] if reason else "")))
+
+
+def _unproven(facts: dict[str, Any], parts: dict[str, dict[str, Any]], planned: list[str]) -> list[str]:
+    """Name what a reader must not take for proven."""
+    lines = [f"{name}: {_state(parts.get(name))}" for name in planned if parts.get(name, {}).get("state") != WHOLE]
+    for name, part in parts.items():
+        skipped = part.get("skipped", {})
+        if isinstance(skipped, str):
+            lines.append(f"{name}: {skipped}")
+        else:
+            lines += [f"{name}: {test}: {reason}" for test, reason in skipped.items()]
+        lines += [f"{name}: {reason}" for reason in part.get("left_out", [])]
+    if facts["dry_run"]:
+        lines += [
+            f"{name}: ran on a CPU with tiny sizes" for name in planned if parts.get(name, {}).get("state") == WHOLE
+        ]
+    return lines
+
+
+def _training(part: dict[str, Any]) -> list[str]:
+    size = f"T {part['steps']}, {part['groups']} groups of {part['group_size']}"
+    title = f"{part['title']}, random weights" if not part["tiny"] else "tiny sizes: its figures mean nothing"
+    return [
+        f"{title}; {size}, medians of {len(part['rows'][0]['seconds'])} turns",
+        "",
+        markdown_table(_HEAD, map(_row, part["rows"])),
+    ]
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    return [
+        row["name"],
+        f"{row['images_per_second']:.2f}",
+        f"{row['speedup']:.2f}× [{min(row['speedups']):.2f}, {max(row['speedups']):.2f}]",
+        f"{row['seconds_median']:.2f} [{min(row['seconds']):.2f}, {max(row['seconds']):.2f}]",
+        f"{row['overhead']:.3f}" if row["overhead"] else "",
+        f"{row['mfu']:.0%}",
+        f"{row['peak_bytes'] / 1e9:.2f}",
+    ]
+
+
+def table(facts: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
+    """The README's table: a row for each layout and for the kernels."""
+    rows: list[list[str]] = []
+    where = f"{facts['device']}, torch {facts['versions']['torch']}, {facts['commit']}"
+    for name, part in parts.items():
+        if part.get("rows"):
+            # the fastest of ours, beside the loop that comes first
+            best = max(part["rows"][1:], key=lambda row: row["images_per_second"])
+            images, over, _, overhead, mfu, peak = _row(best)[1:]
+            rows.append([f"{part['title']}: {best['name']}", images, over, overhead, mfu, peak, where])
+        for case in part.get("result", {}).get("cases", []):
+            gpu = case["providers"].get(_OURS, {}).get("gpu")
+            if gpu and case["shape"] == _SHAPE and case["clamp"] and gpu["cold_gb_per_s"]:
+                share = (
+                    f"{gpu['cold_share_of_peak']:.0%} of the card's" if gpu["cold_share_of_peak"] else "share unknown"
+                )
+                rate = f"{gpu['cold_gb_per_s']:.0f} GB/s, {share}"
+                rows.append([f"{name}, loss and gradient at {case['batch']}×3×256²", rate, "", "", "", "", where])
+    head = ["measured", "images/s", "over the published loop", "time over bare calls", "MFU", "peak GB", "on"]
+    return markdown_table(head, rows)
+
+
+def write_between(path: Path, text: str) -> None:
+    """Replace what is between the MARKERS of a file.
+
+    Raises:
+        ValueError: it has no such markers.
+    """
+    before = path.read_text()
+    first, last = (before.find(marker) for marker in MARKERS)
+    if not 0 <= first < last:
+        raise ValueError(f"--write is {path}, which has no lines {MARKERS[0]!r} and {MARKERS[1]!r} to write between")
+    path.write_text(f"{before[:first]}{MARKERS[0]}\n{text}\n{before[last:]}")

@@ -1,0 +1,99 @@
+"""Parts of the check: each file of tests/gpu, the kernel benchmark, the training benchmark of each layout.
+
+A part returns its result, a mapping with `state` (whole, failed or unfinished) and whatever it has measured.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_bench.record import FAILED, UNFINISHED, WHOLE
+from benchmarks.gpu_bench.training import LAYOUTS, measure_layout
+
+ROOT = Path(__file__).parents[2]
+# puts tests/gpu on the CPU
+DRY_RUN = "HRF_GPU_DRY_RUN"
+Part = Callable[[float], dict[str, Any]]
+"""Called with the seconds that are left."""
+
+
+def all_parts(device: torch.device, *, dry_run: bool) -> dict[str, Part]:
+    """Every part by name, in the order in which they run: what proves comes before what times."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    parts: dict[str, Part] = {f"tests: {path.stem[5:]}": partial(run_tests, path, dry_run=dry_run) for path in files}
+    for dtype in ("fp32", "bf16"):
+        parts[f"kernels: {dtype}"] = partial(run_kernels, dtype, device, dry_run=dry_run)
+    for layout in LAYOUTS:
+        parts[f"training: {layout}"] = partial(run_training, layout, device, dry_run=dry_run)
+    return parts
+
+
+def run_tests(path: Path, left: float, *, dry_run: bool) -> dict[str, Any]:
+    """Run a file of tests in a process of its own: {state, passed, failed and skipped by test}."""
+    if find_spec("pytest") is None:
+        return {"state": UNFINISHED, "reason": 'pytest is missing: pip install "hrf_fast[test]"'}
+    search = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": search, **({DRY_RUN: "1"} if dry_run else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), f"--junitxml={report}"]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            return {"state": UNFINISHED, "reason": f"{left:.0f} s were not enough"}
+        if not report.is_file():
+            return {"state": FAILED, "reason": done.stdout[-2000:] + done.stderr[-2000:]}
+        outcomes = read_report(report)
+    return {"state": FAILED if outcomes["failed"] or not any(outcomes.values()) else WHOLE, **outcomes}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Outcomes of a JUnit report: names that passed, and failed and skipped ones with their reasons."""
+    passed, failed, skipped = [], {}, {}
+    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
+        name, problem, reason = case.get("name", ""), None, case.find("skipped")
+        for kind in ("failure", "error"):
+            problem = case.find(kind) if problem is None else problem
+        if problem is not None:
+            failed[name] = (problem.get("message") or "")[:500]
+        elif reason is not None:
+            skipped[name] = reason.get("message") or ""
+        else:
+            passed.append(name)
+    return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def run_kernels(dtype: str, device: torch.device, left: float, *, dry_run: bool) -> dict[str, Any]:
+    """Run the kernel benchmark, which first holds every provider to float64."""
+    from benchmarks import bench_kernels
+    from benchmarks.kernel_bench.providers import NAMES, Disagreement
+
+    words = ["--dtype", dtype, "--device", str(device), "--seconds", "1"]
+    if dry_run:
+        quick = [name for name in NAMES if name != "torch.compile"]
+        words += ["--shapes", "3x8x8", "--batch", "4", "--seconds", "0", "--unet", "none", "--providers", *quick]
+    try:
+        return {"state": WHOLE, "result": bench_kernels.benchmark(bench_kernels.parse(words))}
+    except Disagreement as error:
+        return {"state": FAILED, "reason": str(error)}
+
+
+def run_training(layout: str, device: torch.device, left: float, *, dry_run: bool) -> dict[str, Any]:
+    """Time the literal loop and this trainer on a layout; one that does not fit is skipped by name."""
+    # what other parts have left in this process's cache is free
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure_layout(LAYOUTS[layout], Path(folder), device, free, tiny=dry_run)
+    return {"state": WHOLE, **result}

@@ -1,0 +1,114 @@
+"""Timing: how long a network's calls take on this machine, and what of threads and memory format is fastest there."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hrf_fast.policies.base import Condition, Policy
+from hrf_fast.policies.network import Network
+
+# timed rounds after one that warms up
+_ROUNDS = 3
+Call = Callable[[], None]
+
+
+def sampling_call(network: Network, shape: tuple[int, ...], condition: Condition, images: int) -> Call:
+    """A call without gradient on `images` latents of `shape`, which has the condition's branches as rows."""
+    latents = _latents(network, shape, images * condition.branches)
+
+    def call() -> None:
+        with torch.no_grad():
+            network(latents, 0, **condition.inputs)
+
+    return call
+
+
+def update_call(network: Network, shape: tuple[int, ...], condition: Condition, images: int) -> Call:
+    """A call and its backward; arguments as `sampling_call`. Its gradients are thrown away."""
+    latents = _latents(network, shape, images * condition.branches)
+    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+    def call() -> None:
+        with torch.enable_grad():
+            output = network(latents, 0, **condition.inputs)
+        torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)
+
+    return call
+
+
+def _latents(network: Network, shape: tuple[int, ...], rows: int) -> Tensor:
+    return torch.randn(rows, *shape, device=next(network.parameters()).device)
+
+
+def seconds(call: Call) -> float:
+    """The median seconds of a call, of a few after one that warms up."""
+    call()
+    times = []
+    for _ in range(_ROUNDS):
+        times.append(_once(call))
+    return statistics.median(times)
+
+
+def _once(call: Call) -> float:
+    cuda = torch.cuda.is_initialized()
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def candidate_threads() -> list[int]:
+    """One thread, half of the usable processors, and all of them."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted({1, max(1, usable // 2), usable})
+
+
+def fastest(policy: Policy, *, sampled: int, trained: int, threads: Sequence[int]) -> tuple[int, bool, str]:
+    """Time the calls of a run under numbers of threads and both memory formats, in turns.
+
+    Threads and memory format of the process and the policy are as before afterwards.
+
+    Args:
+        sampled: images of a call without gradient; trained: of one with its backward.
+
+    Returns:
+        Threads, whether channels_last, and a line that says what was measured.
+    """
+    network, before = policy.network, torch.get_num_threads()
+    conditions = policy.condition([None] * sampled), policy.condition([None] * trained)
+    calls = (
+        sampling_call(network, policy.latent_shape, conditions[0], sampled),
+        update_call(network, policy.latent_shape, conditions[1], trained),
+    )
+    times: dict[tuple[int, bool], list[float]] = {(n, last): [] for n in threads for last in (False, True)}
+    try:
+        for _ in range(_ROUNDS + 1):
+            for number, last in times:
+                torch.set_num_threads(number)
+                _set_format(network, last)
+                times[number, last].append(sum(_once(call) for call in calls))
+    finally:
+        torch.set_num_threads(before)
+        _set_format(network, False)
+    medians = {key: statistics.median(rounds[1:]) for key, rounds in times.items()}
+    best = min(medians, key=lambda key: medians[key])
+    measured = ", ".join(
+        f"{number} threads{' channels_last' if last else ''} {1000 * value:.3g} ms"
+        for (number, last), value in medians.items()
+    )
+    return *best, f"compute.auto_tune: threads {best[0]}, channels_last {str(best[1]).lower()}; measured {measured}"
+
+
+def _set_format(network: Network, channels_last: bool) -> None:
+    network.channels_last = channels_last
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    network.unet.to(memory_format=order)  # type: ignore[call-overload]

@@ -1,0 +1,52 @@
+"""The loop waits for the device at no denoising step, and takes the memory that `hrf plan` says."""
+
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.training_bench.models import make_model
+from hrf_fast.build import build_components
+from hrf_fast.config.load import load_config
+from hrf_fast.memory.planner import plan
+from tests.waits import loop_parts
+
+STEPS = (4, 8)
+
+
+@pytest.mark.parametrize("more", [[], ["compute.images_per_call=6"]], ids=["published", "several steps a call"])
+def test_no_denoising_step_waits_for_the_device(needs_cuda, words, more):
+    # tests/unit/test_waits.py counts on a CPU what this asks the driver
+    def waits(steps):
+        config = load_config([*words, *more, "window.schedule=full", f"sample.num_inference_steps={steps}"])
+        parts, counted = loop_parts(build_components(config)[1]), []
+        for part in parts:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    part()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            counted.append(sum("synchronizing" in str(warning.message) for warning in seen))
+        return counted
+
+    # once before: what is made at the first use waits
+    waits(STEPS[0])
+    assert waits(STEPS[0]) == waits(STEPS[1])
+
+
+@pytest.mark.parametrize("activations", ["keep", "replay", "checkpoint"])
+def test_peak_memory_is_within_a_tenth_of_the_plan(needs_cuda, device, words, tmp_path, activations):
+    model = make_model("cifar", tmp_path, seed=0)
+    given = [*words, f"model.name={model}", "window.schedule=full", "train.order=on_policy", "train.group_size=8"]
+    # without a number the plan counts the 64 images of a panel's call, and there is none here
+    config = load_config([*given, f"compute.activations={activations}", "compute.images_per_call=8"])
+    planned = plan(config, gpus=1, memory=10**18).need("plain", "fp32", activations, 8)
+    components = build_components(config)[1]
+    # the optimizer's state comes with the first step
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats(device)
+        for part in loop_parts(components):
+            part()
+    assert torch.cuda.max_memory_allocated(device) == pytest.approx(planned, rel=0.1)

@@ -1,0 +1,43 @@
+"""An update that replays its rollout: ratio 1 to the bit, and equal weights however activations are held."""
+
+import pytest
+import torch
+
+from hrf_fast.build import build_components
+from hrf_fast.config.load import load_config
+from hrf_fast.training.optimizer_step import replay_ratios
+from tests.conftest import tiny_words
+from tests.gpu.conftest import train
+from tests.runs import equal, weights, with_folder
+from tests.text_models import text_model
+from tests.waits import loop_parts
+
+GUIDED = ["sample.guidance_scale=3", "prompts.source=animals", "evaluation.panel_size=8", "evaluation.every=0"]
+
+
+def model_words(guided, words, device, tmp_path):
+    return [*tiny_words(text_model("sd1"), tmp_path / "run"), *GUIDED, f"run.device={device}"] if guided else words
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unconditional", "guided"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_on_policy_ratio_is_one_to_the_bit(device, words, tmp_path, precision, guided):
+    given = [*model_words(guided, words, device, tmp_path), f"compute.precision={precision}"]
+    components = build_components(load_config([*given, "window.schedule=full"]))[1]
+    roll_out, _ = loop_parts(components)
+    rollout = roll_out()
+    windows = {number: trajectory.window for number, trajectory in rollout.trajectories.items()}
+    calls = components.calls.replay(windows)
+    ratios = replay_ratios(components.policy, rollout.trajectories, calls, as_in_update=True)
+    assert len(ratios) == 6 * len(range(*next((w.start, w.stop) for w in windows.values())))
+    assert torch.equal(ratios, torch.ones_like(ratios))
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unconditional", "guided"])
+@pytest.mark.parametrize("activations", ["replay", "checkpoint"])
+def test_kept_activations_train_as_those_that_are_made_again(device, words, tmp_path, activations, guided):
+    given = [*model_words(guided, words, device, tmp_path), "train.order=on_policy", "train.iterations=1"]
+    for name in ("keep", activations):
+        train(with_folder(given, tmp_path / name, f"compute.activations={name}"))
+    # the counters differ: what is kept is not made again
+    assert equal(weights(tmp_path / "keep"), weights(tmp_path / activations))

@@ -1,0 +1,184 @@
+"""The GPU check where there is no GPU: its dry run, its record, its page, and what it refuses."""
+
+import json
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import bench_gpu, bench_training
+from benchmarks.gpu_bench import page, parts, record
+from benchmarks.gpu_bench.layouts import write_layout
+from benchmarks.gpu_bench.training import LAYOUTS, fitting, rows
+from benchmarks.training_bench.ceiling import network_flops
+from benchmarks.training_bench.configurations import base_words, method_words
+from hrf_fast.cli import main
+from hrf_fast.config.load import load_config
+from hrf_fast.policies.load import load_policy
+
+CPU = torch.device("cpu")
+
+
+def facts(**changes):
+    return {**record.facts_of(CPU, dry_run=True), **changes}
+
+
+def test_without_a_gpu_the_check_says_what_was_skipped_and_exits_with_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "gpu", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "no GPU" in said and "tests: kernels; " in said and "training: sdxl-lora" in said and "--dry-run" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_part_writes_its_result_and_a_second_one_skips_it(tmp_path, capsys, monkeypatch):
+    # the tree may be edited between two runs
+    here = facts(commit="abc", changes="")
+    monkeypatch.setattr(bench_gpu, "facts_of", lambda device, dry_run: here)
+    words = ["--dry-run", "--parts", "kernels: fp32", "--out", str(tmp_path)]
+    bench_gpu.main(words)
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(written["parts"]) == ["kernels: fp32"] and written["parts"]["kernels: fp32"]["state"] == "whole"
+    text = (tmp_path / "gpu.md").read_text()
+    assert "A dry run on a CPU" in text and "| tests: ratio | not run |" in text
+    assert "- kernels: fp32: ran on a CPU with tiny sizes" in text and "- training: sd15: not run" in text
+    bench_gpu.main(words)
+    assert "kernels: fp32: whole already" in capsys.readouterr().err
+
+
+def test_a_failed_part_stops_no_other_and_runs_again(tmp_path):
+    made = record.Record(tmp_path / "gpu.json", facts())
+    ran = []
+
+    def fails(left):
+        ran.append("fails")
+        raise RuntimeError("CUDA out of memory")
+
+    def works(left):
+        ran.append("works")
+        return {"state": record.WHOLE}
+
+    for _ in range(2):
+        bench_gpu.run({"a": fails, "b": works}, made, minutes=1)
+    assert ran == ["fails", "works", "fails"]
+    assert made.parts["a"]["reason"] == "RuntimeError: CUDA out of memory"
+    bench_gpu.run({"c": works}, made, minutes=0)
+    assert "c" not in made.parts
+
+
+def test_a_record_of_other_code_or_another_card_is_not_gone_on_with(tmp_path):
+    made = record.Record(tmp_path / "gpu.json", facts(commit="abc"))
+    made.add("a", {"state": record.WHOLE})
+    assert record.Record(made.path, facts(commit="abc")).is_whole("a")
+    for change in ({"commit": "abd"}, {"commit": "abc", "device": "another card"}, {"commit": "abc", "dry_run": False}):
+        assert not record.Record(made.path, facts(**change)).is_whole("a")
+
+
+def test_outcomes_of_tests_are_read_by_name(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure message="1 != 2"/></testcase>'
+        '<testcase name="c"><skipped message="TF32 is CUDA\'s"/></testcase></testsuite></testsuites>'
+    )
+    outcome = {"passed": ["a"], "failed": {"b": "1 != 2"}, "skipped": {"c": "TF32 is CUDA's"}}
+    assert parts.read_report(report) == outcome
+    text = page.page(facts(), {"tests: x": {"state": "failed", **outcome}}, ["tests: x"])
+    assert "| tests: x | failed: 1 passed, 1 failed, 1 skipped |" in text
+    assert "- tests: x: c: TF32 is CUDA's" in text and "- tests: x: b: 1 != 2" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["--parts", "all"], "--parts 'all' names no part"),
+        (["--minutes", "0"], "--minutes is 0.0"),
+        (["--dry-run", "--write", "README.md"], "--write is README.md"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        bench_gpu.main(words)
+
+
+def result(name, seconds):
+    numbers = {"images_per_second": 40 / seconds, "speedup": 8 / seconds, "speedups": [8 / seconds], "mfu": 0.5}
+    numbers |= {"seconds": [seconds], "seconds_median": seconds, "overhead": 1.02, "peak_bytes": 2e9}
+    return {"name": name, **numbers}
+
+
+def test_the_readme_s_table_has_the_fastest_of_ours_and_the_kernels(tmp_path):
+    trained = {"title": "DDPM", "rows": [result("loop", 8.0), result("slow", 4.0), result("fast", 2.0)]}
+    gpu = {"cold_gb_per_s": 2500.0, "cold_share_of_peak": 0.82}
+    case = {"shape": [3, 256, 256], "batch": 16, "clamp": True, "providers": {"two-stage": {"gpu": gpu}}}
+    measured = {"training: x": trained, "kernels: fp32": {"result": {"cases": [case]}}}
+    text = page.table(facts(device="a card", commit="abc"), measured)
+    assert "| DDPM: fast | 20.00 | 4.00× [4.00, 4.00] | 1.020 | 50% | 2.00 | a card, torch " in text
+    assert "| kernels: fp32, loss and gradient at 16×3×256² | 2500 GB/s, 82% of the card's |" in text
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{page.MARKERS[0]}\nold\n{page.MARKERS[1]}\nafter\n")
+    page.write_between(path, text)
+    assert path.read_text() == f"before\n{page.MARKERS[0]}\n{text}\n{page.MARKERS[1]}\nafter\n"
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="--write is .*README.md"):
+        page.write_between(path, text)
+
+
+# --- the layouts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_tiny_layout_loads_and_its_activations_keep_their_size(kind, tmp_path):
+    policy = load_policy(write_layout(kind, tmp_path, tiny=True), num_inference_steps=4)
+    condition = policy.condition([None] * 2)
+    latents = torch.randn(2, *policy.latent_shape)
+    with torch.no_grad():
+        output = policy.predict(latents, 1, condition).model_output
+    assert 1e-3 < float(output.std()) < 1e3
+    assert policy.decode(latents).isfinite().all()
+
+
+def test_what_is_counted_of_a_call_is_less_for_adapters_and_a_forward_is_a_third_of_both(tmp_path):
+    model = write_layout("sd15", tmp_path, tiny=True)
+    flops = [network_flops(load_config([f"model.name={model}", *more])) for more in ([], ["lora.rank=2"])]
+    (forward, both), (_, adapted) = flops
+    # a backward to all weights is two forwards, less the first layer's inputs
+    assert 2.7 * forward < both <= 3 * forward and forward < adapted < both
+
+
+def test_rows_that_do_not_fit_are_named(tmp_path, monkeypatch):
+    layout = replace(LAYOUTS["celebahq-256"], groups=2, group_size=3)
+    model = write_layout("celebahq", tmp_path, tiny=True)
+    words = base_words(model, steps=6, groups=2, group_size=3, device="cpu", seed=0, schedule="full")
+    table = [(row, [*words, *row.words]) for row in rows(layout, CPU)]
+    assert fitting(table, None) == (table, [])
+    # 3 images a call as published, 6 in ours
+    needs = types.SimpleNamespace(need=lambda engine, precision, mode, images: {3: 4e9, 6: 9e9}[images])
+    monkeypatch.setattr("benchmarks.gpu_bench.training.plan", lambda *_, **__: needs)
+    chosen, left_out = fitting(table, 10 * 10**9)
+    assert [row.name for row, _ in chosen] == ["the published loop", "published order"]
+    assert left_out == ["on_policy, one step, channels_last: too little memory: it needs 9 GB, 1 GB are left"]
+
+
+# --- rows of the training benchmark -----------------------------------------------------------------------------------
+
+
+def test_windows_may_be_chosen_and_each_has_its_iteration_of_a_turn():
+    arguments = bench_training.parse(["--methods", "hrf", "--starts", "10", "30"])
+    assert "window.kwargs.clusters=[[10,11],[30,31]]" in method_words("fashion", "hrf", arguments)
+    assert bench_training.per_round("hrf", arguments) == 2
+    for words in (["--starts", "39", "--methods", "hrf"], ["--starts", "10"]):
+        with pytest.raises(ValueError, match="--starts"):
+            bench_training.parse(words)
+
+
+@pytest.mark.parametrize("units", [[], ["avx512_bf16"]])
+def test_bf16_rows_are_left_out_where_bf16_is_emulated(monkeypatch, units):
+    from benchmarks.training_bench.configurations import table_of
+
+    monkeypatch.setattr("hrf_fast.cpu.cpu_bf16_units", lambda: units)
+    arguments = bench_training.parse(["--methods", "hrf", "--device", "cpu"])
+    names = [row.name for row, _ in table_of("hrf", [], arguments)]
+    assert "on_policy, keep, one step, channels_last, compile unet" in names
+    assert any("bf16" in name for name in names) == bool(units)
