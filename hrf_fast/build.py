@@ -5,7 +5,6 @@ The only module that opens the whole configuration for the loop: what is below i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from hrf_fast.assets import SHIPPED
-from hrf_fast.config.options import Config, RewardConfig, WindowConfig
-from hrf_fast.config.paths import with_absolute_paths
+from hrf_fast.config.named import Named, with_names
+from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.cpu import emulation_note
@@ -26,13 +25,13 @@ from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.evaluation.panel import Panel, choose_network
 from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
+from hrf_fast.policies.checks import check_given
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
-from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.calls import CallPlan
@@ -45,16 +44,24 @@ from hrf_fast.training.reference import reference_at
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.step_weights import step_weights
 from hrf_fast.user_code import source_of
+from hrf_fast.vision.base import FeatureNetwork
 from hrf_fast.windows.schedules import build_schedule
 
-Named = str | Callable[..., Any] | None
 
-
-def build_components(config: Config, *, reward: Named = None, schedule: Named = None) -> tuple[Config, Components]:
+def build_components(
+    config: Config,
+    *,
+    reward: Named = None,
+    schedule: Named = None,
+    policy: Policy | None = None,
+    network: FeatureNetwork | None = None,
+) -> tuple[Config, Components]:
     """Load the model, the reward and its networks, the schedule, the optimizer and the panel's network.
 
     Args:
         reward, schedule: a name or a callable instead of the configuration's; see `hrf_fast.train`.
+        policy: a pretrained model of your own class, which model.name only labels; network: what panels and
+            remedies.novelty compare images by, which evaluation.network only labels.
 
     Returns:
         The configuration with those names in it, and the components.
@@ -62,13 +69,13 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
     Raises:
         ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
-    config = _with_names(config, reward, schedule)
+    config = with_names(config, reward, schedule)
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
         check_job(config, comm.world_size())
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
-        policy = build_policy(config)
+        policy = build_policy(config) if policy is None else check_given(policy, config)
         if config.remedies.needs_reference:
             policy.hold_reference()
         combined = (
@@ -93,7 +100,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
-        panel = build_panel(config, device, prompts)
+        panel = build_panel(config, device, prompts, network)
         check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank
@@ -123,24 +130,6 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         notes=tuple(note for note in notes if note),
         sources={name: source for name, source in sources.items() if source is not None},
     )
-
-
-def _with_names(config: Config, reward: Named, schedule: Named) -> Config:
-    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before."""
-    if reward is not None:
-        name, kwargs = _named(reward, config.reward.name, config.reward.kwargs)
-        config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))
-    if schedule is not None:
-        name, kwargs = _named(schedule, config.window.schedule, config.window.kwargs)
-        config = replace(config, window=WindowConfig(schedule=name, kwargs=kwargs))
-    return with_absolute_paths(config)
-
-
-def _named(thing: str | Callable[..., Any], before: str | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and kwargs of a reward or schedule that takes the place of `before`."""
-    if callable(thing):
-        return qualified_name(thing), kwargs
-    return thing, kwargs if thing == before else {}
 
 
 def build_groups(config: Config) -> Groups:
@@ -197,13 +186,18 @@ def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None
     return load_prompts("prompts.source", section.source, section.kwargs, negative=section.negative)
 
 
-def build_panel(config: Config, device: torch.device, prompts: Prompts | None = None) -> Panel:
-    """The panel of the evaluation section, with its network; `prompts` are the training's.
+def build_panel(
+    config: Config,
+    device: torch.device,
+    prompts: Prompts | None = None,
+    network: FeatureNetwork | None = None,
+) -> Panel:
+    """The panel of the evaluation section, with its network or the one given; `prompts` are the training's.
 
     Raises:
         ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
     """
-    network = choose_network(config.evaluation.network, config.model.name, device)
+    network = network or choose_network(config.evaluation.network, config.model.name, device)
     return replace(build_prompted_panel(config, prompts), network=network)
 
 

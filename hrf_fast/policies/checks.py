@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hrf_fast.config.options import Config
+    from hrf_fast.policies.base import Policy
 
 # settings of a UNet2DModel by which something else than the step steers it
 _CONDITIONED = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
@@ -27,6 +31,25 @@ def check_options(
                 f"{option} is {value} but model.name is {name!r}, an unconditional model, which has no prompts to "
                 f"steer it and no encoders; leave it at {neutral}, or name a text-to-image model"
             )
+
+
+def check_given(policy: Policy, config: Config) -> Policy:
+    """The policy, unless options that it was made without say otherwise.
+
+    Raises:
+        ValueError: another number of steps, precision or guidance than the configuration's, or adapters, which are
+            added to models that are loaded by name only.
+    """
+    values = {
+        "sample.num_inference_steps": (config.sample.num_inference_steps, len(policy.sampler)),
+        "sample.guidance_scale": (config.sample.guidance_scale, policy.guidance_scale),
+        "compute.precision": (config.compute.precision, policy.precision),
+        "lora.rank": (config.lora.rank, 0),
+    }
+    for option, (value, of_policy) in values.items():
+        if value != of_policy:
+            raise ValueError(f"{option} is {value} but the policy that was given has {of_policy}; make the two equal")
+    return policy
 
 
 def check_unconditional(name: str, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,31 @@
+"""Named: the configuration of a run whose reward or schedule is given as an object or by another name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from hrf_fast.config.options import Config, RewardConfig, WindowConfig
+from hrf_fast.config.paths import with_absolute_paths
+from hrf_fast.registry import qualified_name
+
+Named = str | Callable[..., Any] | None
+
+
+def with_names(config: Config, reward: Named, schedule: Named) -> Config:
+    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before."""
+    if reward is not None:
+        name, kwargs = _named(reward, config.reward.name, config.reward.kwargs)
+        config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))
+    if schedule is not None:
+        name, kwargs = _named(schedule, config.window.schedule, config.window.kwargs)
+        config = replace(config, window=WindowConfig(schedule=name, kwargs=kwargs))
+    return with_absolute_paths(config)
+
+
+def _named(thing: str | Callable[..., Any], before: str | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and kwargs of a reward or schedule that takes the place of `before`."""
+    if callable(thing):
+        return qualified_name(thing), kwargs
+    return thing, kwargs if thing == before else {}
