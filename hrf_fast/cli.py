@@ -227,7 +227,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add(bench)
-    command.add_argument("what", choices=("kernels", "training", "memory", "search", "signal"), help="benchmark to run")
+    command.add_argument(
+        "what", choices=("kernels", "training", "memory", "search", "signal", "peer"), help="benchmark to run"
+    )
     command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
     command = add(study)
     command.add_argument("what", choices=("run", "report"), help="train, or compare what was trained")
