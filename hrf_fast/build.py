@@ -28,6 +28,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
+from hrf_fast.policies.option_checks import check_given
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import check_prompts, load_prompts
@@ -45,14 +46,24 @@ from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.step_weights import step_weights
 from hrf_fast.training.thinning import Thinning
 from hrf_fast.user_code import source_of
+from hrf_fast.vision.base import FeatureNetwork
 from hrf_fast.windows.schedules import build_schedule
 
 
-def build_components(config: Config, *, reward: Named = None, schedule: Named = None) -> tuple[Config, Components]:
+def build_components(
+    config: Config,
+    *,
+    reward: Named = None,
+    schedule: Named = None,
+    policy: Policy | None = None,
+    network: FeatureNetwork | None = None,
+) -> tuple[Config, Components]:
     """Load the model, the reward and its networks, the schedule, the optimizer and the panel's network.
 
     Args:
         reward, schedule: a name or a callable instead of the configuration's; see `hrf_fast.train`.
+        policy: a pretrained model of your own class, which model.name only labels; network: what panels and
+            remedies.novelty compare images by, which evaluation.network only labels.
 
     Returns:
         The configuration with those names in it, and the components.
@@ -68,7 +79,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         set_threads(config)
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
-        policy = build_policy(config)
+        policy = build_policy(config) if policy is None else check_given(policy, config)
         if config.remedies.needs_reference:
             policy.hold_reference()
         combined = (
@@ -94,7 +105,7 @@ def build_components(config: Config, *, reward: Named = None, schedule: Named = 
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
-        panel = build_panel(config, device, prompts)
+        panel = build_panel(config, device, prompts, network)
         check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank
@@ -188,13 +199,18 @@ def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None
     return load_prompts("prompts.source", section.source, section.kwargs, negative=section.negative)
 
 
-def build_panel(config: Config, device: torch.device, prompts: Prompts | None = None) -> Panel:
-    """The panel of the evaluation section, with its network; `prompts` are the training's.
+def build_panel(
+    config: Config,
+    device: torch.device,
+    prompts: Prompts | None = None,
+    network: FeatureNetwork | None = None,
+) -> Panel:
+    """The panel of the evaluation section, with its network or the one given; `prompts` are the training's.
 
     Raises:
         ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
     """
-    network = choose_network(config.evaluation.network, config.model.name, device)
+    network = network or choose_network(config.evaluation.network, config.model.name, device)
     return replace(build_prompted_panel(config, prompts), network=network)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hrf_fast.command import RESUMES, HelpFormatter, complete_option, path, run_command
 
-BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "gpu")
+BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "peer", "gpu")
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
 

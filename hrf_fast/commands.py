@@ -22,6 +22,7 @@ from hrf_fast.evaluation.detail import LEAST, detail
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.panel import Panel
+from hrf_fast.evaluation.peer import peer_columns
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import merged
@@ -195,6 +196,7 @@ def evaluate(run: Path, words: list[str]) -> Path:
     }
     network, reference = panel.network, None
     before: Mapping[str, Tensor] = {}
+    pretrained: Tensor | None = None
     if network is not None and panel.size < LEAST:
         print(f"evaluation.panel_size is {panel.size}: metrics of neighbours, which need {LEAST} images, are left out")
         network = None
@@ -206,6 +208,9 @@ def evaluate(run: Path, words: list[str]) -> Path:
         metrics = panel.evaluate(policy, reward)
         result[title] = metrics.record()
         shown = {name: result[title][name] for name in INTERVALS if name in result[title]}
+        pretrained = metrics.images if pretrained is None else pretrained
+        result[title]["peer"] = peer_columns(metrics.images, pretrained, panel.network, seed=panel.seed)
+        shown |= result[title]["peer"]
         if network is not None:
             if reference is None:
                 others = replace(panel, seed=(panel.seed + 1) % (LARGEST_SEED + 1))

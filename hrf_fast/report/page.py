@@ -6,52 +6,21 @@ numbers, tables.py's tables and plots.py's figures; page.html.j2 lays them out.
 
 from __future__ import annotations
 
-import base64
-import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from PIL import Image
+from typing import Any
 
 from hrf_fast.config.load import differences, to_yaml
 from hrf_fast.report.comparison import RunLog, lowest_end, read_runs
-from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves
-from hrf_fast.report.tables import (
-    Table,
-    describe,
-    equal_reward_table,
-    findings,
-    happenings,
-    result_table,
-    run_title,
-)
+from hrf_fast.report.figures import COST, curves, front, grids, grids_on_the_way, last_grids, training, windows
+from hrf_fast.report.tables import Table, describe, equal_reward_table, findings, happenings, result_table, run_title
 from hrf_fast.run.card import reward_name
 from hrf_fast.run.files import write_atomically
 
 TEMPLATE = "page.html.j2"
-MID_RUN_GRIDS = 5
-GRID_PIXELS, SMALL_GRID_PIXELS = 1024, 384  # larger grids are shrunk, so that the page opens at once
-COST = "UNet evaluations"
-DIAGNOSTICS = {
-    "reward_mean": "reward, mean ± std of the training samples",
-    "approx_kl": "approx_kl, old to new policy",
-    "clip_fraction": "clip_fraction",
-    "grad_norm": "grad_norm, before clipping",
-}
-
-
-class Figure(NamedTuple):
-    """A PNG on the page: `kind` is the class that sizes it (plot, wide, grid, small)."""
-
-    png: bytes
-    caption: str
-    kind: str
-
-    @property
-    def source(self) -> str:
-        """The picture as a data URL."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+SIGNAL = "signal.json"
+"""What `hrf bench signal --out RUN` writes into a run folder."""
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
@@ -113,96 +82,39 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
         "level": f"{lowest_end(logs):.4g}",
         "findings": findings(logs),
         "events": happenings(logs),
-        "curves": _curves(logs),
-        "grids": _grids(logs),
+        "front": front(logs),
+        "curves": curves(logs),
+        "windows": windows(logs),
+        "signals": [(log.name, rows) for log in logs if (rows := _signal_by_start(log))],
+        "grids": grids(logs),
+        "last_grids": last_grids(logs),
         "prompts": list(dict.fromkeys(logs[0].panels[0].get("prompts", []))),
-        "grids_on_the_way": [(log.name, pictures) for log in logs if (pictures := _grids_on_the_way(log))],
-        "diagnostics": [_diagnostics(log) for log in logs],
+        "grids_on_the_way": [(log.name, pictures) for log in logs if (pictures := grids_on_the_way(log))],
+        "diagnostics": [training(log) for log in logs],
         "times": _times(logs).rows,
         "differences": _differences(logs),
         "options": [(log.name, to_yaml(log.config)) for log in logs],
     }
 
 
-def _curves(logs: Sequence[RunLog]) -> list[Figure]:
-    reward = f"reward of the panel ({reward_name(logs[0].config.reward)})"
-    figures = [
-        Figure(
-            interval_curves([_series(log, "reward") for log in logs], x_label=COST, y_label=reward),
-            "Panel reward against the cost of training, with its 95 % interval.",
-            "plot",
-        )
-    ]
-    if all(log.metric("vendi", 0) for log in logs):
-        vendi = [_series(log, "vendi") for log in logs]
-        paths = [Series(line.name, log.rewards(), line.y) for line, log in zip(vendi, logs, strict=True)]
-        level = lowest_end(logs) if equal_reward_table(logs) else None
-        figures += [
-            Figure(
-                interval_curves(vendi, x_label=COST, y_label="Vendi Score of the panel"),
-                "Diversity of the panel against the cost of training, with its 95 % interval.",
-                "plot",
-            ),
-            Figure(
-                frontier(paths, x_label=reward, y_label="Vendi Score of the panel", level=level),
-                "Reward against diversity, from the pretrained model (hollow) panel by panel to the last (large). "
-                f"Higher at equal reward{' (dotted)' if level is not None else ''} is better.",
-                "plot",
-            ),
-        ]
-    return figures
+def _signal_by_start(log: RunLog) -> list[list[str]]:
+    """Tabulate what `hrf bench signal` has measured into the run's folder; empty where it has not.
 
-
-def _series(log: RunLog, metric: str) -> Series:
-    value, low, high = ([panel[metric][i] for panel in log.panels] for i in range(3))
-    return Series(log.name, [panel["evaluations"] for panel in log.panels], value, low, high)
-
-
-def _diagnostics(log: RunLog) -> Figure:
-    iterations = [record["iteration"] + 1 for record in log.metrics]
-    panels = []
-    for name, title in DIAGNOSTICS.items():
-        values = [record[name] for record in log.metrics]
-        line = Series(log.name, iterations, values)
-        if name == "reward_mean":
-            low, high = ([r[name] + sign * r["reward_std"] for r in log.metrics] for sign in (-1, 1))
-            line = line._replace(low=low, high=high)
-        panels.append((title, line))
-    caption = f"{run_title(log)}: every iteration of training."
-    return Figure(diagnostics(panels, x_label="iteration"), caption, "wide")
-
-
-def _grids(logs: Sequence[RunLog]) -> list[Figure]:
-    ends = [_grid(log, log.model, run_title(log), "grid") for log in logs if len(log.panels) > 1]
-    return [_grid(logs[0], 0, "pretrained", "grid"), *ends]
-
-
-def _grids_on_the_way(log: RunLog) -> list[Figure]:
-    """The grids between a run's first and last panel, at most MID_RUN_GRIDS of them, evenly spread."""
-    between = list(range(1, len(log.panels) - 1))
-    if len(between) > MID_RUN_GRIDS:
-        last = len(between) - 1
-        between = [between[round(i * last / (MID_RUN_GRIDS - 1))] for i in range(MID_RUN_GRIDS)]
-    return [_grid(log, panel, log.name, "small") for panel in between]
-
-
-def _grid(log: RunLog, panel: int, name: str, kind: str) -> Figure:
-    record = log.panels[panel]
-    path = log.folder / "samples" / f"iteration-{record['iteration']:06d}.png"
-    limit = SMALL_GRID_PIXELS if kind == "small" else GRID_PIXELS
+    Raises:
+        ValueError: the file is none of its.
+    """
+    path = log.folder / SIGNAL
+    if not path.is_file():
+        return []
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            if max(picture.size) > limit:
-                picture.thumbnail((limit, limit))
-                buffer = io.BytesIO()
-                picture.save(buffer, format="png")
-                data = buffer.getvalue()
-    except OSError as error:
-        raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
-    vendi = f", Vendi Score {record['vendi'][0]:.4g}" if "vendi" in record else ""
-    caption = f"{name}, iteration {record['iteration']}: reward {record['reward'][0]:.4g}{vendi}"
-    return Figure(data, caption, kind)
+        results = json.loads(path.read_text())["results"]
+        cells = [[r["start"], r["groups"], *(f"{r[name]:.3g}" for name in ("equal", "std"))] for r in results]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not what `hrf bench signal` writes ({error!r}); measure again, or delete it"
+        ) from error
+    head = ["start", "groups measured", "equal weights", "train.step_weights=std"]
+    return Table([head, *([str(cell) for cell in row] for row in cells)]).rows
 
 
 def _times(logs: Sequence[RunLog]) -> Table:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -28,6 +29,8 @@ class Series(NamedTuple):
     y: list[float]
     low: list[float] | None = None
     high: list[float] | None = None
+    x_low: list[float] | None = None
+    x_high: list[float] | None = None
 
 
 def interval_curves(series: Sequence[Series], *, x_label: str, y_label: str) -> bytes:
@@ -43,10 +46,25 @@ def interval_curves(series: Sequence[Series], *, x_label: str, y_label: str) -> 
 
 
 def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: float | None = None) -> bytes:
-    """Each run's way through the plane, from a hollow start to a large end; a dotted line marks x = `level`."""
+    """Each run's way through the plane, from a hollow start to a large end; a dotted line marks x = `level`.
+
+    Where a line has intervals in x and y, they are drawn as thin crosses.
+    """
     figure, axes = _axes(x_label, y_label)
     for index, line in enumerate(series):
         look = _look(index)
+        if line.low and line.high and line.x_low and line.x_high:
+            reach = {
+                name: [
+                    [a - b for a, b in zip(mean, low, strict=True)],
+                    [b - a for a, b in zip(mean, high, strict=True)],
+                ]
+                for name, mean, low, high in (
+                    ("xerr", line.x, line.x_low, line.x_high),
+                    ("yerr", line.y, line.low, line.high),
+                )
+            }
+            axes.errorbar(line.x, line.y, **reach, color=look["color"], linestyle="none", linewidth=0.8, alpha=0.35)
         axes.plot(line.x, line.y, **{**look, "markersize": 3}, label=_label(line.name))
         axes.plot(line.x[-1:], line.y[-1:], **{**look, "markersize": 9})
         axes.plot(line.x[:1], line.y[:1], **{**look, "markersize": 9, "markerfacecolor": "white", "zorder": 3})
@@ -105,6 +123,19 @@ def paths(
         axes.set_ylabel(_label(y_label), fontsize=FONT)
         _tidy(axes)
         _legend(axes)
+    return _png(figure)
+
+
+def start_dots(counts: Sequence[tuple[int, int, int]], *, steps: int, title: str) -> bytes:
+    """Dots of (iteration, start, groups), the noisiest of the `steps` on top; the area grows with the groups."""
+    figure, axes = _axes("iteration", "first step of the window")
+    iterations, starts, groups = zip(*counts, strict=True)
+    largest = max(groups)
+    axes.scatter(iterations, starts, s=[4 + 26 * count / largest for count in groups], color=COLOURS[0], linewidths=0)
+    axes.set_ylim(steps - 0.5, -0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(_label(title), fontsize=FONT)
     return _png(figure)
 
 

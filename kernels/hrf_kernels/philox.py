@@ -54,4 +54,4 @@ def philox_normal(shape: tuple[int, ...], *, seed: int, sample_id: Tensor, step:
     radius0, radius1 = ((-2 * (1 - u).log()).sqrt() for u in (u0, u2))
     angle0, angle1 = u1 * (2 * math.pi), u3 * (2 * math.pi)
     quad = (radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin())
-    return torch.stack(quad, dim=-1).flatten(1)[:, :count].reshape(len(sample_id), *shape)
+    return torch.stack(quad, dim=-1).flatten(1)[:, :count].reshape(len(sample_id), *shape).contiguous()

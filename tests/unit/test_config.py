@@ -290,7 +290,11 @@ STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
 SHIPPED = sorted(set(CONFIGS.glob("**/*.yaml")) - set(STUDIES))
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+# every arm of every case is read: seconds each
+LONG = [pytest.param(path, marks=pytest.mark.slow) if path.stem.startswith("arms_") else path for path in STUDIES]
+
+
+@pytest.mark.parametrize("path", LONG, ids=lambda path: path.stem)
 def test_every_shipped_study_can_be_run(path):
     read_study(path).check()
 

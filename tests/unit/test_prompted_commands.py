@@ -145,6 +145,7 @@ def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
     result = json.loads((finished / "evaluation.json").read_text())
     assert result["tuned"]["prompts"] == ["<b>a dog & a cat</b>", "cat"] and "vendi_per_prompt" in result["pretrained"]
     assert "detail" not in result["tuned"]
+    assert {"jpeg_bpp", "png_bpp", "total_variation", "duplicates"} <= set(result["tuned"]["peer"])
     page = tmp_path / "page.html"
     assert main(["report", str(finished), "--out", str(page), "--strip", str(tmp_path / "strip.png")]) == 0
     html = page.read_text()

@@ -352,6 +352,11 @@ def test_the_gradient_in_float64_is_minus_advantage_times_ratio_times_that_of_th
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
+def test_noise_of_a_shape_that_is_no_multiple_of_four_is_contiguous():
+    # the kernels ask for it of every latent, and two-dimensional points have shape (2,)
+    assert philox_normal((2,), seed=1, sample_id=torch.arange(3), step=0).is_contiguous()
+
+
 def test_a_step_is_the_mean_plus_std_times_philox_noise():
     output, latents, _ = random_batch(2, 3, 4, 4)
     coef, ids = coefficients(clip=1.0), torch.tensor([7, 3])

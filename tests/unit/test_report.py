@@ -25,9 +25,10 @@ from hrf_fast.config.options import (
     WindowConfig,
 )
 from hrf_fast.evaluation.grids import save_grid
-from hrf_fast.report import page as report
+from hrf_fast.report import figures
 from hrf_fast.report.comparison import at_reward, gain, read_runs
-from hrf_fast.report.page import MID_RUN_GRIDS, summary_lines, write_report
+from hrf_fast.report.figures import MID_RUN_GRIDS
+from hrf_fast.report.page import summary_lines, write_report
 from hrf_fast.report.tables import describe, findings, result_table
 
 START = [0.0, 1.0, 2.0, 3.0]  # rewards of the pretrained panel, mean 1.5
@@ -97,8 +98,8 @@ def no_plots(monkeypatch):
     """Figures of one pixel, for tests of what is beside them."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, format="png")
-    for name in ("interval_curves", "frontier", "diagnostics"):
-        monkeypatch.setattr(report, name, lambda *_, **__: buffer.getvalue())
+    for name in ("interval_curves", "frontier", "diagnostics", "start_dots"):
+        monkeypatch.setattr(figures, name, lambda *_, **__: buffer.getvalue())
 
 
 @pytest.fixture
@@ -128,6 +129,47 @@ def test_page_and_summary_say_who_keeps_more_diversity_at_equal_reward(ddpo_and_
     assert "at equal reward, 3.5:" in lines and "no gain" not in lines and "overlap" not in lines
     assert [line.split()[0] for line in lines.splitlines() if "[+" in line] == ["DDPO", "HRF"]
     assert "They say nothing about other training seeds" in lines
+
+
+def test_grids_are_of_the_panels_nearest_to_the_level_and_the_ends_follow(tmp_path, no_plots):
+    # the level is 2.5; of rewards 2.6, 4 and 5.5 the first is nearest, and the end is shown too
+    fast = write_run(tmp_path / "fast", "full", [(1.1, 3.9), (2.5, 3.0), (4.0, 2.0)])
+    slow = write_run(tmp_path / "slow", "clusters", [(1.0, 3.9)])
+    text = [data for data in Page(write_report([fast, slow]).read_text()).text if ", iteration" in data]
+    assert [caption.split(":")[0] for caption in text[:5]] == [
+        *("pretrained, iteration 0", "DDPO, iteration 1", "HRF, iteration 1"),
+        *("DDPO, iteration 3", "HRF, iteration 1"),
+    ]
+    # alone there is no level: the end
+    text = [data for data in Page(write_report([fast]).read_text()).text if ", iteration" in data]
+    assert text[1].startswith("DDPO, iteration 3")
+
+
+def test_windows_and_signal_are_drawn_where_they_are_logged(tmp_path, monkeypatch, no_plots):
+    drawn = {}
+    monkeypatch.setattr(figures, "start_dots", lambda counts, **_: drawn.setdefault("starts", counts) and b"")
+    monkeypatch.setattr(figures, "diagnostics", lambda panels, **_: drawn.setdefault("panels", panels) and b"")
+    run = write_run(tmp_path / "run", train=TrainConfig(iterations=2, groups_per_iteration=4, groups_per_step=4))
+    assert "<h2>Windows</h2>" not in write_report([run]).read_text() and len(drawn["panels"]) == 4
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"window_starts": [3, 0, 3], "gradient_signal": 1.0, "gradient_noise": 8.0}
+    lines[1] |= {"window_starts": [1, 1, 1], "gradient_signal": 2.0, "gradient_noise": 4.0}
+    write_log(run / "metrics.jsonl", lines)
+    drawn.clear()
+    assert "<h2>Windows</h2>" in write_report([run]).read_text()
+    assert drawn["starts"] == [(1, 0, 1), (1, 3, 2), (2, 1, 3)]
+    # steps of 4 groups: 4 · 1/8, then 4 · (1 + 2)/(8 + 4)
+    assert drawn["panels"][-1][1].y == [0.5, 1.0]
+
+
+def test_the_signal_by_start_is_shown_where_it_was_measured(tmp_path, no_plots):
+    run = write_run(tmp_path / "run")
+    result = {"start": "ddpo", "groups": 24, "spread": 0.1, "equal": 0.00125, "std": 0.25}
+    (run / "signal.json").write_text(json.dumps({"results": [result]}))
+    assert {"ddpo", "24", "0.00125", "0.25"} <= set(Page(write_report([run]).read_text()).text)
+    (run / "signal.json").write_text("{}")
+    with pytest.raises(ValueError, match="signal.json is not what `hrf bench signal` writes"):
+        write_report([run])
 
 
 def test_a_run_in_one_line(tmp_path):
