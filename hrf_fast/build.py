@@ -79,7 +79,7 @@ def build_components(
         set_threads(config)
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
-        policy = build_policy(config) if policy is None else check_given(policy, config)
+        policy = build_policy(config) if policy is None else _given(policy, config)
         if config.remedies.needs_reference:
             policy.hold_reference()
         combined = (
@@ -248,6 +248,11 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     engine = DeepSpeedEngine(policy.network, read_settings(file), **options)
     policy.attach(engine.forward)
     return engine
+
+
+def _given(policy: Policy, config: Config) -> Policy:
+    sample, rank = config.sample, config.lora.rank
+    return check_given(policy, sample.num_inference_steps, sample.guidance_scale, config.compute.precision, rank)
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hrf_fast.config.options import Config
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.files import ModelFiles
@@ -50,7 +49,7 @@ def check_options(
         )
 
 
-def check_given(policy: Policy, config: Config) -> Policy:
+def check_given(policy: Policy, num_inference_steps: int, guidance_scale: float, precision: str, rank: int) -> Policy:
     """The policy, unless options that it was made without say otherwise.
 
     Raises:
@@ -58,10 +57,10 @@ def check_given(policy: Policy, config: Config) -> Policy:
             added to models that are loaded by name only.
     """
     values = {
-        "sample.num_inference_steps": (config.sample.num_inference_steps, len(policy.sampler)),
-        "sample.guidance_scale": (config.sample.guidance_scale, policy.guidance_scale),
-        "compute.precision": (config.compute.precision, policy.precision),
-        "lora.rank": (config.lora.rank, 0),
+        "sample.num_inference_steps": (num_inference_steps, len(policy.sampler)),
+        "sample.guidance_scale": (guidance_scale, policy.guidance_scale),
+        "compute.precision": (precision, policy.precision),
+        "lora.rank": (rank, 0),
     }
     for option, (value, of_policy) in values.items():
         if value != of_policy:
