@@ -59,8 +59,14 @@ def choose_sampler(
                 f"sample.scheduler is {kind!r} but the model is one of flow matching (its scheduler is a "
                 f"{FLOW_SCHEDULER}); use one of {', '.join(FLOW_SAMPLERS)}"
             )
-        options = {"noise_level": noise_level, "image_tokens": image_tokens, "sigmas": sigmas}
-        return build_flow_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, **options)
+        return build_flow_sampler(
+            scheduler,
+            kind=kind,
+            num_inference_steps=num_inference_steps,
+            noise_level=noise_level,
+            image_tokens=image_tokens,
+            sigmas=sigmas,
+        )
     if kind in FLOW_SAMPLERS:
         raise ValueError(
             f"sample.scheduler is {kind!r} but the model is none of flow matching: its scheduler is a "
@@ -109,7 +115,7 @@ def build_flow_sampler(
     }
     return Sampler(
         timesteps=timesteps,
-        coefficients=StepCoefficients(**tables),
+        coefficients=StepCoefficients(**tables, x0_clip=None),
         deterministic=ode,
         signal=(1 - levels[:-1].double()).float(),
         noise=levels[:-1].float(),
@@ -152,7 +158,7 @@ def flow_coefficients(sigmas: Tensor, *, kind: str, noise_level: float = 0.0) ->
         "mean_output": of_output,
         "std": std,
     }
-    return StepCoefficients(**{name: value.float() for name, value in values.items()})
+    return StepCoefficients(**{name: value.float() for name, value in values.items()}, x0_clip=None)
 
 
 def published_cps_scale(std: Tensor) -> Tensor:
