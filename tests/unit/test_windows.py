@@ -268,7 +268,7 @@ def test_clusters_that_are_no_list_are_refused_before_the_run(value):
 
 
 def test_an_unknown_schedule_answers_with_the_nearest():
-    with pytest.raises(ValueError, match=r"window\.schedule is 'cluster'.*'clusters'.*clusters, dynamic, full"):
+    with pytest.raises(ValueError, match=r"window\.schedule is 'cluster'.*'clusters'.*clusters, dynamic, flow_grpo"):
         make("cluster")
 
 
