@@ -118,8 +118,8 @@ class DenoiserPolicy:
         self.calls.forwards += branches * len(latents)
         if branches > 1:
             latents = torch.cat([latents] * branches)
-            one_each = isinstance(timesteps, Tensor) and timesteps.dim()
-            timesteps = timesteps.repeat(branches) if one_each else timesteps
+            if isinstance(timesteps, Tensor) and timesteps.dim():
+                timesteps = timesteps.repeat(branches)
         with self.stopwatch.running():
             output = forward(latents, timesteps, **condition.inputs)
         if branches == 1:

@@ -119,7 +119,7 @@ def build_flow_sampler(
     }
     return Sampler(
         timesteps=timesteps,
-        coefficients=StepCoefficients(**tables),
+        coefficients=StepCoefficients(**tables, x0_clip=None),
         deterministic=ode,
         signal=(1 - levels[:-1].double()).float(),
         noise=levels[:-1].float(),
@@ -162,7 +162,7 @@ def flow_coefficients(sigmas: Tensor, *, kind: str, noise_level: float = 0.0) ->
         "mean_output": of_output,
         "std": std,
     }
-    return StepCoefficients(**{name: value.float() for name, value in values.items()})
+    return StepCoefficients(**{name: value.float() for name, value in values.items()}, x0_clip=None)
 
 
 def published_cps_scale(std: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from hrf_fast.policies.flow_sampler import flow_coefficients
 from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step
 from tests.kernels.cases import BF16, FP16, FP32, Case, both_backends, draw, sweep
 from tests.kernels.conftest import CAPABILITIES
@@ -100,6 +101,16 @@ def test_each_option_alone(backend, shape, option):
 @both_plans
 def test_coefficients_per_sample(backend, shape):
     check(*make(shape, "mixed", per_sample=True, clamp=0.75), backend)
+
+
+@both_backends
+@both_plans
+def test_steps_of_flow_matching(backend, shape):
+    policy, sample_id = make(shape, "mixed", guidance=3.0)
+    for kind in ("flow_sde", "dance_sde", "cps"):
+        table = flow_coefficients(torch.tensor([1.0, 0.6, 0.2, 0.0]), kind=kind, noise_level=0.5)
+        for step in (0, 1):
+            check(policy | {"coef": table[step]}, sample_id, backend)
 
 
 @both_backends
