@@ -134,7 +134,7 @@ def _scheduler(files: ModelFiles) -> Any:
 
 
 def _other_parts(files: ModelFiles) -> dict[str, Any]:
-    """What a pipeline is made of besides the denoiser and the scheduler; None for a part that it does without."""
+    """The parts of a pipeline besides the denoiser and the scheduler; None for one that it does without."""
     parts: dict[str, Any] = dict.fromkeys(PIPELINES[files.pipeline])
     for name, part in files.parts.items():
         load = load_module if part.has_weights else from_pretrained
