@@ -159,10 +159,11 @@ def _text_to_image(
     encoder = _encoder(files, parts, unet.config, shape, device, offload=offload)
     # on the CPU the VAE is kept for saving, where another decoder stands in for it
     tiny = load_module(f"model.decoder is {decoder!r}", read_decoder(decoder)) if decoder else None
-    settings = {
+    by_pipeline: dict[str, dict[str, Any]] = {
         STABLE_DIFFUSION: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         STABLE_DIFFUSION_XL: {"force_zeros_for_empty_prompt": _zero_negative(files)},
-    }.get(files.pipeline, {})
+    }
+    settings = by_pipeline.get(files.pipeline, {})
     return _POLICIES[files.pipeline](
         unet,
         scheduler,
