@@ -116,8 +116,8 @@ def shape_of(
     Raises:
         ValueError: the size does not divide into latents and patches, or is beyond the model's positions.
     """
-    own = _FLUX_SIDE if pipeline == FLUX else denoiser["sample_size"]
-    height, width = (own, own) if isinstance(own, int) else own
+    side = _FLUX_SIDE if pipeline == FLUX else denoiser["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
     if vae is None:
         return Shape((denoiser["in_channels"], height, width), call_unet, None)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)

@@ -134,7 +134,7 @@ def _scheduler(files: ModelFiles) -> Any:
 
 
 def _other_parts(files: ModelFiles) -> dict[str, Any]:
-    """What a pipeline is made of besides the denoiser and the scheduler; None for a part that it does without."""
+    """The parts of a pipeline besides the denoiser and the scheduler; None for one that it does without."""
     parts: dict[str, Any] = dict.fromkeys(PIPELINES[files.pipeline])
     for name, part in files.parts.items():
         load = load_module if part.has_weights else from_pretrained
@@ -159,10 +159,11 @@ def _text_to_image(
     encoder = _encoder(files, parts, unet.config, shape, device, offload=offload)
     # on the CPU the VAE is kept for saving, where another decoder stands in for it
     tiny = load_module(f"model.decoder is {decoder!r}", read_decoder(decoder)) if decoder else None
-    settings = {
+    by_pipeline: dict[str, dict[str, Any]] = {
         STABLE_DIFFUSION: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         STABLE_DIFFUSION_XL: {"force_zeros_for_empty_prompt": _zero_negative(files)},
-    }.get(files.pipeline, {})
+    }
+    settings = by_pipeline.get(files.pipeline, {})
     return _POLICIES[files.pipeline](
         unet,
         scheduler,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.files import ModelFiles
@@ -22,7 +24,7 @@ def check_options(
     Args:
         guidance_scale: sample.guidance_scale; decoder, image_size: of section model; the others: of section compute.
     """
-    for_prompts = {
+    for_prompts: dict[str, tuple[Any, Any]] = {
         "sample.guidance_scale": (guidance_scale, 1),
         "model.decoder": (decoder, None),
         "model.image_size": (image_size, None),
@@ -34,7 +36,10 @@ def check_options(
                 f"{option} is {value} but model.name is {files.name!r}, an unconditional model, which has no prompts "
                 f"to steer it and no encoders; leave it at {neutral}, or name a text-to-image model"
             )
-    for_unets = {"compute.attention": (attention, "sdpa"), "compute.channels_last": (channels_last, False)}
+    for_unets: dict[str, tuple[Any, Any]] = {
+        "compute.attention": (attention, "sdpa"),
+        "compute.channels_last": (channels_last, False),
+    }
     for option, (value, neutral) in for_unets.items():
         if value != neutral and files.denoiser == "transformer":
             raise ValueError(

@@ -35,9 +35,9 @@ def check_transformer(name: str, pipeline: str, configs: Mapping[str, Mapping[st
         "pooled_projection_dim": (transformer.get("pooled_projection_dim", 768 if flux else 2048), pooled, "CLIP"),
         "joint_attention_dim": (joint, widths[0] if widths else joint, "T5"),
     }
-    for key, (taken, given, giver) in rules.items():
-        if taken != given:
-            raise ValueError(f"{start}has {key}: {taken} but whose {giver} makes {given}; give the parts of one model")
+    for key, (taken, size, giver) in rules.items():
+        if taken != size:
+            raise ValueError(f"{start}has {key}: {taken} but whose {giver} makes {size}; give the parts of one model")
     side = sum(config.get("hidden_size", 512) for config in clips)
     if not flux and side > joint:
         raise ValueError(

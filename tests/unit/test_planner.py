@@ -47,10 +47,10 @@ def test_amounts_that_are_none_are_refused(text):
 def measured_once(monkeypatch):
     """A UNet is measured once in this file: it takes seconds."""
 
-    def measure(files, *, device, guided, prepare):
+    def measure(files, *, device, guided, image_size, prepare):
         if prepare is not None:
             return measure_model(files, device=device, guided=guided, prepare=prepare)
-        key = json.dumps([files.unet.config, device, guided], sort_keys=True)
+        key = json.dumps([files.parts["unet"].config, device, guided], sort_keys=True)
         if key not in _MEASURED:
             _MEASURED[key] = measure_model(files, device=device, guided=guided)
         return _MEASURED[key]

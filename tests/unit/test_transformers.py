@@ -70,6 +70,13 @@ def test_a_plan_sees_the_shapes_of_the_model_itself(kind):
     assert frozen_bytes(files) == sum(weight.nbytes for module in frozen for weight in module.parameters())
 
 
+def test_rounded_weights_are_not_held_until_the_end_of_a_call():
+    policy, held = load_flow_policy("flux", precision="bf16"), []
+    policy.unet.proj_out.register_forward_pre_hook(lambda *_: held.append(torch.is_autocast_cache_enabled()))
+    policy.predict(starting_noise(policy, NoiseKey(0, torch.arange(1))), 1, policy.condition([None]))
+    assert held == [False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["unet", "blocks"])
 @pytest.mark.parametrize("kind", ["sd35", "flux"])
