@@ -75,7 +75,7 @@ def build_components(
         check_job(config, comm.world_size())
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
-        policy = build_policy(config) if policy is None else check_given(policy, config)
+        policy = build_policy(config) if policy is None else _given(policy, config)
         if config.remedies.needs_reference:
             policy.hold_reference()
         combined = (
@@ -130,6 +130,12 @@ def build_components(
         notes=tuple(note for note in notes if note),
         sources={name: source for name, source in sources.items() if source is not None},
     )
+
+
+def _given(policy: Policy, config: Config) -> Policy:
+    steps, scale = config.sample.num_inference_steps, config.sample.guidance_scale
+    precision, rank = config.compute.precision, config.lora.rank
+    return check_given(policy, num_inference_steps=steps, guidance_scale=scale, precision=precision, lora_rank=rank)
 
 
 def build_groups(config: Config) -> Groups:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hrf_fast.config.options import Config
     from hrf_fast.policies.base import Policy
 
 # settings of a UNet2DModel by which something else than the step steers it
@@ -33,18 +32,20 @@ def check_options(
             )
 
 
-def check_given(policy: Policy, config: Config) -> Policy:
-    """The policy, unless options that it was made without say otherwise.
+def check_given(
+    policy: Policy, *, num_inference_steps: int, guidance_scale: float, precision: str, lora_rank: int
+) -> Policy:
+    """Check a policy that is given as an object against the options of those names; returns it.
 
     Raises:
-        ValueError: another number of steps, precision or guidance than the configuration's, or adapters, which are
-            added to models that are loaded by name only.
+        ValueError: another number of steps, guidance or precision than the policy has, or adapters, which are added to
+            models that are loaded by name only.
     """
     values = {
-        "sample.num_inference_steps": (config.sample.num_inference_steps, len(policy.sampler)),
-        "sample.guidance_scale": (config.sample.guidance_scale, policy.guidance_scale),
-        "compute.precision": (config.compute.precision, policy.precision),
-        "lora.rank": (config.lora.rank, 0),
+        "sample.num_inference_steps": (num_inference_steps, len(policy.sampler)),
+        "sample.guidance_scale": (guidance_scale, policy.guidance_scale),
+        "compute.precision": (precision, policy.precision),
+        "lora.rank": (lora_rank, 0),
     }
     for option, (value, of_policy) in values.items():
         if value != of_policy:
