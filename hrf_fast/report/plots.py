@@ -68,8 +68,9 @@ def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: flo
 
 
 def _reach(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
-    """How far each interval reaches below its value and above it."""
-    return [[a - b for a, b in zip(values, low, strict=True)], [b - a for a, b in zip(values, high, strict=True)]]
+    """How far each interval reaches below its value and above it; 0 where rounding has put an end across."""
+    below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
+    return [below, [max(0.0, end - value) for value, end in zip(values, high, strict=True)]]
 
 
 def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: float) -> bytes:
