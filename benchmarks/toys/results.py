@@ -46,7 +46,7 @@ def table(lines: Sequence[Line], toy: str) -> str:
     rows = []
     for arm, runs in by_arm.items():
         test, ends = tests.get(arm), list(runs.values())
-        lost = sum(_modes(line) < len(line["good"]) for line in ends)
+        losers = sum(_modes(line) < len(line["good"]) for line in ends)
         rows.append(
             [
                 arm,
@@ -54,7 +54,7 @@ def table(lines: Sequence[Line], toy: str) -> str:
                 _shown(_over(ends, lambda line: line["panels"][-1]["reward"])),
                 _shown(_over(ends, _modes)),
                 _shown(_over(ends, lambda line: _effective(line, line["panels"][-1]))),
-                f"{lost} of {len(ends)}",
+                f"{losers} of {len(ends)}",
                 _shown(estimate(list(gains[arm].values())), "+"),
                 _shown(test.difference, "+") if test else "",
                 f"{p:.2g}" if (p := adjusted.get(arm)) is not None else "",

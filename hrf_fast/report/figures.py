@@ -76,7 +76,7 @@ def curves(logs: Sequence[RunLog]) -> list[Figure]:
 
 
 def training(log: RunLog) -> Figure:
-    """What training logged at every iteration."""
+    """Numbers of every iteration of training."""
     iterations = [record["iteration"] + 1 for record in log.metrics]
     panels = []
     for name, title in DIAGNOSTICS.items():

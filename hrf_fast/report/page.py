@@ -20,7 +20,7 @@ from hrf_fast.run.files import write_atomically
 
 TEMPLATE = "page.html.j2"
 SIGNAL = "signal.json"
-"""What `hrf bench signal --out RUN` writes into a run folder."""
+"""The file that `hrf bench signal --out RUN` writes into a run folder."""
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:

@@ -54,17 +54,10 @@ def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: flo
     for index, line in enumerate(series):
         look = _look(index)
         if line.low and line.high and line.x_low and line.x_high:
-            reach = {
-                name: [
-                    [a - b for a, b in zip(mean, low, strict=True)],
-                    [b - a for a, b in zip(mean, high, strict=True)],
-                ]
-                for name, mean, low, high in (
-                    ("xerr", line.x, line.x_low, line.x_high),
-                    ("yerr", line.y, line.low, line.high),
-                )
-            }
-            axes.errorbar(line.x, line.y, **reach, color=look["color"], linestyle="none", linewidth=0.8, alpha=0.35)
+            x_reach, y_reach = _reach(line.x, line.x_low, line.x_high), _reach(line.y, line.low, line.high)
+            axes.errorbar(
+                line.x, line.y, y_reach, x_reach, color=look["color"], linestyle="none", linewidth=0.8, alpha=0.35
+            )
         axes.plot(line.x, line.y, **{**look, "markersize": 3}, label=_label(line.name))
         axes.plot(line.x[-1:], line.y[-1:], **{**look, "markersize": 9})
         axes.plot(line.x[:1], line.y[:1], **{**look, "markersize": 9, "markerfacecolor": "white", "zorder": 3})
@@ -72,6 +65,12 @@ def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: flo
         axes.axvline(level, color="#666666", linestyle=":", linewidth=1)
     _legend(axes)
     return _png(figure)
+
+
+def _reach(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """How far each interval reaches below its value and above it; 0 where rounding has put an end across."""
+    below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
+    return [below, [max(0.0, end - value) for value, end in zip(values, high, strict=True)]]
 
 
 def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: float) -> bytes:
@@ -85,8 +84,7 @@ def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: fl
     x = [100 * record["vendi"][0] / base for record in in_order]
     y, low, high = ([record["reward"][i] for record in in_order] for i in range(3))
     figure, axes = _axes("Vendi Score, % of the pretrained model's", "reward")
-    errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-    axes.errorbar(x, y, yerr=errors, color=COLOURS[0], alpha=0.35, linestyle="none", linewidth=1)
+    axes.errorbar(x, y, yerr=_reach(y, low, high), color=COLOURS[0], alpha=0.35, linestyle="none", linewidth=1)
     axes.plot(x, y, **_look(0))
     for record, a, b in zip(in_order, x, y, strict=True):
         axes.annotate(f"{record['alpha']:g}", (a, b), (4, 3), textcoords="offset points", fontsize=FONT - 2)
