@@ -77,8 +77,8 @@ def _step(
     pairs, factor, thinning = groups.size * sum(len(windows[g]) for g in groups.of_step(step)), 1.0, None
     if components.rules.thinning.active:
         flat = [group for group in groups.of_step(step) if not advantages[group].any()]
-        options = {"offset": offset, "steps_per_call": plan.steps_per_call, "flat": flat}
-        thinning = partial(components.rules.thinning.thin, **options)
+        thin = components.rules.thinning.thin
+        thinning = partial(thin, offset=offset, steps_per_call=plan.steps_per_call, flat=flat)
         calls, factor = thinning(calls)
         pairs = sum(
             call.images for rank in range(groups.ranks) for call in _replay(components, windows, step, rank, thinning)
