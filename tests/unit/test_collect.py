@@ -9,6 +9,7 @@ import torch
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.policies.sample import sample
 from hrf_fast.rewards import build_reward
+from hrf_fast.training.anchors import Anchors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.groups import Groups
@@ -72,6 +73,7 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
+        anchors=Anchors(),
         rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
         draw_prompts=lambda iteration: prompts or [None] * 4,
     )

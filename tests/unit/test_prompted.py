@@ -12,6 +12,7 @@ from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import PromptList
 from hrf_fast.rewards import build_reward
+from hrf_fast.training.anchors import Anchors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
@@ -51,6 +52,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=groups,
         calls=CallPlan(3, images_per_call),
+        anchors=Anchors(),
         rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
         prompts=SOURCE,
     )
