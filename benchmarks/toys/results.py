@@ -73,7 +73,10 @@ def picture(lines: Sequence[Line], toys: Sequence[str]) -> bytes:
             count = min(len(line["panels"]) for line in ends)
             x = [statistics.fmean(line["panels"][i]["reward"] for line in ends) for i in range(count)]
             y = [statistics.fmean(_effective(line, line["panels"][i]) for line in ends) for i in range(count)]
-            look = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
+            look: dict[str, Any] = {
+                "color": COLOURS[index % len(COLOURS)],
+                "linestyle": LINES[index // len(COLOURS) % len(LINES)],
+            }
             axes.plot(x, y, **look, linewidth=1.3, marker=MARKERS[index % len(MARKERS)], markersize=3.5, label=arm)
             reward = _over(ends, lambda line: line["panels"][-1]["reward"])
             modes = _over(ends, lambda line: _effective(line, line["panels"][-1]))
