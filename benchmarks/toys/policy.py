@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.toys.mixtures import Toy, images_of, points_of
+from hrf_fast.policies.denoiser import check_finite
 from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.policies.unconditional import UnconditionalPolicy
-from hrf_fast.policies.denoiser import check_finite
 
 _WIDTH, _FREQUENCIES = 64, 8
 
