@@ -5,7 +5,7 @@ import torch
 
 from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.memory.planner import count_calls
+from hrf_fast.memory.counts import count_calls
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.sample import deterministic_jumps, sample_deterministic, starting_noise
 from hrf_fast.training.calls import Call, Piece
@@ -73,7 +73,7 @@ def test_anchors_serve_two_iterations_and_a_run_stopped_between_them_resumes_bit
         group_forwards = sum(3 * (6 - start) + 3 * (5 - start) for start in record["window_starts"])
         drawn = record["forwards"] - before["forwards"] - group_forwards
         assert drawn == (0 if record["iteration"] == 1 else 2 * 3)
-    assert count_calls(load_config(words), 5).anchors == 2 * 3 * 2 / 3
+    assert count_calls(load_config(words), 5, branches=1).anchors == 2 * 3 * 2 / 3
 
 
 @pytest.mark.parametrize("option", ["window.anchor_steps=3", "window.anchor_reuse=2"])
@@ -161,7 +161,7 @@ def test_a_share_saves_the_backwards_of_the_other_steps(tiny_run, tmp_path):
     # two groups of 3 samples: 7 steps of a rollout, and 3 of the 6 stochastic ones again with a backward
     assert (record["forwards"], record["backwards"]) == (6 * 7 + 6 * 3, 6 * 3)
     assert record["ratio_mean"] == 1
-    assert count_calls(load_config(words), 6).update == 6 * 3
+    assert count_calls(load_config(words), 6, branches=1).update == 6 * 3
 
 
 # --- groups without spread --------------------------------------------------------------------------------------------

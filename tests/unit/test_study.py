@@ -116,7 +116,7 @@ def test_diversity_at_a_gain_counts_from_the_runs_own_start():
 def test_two_arms_at_their_common_levels():
     hrf = {1: line((0, 0.0, 10.0), (100, 2.0, 9.0)), 2: line((0, 0.0, 10.0), (100, 1.0, 10.0))}
     ddpo = {1: line((0, 0.0, 10.0), (100, 4.0, 6.0)), 2: line((0, 0.0, 10.0), (50, 2.0, 8.0))}
-    gain, share, evaluations, area = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
+    gain, share, evaluations, _, area = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
     # at .9: 2 and 1 against 1 and 1
     assert gain.arm.mean == pytest.approx(1.5) and gain.reference.mean == pytest.approx(1.0)
     # the common gain is 1: .95 and 1 against .9 and .9
