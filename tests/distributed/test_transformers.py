@@ -8,7 +8,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.train import main
 from tests.distributed.ranks import run_cases
-from tests.distributed.test_text import ACTIVATIONS, CASES, ENGINES, WEIGHT_TOLERANCE, WEIGHTS, flat, quick, trained
+from tests.distributed.test_text import ACTIVATIONS, CASES, ENGINES, WEIGHT_TOLERANCE, WEIGHTS, flat, trained
 from tests.distributed.test_text import words as text_words
 from tests.flow_models import flow_model, size_of
 from tests.runs import metrics
@@ -21,7 +21,6 @@ RUNS = (
     "sd35 full zero3 replay",
     "flux lora plain keep",
 )
-QUICK = RUNS[0]
 
 
 def words(name, folder):
@@ -42,20 +41,21 @@ def reference(name):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, request):
+def folder(tmp_path_factory):
     """Every case on two ranks, and those of one process in this one."""
     pytest.importorskip("deepspeed")
-    chosen = RUNS if "not slow" not in request.config.getoption("markexpr") else (QUICK,)
     folder = tmp_path_factory.mktemp("transformers")
     torch.set_num_threads(1)
-    two = {name: ("run", words(name, folder / name.replace(" ", "-"))) for name in chosen}
+    two = {name: ("run", words(name, folder / name.replace(" ", "-"))) for name in RUNS}
     assert not any(run_cases(CASES, two, timeout=1800).values())
-    for name in sorted({reference(name) for name in chosen}):
+    for name in sorted({reference(name) for name in RUNS}):
         assert main(words(name, folder / f"one-{name.replace(' ', '-')}")) == 0
     return folder
 
 
-@pytest.mark.parametrize("name", quick(RUNS, QUICK))
+# what ranks do with prompts test_text.py has among the quick ones
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_come_to_the_step_of_one_process(folder, name):
     ours, one = folder / name.replace(" ", "-"), folder / f"one-{reference(name).replace(' ', '-')}"
     before = trained_weights(build_policy(load_config(words(reference(name), folder / "unused"))).network)
