@@ -26,9 +26,10 @@ if __name__ == "__main__":
     # instead of this folder, whose modules would hide packages of their names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.gpu_bench.page import page, table, write_between
+from benchmarks.gpu_bench.page import MARKERS, page, table
 from benchmarks.gpu_bench.parts import Part, all_parts
 from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
+from benchmarks.tables import write_between
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -113,7 +114,7 @@ def main(words: Sequence[str] | None = None) -> None:
         _say(f"time was up before the end of {'; '.join(late)}: the same command goes on with them")
         raise SystemExit(2)
     if options.write:
-        write_between(options.write, table(record.facts, record.parts))
+        write_between(options.write, MARKERS, table(record.facts, record.parts))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from benchmarks.kernel_bench.assembly import Reading, read
 from benchmarks.kernel_bench.compile_only import collect
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_between
 from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step
 from hrf_kernels.step import step_kernel
 from hrf_kernels.surrogate import finalize_kernel, gradient_kernel, one_program_kernel, scale_kernel, sums_kernel
@@ -168,19 +168,6 @@ def table(rows: Sequence[Row]) -> str:
     return f"{markdown_table(['kernel; model output', *targets], lines)}\n\n{note}"
 
 
-def write_between(path: Path, text: str) -> None:
-    """Replace what is between the MARKERS of a file.
-
-    Raises:
-        ValueError: it has no such markers.
-    """
-    page = path.read_text()
-    first, last = (page.find(marker) for marker in MARKERS)
-    if not 0 <= first < last:
-        raise ValueError(f"{path} has no lines {MARKERS[0]!r} and {MARKERS[1]!r} to write between")
-    path.write_text(f"{page[:first]}{MARKERS[0]}\n{text}\n{page[last:]}")
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -190,7 +177,7 @@ def main(words: Sequence[str] | None = None) -> int:
     text = table(rows)
     print(text)
     if arguments.write:
-        write_between(arguments.write, text)
+        write_between(arguments.write, MARKERS, text)
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(f"broken: {fault}", file=sys.stderr)

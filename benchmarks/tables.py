@@ -1,8 +1,9 @@
-"""Markdown tables of the benchmarks."""
+"""Markdown tables of the benchmarks, and where pages take them up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -14,3 +15,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     first, *others = (f"| {' | '.join(map(cell, line))} |" for line in (header, *rows))
     return "\n".join((first, "|---" * len(header) + "|", *others))
+
+
+def write_between(path: Path, markers: tuple[str, str], text: str) -> None:
+    """Replace what is between two lines of a file.
+
+    Raises:
+        ValueError: it has no such lines.
+    """
+    page = path.read_text()
+    first, last = (page.find(marker) for marker in markers)
+    if not 0 <= first < last:
+        raise ValueError(f"--write is {path}, which has no lines {markers[0]!r} and {markers[1]!r} to write between")
+    path.write_text(f"{page[:first]}{markers[0]}\n{text}\n{page[last:]}")

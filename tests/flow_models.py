@@ -4,7 +4,6 @@
 """
 
 import functools
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T
 
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
-from tests.text_models import make_text_config, make_tokenizer
+from tests.text_models import make_text_config, make_tokenizer, saved
 
 # sd35: dual attention and normalised queries; sd3_no_t5: without T5; schnell: without embedded guidance, unshifted
 KINDS = ("sd3", "sd35", "sd3_no_t5", "flux", "schnell")
@@ -145,15 +144,7 @@ def make_flow_pipeline(kind: str, seed: int = 0):
 @functools.cache
 def flow_model(kind: str) -> Path:
     """The folder of `make_flow_pipeline(kind)`, gone when the session ends; copy it to change it."""
-    folder = Path(_root().name) / kind
-    with quiet():
-        make_flow_pipeline(kind).save_pretrained(folder)
-    return folder
-
-
-@functools.cache
-def _root() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="flow_models_")
+    return saved(make_flow_pipeline(kind), kind)
 
 
 def size_of(kind: str) -> int | None:

@@ -129,9 +129,14 @@ def make_pipeline(kind: str, seed: int = 0):
 @functools.cache
 def text_model(kind: str) -> Path:
     """The folder of `make_pipeline(kind)`, gone when the session ends; copy it to change it."""
+    return saved(make_pipeline(kind), kind)
+
+
+def saved(pipeline, kind: str) -> Path:
+    """The folder of a pipeline, gone when the session ends."""
     folder = Path(_root().name) / kind
     with quiet():
-        make_pipeline(kind).save_pretrained(folder)
+        pipeline.save_pretrained(folder)
     return folder
 
 

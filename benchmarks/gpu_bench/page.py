@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_bench.record import WHOLE
@@ -131,16 +130,3 @@ def table(facts: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
                 rows.append([f"{name}, loss and gradient at {case['batch']}×3×256²", rate, "", "", "", "", where])
     head = ["measured", "images/s", "over the published loop", "time over bare calls", "MFU", "peak GB", "on"]
     return markdown_table(head, rows)
-
-
-def write_between(path: Path, text: str) -> None:
-    """Replace what is between the MARKERS of a file.
-
-    Raises:
-        ValueError: it has no such markers.
-    """
-    before = path.read_text()
-    first, last = (before.find(marker) for marker in MARKERS)
-    if not 0 <= first < last:
-        raise ValueError(f"--write is {path}, which has no lines {MARKERS[0]!r} and {MARKERS[1]!r} to write between")
-    path.write_text(f"{before[:first]}{MARKERS[0]}\n{text}\n{before[last:]}")

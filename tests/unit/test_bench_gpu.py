@@ -11,6 +11,7 @@ from benchmarks import bench_gpu, bench_training
 from benchmarks.gpu_bench import page, parts, record
 from benchmarks.gpu_bench.layouts import write_layout
 from benchmarks.gpu_bench.training import LAYOUTS, fitting, rows
+from benchmarks.tables import write_between
 from benchmarks.training_bench.ceiling import network_flops
 from benchmarks.training_bench.configurations import base_words, method_words
 from hrf_fast.cli import main
@@ -118,11 +119,11 @@ def test_the_readme_s_table_has_the_fastest_of_ours_and_the_kernels(tmp_path):
     assert "| kernels: fp32, loss and gradient at 16×3×256² | 2500 GB/s, 82% of the card's |" in text
     path = tmp_path / "README.md"
     path.write_text(f"before\n{page.MARKERS[0]}\nold\n{page.MARKERS[1]}\nafter\n")
-    page.write_between(path, text)
+    write_between(path, page.MARKERS, text)
     assert path.read_text() == f"before\n{page.MARKERS[0]}\n{text}\n{page.MARKERS[1]}\nafter\n"
     path.write_text("no markers")
     with pytest.raises(ValueError, match="--write is .*README.md"):
-        page.write_between(path, text)
+        write_between(path, page.MARKERS, text)
 
 
 # --- the layouts ------------------------------------------------------------------------------------------------------

@@ -248,15 +248,16 @@ def test_each_broken_rule_is_a_sentence():
 
 @interpreted
 def test_the_table_is_written_between_its_markers(tmp_path):
-    from benchmarks.compile_kernels import MARKERS, write_between
+    from benchmarks.compile_kernels import MARKERS
+    from benchmarks.tables import write_between
 
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
-    write_between(page, "new")
+    write_between(page, MARKERS, "new")
     assert page.read_text() == f"before\n{MARKERS[0]}\nnew\n{MARKERS[1]}\nafter\n"
     page.write_text("none")
     with pytest.raises(ValueError, match="to write between"):
-        write_between(page, "new")
+        write_between(page, MARKERS, "new")
 
 
 @interpreted
