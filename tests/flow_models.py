@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -20,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T
 
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
-from tests.text_models import make_text_config, make_tokenizer, saved
+from tests.text_models import make_text_config, make_tokenizer, make_vae, saved
 
 # sd35: dual attention and normalised queries; sd3_no_t5: without T5; schnell: without embedded guidance, unshifted
 KINDS = ("sd3", "sd35", "sd3_no_t5", "flux", "schnell")
@@ -54,19 +53,6 @@ def make_t5() -> T5EncoderModel:
             num_heads=2,
             feed_forward_proj="gated-gelu",
         )
-    )
-
-
-def make_flow_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=SIZE,
-        scaling_factor=0.36,
-        shift_factor=0.12,
     )
 
 
@@ -112,7 +98,7 @@ def make_flow_pipeline(kind: str, seed: int = 0):
     torch.manual_seed(seed)
     try:
         clip = make_tokenizer()
-        parts = {"tokenizer": clip, "vae": make_flow_vae()}
+        parts = {"tokenizer": clip, "vae": make_vae(scaling_factor=0.36, shift_factor=0.12)}
         if kind.startswith("sd3"):
             second = make_tokenizer(pad="!")
             t5 = kind != "sd3_no_t5"

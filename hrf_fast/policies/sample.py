@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.base import Policy, Prediction
+from hrf_fast.policies.base import Condition, Policy, Prediction
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.prompts import Prompt
 from hrf_kernels import StepCoefficients, gaussian_mean, gaussian_step, philox_normal
@@ -68,15 +68,13 @@ def sample(
         Clean latents [N, *latent_shape] fp32, a function of the noise key and the weights.
     """
     prompts = [None] * len(noise) if prompts is None else prompts
-    chunks: list[Tensor] = []
-    for part in noise.split(images_per_call):
-        latents = starting_noise(policy, part)
-        first = len(chunks) * images_per_call
-        condition = policy.condition(prompts[first : first + len(part)], guided=guided)
+
+    def run(latents: Tensor, part: NoiseKey, condition: Condition) -> Tensor:
         for step in range(len(policy.sampler)):
             latents, _ = advance(policy, policy.predict(latents, step, condition), latents, step, part)
-        chunks.append(latents)
-    return torch.cat(chunks)
+        return latents
+
+    return _denoise(policy, noise, prompts, run, images_per_call=images_per_call, guided=guided)
 
 
 @torch.no_grad()
@@ -91,15 +89,31 @@ def sample_deterministic(
 ) -> Tensor:
     """Denoise pure noise by `steps` deterministic steps; the other arguments and the result are those of `sample`."""
     numbers, coefficients = deterministic_jumps(policy.sampler, steps)
-    chunks: list[Tensor] = []
-    for part in noise.split(images_per_call):
-        latents = starting_noise(policy, part)
-        first = len(chunks) * images_per_call
-        condition = policy.condition(prompts[first : first + len(part)], guided=guided)
+
+    def run(latents: Tensor, part: NoiseKey, condition: Condition) -> Tensor:
         for index, step in enumerate(numbers):
             prediction = policy.predict(latents, step, condition)
             latents = gaussian_mean(prediction.combined, latents, coefficients[index])
-        chunks.append(latents)
+        return latents
+
+    return _denoise(policy, noise, prompts, run, images_per_call=images_per_call, guided=guided)
+
+
+def _denoise(
+    policy: Policy,
+    noise: NoiseKey,
+    prompts: Sequence[Prompt | None],
+    run: Callable[[Tensor, NoiseKey, Condition], Tensor],
+    *,
+    images_per_call: int,
+    guided: bool,
+) -> Tensor:
+    """Clean latents [N, *latent_shape], made by `run` of the starting noise of `images_per_call` samples at a time."""
+    chunks: list[Tensor] = []
+    for part in noise.split(images_per_call):
+        first = len(chunks) * images_per_call
+        condition = policy.condition(prompts[first : first + len(part)], guided=guided)
+        chunks.append(run(starting_noise(policy, part), part, condition))
     return torch.cat(chunks)
 
 
