@@ -81,7 +81,8 @@ def evaluations_to_gain(path: Sequence[Point], gain: float, floor: float) -> flo
         spans = [_above(one.gain, two.gain, gain), _above(one.kept, two.kept, floor)]
         if None not in spans:
             start = max(span[0] for span in spans if span)
-            if start <= min(span[1] for span in spans if span):
+            # the very gain of `gain_at_diversity` crosses both levels at one place, but for rounding
+            if start <= min(span[1] for span in spans if span) + 1e-9:
                 return one.evaluations + start * (two.evaluations - one.evaluations)
     return None
 

@@ -88,6 +88,14 @@ def test_a_path_by_hand():
     # gain 1.6 comes first at 160, where .888 is kept; the floor is back at 200 + 100 * 6/11
     assert statistics.evaluations_to_gain(PATH, 1.6, 0.9) == pytest.approx(200 + 600 / 11)
     assert statistics.evaluations_to_gain(PATH, 2.5, 0.9) is None
+    # the highest gain above the floor is reached where it was found: here the two crossings differ by rounding
+    path = [
+        Point(0, 0.0, 1.0),
+        Point(100, 0.08044581855253541, 0.9359890790654909),
+        Point(200, 1.507940642520574, 0.7664169121134534),
+    ]
+    gain = statistics.gain_at_diversity(path, 0.9)
+    assert statistics.evaluations_to_gain(path, gain, 0.9) == pytest.approx(100 + 100 * 0.2122346)
     # strips: gain 2 to .84, gain 1.5 to .95, gain 1 to .96
     assert statistics.hypervolume(PATH) == pytest.approx(2 * 0.84 + 1.5 * 0.11 + 1 * 0.01)
 
