@@ -27,7 +27,7 @@ from tests.runs import (
     with_folder,
 )
 
-ON_POLICY = ["train.order=on_policy", "evaluation.every=0", "window.schedule=random", "train.iterations=3"]
+ON_POLICY = ["train.order=on_policy", "evaluation.every=0", "window.schedule=random"]
 
 
 def run(tiny_run, folder, *words, **options):
@@ -154,7 +154,7 @@ class CtrlC(hrf_fast.Listener):
 
 
 def test_an_interrupted_on_policy_iteration_is_finished_and_resumes_to_the_uninterrupted_result(tiny_run, tmp_path):
-    words = ["compute.activations=keep", "run.save_every=0"]
+    words = ["compute.activations=keep", "run.save_every=0", "train.iterations=3"]
     pressed = CtrlC(presses=True)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_run, tmp_path / "run", *words, reward=pressed, listeners=[pressed])
