@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, LDMPipeline
+from diffusers import DDPMPipeline, LDMPipeline, UNet2DModel
 from PIL import Image
 
 from hrf_fast.cli import main
@@ -15,7 +15,7 @@ from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.version import __version__
 from hrf_kernels import philox_normal
-from tests.conftest import make_scheduler, make_smallest_unet, tiny_words
+from tests.conftest import make_scheduler, make_smallest_unet, make_unet, tiny_words
 from tests.runs import panels, train
 from tests.unit.test_latent import CHANNELS, SIDE, make_vqvae
 
@@ -36,9 +36,8 @@ def brightness(images, prompts):
 def save(kind, folder):
     """A random model of a pipeline class or with a scheduler of its own."""
     if kind == "latent":
-        LDMPipeline(
-            make_vqvae(), make_smallest_unet(CHANNELS, SIDE), make_scheduler(clip_sample=False)
-        ).save_pretrained(folder)
+        unet = UNet2DModel(**{**make_unet(CHANNELS, SIDE).config, "add_attention": False})
+        LDMPipeline(make_vqvae(), unet, make_scheduler(clip_sample=False)).save_pretrained(folder)
         return
     scheduler = make_scheduler({"grey": "DDIMScheduler"}.get(kind, kind), timestep_spacing="trailing")
     DDPMPipeline(make_smallest_unet(1 if kind == "grey" else 3, 16), scheduler).save_pretrained(folder)
