@@ -6,9 +6,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 # kernel tests that `make test` also runs in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = tests/kernels/test_accuracy.py
 # unit tests that train, compile or start processes
-LONG = $(addprefix tests/unit/test_,api.py bench_gpu.py bench_kernels.py bench_search.py bench_training.py card.py compilation.py \
-	drift.py fewer_calls.py latent.py model_files.py paths.py planner.py prompted.py prompted_commands.py readme.py speed.py study.py tuning.py \
-	user_runs.py waits.py watch.py writers.py)
+LONG = $(addprefix tests/unit/test_,api.py bench_gpu.py bench_kernels.py bench_search.py bench_training.py blend.py card.py compilation.py \
+	drift.py fewer_calls.py flow.py latent.py lora.py lora_files.py model_files.py paths.py planner.py prompted.py prompted_commands.py \
+	readme.py remedy_reference.py speed.py step_weights.py stopping.py strip.py study.py tuning.py user_runs.py waits.py watch.py writers.py)
 # one run of every method
 METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process

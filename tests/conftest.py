@@ -33,9 +33,15 @@ def forget_user_modules(tmp_path_factory):
     path, folder = list(sys.path), str(tmp_path_factory.getbasetemp())
     yield
     sys.path[:] = path
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(folder):
+    # each is looked at once: there are four thousand, and most tests take less than a look at all
+    for name in sys.modules.keys() - _NOT_USERS:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
             del sys.modules[name]
+        else:
+            _NOT_USERS.add(name)
+
+
+_NOT_USERS: set[str] = set()
 
 
 @pytest.fixture
@@ -70,11 +76,11 @@ def make_unet(channels: int = 3, size: int = 16, seed: int = 0):
     )
 
 
-def make_smallest_unet(channels: int, size: int, **options):
-    """A UNet of one block without attention, randomly initialised; options are UNet2DModel's."""
+def make_smallest_unet(channels: int, size: int, attention: bool = False, seed: int = 0, **options):
+    """A UNet of one block, with one layer of attention or none, randomly initialised; options are UNet2DModel's."""
     from diffusers import UNet2DModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
@@ -82,8 +88,9 @@ def make_smallest_unet(channels: int, size: int, **options):
         layers_per_block=1,
         block_out_channels=(8,),
         norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
+        down_block_types=("AttnDownBlock2D" if attention else "DownBlock2D",),
         up_block_types=("UpBlock2D",),
+        attention_head_dim=4,
         add_attention=False,
         **options,
     )
@@ -95,15 +102,21 @@ def make_scheduler(kind: str = "DDIMScheduler", **options):
     return getattr(diffusers, kind)(**{"beta_start": 1e-4, "beta_end": 0.02, **options})
 
 
+@pytest.fixture
+def not_measured(monkeypatch):
+    """Plans without activations, which take seconds to measure, for tests of what else is in a plan."""
+    monkeypatch.setattr("hrf_fast.memory.footprint._peaks", lambda *_: (0, 0, 0))
+
+
 # denoising steps of `make_policy`, of which the last is deterministic
 T = 6
 
 
 def make_policy(seed: int = 0, **scheduler_options) -> PixelPolicy:
-    """A policy of `make_unet` that is in no folder."""
+    """A policy of one block and one layer of attention that is in no folder."""
     scheduler = make_scheduler(**{"clip_sample": False, **scheduler_options})
     sampler = build_sampler(scheduler, kind="ddim", num_inference_steps=T, eta=1.0)
-    return PixelPolicy(make_unet(seed=seed).eval(), scheduler, sampler)
+    return PixelPolicy(make_smallest_unet(3, 16, attention=True, seed=seed).eval(), scheduler, sampler)
 
 
 def make_engine(policy, max_grad_norm: float = 0.0, ema_decay: float = 0.0) -> PlainEngine:
@@ -123,7 +136,7 @@ def tiny_model(tmp_path_factory):
     from diffusers import DDPMPipeline
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder)
+    DDPMPipeline(make_smallest_unet(3, 16, attention=True), make_scheduler("DDPMScheduler")).save_pretrained(folder)
     return folder
 
 

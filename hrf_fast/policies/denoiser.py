@@ -86,13 +86,15 @@ class DenoiserPolicy:
         return self._predict(forward, latents, steps, condition)
 
     def hold_reference(self) -> None:
-        """Copy the network, frozen and in the compute precision, unless it has adapters; see `Policy.hold_reference`.
+        """Copy the network, in the compute precision, unless it has adapters; see `Policy.hold_reference`.
 
         Autocast rounds weights at each use, so a copy in its precision computes the numbers of the original.
         """
         if not adapted_layers(self.unet):
             self._reference = copy.deepcopy(self.network).requires_grad_(False)
             store_frozen(self._reference.unet, self.precision)
+            # a matrix product of PyTorch may round by whether a weight wants a gradient, as those of the original do
+            self._reference.requires_grad_(True)
 
     @torch.no_grad()
     def reference(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Tensor:

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ import pytest
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
 from hrf_fast.train import main
+from tests.distributed.ranks import ROOT, fork, run_script
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 
@@ -43,39 +45,47 @@ def as_srun(rank, ranks, port):
     return {name: str(value) for name, value in step.items()}
 
 
-def start(words, ranks=2, launcher=as_torchrun):
-    """The ranks as a launcher starts them."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "hrf_fast" / "train.py"), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment(**launcher(rank, ranks, port)),
-        )
-        for rank in range(ranks)
-    ]
+@dataclass
+class Rank:
+    """A rank that a launcher has started, and the folder of its output."""
+
+    process: BaseProcess
+    folder: Path
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "errors").read_text()
 
 
-def finish(processes, timeout=400):
-    """(exit code, output, errors) of each."""
+def start(folder, words, ranks=2, launcher=as_torchrun):
+    """The ranks as a launcher starts them; their output goes to `folder`/rank-*."""
+    port, started = free_port(), []
+    for rank in range(ranks):
+        (folder / f"rank-{rank}").mkdir()
+        process = fork(run_script, folder / f"rank-{rank}", launcher(rank, ranks, port), words)
+        started.append(Rank(process, folder / f"rank-{rank}"))
+    return started
+
+
+def finish(ranks, timeout=400):
+    """(exit code, errors) of each."""
+    deadline = time.monotonic() + timeout
     try:
-        found = [process.communicate(timeout=timeout) for process in processes]
+        for rank in ranks:
+            rank.process.join(max(0, deadline - time.monotonic()))
+            assert rank.process.exitcode is not None, rank.errors
     finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+        for rank in ranks:
+            rank.process.kill()
+    return [(rank.process.exitcode, rank.errors) for rank in ranks]
 
 
-def wait_for_lines(path: Path, count: int, processes=()):
+def wait_for_lines(path: Path, count: int, ranks):
     for _ in range(1800):
         if path.exists() and path.read_text().count("\n") >= count:
             return
-        for process in processes:
-            assert process.poll() is None, process.communicate()
+        for rank in ranks:
+            assert rank.process.exitcode is None, rank.errors
         time.sleep(0.1)
     raise AssertionError(f"{path} never had {count} lines")
 
@@ -88,7 +98,7 @@ def long_run(tiny_run):
 @pytest.mark.slow
 def test_a_rank_whose_reward_holds_pythons_lock_for_long_is_waited_for(tiny_run, tmp_path):
     words = [*tiny_run, "reward.name=tests.distributed.cases:holding", "train.iterations=1", "train.groups_per_step=2"]
-    for code, _, errors in finish(start([*words, "evaluation.every=0", "run.lost_after=10"])):
+    for code, errors in finish(start(tmp_path, [*words, "evaluation.every=0", "run.lost_after=10"])):
         assert code == 0, errors
     assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 1
 
@@ -96,7 +106,7 @@ def test_a_rank_whose_reward_holds_pythons_lock_for_long_is_waited_for(tiny_run,
 @pytest.mark.slow
 def test_tasks_of_srun_are_the_ranks_of_one_job(tiny_run, tmp_path):
     words = [*tiny_run, "train.groups_per_step=2", "evaluation.every=0", "train.iterations=1"]
-    for code, _, errors in finish(start(words, launcher=as_srun)):
+    for code, errors in finish(start(tmp_path, words, launcher=as_srun)):
         assert code == 0, errors
     (record,) = read_log(tmp_path / "run" / "metrics.jsonl")
     assert record["images"] == 6
@@ -104,26 +114,24 @@ def test_tasks_of_srun_are_the_ranks_of_one_job(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_job_with_a_message_that_names_it(long_run, tmp_path, victim):
-    processes = start(long_run)
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, processes)
-    processes[victim].kill()
-    died = time.monotonic()
-    code, _, errors = finish(processes, timeout=60)[1 - victim]
-    assert time.monotonic() - died < 60
+    ranks = start(tmp_path, long_run)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, ranks)
+    ranks[victim].process.kill()
+    code, errors = finish(ranks, timeout=60)[1 - victim]
     assert code == 1
-    assert f"rank {victim} (process {processes[victim].pid} " in errors
+    assert f"rank {victim} (process {ranks[victim].process.pid} " in errors
 
 
 def test_ctrl_c_on_all_ranks_saves_once_and_exits_130(long_run, tmp_path):
-    processes = start(long_run)
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, processes)
-    for process in processes:
-        process.send_signal(signal.SIGINT)
+    ranks = start(tmp_path, long_run)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, ranks)
+    for rank in ranks:
+        os.kill(rank.process.pid, signal.SIGINT)
     time.sleep(0.2)
     # the launcher's SIGTERM follows at once
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    for code, _, errors in finish(processes):
+    for rank in ranks:
+        rank.process.terminate()
+    for code, errors in finish(ranks):
         assert code == 130, errors
     done = len(read_log(tmp_path / "run" / "metrics.jsonl"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"iteration-{done:06d}"]
@@ -134,7 +142,7 @@ def test_ctrl_c_on_all_ranks_saves_once_and_exits_130(long_run, tmp_path):
 
 
 def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
-    (first, _, errors), (second, _, others) = finish(start([*tiny_run, "train.groups_per_step=1"]))
+    (first, errors), (second, others) = finish(start(tmp_path, [*tiny_run, "train.groups_per_step=1"]))
     assert first == second == 1
     assert "train.groups_per_step is 1" in errors and "2 ranks" in errors
     # the main rank speaks for all
@@ -152,7 +160,7 @@ def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, 
         "evaluation.every=0",
         "run.save_every=0",
     ]
-    (first, _, errors), (second, _, _) = finish(start(words))
+    (first, errors), (second, _) = finish(start(tmp_path, words))
     assert first == second == 1
     assert all(part in errors for part in ("rank 1", repr(reward), "KeyError"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]

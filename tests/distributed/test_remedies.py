@@ -4,7 +4,7 @@ import pytest
 
 from hrf_fast.train import main
 from tests.conftest import tiny_words
-from tests.distributed.test_jobs import start
+from tests.distributed.test_jobs import finish, start
 from tests.runs import metrics
 
 
@@ -19,10 +19,8 @@ def test_two_ranks_under_zero_3_have_the_numbers_of_one_process(tiny_model, tmp_
     ]  # fmt: skip
     assert main([*tiny_words(tiny_model, tmp_path / "plain"), *words]) == 0
     zero = [*tiny_words(tiny_model, tmp_path / "zero"), *words, "engine.deepspeed=configs/deepspeed/zero3.json"]
-    ranks = start(zero)
-    for rank in ranks:
-        _, said = rank.communicate(timeout=400)
-        assert rank.returncode == 0, said
+    for code, errors in finish(start(tmp_path, zero)):
+        assert code == 0, errors
     for one, two in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "zero"), strict=True):
         assert one["forwards"] == two["forwards"]
         for name in ("loss", "grad_norm", "reference_kl"):

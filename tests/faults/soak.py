@@ -26,7 +26,7 @@ import torch
 import hrf_fast
 from hrf_fast.command import run_command
 from hrf_fast.run.files import read_log
-from tests.conftest import make_scheduler, make_unet
+from tests.conftest import make_scheduler, make_smallest_unet
 from tests.runs import assert_equal_checkpoints, assert_equal_runs, train
 from tests.text_models import make_pipeline
 
@@ -131,7 +131,9 @@ def make_model(folder: Path, text: bool) -> list[str]:
 
     words = [f"model.name={folder / 'model'}"]
     if not text:
-        DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder / "model")
+        DDPMPipeline(make_smallest_unet(3, 16, attention=True), make_scheduler("DDPMScheduler")).save_pretrained(
+            folder / "model"
+        )
         return words
     make_pipeline("sd1").save_pretrained(folder / "model")
     # of so few prompts each has statistics soon

@@ -40,14 +40,14 @@ def test_sixteen_signals_are_every_signal_at_every_moment():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB that can grow: `resize("8m")`."""
+    """A file system of 300 kB, two checkpoints and a bit, that can grow: `resize("8m")`."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
     def mount(*options):
         return subprocess.run(["mount", "-t", "tmpfs", "-o", *options, "tmpfs", str(folder)], capture_output=True)
 
-    if mount("size=1m").returncode:
+    if mount("size=300k").returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
     yield folder, lambda size: mount(f"remount,size={size}")
     subprocess.run(["umount", str(folder)], check=True)
@@ -55,7 +55,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_with_a_clear_error_and_the_checkpoint_before_goes_on(tiny_run, tmp_path, small_disk, capsys):
     disk, resize = small_disk
-    words = with_folder(tiny_run, disk / "run", "train.iterations=8", "evaluation.every=0", "run.keep_checkpoints=99")
+    words = with_folder(tiny_run, disk / "run", "train.iterations=3", "evaluation.every=0", "run.keep_checkpoints=99")
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and str(disk / "run") in error

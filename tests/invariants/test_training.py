@@ -90,10 +90,11 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
 
 
 def test_the_same_seed_gives_the_same_metrics_and_weights_and_another_seed_does_not(tiny_run, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert main(with_folder(tiny_run, tmp_path / name, f"run.seed={seed}")) == 0
+    for name, seed, iterations in (("a", 0, 2), ("b", 0, 2), ("c", 1, 1)):
+        words = [f"run.seed={seed}", f"train.iterations={iterations}"]
+        assert main(with_folder(tiny_run, tmp_path / name, *words)) == 0
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
-    assert metrics(tmp_path / "b") != metrics(tmp_path / "c")
+    assert metrics(tmp_path / "b")[0] != metrics(tmp_path / "c")[0]
 
 
 @pytest.mark.parametrize("schedule", ["full", "clusters", "dynamic", "random", "sliding"])
@@ -113,9 +114,9 @@ def test_unet_calls_are_counted_as_the_algorithm_needs_them(tiny_run, tmp_path):
 
 
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_run, tmp_path):
-    assert main(with_folder(tiny_run, tmp_path / "whole", "train.iterations=4")) == 0
-    assert main(with_folder(tiny_run, tmp_path / "halves", "train.iterations=2")) == 0
-    assert main(with_folder(tiny_run, tmp_path / "halves", "train.iterations=4")) == 0
+    assert main(with_folder(tiny_run, tmp_path / "whole")) == 0
+    assert main(with_folder(tiny_run, tmp_path / "halves", "train.iterations=1")) == 0
+    assert main(with_folder(tiny_run, tmp_path / "halves")) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "halves")
 
 
@@ -196,7 +197,7 @@ def test_a_users_schedule_that_calls_the_probe_of_an_earlier_version_is_told_its
 
 def test_lines_that_outlived_their_checkpoint_are_done_again_once(tiny_run, tmp_path):
     # checkpoints after 2 of 3 iterations only: kill during iteration 3 means 1 logged line too many
-    words = with_folder(tiny_run, tmp_path / "run", "run.save_every=2", "train.iterations=3")
+    words = with_folder(tiny_run, tmp_path / "run", "run.save_every=2", "train.iterations=3", "evaluation.every=0")
     assert main(words) == 0
     whole = metrics(tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "iteration-000003"
@@ -452,9 +453,9 @@ def test_a_schedule_of_the_users_is_checked(tiny_run, choose, said):
 
 
 def test_calls_of_an_iteration_that_was_stopped_are_not_counted_twice(tiny_run, tmp_path):
-    # stopped inside the reward of the third iteration, when its rollouts have been counted but not learnt from
-    words = [*tiny_run, "run.save_every=0", "evaluation.every=0", "train.iterations=3"]
-    interrupted = Interrupted(at=2)
+    # stopped inside the reward of the second iteration, when its rollouts have been counted but not learnt from
+    words = [*tiny_run, "run.save_every=0", "evaluation.every=0"]
+    interrupted = Interrupted(at=1)
     with pytest.raises(KeyboardInterrupt):
         train(words, reward=interrupted, listeners=[interrupted])
     train(words, reward=Interrupted())
@@ -495,11 +496,11 @@ def test_listeners_hear_every_line_that_is_logged_and_a_resumed_run_goes_on_tell
 
 
 def test_a_listener_ends_a_run_with_its_reason_and_the_run_can_go_on(tiny_run, tmp_path):
-    words = [*tiny_run, "train.iterations=3", "evaluation.every=0", "run.save_every=0"]
-    heard = Heard(lambda record: "seen enough" if record["iteration"] == 1 else None)
+    words = [*tiny_run, "evaluation.every=0", "run.save_every=0"]
+    heard = Heard(lambda record: "seen enough")
     assert train(words, listeners=[heard]).reason == "seen enough"
-    assert heard.reasons == ["seen enough"] and len(metrics(tmp_path / "run")) == 2
-    assert [record["iteration"] for record in panels(tmp_path / "run")] == [0, 2]
+    assert heard.reasons == ["seen enough"] and len(metrics(tmp_path / "run")) == 1
+    assert [record["iteration"] for record in panels(tmp_path / "run")] == [0, 1]
     assert (tmp_path / "run" / "model").is_dir()
     train(words)
     train(with_folder(words, tmp_path / "whole"))
@@ -507,17 +508,16 @@ def test_a_listener_ends_a_run_with_its_reason_and_the_run_can_go_on(tiny_run, t
 
 
 def test_an_error_of_a_listener_ends_the_run_after_a_checkpoint_of_what_it_heard(tiny_run, tmp_path):
-    words = [*tiny_run, "train.iterations=3", "evaluation.every=0", "run.save_every=0"]
+    words = [*tiny_run, "evaluation.every=0", "run.save_every=0"]
 
     def fail(record):
-        if record["iteration"] == 1:
-            raise ValueError("my plot")
+        raise ValueError("my plot")
 
     heard = Heard(fail)
     with pytest.raises(UserCodeError, match="listener Heard failed with ValueError: my plot"):
         train(words, listeners=[heard])
     assert heard.reasons == ["an error (UserCodeError)"]
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000002"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000001"]
     train(words)
     train(with_folder(words, tmp_path / "whole"))
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from benchmarks import bench_memory, bench_training
@@ -19,7 +20,7 @@ from hrf_fast.assets import ASSETS
 from hrf_fast.config.load import load_config
 from hrf_fast.run.files import read_log
 from hrf_fast.train import train
-from tests.conftest import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from tests.conftest import GRADIENT_TOLERANCE, LOSS_TOLERANCE, make_scheduler, make_unet
 from tests.parity.test_golden import CASES, gradient_error, load_case
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +31,13 @@ MOVE = 1e-2
 
 
 @pytest.fixture(scope="module")
-def literal_of(tiny_model, tmp_path_factory):
-    """Makes a literal trainer of the tiny model, with more options."""
+def literal_of(tmp_path_factory):
+    """Makes a literal trainer of the golden numbers' UNet, with more options."""
+    folder = tmp_path_factory.mktemp("models") / "golden"
+    DDPMPipeline(make_unet(), make_scheduler("DDPMScheduler")).save_pretrained(folder)
 
     def make(*more):
-        return LiteralTrainer(load_config([f"model.name={tiny_model}", "sample.num_inference_steps=6", *more]))
+        return LiteralTrainer(load_config([f"model.name={folder}", "sample.num_inference_steps=6", *more]))
 
     return make
 

@@ -50,7 +50,7 @@ def words(model, folder, **options):
         "sample.num_inference_steps": 6,
         "compute.images_per_call": 6,
         "window.schedule": "random",
-        "train.iterations": 3,
+        "train.iterations": 2,
         "train.groups_per_iteration": 2,
         "train.group_size": 3,
         "optimizer.learning_rate": 1e-3,

@@ -11,7 +11,7 @@ from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sample import starting_noise
 from hrf_kernels import gaussian_mean
-from tests.conftest import make_unet, tiny_words
+from tests.conftest import make_smallest_unet, make_unet, tiny_words
 from tests.runs import assert_equal_training, equal, metrics, train, weights
 from tests.unit.test_card import drawn, lines_of
 
@@ -19,7 +19,7 @@ from tests.unit.test_card import drawn, lines_of
 @pytest.fixture(scope="module")
 def flow_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "flow"
-    DDPMPipeline(make_unet(1), FlowMatchEulerDiscreteScheduler(shift=2.0)).save_pretrained(folder)
+    DDPMPipeline(make_smallest_unet(1, 16), FlowMatchEulerDiscreteScheduler(shift=2.0)).save_pretrained(folder)
     return folder
 
 
@@ -66,7 +66,9 @@ def test_the_unet_is_given_sigmas_that_are_no_whole_numbers(flow_model):
         assert not torch.equal(policy.unet(latents, int(timestep)).sample, expected)
 
 
-@pytest.mark.parametrize("schedule", ["full", "clusters", "dynamic"])
+@pytest.mark.parametrize(
+    "schedule", ["dynamic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "clusters"))]
+)
 def test_a_run_of_every_method_is_on_policy_and_resumes_to_the_bit(schedule, flow_model, tmp_path):
     kwargs = {"full": "{}", "clusters": "{clusters: [[0, 3], [3, 6]]}", "dynamic": "{stride: 2}"}[schedule]
     options = (f"window.schedule={schedule}", f"window.kwargs={kwargs}", "train.order=on_policy", "evaluation.every=0")
@@ -115,7 +117,7 @@ def test_a_model_of_ddpms_kind_has_no_flow_sampler(tiny_model, tmp_path):
     ids=str,
 )
 def test_flow_models_of_other_kinds_are_refused_by_name(file, values, message, tmp_path):
-    DDPMPipeline(make_unet(1), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    DDPMPipeline(make_smallest_unet(1, 16), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps(config | values))
     with pytest.raises(ValueError, match=message):

@@ -140,6 +140,7 @@ def test_a_launched_script_does_not_hide_a_users_module(tiny_model, tmp_path):
         (tmp_path / f"{name}.py").write_text(code)
     terms = ", ".join(f'{{name: "{name}:score"}}' for name in names)
     words = [*tiny_words(tiny_model, "run"), "train.iterations=1", "evaluation.every=0", "window.schedule=full"]
+    words += ["sample.num_inference_steps=3", "train.groups_per_iteration=1", "evaluation.panel_size=2"]
     path = os.pathsep.join(
         filter(None, (str(tmp_path), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
     )

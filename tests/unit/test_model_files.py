@@ -191,7 +191,7 @@ def test_offline_the_cache_of_another_program_is_enough(hub, tiny_model, extra):
     assert torch.equal(pipeline.unet.conv_in.weight, load(ID).unet.conv_in.weight)
 
 
-def test_offline_a_cache_without_weights_says_so_and_a_plan_needs_none(hub, capsys):
+def test_offline_a_cache_without_weights_says_so_and_a_plan_needs_none(hub, not_measured, capsys):
     hub.put_into_cache(*CONFIGS)
     hub.online = False
     with pytest.raises(ValueError, match="model.name is 'owner/model'.*no .*OfflineModeIsEnabled"):

@@ -158,7 +158,7 @@ def test_smaller_calls_are_found_where_those_of_the_configuration_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    "schedule", ["full", "clusters", *(pytest.param(s, marks=pytest.mark.slow) for s in ("random", "sliding"))]
+    "schedule", ["clusters", *(pytest.param(s, marks=pytest.mark.slow) for s in ("full", "random", "sliding"))]
 )
 def test_planned_unet_calls_equal_those_of_a_run(tiny_run, tmp_path, schedule):
     words = [*tiny_run, f"window.schedule={schedule}", "evaluation.every=0", "train.inner_epochs=2"]

@@ -170,7 +170,9 @@ def test_under_guidance_both_branches_are_the_pretrained_model_s():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [(), ("lora.rank=2", "optimizer.learning_rate=1e-2")])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("lora.rank=2", "optimizer.learning_rate=1e-2"), marks=pytest.mark.slow)]
+)
 def test_a_run_counts_its_calls_starts_at_a_kl_of_zero_and_resumes_to_the_bit(tiny_model, tmp_path, more):
     words = reference_words(tiny_model, tmp_path / "run", "remedies.kl_weight=1", "train.groups_per_step=2", *more)
     train(words, reward=brightness)
@@ -190,7 +192,7 @@ def test_a_large_weight_holds_the_policy_back(tiny_model, tmp_path):
     kls = {}
     for weight in (1e-9, 1e6):
         words = reference_words(
-            tiny_model, tmp_path / str(weight), f"remedies.kl_weight={weight}", "train.iterations=6"
+            tiny_model, tmp_path / str(weight), f"remedies.kl_weight={weight}", "train.iterations=4"
         )
         train([*words, "optimizer.learning_rate=1e-3", "train.groups_per_step=2"], reward=brightness)
         kls[weight] = [record["reference_kl"] for record in metrics(tmp_path / str(weight))]
@@ -228,7 +230,7 @@ def test_a_ramp_belongs_to_its_number_of_iterations(tiny_model, tmp_path):
 # --- plans and refusals -----------------------------------------------------------------------------------------------
 
 
-def test_a_plan_counts_the_copy_and_the_outputs(tiny_model):
+def test_a_plan_counts_the_copy_and_the_outputs(tiny_model, not_measured):
     def needs(*more):
         words = reference_words(tiny_model, "unused", "compute.precision=bf16", *more)
         made = plan(load_config(words), gpus=2, memory=10**9)

@@ -55,13 +55,12 @@ def test_a_stopped_and_resumed_channels_last_run_is_the_uninterrupted_one_bit_fo
         *tiny_run,
         "compute.channels_last=true",
         "optimizer.ema_decay=0.5",
-        "train.iterations=3",
         "evaluation.every=0",
     ]
     train(load_config(words))
-    for iterations in (1, 3):
+    for iterations in (1, 2):
         train(load_config([*words, f"train.iterations={iterations}", f"run.folder={tmp_path / 'halves'}"]))
-    newest = "checkpoints/iteration-000003"
+    newest = "checkpoints/iteration-000002"
     for name in (
         "model/unet/diffusion_pytorch_model.safetensors",
         f"{newest}/weights.safetensors",

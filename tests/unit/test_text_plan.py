@@ -59,9 +59,7 @@ def test_a_guided_call_has_the_activations_of_two_images():
     ("words", "factor"),
     [([], 1), (["sample.guidance_scale=5"], 2), (["sample.guidance_scale=5", "train.guidance=false"], 1)],
 )
-def test_guided_images_count_two(words, factor, monkeypatch):
-    # activations are another test's
-    monkeypatch.setattr("hrf_fast.memory.footprint._peaks", lambda *_: (0, 0, 0))
+def test_guided_images_count_two(words, factor, not_measured):
     words += [f"model.name={text_model('sd1')}", "window.schedule=full", "sample.num_inference_steps=6"]
     counts = plan(load_config([*words, "train.group_size=3"]), gpus=1, memory=10**9).counts
     # 4 groups of 3 over 6 steps
@@ -99,10 +97,8 @@ def counted(config, kind):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "sd15" not in name else name for name in TRUE]
 )
-def test_the_plan_has_the_counted_bytes_of_the_true_architectures(name, tmp_path, monkeypatch):
+def test_the_plan_has_the_counted_bytes_of_the_true_architectures(name, tmp_path, not_measured):
     kind, elements, gpus, _ = TRUE[name]
-    # activations are another test's
-    monkeypatch.setattr("hrf_fast.memory.footprint._peaks", lambda *_: (0, 0, 0))
     words = ["--config", str(CONFIGS / f"{name}.yaml"), f"model.name={write_true_model(tmp_path, kind)}"]
     config = load_config(words)
     made = plan(config, gpus=gpus, memory=10**12)

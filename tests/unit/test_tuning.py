@@ -64,7 +64,7 @@ def test_several_ranks_are_not_tuned(tiny_run, monkeypatch):
 # --- seconds of a plan ------------------------------------------------------------------------------------------------
 
 
-def test_seconds_by_hand(tiny_run):
+def test_seconds_by_hand(tiny_run, not_measured):
     # two groups of 3 over 6 steps of a rollout and 5 that are replayed: 66 forwards and 30 backwards an iteration
     words = [*tiny_run, "window.schedule=full", "train.iterations=10"]
     made = plan(load_config(words), gpus=1, memory=10**9)
@@ -80,7 +80,7 @@ def test_seconds_by_hand(tiny_run):
     assert " 2 an iteration" in seconds_line(made, stated(63.0))
 
 
-def test_the_command_invents_no_rate(tiny_run, capsys):
+def test_the_command_invents_no_rate(tiny_run, not_measured, capsys):
     words = ["plan", "--memory", "8GB", *tiny_run]
     assert main(words) == 0
     out = capsys.readouterr().out
