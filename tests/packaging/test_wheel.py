@@ -66,10 +66,11 @@ def test_an_installed_wheel_trains_a_shipped_model(wheel, tmp_path):
     # the packages that hrf_fast needs, without running this environment's .pth files: one installs the source tree
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
-    check([sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)])
+    # a source tree on the path is an installed package to pip
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    check([sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)], env=clean)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     here = {"cwd": elsewhere, "env": {**clean, "OMP_NUM_THREADS": "1"}}
     code = "from importlib.util import find_spec; print(find_spec('hrf_fast').origin, find_spec('hrf_kernels').origin)"
     assert [Path(module).parents[1] for module in check([python, "-c", code], **here).split()] == [site, site]

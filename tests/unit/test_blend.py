@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.blending import blend
@@ -14,7 +14,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.evaluation.blend import Line, check_pretrained, choose, read_front, steps_to, summary
 from hrf_fast.policies.lora import add_adapters, merged
-from tests.conftest import make_policy, make_scheduler, make_unet, tiny_words
+from tests.conftest import make_policy, make_unet, tiny_words
 from tests.runs import train, weights
 from tests.text_models import load_text_policy, text_model
 
@@ -200,7 +200,10 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     assert "evaluation.network is none" in refused(copy, "evaluation.network=none")
     # a pretrained model that has changed since: of the same shapes, then of others
     other = tmp_path / "other"
-    DDPMPipeline(make_unet(seed=7), make_scheduler("DDPMScheduler")).save_pretrained(other)
+    shutil.copytree(tiny_model, other)
+    changed = weights(tiny_model)
+    changed["conv_out.bias"] -= 0.5
+    save_file(changed, other / UNET.removeprefix("model/"))
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
     assert "model.name is not the model that the run began with" in refused(copy, "--step", "1")
