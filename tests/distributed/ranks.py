@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
+RANKS = 2
 # what a rank imports, some of it while it runs
 IMPORTED = ("hrf_fast.train", "deepspeed", "diffusers.models.unets.unet_2d", "diffusers.pipelines.ddpm.pipeline_ddpm")
 
@@ -47,34 +48,34 @@ def run_script(folder: Path, variables: dict[str, str], words: list[str]) -> Non
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_cases(module: str, cases: dict[str, tuple], ranks: int = 2, timeout: float = 900) -> dict[str, object]:
-    """Results by name of `module.function(*arguments)` on `ranks` ranks; cases: {name: (function, *arguments)}."""
+def run_cases(module: str, cases: dict[str, tuple], timeout: float = 900) -> dict[str, object]:
+    """Results by name of `module.function(*arguments)` on both ranks; cases: {name: (function, *arguments)}."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "cases").write_bytes(pickle.dumps(cases))
-        processes = [fork(run_rank, rank, ranks, folder, module) for rank in range(ranks)]
+        processes = [fork(run_rank, rank, folder, module) for rank in range(RANKS)]
         try:
             deadline = time.monotonic() + timeout
             # a rank that failed leaves the other in a collective
             while any(process.exitcode is None for process in processes) and not any(p.exitcode for p in processes):
                 assert time.monotonic() < deadline, "the ranks hang"
                 time.sleep(0.1)
-            assert [process.exitcode for process in processes] == [0] * ranks, "a rank failed: see its traceback"
+            assert [process.exitcode for process in processes] == [0] * RANKS, "a rank failed: see its traceback"
         finally:
             for process in processes:
                 process.kill()
         return pickle.loads((Path(folder) / "results").read_bytes())
 
 
-def run_rank(rank: int, ranks: int, folder: str, module: str) -> None:
-    """Run the cases in `folder` as one of the ranks."""
+def run_rank(rank: int, folder: str, module: str) -> None:
+    """Run the cases in `folder` as one of the two ranks."""
     import torch
     import torch.distributed as dist
 
     os.chdir(ROOT)
     # no MASTER_ADDR: the group is made here, by a file
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     functions = importlib.import_module(module)
     results = {}
     for name, (function, *arguments) in pickle.loads(Path(folder, "cases").read_bytes()).items():

@@ -7,7 +7,7 @@ from hrf_kernels import clipped_surrogate, gaussian_log_prob, gaussian_step, ops
 from tests.kernels.cases import BF16, OPTIONS, Case, both_backends, differentiate, draw, sweep
 
 both_plans = pytest.mark.parametrize("shape", [(3, 3, 5, 7), (2, 1, 91, 91)], ids=["one program", "two stages"])
-# how an op is registered its plan does not change
+# a plan changes neither how an op is registered nor how a graph captures it
 mostly_one_plan = pytest.mark.parametrize(
     "shape", [(3, 3, 5, 7), pytest.param((2, 1, 91, 91), marks=pytest.mark.slow)], ids=["one program", "two stages"]
 )
