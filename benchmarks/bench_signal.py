@@ -11,7 +11,8 @@ anchor of each group back to that step. With n groups of gradients g_k at step k
 
 A step that averages 1/ratio groups is half noise (McCandlish et al., arXiv 1812.06162). A ratio may come out negative
 where n groups are too few to tell the signal from 0. The weights: equal, as published; std, see train.step_weights; and
-equal without the last step, to show what that step alone does. Writes signal.json after each start.
+equal without the last step, to show what that step alone does. The groups of all numbered starts are put together too,
+as a step of HRF has them. Writes signal.json after each start.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     if start is not None:
         key = NoiseKey(noise_key(seed, number, "anchors"), torch.zeros(1, dtype=torch.int64, device=policy.device))
         anchor = sample(policy, key, prompts, images_per_call=1, guided=components.rules.guided)[0]
-    window = Window(start or 0, policy.sampler.stochastic_steps)
+    shared = bool(components.rules.shared_noise)
+    window = Window(start or 0, policy.sampler.stochastic_steps, shared=shared)
     noise = group_noise(components, number, "rollout", 0)
     condition = policy.condition(prompts * groups.size, guided=components.rules.guided)
     group = Group(0, window, noise, condition, anchor, prompts[0])
@@ -101,8 +103,34 @@ def ratio(total: Tensor, squares: float, count: int) -> float:
     return (mean_square - noise / count) / noise if noise > 0 else math.nan
 
 
-def measure(components: Components, start: int | None, count: int) -> dict[str, Any]:
-    """The ratios of one start over `count` groups."""
+class Mixture:
+    """Gradients of groups of several starts, as an optimizer step averages them, under powers of each group's spread.
+
+    Power 0 is the standardised advantage, 1 the advantage in units of the reward (train.advantage_scale=none).
+    """
+
+    powers = (0.0, 0.5, 1.0)
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._totals: dict[float, Any] = dict.fromkeys(self.powers, 0.0)
+        self._squares = dict.fromkeys(self.powers, 0.0)
+
+    def add(self, gradient: Tensor, spread: float) -> None:
+        """Add a group's gradient [P], made with standardised advantages, and the spread of its rewards."""
+        self.count += 1
+        for power in self.powers:
+            weighted = gradient * spread**power
+            self._totals[power] = self._totals[power] + weighted
+            self._squares[power] += float(weighted.square().sum())
+
+    def ratios(self) -> dict[str, float]:
+        """By power, the signal over the noise of one group."""
+        return {str(power): ratio(self._totals[power], self._squares[power], self.count) for power in self.powers}
+
+
+def measure(components: Components, start: int | None, count: int, mixture: Mixture) -> dict[str, Any]:
+    """The ratios of one start over `count` groups, which are added to the mixture too."""
     window = slice(start or 0, components.policy.sampler.stochastic_steps)
     std = components.policy.sampler.coefficients.std[window].double().cpu()
     kinds = weightings(std)
@@ -116,6 +144,8 @@ def measure(components: Components, start: int | None, count: int) -> dict[str, 
         for name, weights in kinds.items():
             gradient = (weights.to(by_step)[:, None] * by_step).sum(0).double()
             totals[name], squares[name] = totals[name] + gradient, squares[name] + float(gradient.square().sum())
+            if name == "std" and start is not None:
+                mixture.add(gradient, spread)
     return {
         "start": "ddpo" if start is None else start,
         "groups": count,
@@ -162,12 +192,18 @@ def main(words: Sequence[str] | None = None) -> None:
         facts = machine(components.policy.device, torch.get_num_threads())
         arguments.out.mkdir(parents=True, exist_ok=True)
         results: list[dict[str, Any]] = []
+        mixture = Mixture()
         for start in starts:
-            results.append(measure(components, start, arguments.groups))
-            text = json.dumps({"machine": facts, "words": arguments.words, "results": results}, indent=1)
-            (arguments.out / "signal.json").write_text(text + "\n")
+            results.append(measure(components, start, arguments.groups, mixture))
+            record: dict[str, Any] = {"machine": facts, "words": arguments.words, "results": results}
+            if mixture.count > 1:
+                record["mixture"] = {"groups": mixture.count, **mixture.ratios()}
+            (arguments.out / "signal.json").write_text(json.dumps(record, indent=1) + "\n")
         rows = [[r["start"], r["spread"], r["equal"], r["without_last"], r["std"]] for r in results]
         page = f"{describe(facts)}\n\n{markdown_table(HEAD, rows)}\n"
+        if mixture.count > 1:
+            shown = ", ".join(f"power {power}: {value:.3g}" for power, value in mixture.ratios().items())
+            page += f"\nAll numbered starts together, weights by std, groups by a power of their spread: {shown}\n"
         (arguments.out / "signal.md").write_text(page)
         print(page)
 

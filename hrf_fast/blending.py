@@ -21,11 +21,12 @@ from hrf_fast.run.card import save_model
 from hrf_fast.run.files import PANEL, append_line, read_log, sha256, write_atomically
 
 
-def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: float) -> list[str]:
+def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0, most: float, step: float) -> list[str]:
     """Choose the best model on the line from a run's pretrained model through its tuned one, and save it in RUN/blend.
 
     Args:
-        words: options to change, such as run.device=cpu; keep: least share of the pretrained model's Vendi Score.
+        words: options to change, such as run.device=cpu.
+        keep, quality: least shares of the pretrained model's Vendi Score and, where above 0, of its Inception Score.
         most, step: of α, see `steps_to`.
 
     Returns:
@@ -33,10 +34,10 @@ def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: fl
 
     Raises:
         ValueError: an unfinished run, another pretrained model than the run's, a front of other settings, or a panel
-            without a network for the Vendi Score.
+            without a network for the Vendi Score, or for the Inception Score where `quality` asks for it.
     """
     alphas, folder = blends.steps_to(most, step), finished_run(run) / "blend"
-    blends.check_keep(keep)
+    blends.check_floors(keep, quality)
     config = run_config(run, tuple(words))
     device = choose_device(config.run.device)
     panel = build_panel(config, device, build_prompts(config)[0])
@@ -44,6 +45,12 @@ def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: fl
         raise ValueError(
             f"evaluation.network is {config.evaluation.network}, which gives no Vendi Score here; name a network, such "
             "as openai/clip-vit-base-patch32"
+        )
+    if quality and "inception" not in panel.shares:
+        raise ValueError(
+            f"--quality is {quality:g}, but the panel has no Inception Score: evaluation.network "
+            f"{config.evaluation.network} gives none, or evaluation.panel_size {config.evaluation.panel_size} is too "
+            "few images; leave it at 0"
         )
     policy = build_policy(config, str(run / "model"))
     adapters = bool(adapted_layers(policy.network.unet))
@@ -56,12 +63,17 @@ def blend(run: Path, words: Sequence[str], *, keep: float, most: float, step: fl
     if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
         front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
     records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
-    chosen = blends.choose(records, keep)["alpha"]
+    chosen = blends.choose(records, keep, quality)["alpha"]
     # the choice has looked at the first panel, whose figures flatter it
     other = replace(panel, seed=panel.seed + 1)
     base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
     write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
-    result = {"alpha": chosen, "keep": keep, "panels": [blends.summary(record, base) for record in (base, *others)]}
+    result = {
+        "alpha": chosen,
+        "keep": keep,
+        "quality": quality,
+        "panels": [blends.summary(record, base) for record in (base, *others)],
+    }
     write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
     if chosen:
         line.move(chosen)

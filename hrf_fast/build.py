@@ -119,13 +119,8 @@ def build_components(
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
-    notes = (
-        tuning,
-        activations.reason,
-        emulation,
-        no_network_note(config.evaluation.network, config.model.name),
-        panel.note,
-    )
+    no_network = no_network_note(config.evaluation.network, config.model.name)
+    notes = (tuning, activations.reason, emulation, no_network, panel.note)
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),
@@ -178,6 +173,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
             iterations=train.iterations,
         ),
         guided=train.guidance,
+        shared_noise=config.window.shared_noise,
         sharpness=config.remedies.matching,
         thinning=Thinning(train.step_share, train.skip_flat_groups),
         reference=reference_at(

@@ -12,7 +12,7 @@ from typing import Any
 
 from hrf_fast.command import RESUMES, HelpFormatter, complete_option, path, run_command
 
-BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "peer", "gpu")
+BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "peer", "blend", "gpu")
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
 
@@ -208,6 +208,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     command = add(blend)
     command.add_argument("run", type=path, help="a finished run's folder")
     command.add_argument("--keep", type=float, default=0.95, help="least share of the pretrained Vendi Score")
+    command.add_argument("--quality", type=float, default=0.0, help="least share of the pretrained Inception Score")
     command.add_argument("--most", type=float, default=2.0, help="largest alpha; 1 is the tuned model")
     command.add_argument("--step", type=float, default=0.2, help="distance of the alphas")
     add_options(command, "words", "options to change, such as run.device=cpu")

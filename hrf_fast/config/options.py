@@ -93,6 +93,9 @@ class WindowConfig:
     """Draw anchors by this many deterministic steps (DDIM with eta 0) of the T; 0 draws them as all samples are."""
     anchor_reuse: int = option(1, at_least=1)
     """Iterations that anchors, and their prompts, serve before new ones are drawn."""
+    shared_noise: bool | None = option(None)
+    """Samples of a group start from one noise, so that the window's own noise alone parts them and its rewards; null is
+    true for mixgrpo and flow_grpo_fast, false for the other schedules that ship."""
 
 
 @dataclass

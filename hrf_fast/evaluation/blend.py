@@ -153,21 +153,29 @@ def check_pretrained(before: Sequence[float], now: Sequence[float]) -> None:
         )
 
 
-def share_kept(record: Mapping[str, Any], pretrained: Mapping[str, Any]) -> float:
-    """The Vendi Score as a share of the pretrained model's on the same panel."""
-    return float(record["vendi"][0] / pretrained["vendi"][0])
+def share_kept(record: Mapping[str, Any], pretrained: Mapping[str, Any], metric: str = "vendi") -> float:
+    """A metric, the Vendi Score by default, as a share of the pretrained model's on the same panel."""
+    return float(record[metric][0] / pretrained[metric][0])
 
 
-def check_keep(keep: float) -> None:
-    """Raise ValueError for a share that the pretrained model itself does not keep, or for none at all."""
+def check_floors(keep: float, quality: float) -> None:
+    """Raise ValueError for a share that the pretrained model itself does not keep, or for no diversity at all."""
     if not 0 < keep <= 1:
         raise ValueError(f"--keep is {keep:g}; use a share above 0 and at most 1, such as 0.95")
+    if not 0 <= quality <= 1:
+        raise ValueError(f"--quality is {quality:g}; use a share from 0, which asks for none, to 1, such as 0.95")
 
 
-def choose(front: Sequence[dict[str, Any]], keep: float) -> dict[str, Any]:
-    """The record of the highest reward whose share of the Vendi Score at α = 0, which is there, is at least `keep`."""
+def choose(front: Sequence[dict[str, Any]], keep: float, quality: float = 0.0) -> dict[str, Any]:
+    """The record of the highest reward above both floors.
+
+    Args:
+        front: α = 0 among them; keep, quality: least shares of its Vendi Score and, where above 0, Inception Score.
+    """
     pretrained = next(record for record in front if record["alpha"] == 0)
     above = [record for record in front if share_kept(record, pretrained) >= keep]
+    if quality:
+        above = [record for record in above if share_kept(record, pretrained, "inception") >= quality]
     return max(above, key=lambda record: float(record["reward"][0]))
 
 
@@ -179,11 +187,14 @@ def summary(record: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict[st
     before, after = (torch.tensor(each["rewards"], dtype=torch.float64) for each in (pretrained, record))
     gain = paired_difference_interval(before, after, seed=record["seed"])
     figures = {name: value for name, value in record.items() if name not in ("rewards", "prompts")}
-    return {**figures, "share": share_kept(record, pretrained), "gain": list(gain)}
+    shares = {"share": share_kept(record, pretrained)}
+    if "inception" in record:
+        shares["inception_share"] = share_kept(record, pretrained, "inception")
+    return {**figures, **shares, "gain": list(gain)}
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """Lines about the panels of a result: alpha (chosen), keep and panels, each a `summary`."""
+    """Lines about the panels of a result: alpha (chosen), keep, quality and panels, each a `summary`."""
     lines = []
     for panel in result["panels"]:
         alpha = panel["alpha"]
@@ -192,10 +203,12 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"alpha {alpha:<4g} ({named}): reward {panel['reward'][0]:.4g}, gain {panel['gain'][0]:+.4g} "
             f"[{panel['gain'][1]:+.4g}, {panel['gain'][2]:+.4g}], {panel['share']:.1%} of the Vendi Score"
+            + (f", {panel['inception_share']:.1%} of the Inception Score" if "inception_share" in panel else "")
         )
+    quality = f", and {result['quality']:.0%} of the Inception Score," if result["quality"] else ""
     if not result["alpha"]:
         lines.append(
-            f"no blend that keeps {result['keep']:.0%} has a higher reward than the pretrained model, so none is "
-            "saved; lower --keep"
+            f"no blend that keeps {result['keep']:.0%}{quality} has a higher reward than the pretrained model, so none "
+            "is saved; lower the floor"
         )
     return lines

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hrf_fast.config.options import Config
 from hrf_fast.noise import noise_generator
-from hrf_fast.windows.base import evaluations
+from hrf_fast.windows.base import evaluations, with_noise
 from hrf_fast.windows.schedules import build_schedule
 
 
@@ -72,7 +72,8 @@ def count_calls(
 
     for iteration in range(iterations):
         generator = noise_generator(config.run.seed, iteration, "windows")
-        for window in windows(iteration, groups, generator=generator, probe=probe):
+        chosen = windows(iteration, groups, generator=generator, probe=probe)
+        for window in with_noise(chosen, config.window.shared_noise):
             lengths.append(len(window))
             run_steps += steps - window.start
             if window.deterministic and not windows.needs_anchors:

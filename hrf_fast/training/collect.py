@@ -24,7 +24,7 @@ from hrf_fast.training.probe import StartProbe
 from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.training.rollout import Rollout, rollout
 from hrf_fast.user_code import note_of, user_code
-from hrf_fast.windows.base import Window
+from hrf_fast.windows.base import Window, with_noise
 
 
 def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window], dict[int, Group]]:
@@ -62,6 +62,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         if changes:
             run.note_once(note_of(what, changes), key=what)
         _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, what)
+        windows = with_noise(windows, components.rules.shared_noise)
     own_groups = {
         number: Group(
             number,

@@ -47,6 +47,8 @@ class Rules:
     """Adds up what train.gradient_noise measures."""
     guided: bool = True
     """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
+    shared_noise: bool | None = None
+    """Whether a group's samples start from one noise; None leaves that to the window schedule."""
     reference: Callable[[int], ReferenceWeights] = lambda iteration: NO_REFERENCE
     """By iteration."""
     sharpness: float = 0.0

@@ -100,9 +100,12 @@ def _start(policy: Policy, group: Group) -> Tensor:
     """Latents [B, *latent_shape] at the window's first step: pure noise, an anchor taken back, or a prefix."""
     if group.origin is not None:
         return group.origin
+    noise = group.noise[:1] if group.window.shared else group.noise
     if group.anchor is None:
-        return starting_noise(policy, group.noise)
-    return renoised(policy, group.anchor, group.window.start, group.noise)
+        start = starting_noise(policy, noise)
+    else:
+        start = renoised(policy, group.anchor, group.window.start, noise)
+    return start.expand(group.size, *policy.latent_shape).contiguous()
 
 
 def _storage(group: Group, start: Tensor) -> tuple[Tensor, Tensor]:

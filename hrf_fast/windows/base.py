@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Generator, Tensor
@@ -28,16 +28,11 @@ class Window:
     """Whether the steps around the window are deterministic: those after it, and those from pure noise to it where the
     schedule has no anchors. Otherwise the steps after it are the sampler's."""
     shared: bool = False
-    """Whether the group's samples share a noise to start from, and so the deterministic steps before the window."""
+    """Whether the group's samples start from one noise, and so share the deterministic steps before the window."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"window [{self.start}, {self.stop}) is empty or negative; use 0 <= start < stop")
-        if self.shared and not self.deterministic:
-            raise ValueError(
-                f"window [{self.start}, {self.stop}) is shared but not deterministic: noise before it would part the "
-                "samples; set deterministic=True"
-            )
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -64,6 +59,11 @@ class WindowSchedule(Protocol):
     needs_anchors: bool
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]: ...
+
+
+def with_noise(windows: Sequence[Window], shared: bool | None) -> list[Window]:
+    """The windows with `shared` as window.shared_noise has it; None leaves them as they are."""
+    return [*windows] if shared is None else [replace(window, shared=shared) for window in windows]
 
 
 def check_estimate(estimate: str) -> str:

@@ -2,7 +2,8 @@
 
 The samples of a group start from one noise and follow the sampler's deterministic form (a flow's ODE, DDIM with eta 0)
 to the window, where their own noise parts them; after the window they are deterministic again. So a reward is due to
-the window's noise alone, and the steps before it cost one network call a group.
+the window's noise alone, and the steps before it cost one network call a group. With window.shared_noise=false every
+sample starts from a noise of its own.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ class Mixed:
 
     needs_anchors = False
 
-    def __init__(self, starts_at: Callable[[int], Sequence[int]], width: int, shared_noise: Any) -> None:
-        if type(shared_noise) is not bool:
-            raise ValueError(f"window.kwargs.shared_noise is {shared_noise!r}; use true or false")
-        self.starts_at, self.width, self.shared = starts_at, width, shared_noise
+    def __init__(self, starts_at: Callable[[int], Sequence[int]], width: int) -> None:
+        self.starts_at, self.width = starts_at, width
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         starts = self.starts_at(iteration)
         drawn = [starts[int(i)] for i in torch.randint(len(starts), (num_groups,), generator=generator)]
-        return [Window(start, start + self.width, deterministic=True, shared=self.shared) for start in drawn]
+        return [Window(start, start + self.width, deterministic=True, shared=True) for start in drawn]
 
 
 def mixgrpo(
@@ -41,13 +40,11 @@ def mixgrpo(
     iterations_per_start: int = 25,
     stride: int = 1,
     wrap: bool = True,
-    shared_noise: bool = True,
 ) -> Mixed:
     """MixGRPO (arXiv 2507.21802): a window of `width` steps that all groups share moves to later steps.
 
     It moves by `stride` every `iterations_per_start` iterations. At the end it begins again, as its authors' runs do
-    (their --roll_back), or with `wrap` false stays, as in the paper. With `shared_noise` false every sample starts from
-    a noise of its own.
+    (their --roll_back), or with `wrap` false stays, as in the paper.
     """
     check_count("window.kwargs.iterations_per_start", iterations_per_start)
     check_count("window.kwargs.stride", stride)
@@ -61,16 +58,13 @@ def mixgrpo(
         move = iteration // iterations_per_start
         return [starts[move % len(starts) if wrap else min(move, len(starts) - 1)]]
 
-    return Mixed(start_at, width, shared_noise)
+    return Mixed(start_at, width)
 
 
-def flow_grpo_fast(
-    *, num_inference_steps: int, stop: int, width: int = 2, inside: Any = None, shared_noise: bool = True
-) -> Mixed:
+def flow_grpo_fast(*, num_inference_steps: int, stop: int, width: int = 2, inside: Any = None) -> Mixed:
     """Flow-GRPO-Fast (github.com/yifan123/flow_grpo): each group trains `width` steps at a random place.
 
-    Windows lie in `inside`, a half-open range of steps, by default the first half of the trajectory. With
-    `shared_noise` false every sample starts from a noise of its own.
+    Windows lie in `inside`, a half-open range of steps, by default the first half of the trajectory.
     """
     _check_width(width, stop)
     first, end = _bounds([0, min(stop, max(width, num_inference_steps // 2))] if inside is None else inside)
@@ -79,7 +73,7 @@ def flow_grpo_fast(
             f"window.kwargs.inside is {inside!r}; use a range [first, stop] of at least {width} steps (window.kwargs."
             f"width) that ends by the deterministic end at {stop}"
         )
-    return Mixed(lambda iteration: range(first, end - width + 1), width, shared_noise)
+    return Mixed(lambda iteration: range(first, end - width + 1), width)
 
 
 def _check_width(width: Any, stop: int) -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.bench_signal import main, ratio, weightings
+from benchmarks.bench_signal import Mixture, main, ratio, weightings
 
 
 def test_a_ratio_by_hand():
@@ -14,6 +14,16 @@ def test_a_ratio_by_hand():
     noise = (14 / 2 - 5) * 2
     assert ratio(torch.tensor([4.0, 2.0]), 14.0, 2) == pytest.approx((5 - noise / 2) / noise)
     assert math.isnan(ratio(torch.tensor([4.0]), 8.0, 2))
+
+
+def test_groups_weighed_by_their_spread_by_hand():
+    mixture = Mixture()
+    mixture.add(torch.tensor([1.0, 0.0]), spread=4.0)
+    mixture.add(torch.tensor([0.0, 1.0]), spread=1.0)
+    # (4, 0) and (0, 1): mean (2, 0.5), squared norms 16 and 1
+    noise = (17 / 2 - 4.25) * 2
+    assert mixture.ratios()["1.0"] == pytest.approx((4.25 - noise / 2) / noise)
+    assert mixture.ratios()["0.0"] == pytest.approx(ratio(torch.tensor([1.0, 1.0]), 2.0, 2))
 
 
 def test_weights_that_are_compared():

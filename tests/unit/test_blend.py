@@ -109,6 +109,11 @@ def test_the_highest_reward_above_the_floor_is_chosen_by_hand():
     # shares 1, .97, .95, .90
     front = [record(0, 1.0, 20), record(0.5, 2.0, 19.4), record(1, 3.0, 19), record(2, 4.0, 18)]
     assert [choose(front, keep)["alpha"] for keep in (0.9, 0.95, 0.96, 0.98)] == [2, 1, 0.5, 0]
+    # Inception Scores 1, 1, .9, .8
+    for line, inception in zip(front, (5.0, 5.0, 4.5, 4.0), strict=True):
+        line["inception"] = [inception] * 3
+    assert [choose(front, 0.9, quality)["alpha"] for quality in (0, 0.8, 0.9, 0.95, 1)] == [2, 2, 1, 0.5, 0.5]
+    assert summary(front[2], front[0])["inception_share"] == 0.9
     figures = summary(front[2], front[0])
     assert figures["gain"] == [2, 2, 2] and figures["share"] == 0.95 and "rewards" not in figures
 
@@ -173,7 +178,7 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_m
 
 def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path, monkeypatch):
     # whatever the reward says of random adapters
-    monkeypatch.setattr(blends, "choose", lambda records, keep: max(records, key=lambda line: line["alpha"]))
+    monkeypatch.setattr(blends, "choose", lambda records, keep, quality: max(records, key=lambda line: line["alpha"]))
     words = run_words(
         text_model("sd1"), tmp_path / "run", "lora.rank=2", "prompts.source=animals", "evaluation.images_per_prompt=2"
     )
@@ -195,6 +200,8 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
         return capsys.readouterr().err
 
     assert "--keep is 0" in refused(copy, "--keep", "0")
+    assert "--quality is 1.1" in refused(copy, "--quality", "1.1")
+    assert "--quality is 0.9, but the panel has no Inception Score" in refused(copy, "--quality", "0.9")
     assert "--step is 2" in refused(copy, "--step", "2")
     assert "config.yaml" in refused(tmp_path)
     assert "evaluation.network is none" in refused(copy, "evaluation.network=none")

@@ -49,6 +49,11 @@ def late(num_groups, probe):
     return [Window(4 - number % 4, 5) for number in range(num_groups)]
 
 
+def mixed(num_groups, probe):
+    """Windows whose samples share their noise."""
+    return [Window(2, 4, deterministic=True, shared=True)] * num_groups
+
+
 class Brightness:
     """A reward that keeps the sizes of its batches."""
 
@@ -74,7 +79,13 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
         anchors=Anchors(),
-        rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
+        rules=SimpleNamespace(
+            seed=SEED,
+            guided=guided,
+            reference=lambda iteration: NO_REFERENCE,
+            sharpness=0.0,
+            shared_noise=asked.get("shared_noise"),
+        ),
         draw_prompts=lambda iteration: prompts or [None] * 4,
     )
 
@@ -99,6 +110,15 @@ def test_each_group_has_its_anchor_drawn_under_its_number():
     key = NoiseKey(noise_key(SEED, 5, "anchors"), torch.arange(4))
     expected = sample(components.policy, key, images_per_call=64)
     assert all(torch.equal(group.anchor, expected[number]) for number, group in groups.items())
+
+
+@pytest.mark.parametrize(("shared_noise", "expected"), [(None, False), (True, True), (False, False)])
+def test_the_option_says_whether_samples_share_their_noise_and_null_leaves_it_to_the_schedule(shared_noise, expected):
+    windows, groups = begin(make_components(shared_noise=shared_noise), Phases(), iteration=5)
+    assert [window.shared for window in windows] == [expected] * 4
+    assert all(group.window.shared is expected for group in groups.values())
+    windows, _ = begin(make_components(mixed, shared_noise=shared_noise), Phases(), iteration=5)
+    assert all(window.shared is (shared_noise is not False) for window in windows)
 
 
 def test_groups_and_samples_are_numbered_over_the_iteration_under_the_rollouts_key():

@@ -58,9 +58,9 @@ def test_flow_grpo_fasts_windows_lie_in_the_first_half():
     windows = draw(make("flow_grpo_fast"), num_groups=500)
     assert {(window.start, len(window)) for window in windows} == {(start, 2) for start in range(19)}
     assert all(window.deterministic and window.shared for window in windows)
-    narrow = draw(make("flow_grpo_fast", {"width": 3, "inside": [5, 9], "shared_noise": False}), num_groups=50)
+    narrow = draw(make("flow_grpo_fast", {"width": 3, "inside": [5, 9]}), num_groups=50)
     assert {(window.start, window.stop) for window in narrow} == {(5, 8), (6, 9)}
-    assert all(window.deterministic and not window.shared for window in narrow)
+    assert all(window.deterministic and window.shared for window in narrow)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,6 @@ def test_flow_grpo_fasts_windows_lie_in_the_first_half():
         ("mixgrpo", {"stride": 0}, "stride"),
         ("mixgrpo", {"iterations_per_start": 0}, "iterations_per_start"),
         ("mixgrpo", {"wrap": 1}, "wrap is 1"),
-        ("mixgrpo", {"shared_noise": "no"}, "shared_noise is 'no'"),
         ("flow_grpo_fast", {"inside": [38, 40]}, r"inside is \[38, 40\].*end at 39"),
         ("flow_grpo_fast", {"inside": [3, 4]}, r"inside is \[3, 4\].*at least 2 steps"),
         ("flow_grpo_fast", {"inside": 3}, "inside is 3"),
@@ -81,11 +80,6 @@ def test_flow_grpo_fasts_windows_lie_in_the_first_half():
 def test_windows_that_do_not_fit_are_refused(name, kwargs, option):
     with pytest.raises(ValueError, match=rf"window\.kwargs\.{option}"):
         make(name, kwargs)
-
-
-def test_a_noise_is_shared_only_where_the_steps_before_the_window_are_deterministic():
-    with pytest.raises(ValueError, match=r"window \[1, 3\) is shared but not deterministic"):
-        Window(1, 3, shared=True)
 
 
 # --- prefix and rollout -----------------------------------------------------------------------------------------------

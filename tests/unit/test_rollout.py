@@ -73,6 +73,19 @@ def test_a_group_starts_from_its_anchor_taken_back_to_its_window():
     assert torch.equal(roll_out(policy, group).trajectories[0].latents[0], starting_noise(policy, group.noise))
 
 
+@pytest.mark.parametrize("anchored", [True, False])
+def test_samples_that_share_their_noise_start_alike_and_part_in_the_window(anchored):
+    policy = make_policy()
+    anchor = torch.rand(3, 16, 16) * 2 - 1 if anchored else None
+    group = make_group(policy, Window(3, 5, shared=True), size=3, anchor=anchor)
+    trajectory = roll_out(policy, group).trajectories[0]
+    one = group.noise[:1]
+    start = starting_noise(policy, one) if anchor is None else renoised(policy, anchor, 3, one)
+    assert torch.equal(trajectory.latents[0], start.expand(3, -1, -1, -1))
+    first, second, third = trajectory.latents[1]
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
 def test_rollouts_join_in_their_order():
     policy = make_policy()
     rolled_out = Rollout()

@@ -1,0 +1,179 @@
+"""Blends of several runs over seeds: what the way from pretrained weights through tuned ones gives each method.
+
+    hrf blend runs/study-fashion_flow/fashion_flow-ddpo-1        # first, for every run
+    hrf bench blend runs/study-fashion_flow/fashion_flow-{ddpo,hrf}-?
+
+Reads RUN/blend; nothing is sampled. Runs whose folders differ in the number at the end alone are the seeds of one
+method, and the others are compared with the first method, paired by that number. Three tables: means over seeds along
+α, on the panel that each α was chosen on; the chosen α and the tuned model on each run's second panel; and the methods
+along the line, as `hrf study report` compares them along training. Writes blend.json, blend.md and blend.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # instead of this folder, whose modules would hide packages of their names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.tables import markdown_table
+from hrf_fast.evaluation.blend import read_front, summary
+from hrf_fast.report.plots import Series, paths
+from hrf_fast.study.report import comparisons, measures
+from hrf_fast.study.statistics import estimate
+
+Blends = dict[str, dict[int, dict[str, Any]]]
+"""By method and seed: `front`, summaries by α on the first panel, and `result`, what blend.json holds."""
+
+
+def read_blends(runs: Sequence[Path]) -> Blends:
+    """The blends of run folders, by method and seed.
+
+    Raises:
+        ValueError: a run without a whole blend, blends of several settings, or a folder without a number at its end.
+    """
+    blends: Blends = {}
+    settings: dict[str, Any] = {}
+    for run in runs:
+        name = re.fullmatch(r"(.*?)[-_]?(\d+)", run.resolve().name)
+        if name is None:
+            raise ValueError(f"{run} has no number at its end, which says the seed; rename it, such as {run.name}-1")
+        result, belongs = (run / "blend" / file for file in ("blend.json", "settings.json"))
+        if not result.exists():
+            raise ValueError(f"{run} has no whole blend, {result}; make it with `hrf blend {run}`")
+        here = {key: value for key, value in json.loads(belongs.read_text()).items() if key != "weights"}
+        differing = [key for key in here if settings and here[key] != settings[key]]
+        if differing:
+            raise ValueError(f"{run} is a blend of another {differing[0]} than {runs[0]}; compare blends of one kind")
+        settings = here
+        chosen = json.loads(result.read_text())
+        records = read_front(run / "blend" / "front.jsonl")
+        panel = [record for record in records if record["seed"] == records[0]["seed"]]
+        base = next(record for record in panel if record["alpha"] == 0)
+        front = {record["alpha"]: summary(record, base) for record in sorted(panel, key=lambda one: one["alpha"])}
+        blends.setdefault(name[1], {})[int(name[2])] = {"front": front, "result": chosen}
+    return blends
+
+
+def along(blends: Blends) -> str:
+    """Mean gain and shares by α over the seeds of each method."""
+    rows = []
+    for method, by_seed in blends.items():
+        common = set.intersection(*(set(blend["front"]) for blend in by_seed.values()))
+        for alpha in sorted(common):
+            points = [blend["front"][alpha] for blend in by_seed.values()]
+            rows.append([method, f"{alpha:g}", *_cells(points)])
+    return markdown_table(["method", "alpha", "gain", "Vendi Score kept", "Inception Score kept"], rows)
+
+
+def chosen(blends: Blends) -> str:
+    """The tuned model and the chosen α of each method on the second panel."""
+    rows = []
+    for method, by_seed in blends.items():
+        results = [blend["result"] for blend in by_seed.values()]
+        alphas = [result["alpha"] for result in results]
+        for name, wanted in (("tuned", [1.0] * len(results)), ("chosen", alphas)):
+            points = [
+                next(panel for panel in result["panels"] if panel["alpha"] == alpha)
+                for result, alpha in zip(results, wanted, strict=True)
+            ]
+            shown = f"{name}, alpha {', '.join(f'{alpha:g}' for alpha in dict.fromkeys(sorted(wanted)))}"
+            rows.append([method, shown, len(points), *_cells(points)])
+    return markdown_table(["method", "model", "seeds", "gain", "Vendi Score kept", "Inception Score kept"], rows)
+
+
+def compared(blends: Blends, keep: float) -> str:
+    """The methods along the line from the pretrained model against the first, paired over seeds."""
+    arms = {
+        method: {seed: {"arm": method, "panels": _panels(blend["front"])} for seed, blend in by_seed.items()}
+        for method, by_seed in blends.items()
+    }
+    # evaluations and seconds mean nothing here
+    wanted = [measure for measure in measures(keep, None) if measure.kind in ("gain", "share", "area")]
+    header, *rows = comparisons(arms, next(iter(arms)), wanted).rows
+    return markdown_table(header, rows)
+
+
+def picture(blends: Blends, keep: float) -> bytes:
+    """Gain against the share kept along α: a thin line a run, a thick one for the mean of a method."""
+    arms = []
+    for method, by_seed in blends.items():
+        lines = [list(blend["front"].values()) for blend in by_seed.values()]
+        runs = [Series(method, [p["gain"][0] for p in line], [p["share"] for p in line]) for line in lines]
+        columns = list(zip(*lines, strict=False))
+        gains, shares = ([estimate([get(p) for p in column]).mean for column in columns] for get in (_gain, _share))
+        arms.append((method, runs, Series(method, gains, shares)))
+    return paths([("blends", arms)], x_label="gain in reward", y_label="Vendi Score kept", level=keep)
+
+
+def _gain(point: Mapping[str, Any]) -> float:
+    return float(point["gain"][0])
+
+
+def _share(point: Mapping[str, Any]) -> float:
+    return float(point["share"])
+
+
+def _cells(points: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Mean gain, share of the Vendi Score and of the Inception Score, with their intervals over seeds."""
+
+    def cell(values: Sequence[float], text: str, scale: float = 1.0) -> str:
+        value = estimate([scale * one for one in values])
+        low_high = "" if value.low is None else f" [{value.low:{text}}, {value.high:{text}}]"
+        return f"{value.mean:{text}}{low_high}"
+
+    inception = [point["inception_share"] for point in points if "inception_share" in point]
+    return [
+        cell([_gain(point) for point in points], "+.3f"),
+        f"{cell([_share(point) for point in points], '.1f', 100)} %",
+        f"{cell(inception, '.1f', 100)} %" if len(inception) == len(points) else None,
+    ]
+
+
+def _panels(front: Mapping[float, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"evaluations": alpha, "reward": point["reward"], "vendi": point["vendi"]} for alpha, point in front.items()
+    ]
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: a floor that is no share.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders with a blend each, NAME-SEED")
+    parser.add_argument("--keep", type=float, default=0.95, help="share of the Vendi Score that gains are compared at")
+    parser.add_argument("--out", type=Path, default=Path("runs/blends"), help="folder of the tables and the picture")
+    arguments = parser.parse_args(words)
+    if not 0 < arguments.keep <= 1:
+        raise ValueError(f"--keep is {arguments.keep:g}; use a share above 0 and at most 1, such as 0.95")
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Write and print the tables.
+
+    Raises:
+        ValueError: what `parse` or `read_blends` refuses.
+    """
+    arguments = parse(words)
+    blends = read_blends(arguments.runs)
+    page = "\n\n".join((along(blends), chosen(blends), compared(blends, arguments.keep)))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "blend.json").write_text(json.dumps(blends, indent=1) + "\n")
+    (arguments.out / "blend.md").write_text(f"{page}\n\n![Gain against the share kept](blend.png)\n")
+    (arguments.out / "blend.png").write_bytes(picture(blends, arguments.keep))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
