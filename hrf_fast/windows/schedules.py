@@ -142,8 +142,8 @@ def clusters(
 ) -> WindowSchedule:
     """HRF (arXiv 2410.08315): uniform in one cluster of starts for some iterations, then in the next, and round again.
 
-    `clusters` lists half-open ranges [first, stop) or explicit `{steps: [...]}`; by default the two halves of the
-    trajectory. `iterations_per_cluster` is how long one is used.
+    `clusters` lists half-open ranges [first, stop), of steps or as shares of T such as [0.5, 1.0], or explicit
+    `{steps: [...]}`; by default the two halves of the trajectory. `iterations_per_cluster` is how long one is used.
     """
     check_count("window.kwargs.iterations_per_cluster", iterations_per_cluster)
     if clusters is None:
@@ -160,22 +160,31 @@ def clusters(
         option = f"window.kwargs.clusters[{index}]"
         starts.append(
             check_starts(
-                _cluster_steps(cluster, option), option=option, num_inference_steps=num_inference_steps, stop=stop
+                _cluster_steps(cluster, option, num_inference_steps),
+                option=option,
+                num_inference_steps=num_inference_steps,
+                stop=stop,
             )
         )
     return _Uniform(lambda iteration: starts[iteration // iterations_per_cluster % len(starts)], stop)
 
 
-def _cluster_steps(cluster: Any, option: str) -> list[int]:
+def _cluster_steps(cluster: Any, option: str, total: int) -> list[int]:
+    """The steps of a cluster as it is written, of `total` steps."""
     explicit = isinstance(cluster, dict) and set(cluster) == {"steps"}
     numbers = cluster["steps"] if explicit else cluster
-    if isinstance(numbers, (list, tuple)) and all(type(number) is int for number in numbers):
-        if explicit:
+    if isinstance(numbers, (list, tuple)):
+        kinds = {type(number) for number in numbers}
+        if explicit and kinds <= {int}:
             return list(numbers)
-        if len(numbers) == 2:
-            return list(range(*numbers))
+        if not explicit and len(numbers) == 2:
+            if kinds == {int}:
+                return list(range(*numbers))
+            if kinds <= {int, float} and 0 <= numbers[0] < numbers[1] <= 1:
+                return list(range(*(round(share * total) for share in numbers)))
     raise ValueError(
-        f"{option} is {cluster!r}; use a half-open range [first, stop] or {{steps: [...]}} of whole numbers"
+        f"{option} is {cluster!r}; use a half-open range [first, stop] of steps, shares of T such as [0.5, 1.0], or "
+        "{steps: [...]} of whole numbers"
     )
 
 
@@ -233,7 +242,11 @@ class Interior:
         check_count("window.kwargs.width", width)
         if width > stop:
             raise ValueError(f"window.kwargs.width is {width}, but {stop} steps can be trained; use at most that")
-        chosen = range(stop - width + 1) if starts is None else _cluster_steps(starts, "window.kwargs.starts")
+        chosen = (
+            range(stop - width + 1)
+            if starts is None
+            else _cluster_steps(starts, "window.kwargs.starts", num_inference_steps)
+        )
         wrong = [start for start in chosen if not 0 <= start <= stop - width]
         if wrong or not chosen:
             raise ValueError(

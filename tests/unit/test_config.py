@@ -299,6 +299,19 @@ def test_every_shipped_study_can_be_run(path):
     read_study(path).check()
 
 
+@pytest.mark.parametrize(("recipe", "demo"), [("hrf", "demo_fashion"), ("hrf_flow", "fashion_flow_hrf")])
+def test_a_recipe_is_what_its_demo_was_measured_with(recipe, demo):
+    words = ["--config", str(CONFIGS / f"{demo}.yaml")]
+    measured, config = (
+        load_config(words),
+        load_config([*words, "--config", str(CONFIGS / "recipes" / f"{recipe}.yaml")]),
+    )
+    assert set(differences(measured, config)) == {"window.kwargs", "stop.on_collapse", "stop.diversity_floor"}
+    steps = config.sample.num_inference_steps
+    ((first, end),) = config.window.kwargs["clusters"]
+    assert measured.window.kwargs["clusters"] == [[first * steps, end * steps]]
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_yaml_loads_and_names_a_schedule_and_options_that_exist(path):
     config = load_config(["--config", str(path)])

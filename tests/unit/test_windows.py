@@ -174,6 +174,11 @@ def test_a_schedule_has_no_state():
     assert draw(used, 36, 5, seed=36) == draw(fresh, 36, 5, seed=36)
 
 
+@pytest.mark.parametrize(("bounds", "steps"), [([0.5, 1.0], range(20, 39)), ([0, 0.25], range(10))])
+def test_bounds_may_be_shares_of_the_steps(bounds, steps):
+    assert set(starts(make("clusters", {"clusters": [bounds]}), num_groups=1000)) == set(steps)
+
+
 @pytest.mark.parametrize(
     ("clusters", "message"),
     [
@@ -187,6 +192,8 @@ def test_a_schedule_has_no_state():
         ([], r"window\.kwargs\.clusters is empty"),
         ([0, 20], r"window\.kwargs\.clusters\[0\] is 0"),
         ([[0, 10, 20]], r"window\.kwargs\.clusters\[0\] is \[0, 10, 20\]"),
+        ([[0.5, 0.5]], r"window\.kwargs\.clusters\[0\] is \[0\.5, 0\.5\].* shares of T"),
+        ([[0.0, 0.01]], r"window\.kwargs\.clusters\[0\] is empty"),
         ([[0, 2.5]], r"window\.kwargs\.clusters\[0\] is \[0, 2\.5\]"),
         ([["0", "20"]], r"window\.kwargs\.clusters\[0\] is \['0', '20'\]"),
         ([[False, True]], r"window\.kwargs\.clusters\[0\] is \[False, True\]"),
