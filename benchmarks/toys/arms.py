@@ -36,6 +36,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "from re-noised": (*_STD_HRF, "window.schedule=full", "window.kwargs.renoised=true", "train.group_size=64"),
     "HRF, published": (*_HRF, "window.kwargs.iterations_per_cluster=6"),
     "HRF, clean half": (*_STD_HRF, "window.kwargs.clusters=[[4,8]]", "train.group_size=160"),
+    # a group is one state here, so that an iteration has more groups of fewer samples
+    "HRF, clean half, shared noise": (
+        *(*_STD_HRF, "window.kwargs.clusters=[[4,8]]", "window.shared_noise=true"),
+        *("train.groups_per_iteration=20", "train.groups_per_step=20", "train.group_size=32"),
+    ),
     "HRF-D": (*_STD_HRF, "window.schedule=dynamic"),
     "random": (*_STD_HRF, "window.schedule=random"),
     "progressive": (*_STD_HRF, "window.schedule=progressive", "window.kwargs.iterations=12"),

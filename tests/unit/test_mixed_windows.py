@@ -144,10 +144,16 @@ def test_windows_of_an_iteration_are_alike():
         begin(make_components(unlike), Phases(), iteration=0)
 
 
-@pytest.mark.parametrize("schedule", ["mixgrpo", "flow_grpo_fast"])
-def test_a_run_costs_what_the_plan_says_and_its_ratio_is_1(schedule, tiny_run):
+@pytest.mark.parametrize(
+    ("schedule", "shared"),
+    [("mixgrpo", "null"), ("mixgrpo", "false"), ("flow_grpo_fast", "null"), ("clusters", "true")],
+)
+def test_a_run_costs_what_the_plan_says_and_its_ratio_is_1(schedule, shared, tiny_run):
     words = [*tiny_run, f"window.schedule={schedule}", "train.order=on_policy", "evaluation.every=0"]
-    kwargs = {"mixgrpo": "{width: 2, iterations_per_start: 1}", "flow_grpo_fast": "{inside: [1, 5]}"}[schedule]
+    words.append(f"window.shared_noise={shared}")
+    kwargs = {"mixgrpo": "{width: 2, iterations_per_start: 1}", "flow_grpo_fast": "{inside: [1, 5]}", "clusters": "{}"}[
+        schedule
+    ]
     words.append(f"window.kwargs={kwargs}")
     records = metrics(train(words).folder)
     assert [(record["ratio_mean"], record["ratio_max"]) for record in records] == [(1, 1), (1, 1)]
