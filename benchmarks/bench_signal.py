@@ -2,6 +2,7 @@
 
     hrf bench signal --starts ddpo 0 5 10 14 --groups 24 train.group_size=8
     hrf bench signal --starts ddpo 5 --groups 12 --config configs/peeps.yaml
+    hrf bench signal --starts ddpo 10 model.name=fashion window.shared_noise=true train.gae_lambda=0
 
 The words after the options are a configuration. At the pretrained weights, groups of each start are rolled out and
 rewarded, and the gradient of every group's loss is taken step by step. `ddpo` starts from pure noise; a number takes an
@@ -45,6 +46,7 @@ from hrf_fast.training.advantages import group_advantages
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import group_noise
 from hrf_fast.training.components import Components
+from hrf_fast.training.credit import step_advantages
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
 from hrf_fast.training.rollout import rollout
@@ -70,10 +72,18 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     noise = group_noise(components, number, "rollout", 0)
     condition = policy.condition(prompts * groups.size, guided=components.rules.guided)
     group = Group(0, window, noise, condition, anchor, prompts[0])
-    rolled_out = rollout(policy, [group], CallPlan(groups.size, 0, "on_policy"), keep_from=window.start)
+    gae_lambda = components.rules.gae_lambda
+    plan = CallPlan(groups.size, 0, "on_policy")
+    rolled_out = rollout(policy, [group], plan, keep_from=window.start, estimate=gae_lambda is not None)
     trajectory = rolled_out.trajectories[0]
     rewards = components.reward(trajectory.images, prompts * groups.size).total.cpu()
-    advantages = group_advantages(rewards, torch.zeros(groups.size, dtype=torch.int64), floor=1e-9)
+    if gae_lambda is None:
+        advantages = group_advantages(rewards, torch.zeros(groups.size, dtype=torch.int64), floor=1e-9)
+    else:
+        predicted = rolled_out.estimates[0]
+        values = components.reward(predicted.flatten(0, 1), prompts * predicted.shape[:2].numel()).total.cpu()
+        scale = max(float(rewards.double().std()), 1e-9)
+        advantages = step_advantages(rewards, values.view(predicted.shape[:2]), gae_lambda=gae_lambda, scale=scale)
     clips = Clips(clip_range=1e9, advantage_clip=math.inf, scale_by_window=False)
     weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
     by_step = []

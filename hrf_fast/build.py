@@ -174,6 +174,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
         ),
         guided=train.guidance,
         shared_noise=config.window.shared_noise,
+        gae_lambda=train.gae_lambda,
         sharpness=config.remedies.matching,
         thinning=Thinning(train.step_share, train.skip_flat_groups),
         reference=reference_at(

@@ -152,6 +152,11 @@ class TrainConfig:
     them in units of the reward, as advantage_clip then is."""
     advantage_baseline: str = option("mean", choices=("mean", "leave_one_out"))
     """Baseline of a reward: the mean of its peers, or of the others among them (RLOO, arXiv 2402.14740)."""
+    gae_lambda: float | None = option(None, at_least=0, at_most=1)
+    """Credit each step by generalized advantage estimation (arXiv 1506.02438) with this λ, where the value of a state
+    is the reward of the clean image that the network predicts there: more rewards, no more network calls. 1 leaves the
+    gradient unbiased; 0 has least noise, and credits a step with what its own noise changed in that prediction. null
+    credits every step with the final reward, as published."""
     advantage_floor: float = option(1e-6, above=0)
     """Least standard deviation to divide by, in units of the reward."""
     advantage_clip: float = option(2.5, above=0)

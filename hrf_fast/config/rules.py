@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hrf_fast.assets import SHIPPED
+from hrf_fast.config.advantage_rules import check_advantages
 from hrf_fast.config.amounts import parse_memory
-from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig, TrainConfig
+from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
 
@@ -46,7 +46,7 @@ def check_config(config: Config) -> None:
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
     _check_lora(config)
     _check_remedies(config)
-    _check_advantages(config)
+    check_advantages(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
 
@@ -99,44 +99,6 @@ def _check_remedies(config: Config) -> None:
             )
         if remedies.reference_steps > steps:
             raise ValueError(f"{option} but sample.num_inference_steps is {steps}; use at most that")
-
-
-def _check_advantages(config: Config) -> None:
-    """Check what changes of the advantages ask of each other."""
-    train, remedies = config.train, config.remedies
-    if train.advantage_scale == "none" and train.advantage_floor != TrainConfig().advantage_floor:
-        raise ValueError(
-            f"train.advantage_floor is {train.advantage_floor:g} but train.advantage_scale is none, which divides by "
-            "nothing; leave one of them out"
-        )
-    if remedies.novelty and train.group_size == 1:
-        raise ValueError(
-            "remedies.novelty is true but train.group_size is 1: no sample has a neighbour; use at least 2"
-        )
-    network = config.evaluation.network
-    if remedies.novelty and (network == "none" or (network == "auto" and config.model.name not in SHIPPED)):
-        raise ValueError(
-            f"remedies.novelty is true but evaluation.network is {network}, so nothing compares images of model.name "
-            f"{config.model.name}; name a network, such as openai/clip-vit-base-patch32"
-        )
-    if not remedies.matching:
-        return
-    on_policy = train.order == "on_policy" or train.groups_per_step == train.groups_per_iteration
-    wrong = {
-        "train.advantages": (train.advantages, "group", "trajectories are matched within their group"),
-        "train.advantage_scale": (train.advantage_scale, "std", "matching takes standardised rewards"),
-        "train.advantage_baseline": (train.advantage_baseline, "mean", "matching has no baseline"),
-        "remedies.novelty": (
-            remedies.novelty,
-            False,
-            "matching has advantages of sum zero, which a factor would break",
-        ),
-        "train.inner_epochs": (train.inner_epochs, 1, "matching is on-policy"),
-        "train.order": (train.order, train.order if on_policy else "on_policy", "matching is on-policy"),
-    }
-    for option, (value, needed, why) in wrong.items():
-        if value != needed:
-            raise ValueError(f"{option} is {value} but remedies.matching is {remedies.matching:g}: {why}; use {needed}")
 
 
 def _check_tuning(config: Config) -> None:

@@ -36,6 +36,11 @@ def group_advantages(
     return (centred / std.clamp(min=floor)[index] if scale == "std" else centred).float()
 
 
+def spreads(rewards: Tensor, group: Tensor) -> Tensor:
+    """Unbiased std of each group [G] fp64, in ascending order of its number; arguments as `group_advantages`."""
+    return _moments(rewards, group)[3]
+
+
 def within_band(rewards: Tensor, group: Tensor, *, band: float) -> Tensor:
     """Clip rewards to mean ± band·std of their group (after DRIFT, arXiv 2601.12401); arguments as `group_advantages`.
 

@@ -98,6 +98,7 @@ def collect(
                 plan,
                 keep_from=keep_from,
                 reference_steps=components.rules.reference(iteration).steps,
+                estimate=components.rules.gae_lambda is not None,
             )
         rolled_out.join(part)
         images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
@@ -105,7 +106,7 @@ def collect(
         log_probs = None
         if components.rules.sharpness:
             log_probs = {number: trajectory.old_log_prob.sum(0) for number, trajectory in part.trajectories.items()}
-        rewards.append(components.rewarder.submit(images, prompts, log_probs))
+        rewards.append(components.rewarder.submit(images, prompts, log_probs, part.estimates))
     return rolled_out, rewards
 
 

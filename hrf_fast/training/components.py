@@ -51,6 +51,8 @@ class Rules:
     """Whether a group's samples start from one noise; None leaves that to the window schedule."""
     reference: Callable[[int], ReferenceWeights] = lambda iteration: NO_REFERENCE
     """By iteration."""
+    gae_lambda: float | None = None
+    """λ of the credit of single steps; None credits all with the final reward."""
     sharpness: float = 0.0
     """Sharpness of trajectories that are matched to their rewards; 0 leaves advantages as they are."""
     thinning: Thinning = Thinning()

@@ -34,7 +34,7 @@ class Outcome:
     rewards: dict[int, GroupRewards] = field(default_factory=dict)
     """By group."""
     advantages: dict[int, Tensor] = field(default_factory=dict)
-    """[B] by group; a skipped group has none."""
+    """[B] or [S, B] by group; a skipped group has none."""
     steps: list[StepStats] = field(default_factory=list)
     """One per optimizer step that was made."""
     skipped: int = 0
@@ -118,7 +118,11 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
             advantages = standardise(
-                rewards, components.advantages, components.policy.device, sharpness=rules.sharpness
+                rewards,
+                components.advantages,
+                components.policy.device,
+                sharpness=rules.sharpness,
+                gae_lambda=rules.gae_lambda,
             )
             for kind, sentence in spread_notes(rewards, components.advantages).items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)

@@ -106,7 +106,7 @@ def iteration_record(
         advantages: of the groups that were not skipped.
         referred: whether the loss has a term of the pretrained model.
     """
-    all_advantages = torch.cat(list(advantages.values()))
+    all_advantages = torch.cat([values.flatten() for values in advantages.values()])
     by_group = [group.rewards for group in rewards.values() if group.rewards is not None]
     all_rewards = torch.cat(by_group)
     spreads = [values.std() for values in by_group if len(values) > 1]

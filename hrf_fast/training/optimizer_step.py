@@ -57,7 +57,7 @@ def optimizer_step(
     The loss of a group is the sum over its window's steps of the mean over its samples; groups are averaged.
 
     Args:
-        trajectories: this rank's groups, whose windows may differ; advantages: [B] fp32 for each.
+        trajectories: this rank's groups, whose windows may differ; advantages: fp32 for each, [B], or [S, B] by step.
         calls: which steps and samples share a network call; together every step of every window once, or those that
             a thinned update is left with. A call that comes with its prediction is not made again.
         reference: weights of the terms that hold the policy to the pretrained model, which the rollout has asked.
@@ -150,7 +150,9 @@ def _rows(piece: Piece, steps: range, trajectory: Trajectory, advantage: Tensor)
         trajectory.latents[first:last, piece.samples].flatten(0, 1),
         trajectory.latents[first + 1 : last + 1, piece.samples].flatten(0, 1),
         trajectory.old_log_prob[first:last, piece.samples].flatten(),
-        advantage[piece.samples].repeat(len(steps)),
+        advantage[first:last, piece.samples].flatten()
+        if advantage.dim() > 1
+        else advantage[piece.samples].repeat(len(steps)),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.registry import Registry, call_factory, load_user_function, qualified_name
-from hrf_fast.training.advantages import group_advantages, weak_spreads, within_band
+from hrf_fast.training.advantages import group_advantages, spreads, weak_spreads, within_band
 from hrf_fast.user_code import user_code
 
 
@@ -92,7 +92,7 @@ def apply_advantages(
     return {group: values.float() for group, values in answer.items()}
 
 
-class _Peers:
+class Peers:
     """Standardised against the group, or against all groups together."""
 
     def __init__(self, floor: float, scale: str, baseline: str, band: float, *, together: bool) -> None:
@@ -106,6 +106,14 @@ class _Peers:
             values = within_band(values, peers, band=self._band)
         advantages = group_advantages(values, peers, floor=self._floor, scale=self._scale, baseline=self._baseline)
         return dict(zip(rewards, advantages.split(sizes), strict=True))
+
+    def scales(self, rewards: Mapping[int, Tensor]) -> dict[int, float]:
+        """The divisor of each group's advantages, in units of the reward."""
+        if self._scale == "none":
+            return dict.fromkeys(rewards, 1.0)
+        values, peers = self._with_peers(rewards)
+        stds = spreads(values, peers).clamp(min=self._floor).tolist()
+        return dict.fromkeys(rewards, stds[0]) if self._together else dict(zip(rewards, stds, strict=True))
 
     def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
         # without a division there is no floor to be under
@@ -123,7 +131,7 @@ def group(
     *, advantage_floor: float, advantage_scale: str = "std", advantage_baseline: str = "mean", reward_band: float = 0.0
 ) -> Advantages:
     """Against the group, as HRF does (arXiv 2410.08315)."""
-    return _Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=False)
+    return Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=False)
 
 
 @register_advantages("batch")
@@ -131,7 +139,7 @@ def batch(
     *, advantage_floor: float, advantage_scale: str = "std", advantage_baseline: str = "mean", reward_band: float = 0.0
 ) -> Advantages:
     """Against all groups of the iteration, as DDPO does without statistics (arXiv 2305.13301)."""
-    return _Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=True)
+    return Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=True)
 
 
 @register_advantages("prompt")

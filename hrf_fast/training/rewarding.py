@@ -13,7 +13,8 @@ from torch import Tensor
 from hrf_fast.distributed import comm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import CombinedReward, NotFiniteError
-from hrf_fast.training.peers import Advantages, apply_advantages
+from hrf_fast.training.credit import step_advantages
+from hrf_fast.training.peers import Advantages, Peers, apply_advantages
 from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
 from hrf_fast.vision.base import FeatureNetwork
 
@@ -34,6 +35,9 @@ class GroupRewards:
     """[B] of `remedies.novelty`, where that is asked for."""
     log_prob: Tensor | None = None
     """[B] of each trajectory in its window, where trajectories are matched."""
+    values: Tensor | None = None
+    """[S, B] on the CPU: rewards of the clean images that were predicted at the window's steps, where steps have credit
+    of their own."""
 
 
 class Rewarder:
@@ -57,21 +61,27 @@ class Rewarder:
         images: Mapping[int, Tensor],
         prompts: Mapping[int, Prompt | None] | None = None,
         log_probs: Mapping[int, Tensor] | None = None,
+        estimates: Mapping[int, Tensor] | None = None,
     ) -> Future[dict[int, GroupRewards]]:
         """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises.
 
         Args:
             log_probs: [B] of each group's trajectories, to go with its rewards; None for none.
+            estimates: [S, B, 3, H, W] of each group, to be rewarded too; empty or None for none.
         """
-        return self._pool.submit(self._reward, images, prompts, log_probs)
+        return self._pool.submit(self._reward, images, prompts, log_probs, estimates or {})
 
     def _reward(
         self,
         images: Mapping[int, Tensor],
         prompts: Mapping[int, Prompt | None] | None,
         log_probs: Mapping[int, Tensor] | None,
+        estimates: Mapping[int, Tensor],
     ) -> dict[int, GroupRewards]:
         rewards = reward_groups(self.reward, images, prompts)
+        for group, predicted in estimates.items():
+            if rewards[group].rewards is not None:
+                rewards[group] = _with_values(self.reward, rewards[group], predicted, (prompts or {}).get(group))
         for group in rewards:
             if log_probs is not None:
                 rewards[group] = replace(rewards[group], log_prob=log_probs[group].cpu())
@@ -122,6 +132,17 @@ def _reward(reward: CombinedReward, images: Mapping[int, Tensor], prompts: Mappi
     return GroupRewards(total.cpu(), {name: float(value) for name, value in terms.items()})
 
 
+def _with_values(
+    reward: CombinedReward, result: GroupRewards, predicted: Tensor, prompt: Prompt | None
+) -> GroupRewards:
+    """The group's rewards with its values, or why it has neither."""
+    try:
+        total, _ = reward(predicted.flatten(0, 1), [prompt] * predicted.shape[:2].numel())
+    except NotFiniteError as error:
+        return GroupRewards(None, {}, f"{error} (of predicted clean images, for train.gae_lambda)", result.prompt)
+    return replace(result, values=total.cpu().view(predicted.shape[:2]))
+
+
 def gather_rewards(
     pending: Iterable[Future[dict[int, GroupRewards]]], *, iteration: int, skip_not_finite: bool
 ) -> dict[int, GroupRewards]:
@@ -140,16 +161,32 @@ def gather_rewards(
 
 
 def standardise(
-    rewards: Mapping[int, GroupRewards], advantages: Advantages, device: torch.device, *, sharpness: float = 0.0
+    rewards: Mapping[int, GroupRewards],
+    advantages: Advantages,
+    device: torch.device,
+    *,
+    sharpness: float = 0.0,
+    gae_lambda: float | None = None,
 ) -> dict[int, Tensor]:
-    """Advantages [B] on `device`, by group; a group without rewards has none and is no peer of the others.
+    """Advantages on `device` by group, [B], or [S, B] where steps have credit of their own.
+
+    A group without rewards has none and is no peer of the others.
 
     Args:
+        gae_lambda: see `step_advantages`; None credits all steps with the final reward.
         sharpness: of matched trajectories, see `matching_advantages`; 0 leaves advantages as they are.
     """
     finite = _finite(rewards)
     if not finite:
         return {}
+    if gae_lambda is not None:
+        assert isinstance(advantages, Peers), "a rule of the configuration"
+        by_step = {}
+        for group, scale in advantages.scales(finite).items():
+            values = rewards[group].values
+            assert values is not None, "the rollout was not asked for the predicted clean images"
+            by_step[group] = step_advantages(finite[group], values, gae_lambda=gae_lambda, scale=scale).to(device)
+        return by_step
     prompts = {group: rewards[group].prompt for group in finite}
     by_group = apply_advantages(advantages, finite, prompts)
     for group, values in by_group.items():

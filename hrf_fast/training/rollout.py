@@ -19,6 +19,7 @@ from hrf_fast.policies.sample import advance, follow, renoised, starting_noise
 from hrf_fast.training.calls import Call, CallPlan, Piece
 from hrf_fast.training.groups import Group
 from hrf_fast.training.trajectory import Trajectory
+from hrf_kernels import gaussian_mean
 
 
 @dataclass
@@ -29,16 +30,24 @@ class Rollout:
     """By group."""
     calls: list[Call] = field(default_factory=list)
     """The calls inside the windows in the order in which they were made, with the predictions that were kept."""
+    estimates: dict[int, Tensor] = field(default_factory=dict)
+    """[S, B, 3, H, W] in [0, 1] by group: the clean images that were predicted at each window step, where asked for."""
 
     def join(self, other: Rollout) -> None:
-        """Add another pack's."""
+        """Add another pack's, less its estimates: what is learnt from these are their rewards."""
         self.trajectories |= other.trajectories
         self.calls += other.calls
 
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, pack: Sequence[Group], plan: CallPlan, *, keep_from: int | None = None, reference_steps: int = 0
+    policy: Policy,
+    pack: Sequence[Group],
+    plan: CallPlan,
+    *,
+    keep_from: int | None = None,
+    reference_steps: int = 0,
+    estimate: bool = False,
 ) -> Rollout:
     """Denoise groups that share calls from their windows' starts to the clean image.
 
@@ -47,6 +56,7 @@ def rollout(
         keep_from: window steps from this one on run with gradient and keep their graphs; None for no step.
         reference_steps: at window steps before this one the pretrained model is asked too. Its output depends on no
             weight that is trained, so the rollout has it once for all passes of the update.
+        estimate: decode the clean images that are predicted at the window's steps too.
 
     Returns:
         The trajectories and the calls. Replayed as they are the calls see the batches of the rollout, and the on-policy
@@ -58,6 +68,7 @@ def rollout(
     starts = {group.number: _start(policy, group) for group in pack}
     stored = {group.number: _storage(group, starts[group.number]) for group in pack}
     references = {group.number: _reference_storage(group, starts[group.number], reference_steps) for group in pack}
+    estimates = {group.number: torch.empty_like(stored[group.number][0][1:]) for group in pack} if estimate else {}
     # apart from what is stored: a tensor that a kept graph has seen must not be written to
     current: dict[Piece, Tensor] = {}
     trained = []
@@ -75,6 +86,10 @@ def rollout(
             next_latents = follow(policy, prediction, latents, step)
         sizes = [piece.size for piece in call.pieces]
         current |= zip(call.pieces, next_latents.split(sizes), strict=True)
+        if call.trained and estimate:
+            clean = gaussian_mean(prediction.detach().combined, latents, policy.sampler.clean[step])
+            for piece, part in zip(call.pieces, clean.split(sizes), strict=True):
+                estimates[piece.group][step - groups[piece.group].window.start, piece.samples] = part
         if call.trained and step < reference_steps:
             output = policy.reference(latents, step, condition)
             for piece, part in zip(call.pieces, output.split(sizes), strict=True):
@@ -93,7 +108,7 @@ def rollout(
         parts = [part for piece, part in images.items() if piece.group == group.number]
         reference = references[group.number] if len(references[group.number]) else None
         trajectories[group.number] = Trajectory(group, *stored[group.number], _cat(parts), reference)
-    return Rollout(trajectories, trained)
+    return Rollout(trajectories, trained, {number: _decoded(policy, clean) for number, clean in estimates.items()})
 
 
 def _start(policy: Policy, group: Group) -> Tensor:
@@ -119,6 +134,11 @@ def _reference_storage(group: Group, start: Tensor, reference_steps: int) -> Ten
     """Room [R, B, *latent_shape] for the pretrained model's outputs at the R window steps before `reference_steps`."""
     count = max(0, min(group.window.stop, reference_steps) - group.window.start)
     return start.new_empty(count, *start.shape)
+
+
+def _decoded(policy: Policy, latents: Tensor) -> Tensor:
+    """Images [S, B, 3, H, W] of latents [S, B, *latent_shape], decoded a step at a time."""
+    return torch.stack([policy.decode(step) for step in latents])
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

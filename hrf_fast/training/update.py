@@ -31,7 +31,7 @@ def update(
     """Pass over a round's groups `inner_epochs` times, `groups.per_step` of them to an optimizer step.
 
     Args:
-        windows: of all groups of the iteration; advantages: [B] by group, none for a group that is skipped.
+        windows: of all groups of the iteration; advantages: [B] or [S, B] by group, none for a group that is skipped.
         steps: the numbers of the optimizer steps to make.
 
     Returns:

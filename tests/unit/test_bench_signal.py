@@ -35,8 +35,10 @@ def test_weights_that_are_compared():
     }
 
 
-def test_the_smallest_measurement(tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize("more", [(), ("window.shared_noise=true", "train.gae_lambda=0")])
+def test_the_smallest_measurement(tiny_model, tmp_path, capsys, more):
     words = [
+        *more,
         f"model.name={tiny_model}",
         "sample.num_inference_steps=4",
         "train.group_size=2",

@@ -84,6 +84,7 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
             guided=guided,
             reference=lambda iteration: NO_REFERENCE,
             sharpness=0.0,
+            gae_lambda=None,
             shared_noise=asked.get("shared_noise"),
         ),
         draw_prompts=lambda iteration: prompts or [None] * 4,

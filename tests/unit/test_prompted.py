@@ -53,7 +53,14 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         groups=groups,
         calls=CallPlan(3, images_per_call),
         anchors=Anchors(),
-        rules=SimpleNamespace(seed=SEED, guided=guided, reference=lambda iteration: NO_REFERENCE, sharpness=0.0),
+        rules=SimpleNamespace(
+            seed=SEED,
+            guided=guided,
+            reference=lambda iteration: NO_REFERENCE,
+            sharpness=0.0,
+            gae_lambda=None,
+            shared_noise=None,
+        ),
         prompts=SOURCE,
     )
     components.draw_prompts = lambda iteration: Components.draw_prompts(components, iteration)

@@ -1,0 +1,70 @@
+"""Rules of advantages: which options that make or change them go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hrf_fast.assets import SHIPPED
+from hrf_fast.config.options import Config, TrainConfig
+
+
+def check_advantages(config: Config) -> None:
+    """Check what changes of the advantages ask of each other.
+
+    Raises:
+        ValueError: names the options, their values and the way out.
+    """
+    train, remedies = config.train, config.remedies
+    if train.advantage_scale == "none" and train.advantage_floor != TrainConfig().advantage_floor:
+        raise ValueError(
+            f"train.advantage_floor is {train.advantage_floor:g} but train.advantage_scale is none, which divides by "
+            "nothing; leave one of them out"
+        )
+    if remedies.novelty and train.group_size == 1:
+        raise ValueError(
+            "remedies.novelty is true but train.group_size is 1: no sample has a neighbour; use at least 2"
+        )
+    network = config.evaluation.network
+    if remedies.novelty and (network == "none" or (network == "auto" and config.model.name not in SHIPPED)):
+        raise ValueError(
+            f"remedies.novelty is true but evaluation.network is {network}, so nothing compares images of model.name "
+            f"{config.model.name}; name a network, such as openai/clip-vit-base-patch32"
+        )
+    if train.gae_lambda is not None:
+        peers = train.advantages if train.advantages in ("group", "batch") else "group or batch"
+        _ask_of_others(
+            f"train.gae_lambda is {train.gae_lambda:g}",
+            {
+                "train.advantages": (train.advantages, peers, "other peers are of final rewards"),
+                "train.group_size": (train.group_size, max(2, train.group_size), "steps are compared in a group"),
+                "train.advantage_baseline": (train.advantage_baseline, "mean", "the baseline is a state's value"),
+                "remedies.reward_band": (remedies.reward_band, 0, "a band is of final rewards"),
+                "remedies.novelty": (remedies.novelty, False, "its factor is of whole trajectories"),
+                "remedies.matching": (remedies.matching, 0, "whole trajectories are matched"),
+            },
+        )
+    if not remedies.matching:
+        return
+    on_policy = train.order == "on_policy" or train.groups_per_step == train.groups_per_iteration
+    _ask_of_others(
+        f"remedies.matching is {remedies.matching:g}",
+        {
+            "train.advantages": (train.advantages, "group", "trajectories are matched within their group"),
+            "train.advantage_scale": (train.advantage_scale, "std", "matching takes standardised rewards"),
+            "train.advantage_baseline": (train.advantage_baseline, "mean", "matching has no baseline"),
+            "remedies.novelty": (
+                remedies.novelty,
+                False,
+                "matching has advantages of sum zero, which a factor would break",
+            ),
+            "train.inner_epochs": (train.inner_epochs, 1, "matching is on-policy"),
+            "train.order": (train.order, train.order if on_policy else "on_policy", "matching is on-policy"),
+        },
+    )
+
+
+def _ask_of_others(cause: str, needs: dict[str, tuple[Any, Any, str]]) -> None:
+    """Refuse values of options that a cause has no use for; `needs` has of each its value, the needed one, and why."""
+    for option, (value, needed, why) in needs.items():
+        if value != needed:
+            raise ValueError(f"{option} is {value} but {cause}: {why}; use {needed}")

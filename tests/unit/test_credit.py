@@ -1,0 +1,111 @@
+"""Credit of single steps: its arithmetic by hand, what a rollout hands over, whole runs, and what is refused."""
+
+import pytest
+import torch
+
+from hrf_fast.config.load import load_config
+from hrf_fast.rewards import RewardError
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.credit import step_advantages
+from hrf_fast.training.rollout import rollout
+from hrf_fast.windows.base import Window
+from hrf_kernels import gaussian_mean
+from tests.conftest import make_group, make_policy
+from tests.runs import assert_equal_training, metrics, train, with_folder
+
+
+def bright(images, prompts=None):
+    return images.mean((1, 2, 3))
+
+
+# two samples; the values before steps 0 and 1, and the final rewards
+VALUES = torch.tensor([[1.0, 1.0], [2.0, 4.0]])
+REWARDS = torch.tensor([5.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("gae_lambda", "expected"),
+    [
+        # δ: (1, 3), then (3, −3); less their means 2 and 0
+        (0.0, [[-1, 1], [3, -3]]),
+        # Â_0 = (1 + 3, 3 − 3) less 2
+        (1.0, [[2, -2], [3, -3]]),
+        # Â_0 = (1 + 1.5, 3 − 1.5) less 2
+        (0.5, [[0.5, -0.5], [3, -3]]),
+    ],
+)
+def test_advantages_of_steps_by_hand(gae_lambda, expected):
+    advantages = step_advantages(REWARDS, VALUES, gae_lambda=gae_lambda, scale=2.0)
+    assert advantages.tolist() == [[value / 2 for value in row] for row in expected]
+    assert advantages.dtype == torch.float32
+
+
+def test_a_rollout_hands_over_the_clean_images_that_it_predicts():
+    policy = make_policy()
+    groups = [make_group(policy, Window(start, 5), number=number, size=3) for number, start in enumerate((1, 3))]
+    rolled_out = rollout(policy, groups, CallPlan(3, 4), estimate=True)
+    assert {number: len(images) for number, images in rolled_out.estimates.items()} == {0: 4, 1: 2}
+    for number, group in enumerate(groups):
+        latents = rolled_out.trajectories[number].latents
+        for i in range(len(group.window)):
+            step = group.window.start + i
+            output = policy.predict(latents[i], step, group.condition).combined
+            expected = policy.decode(gaussian_mean(output, latents[i], policy.sampler.clean[step]))
+            torch.testing.assert_close(rolled_out.estimates[number][i], expected, rtol=0, atol=1e-4)
+    assert not rollout(policy, groups, CallPlan(3)).estimates
+
+
+WORDS = ["train.gae_lambda=0.5", "evaluation.every=0", "window.schedule=random", "train.iterations=2"]
+
+
+def test_orders_and_ways_of_replaying_learn_alike(tiny_run, tmp_path):
+    words = [*tiny_run, *WORDS, "train.groups_per_step=2"]
+    several = ["train.order=collect", "compute.images_per_call=8"]
+    kept = ["train.order=on_policy", "compute.activations=keep"]
+    for name, more in (("plain", []), ("several", several), ("kept", kept)):
+        train(with_folder([*words, *more], tmp_path / name), reward=bright)
+    plain = metrics(tmp_path / "plain")
+    for name in ("several", "kept"):
+        for one, other in zip(plain, metrics(tmp_path / name), strict=True):
+            assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-7)
+    # no more network calls than the final reward's credit takes
+    train(with_folder([*words, "train.gae_lambda=null"], tmp_path / "final"), reward=bright)
+    assert metrics(tmp_path / "final")[-1]["forwards"] == plain[-1]["forwards"]
+    assert metrics(tmp_path / "final")[0]["grad_norm"] != plain[0]["grad_norm"]
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path):
+    words = [*tiny_run, *WORDS]
+    train(with_folder(words, tmp_path / "whole"), reward=bright)
+    for iterations in (1, 2):
+        train(with_folder(words, tmp_path / "halves", f"train.iterations={iterations}"), reward=bright)
+    assert_equal_training(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_value_that_is_not_finite_is_named(tiny_run):
+    calls = []
+
+    def breaks(images, prompts):
+        calls.append(len(images))
+        return images.mean((1, 2, 3)) / (0.0 if len(calls) > 2 else 1.0)
+
+    words = [word for word in tiny_run if not word.startswith("evaluation")]
+    with pytest.raises(RewardError, match=r"group 0: .*of predicted clean images, for train\.gae_lambda"):
+        train([*words, *WORDS, "evaluation.panel_size=2", "evaluation.network=none"], reward=breaks)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.advantages=prompt", "prompts.source=animals"], "train.advantages is prompt .* use group or batch"),
+        (["train.advantages=batch", "train.group_size=1"], "train.group_size is 1 .* use 2"),
+        (["train.advantage_baseline=leave_one_out"], "advantage_baseline is leave_one_out .* use mean"),
+        (["remedies.reward_band=1"], "remedies.reward_band is 1.* use 0"),
+        (["remedies.matching=1"], "remedies.matching is 1.* use 0"),
+        (["train.gae_lambda=1.5"], "train.gae_lambda is 1.5"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(tiny_run, words, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([*tiny_run, "train.gae_lambda=0.5", *words])
