@@ -306,7 +306,7 @@ def test_a_recipe_is_what_its_demo_was_measured_with(recipe, demo):
         load_config(words),
         load_config([*words, "--config", str(CONFIGS / "recipes" / f"{recipe}.yaml")]),
     )
-    assert set(differences(measured, config)) == {"window.kwargs", "stop.on_collapse", "stop.diversity_floor"}
+    assert set(differences(measured, config)) == {"window.kwargs"}
     steps = config.sample.num_inference_steps
     ((first, end),) = config.window.kwargs["clusters"]
     assert measured.window.kwargs["clusters"] == [[first * steps, end * steps]]

@@ -10,8 +10,9 @@ from hrf_fast.training.credit import step_advantages
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_mean
-from tests.conftest import make_group, make_policy
+from tests.conftest import make_group, make_policy, tiny_words
 from tests.runs import assert_equal_training, metrics, train, with_folder
+from tests.text_models import text_model
 
 
 def bright(images, prompts=None):
@@ -81,6 +82,24 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path):
     for iterations in (1, 2):
         train(with_folder(words, tmp_path / "halves", f"train.iterations={iterations}"), reward=bright)
     assert_equal_training(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_guided_latent_model_rewards_its_predictions_by_their_prompts(tmp_path):
+    asked = []
+
+    def reads(images, prompts):
+        asked.append((tuple(images.shape), list(prompts)))
+        return images.mean((1, 2, 3))
+
+    words = [*tiny_words(text_model("sd1"), tmp_path / "run"), "sample.guidance_scale=3", "prompts.source=animals"]
+    words += ["evaluation.images_per_prompt=2", "train.gae_lambda=0", "window.schedule=full"]
+    words += ["train.iterations=1", "train.order=on_policy"]
+    result = train(words, reward=reads)
+    record = metrics(result.folder)[0]
+    assert record["grad_norm"] > 0 and record["ratio_max"] == 1
+    # each group has 3 samples and 6 steps
+    values = [prompts for shape, prompts in asked if shape[0] == 18]
+    assert [set(prompts) for prompts in values] == [{prompt} for prompt in record["prompts"]]
 
 
 def test_a_value_that_is_not_finite_is_named(tiny_run):
