@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.training.groups import Group
+from hrf_fast.training.reference import NO_REFERENCE
 from hrf_fast.windows.base import Window
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -122,6 +124,12 @@ def make_policy(seed: int = 0, **scheduler_options) -> PixelPolicy:
 def make_engine(policy, max_grad_norm: float = 0.0, ema_decay: float = 0.0) -> PlainEngine:
     options = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
     return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, **options)
+
+
+def make_rules(seed: int, **options) -> SimpleNamespace:
+    """What collecting reads of a run's rules."""
+    neutral = {"guided": True, "sharpness": 0.0, "gae_lambda": None, "shared_noise": None}
+    return SimpleNamespace(seed=seed, reference=lambda iteration: NO_REFERENCE, **neutral | options)
 
 
 def make_group(policy, window: Window, *, number: int = 0, size: int = 4, anchor=None) -> Group:

@@ -14,10 +14,9 @@ from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
-from hrf_fast.training.reference import NO_REFERENCE
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import Window
-from tests.conftest import T, make_policy
+from tests.conftest import T, make_policy, make_rules
 
 SEED, SIZE, CPU = 7, 3, torch.device("cpu")
 
@@ -79,14 +78,7 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
         anchors=Anchors(),
-        rules=SimpleNamespace(
-            seed=SEED,
-            guided=guided,
-            reference=lambda iteration: NO_REFERENCE,
-            sharpness=0.0,
-            gae_lambda=None,
-            shared_noise=asked.get("shared_noise"),
-        ),
+        rules=make_rules(SEED, guided=guided, shared_noise=asked.get("shared_noise")),
         draw_prompts=lambda iteration: prompts or [None] * 4,
     )
 

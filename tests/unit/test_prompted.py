@@ -18,9 +18,8 @@ from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
-from hrf_fast.training.reference import NO_REFERENCE
 from hrf_fast.training.rewarding import Rewarder
-from tests.conftest import tiny_words
+from tests.conftest import make_rules, tiny_words
 from tests.prompted import WORDS, make_prompted_policy, prompted  # noqa: F401 (a fixture)
 from tests.runs import assert_equal_training, metrics, panels, scheduled, train, with_folder
 from tests.unit.test_collect import Phases, Schedule, late
@@ -53,14 +52,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         groups=groups,
         calls=CallPlan(3, images_per_call),
         anchors=Anchors(),
-        rules=SimpleNamespace(
-            seed=SEED,
-            guided=guided,
-            reference=lambda iteration: NO_REFERENCE,
-            sharpness=0.0,
-            gae_lambda=None,
-            shared_noise=None,
-        ),
+        rules=make_rules(SEED, guided=guided),
         prompts=SOURCE,
     )
     components.draw_prompts = lambda iteration: Components.draw_prompts(components, iteration)
