@@ -23,8 +23,8 @@ if __name__ == "__main__":
     # instead of this folder, whose modules would hide packages of their names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.tables import markdown_table
-from hrf_fast.evaluation.blend import read_front, summary
+from benchmarks.tables import markdown_table, with_interval
+from hrf_fast.evaluation.blend import check_floors, read_front, summary
 from hrf_fast.report.plots import Series, paths
 from hrf_fast.study.report import comparisons, measures
 from hrf_fast.study.statistics import estimate
@@ -124,16 +124,14 @@ def _share(point: Mapping[str, Any]) -> float:
 def _cells(points: Sequence[Mapping[str, Any]]) -> list[str | None]:
     """Mean gain, share of the Vendi Score and of the Inception Score, with their intervals over seeds."""
 
-    def cell(values: Sequence[float], text: str, scale: float = 1.0) -> str:
-        value = estimate([scale * one for one in values])
-        low_high = "" if value.low is None else f" [{value.low:{text}}, {value.high:{text}}]"
-        return f"{value.mean:{text}}{low_high}"
+    def percent(shares: Sequence[float]) -> str:
+        return f"{with_interval(estimate([100 * share for share in shares]), '.1f')} %"
 
     inception = [point["inception_share"] for point in points if "inception_share" in point]
     return [
-        cell([_gain(point) for point in points], "+.3f"),
-        f"{cell([_share(point) for point in points], '.1f', 100)} %",
-        f"{cell(inception, '.1f', 100)} %" if len(inception) == len(points) else None,
+        with_interval(estimate([_gain(point) for point in points]), "+.3f"),
+        percent([_share(point) for point in points]),
+        percent(inception) if len(inception) == len(points) else None,
     ]
 
 
@@ -154,8 +152,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.95, help="share of the Vendi Score that gains are compared at")
     parser.add_argument("--out", type=Path, default=Path("runs/blends"), help="folder of the tables and the picture")
     arguments = parser.parse_args(words)
-    if not 0 < arguments.keep <= 1:
-        raise ValueError(f"--keep is {arguments.keep:g}; use a share above 0 and at most 1, such as 0.95")
+    check_floors(arguments.keep, quality=0.0)
     return arguments
 
 

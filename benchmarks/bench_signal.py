@@ -42,15 +42,15 @@ from hrf_fast.config.load import load_config
 from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.policies.sample import sample
-from hrf_fast.training.advantages import group_advantages
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import group_noise
 from hrf_fast.training.components import Components
-from hrf_fast.training.credit import step_advantages
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
+from hrf_fast.training.peers import group as peers
+from hrf_fast.training.rewarding import gather_rewards, standardise
 from hrf_fast.training.rollout import rollout
-from hrf_fast.windows.base import Window
+from hrf_fast.windows.base import Window, with_noise
 
 HEAD = ("start", "spread of a group's rewards", "ratio, equal", "ratio, equal less the last step", "ratio, std")
 
@@ -67,8 +67,7 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     if start is not None:
         key = NoiseKey(noise_key(seed, number, "anchors"), torch.zeros(1, dtype=torch.int64, device=policy.device))
         anchor = sample(policy, key, prompts, images_per_call=1, guided=components.rules.guided)[0]
-    shared = bool(components.rules.shared_noise)
-    window = Window(start or 0, policy.sampler.stochastic_steps, shared=shared)
+    (window,) = with_noise([Window(start or 0, policy.sampler.stochastic_steps)], components.rules.shared_noise)
     noise = group_noise(components, number, "rollout", 0)
     condition = policy.condition(prompts * groups.size, guided=components.rules.guided)
     group = Group(0, window, noise, condition, anchor, prompts[0])
@@ -76,23 +75,18 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     plan = CallPlan(groups.size, 0, "on_policy")
     rolled_out = rollout(policy, [group], plan, keep_from=window.start, estimate=gae_lambda is not None)
     trajectory = rolled_out.trajectories[0]
-    rewards = components.reward(trajectory.images, prompts * groups.size).total.cpu()
-    if gae_lambda is None:
-        advantages = group_advantages(rewards, torch.zeros(groups.size, dtype=torch.int64), floor=1e-9)
-    else:
-        predicted = rolled_out.estimates[0]
-        values = components.reward(predicted.flatten(0, 1), prompts * predicted.shape[:2].numel()).total.cpu()
-        scale = max(float(rewards.double().std()), 1e-9)
-        advantages = step_advantages(rewards, values.view(predicted.shape[:2]), gae_lambda=gae_lambda, scale=scale)
+    pending = components.rewarder.submit({0: trajectory.images}, {0: prompts[0]}, estimates=rolled_out.estimates)
+    rewarded = gather_rewards([pending], iteration=number, skip_not_finite=False)
+    advantages = standardise(rewarded, peers(advantage_floor=1e-9), policy.device, gae_lambda=gae_lambda)
     clips = Clips(clip_range=1e9, advantage_clip=math.inf, scale_by_window=False)
     weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
     by_step = []
     for call in rolled_out.calls:
-        surrogate = call_surrogate(
-            policy, {0: trajectory}, {0: advantages.to(policy.device)}, call, clips, loss_weight=1 / groups.size
-        )
+        surrogate = call_surrogate(policy, {0: trajectory}, advantages, call, clips, loss_weight=1 / groups.size)
         parts = torch.autograd.grad(surrogate.loss.sum(), weights, allow_unused=True)
         by_step.append(torch.cat([part.flatten() for part in parts if part is not None]))
+    rewards = rewarded[0].rewards
+    assert rewards is not None, "what is not finite is not skipped"
     return torch.stack(by_step), float(rewards.double().std())
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.study.statistics import Estimate
+
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table; None is an empty cell, a float has three digits."""
@@ -15,6 +17,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     first, *others = (f"| {' | '.join(map(cell, line))} |" for line in (header, *rows))
     return "\n".join((first, "|---" * len(header) + "|", *others))
+
+
+def with_interval(value: Estimate, spec: str) -> str:
+    """A mean and its interval, if there is one, each by a format spec."""
+    mean = f"{value.mean:{spec}}"
+    return mean if value.low is None else f"{mean} [{value.low:{spec}}, {value.high:{spec}}]"
 
 
 def write_between(path: Path, markers: tuple[str, str], text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, with_interval
 from benchmarks.toys.mixtures import effective_modes, modes_kept
 from hrf_fast.report.plots import COLOURS, DPI, FONT, LINES, MARKERS
 from hrf_fast.study.statistics import Estimate, Point, estimate, gain_at_diversity, holm, paired
@@ -135,5 +135,4 @@ def _half(value: Estimate) -> float:
 
 
 def _shown(value: Estimate, sign: str = "") -> str:
-    mean = f"{value.mean:{sign}.2f}"
-    return mean if value.low is None else f"{mean} [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
+    return with_interval(value, f"{sign}.2f")
