@@ -169,6 +169,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
         learning_rate=learning_rate_at(
             optimizer.learning_rate_schedule,
             peak=optimizer.learning_rate,
+            burn_in_iterations=optimizer.burn_in_iterations,
             warmup_iterations=optimizer.warmup_iterations,
             iterations=train.iterations,
         ),

@@ -197,6 +197,9 @@ class OptimizerConfig:
     """Learning rate after the warm-up; cosine falls to zero at the last iteration."""
     warmup_iterations: int = option(0, at_least=0)
     """Iterations of linear warm-up."""
+    burn_in_iterations: int = option(0, at_least=0)
+    """Iterations before the warm-up that average AdamW's moments and move no weight, so that no step is a sign of one
+    noisy gradient. They cost as much as others."""
     weight_decay: float = option(1e-3, at_least=0)
     """Decoupled weight decay."""
     kwargs: dict[str, Any] = option({})

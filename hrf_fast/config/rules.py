@@ -43,6 +43,11 @@ def check_config(config: Config) -> None:
     _check_fewer_calls(config)
     _check_tuning(config)
     _check_optimizer_kwargs(config.optimizer.kwargs)
+    if (burn_in := config.optimizer.burn_in_iterations) >= train.iterations:
+        raise ValueError(
+            f"optimizer.burn_in_iterations is {burn_in} of train.iterations {train.iterations}: no weight would move; "
+            "use fewer"
+        )
     check_optimizer(config.optimizer.name, config.engine.deepspeed)
     _check_lora(config)
     _check_remedies(config)

@@ -144,8 +144,12 @@ def restore_optimizer(
                 entry[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iterations: int) -> Callable[[int], float]:
-    """Learning rate as a function of the iteration: linear warm-up, then constant or cosine down to zero.
+def learning_rate_at(
+    schedule: str, *, peak: float, warmup_iterations: int, iterations: int, burn_in_iterations: int = 0
+) -> Callable[[int], float]:
+    """Learning rate as a function of the iteration: zero, linear warm-up, then constant or cosine down to zero.
+
+    At zero AdamW's moments are averaged and no weight moves, so that the first step is not a sign of one gradient.
 
     Args:
         schedule: constant or cosine; peak: the rate after warm-up; iterations: length of the run.
@@ -155,12 +159,16 @@ def learning_rate_at(schedule: str, *, peak: float, warmup_iterations: int, iter
             f"optimizer.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
         )
 
+    rising = burn_in_iterations + warmup_iterations
+
     def rate(iteration: int) -> float:
-        if iteration < warmup_iterations:
-            return peak * (iteration + 1) / warmup_iterations
+        if iteration < burn_in_iterations:
+            return 0.0
+        if iteration < rising:
+            return peak * (iteration - burn_in_iterations + 1) / warmup_iterations
         if schedule == "constant":
             return peak
-        progress = (iteration - warmup_iterations) / max(1, iterations - warmup_iterations)
+        progress = (iteration - rising) / max(1, iterations - rising)
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return rate

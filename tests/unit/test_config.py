@@ -81,6 +81,7 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["train.iterations=many"], "train.iterations.*many"),
         (["train.iterations=0"], "train.iterations is 0.* 1"),
         (["optimizer.learning_rate=-1"], "optimizer.learning_rate is -1.0.* 0"),
+        (["optimizer.burn_in_iterations=3", "train.iterations=3"], "optimizer.burn_in_iterations is 3 of.* 3.*fewer"),
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0.* 0 .* 1"),
         (["compute.precision=fp8"], "compute.precision is 'fp8'.*fp32, bf16, fp16"),
         (

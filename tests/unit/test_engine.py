@@ -208,6 +208,31 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up():
     assert [rate(0), rate(1)] == [0.25, 0.5]
 
 
+def test_burn_in_has_rate_zero_and_the_warm_up_follows():
+    rate = learning_rate_at("constant", peak=8.0, burn_in_iterations=2, warmup_iterations=4, iterations=10)
+    assert [rate(i) for i in range(7)] == [0, 0, 2, 4, 6, 8, 8]
+
+
+def test_burn_in_leaves_weights_alone_and_makes_the_first_step_small_where_gradients_disagree():
+    # gradients 1, −1 at rate 0, then 1: m = .091 over 1 − .9³ = .271, v = 1 after its correction; the weight moves by
+    # .3358 of the rate, and by all of it without burn-in
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    engine = PlainEngine(model, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-12, max_grad_norm=0.0)
+    rate = learning_rate_at("constant", peak=0.1, burn_in_iterations=2, warmup_iterations=0, iterations=3)
+    for iteration, gradient in enumerate((1.0, -1.0, 1.0)):
+        assert model.weight.item() == 0
+        engine.set_learning_rate(rate(iteration))
+        one_step(model, engine, (gradient,))
+    assert model.weight.item() == pytest.approx(-0.1 * 0.091 / 0.271, rel=1e-5)
+
+
+def test_cosine_falls_over_what_burn_in_and_warm_up_leave():
+    # (1 + cos(π·(i − 2)/4))/2: i = 2 → 1, 4 → 1/2, 6 → 0
+    rate = learning_rate_at("cosine", peak=1.0, burn_in_iterations=1, warmup_iterations=1, iterations=6)
+    assert [rate(i) for i in (0, 1, 2, 4, 6)] == pytest.approx([0, 1, 1, 0.5, 0])
+
+
 def test_an_unknown_learning_rate_schedule_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate_schedule is 'linear'.*constant, cosine"):
         learning_rate_at("linear", peak=1.0, warmup_iterations=0, iterations=10)
