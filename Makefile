@@ -1,4 +1,4 @@
-# make demo: install, give everybody sunglasses in two ways, and write one page. make test: what CI runs.
+# make demo: install, give everybody sunglasses in three ways, and write one page. make test: what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -18,12 +18,13 @@ CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
 .PHONY: demo demo-fashion check test interpreted test-all test-kernels gpu-check soak lint install install-gpu clean
 
-# DDPO as published, and with step weights, a floor under spreads and a penalty; both stop at one reward
+# DDPO as published, DDPO and HRF with this project's options; all stop at one reward
 DEMO = --config configs/demo_peeps.yaml run.folder=runs/demo
 demo: $(VENV)/.base
-	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published
+	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published evaluation.every=4
 	$(BIN)/hrf train --config configs/peeps_ddpo.yaml $(DEMO)-ddpo
-	$(BIN)/hrf report runs/demo-published runs/demo-ddpo --out runs/demo.html --strip runs/demo.png
+	$(BIN)/hrf train --config configs/peeps_hrf.yaml $(DEMO)-hrf evaluation.every=2
+	$(BIN)/hrf report runs/demo-published runs/demo-ddpo runs/demo-hrf --out runs/demo.html --strip runs/demo.png
 	@echo "smaller JPEGs of product photos: make demo-fashion"
 
 demo-fashion: $(VENV)/.base
