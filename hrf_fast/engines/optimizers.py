@@ -159,16 +159,16 @@ def learning_rate_at(
             f"optimizer.learning_rate_schedule is {schedule!r}; use one of {', '.join(LEARNING_RATE_SCHEDULES)}"
         )
 
-    rising = burn_in_iterations + warmup_iterations
+    warmed_up = burn_in_iterations + warmup_iterations
 
     def rate(iteration: int) -> float:
         if iteration < burn_in_iterations:
             return 0.0
-        if iteration < rising:
+        if iteration < warmed_up:
             return peak * (iteration - burn_in_iterations + 1) / warmup_iterations
         if schedule == "constant":
             return peak
-        progress = (iteration - rising) / max(1, iterations - rising)
+        progress = (iteration - warmed_up) / max(1, iterations - warmed_up)
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return rate
