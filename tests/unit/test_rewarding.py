@@ -113,6 +113,26 @@ def test_the_thread_works_on_the_gpu_of_its_rank(monkeypatch):
     assert chosen == [(gpu, workers[0])] and threading.current_thread() not in workers
 
 
+def test_on_a_cpu_the_thread_has_no_workers_of_its_own_and_other_threads_keep_theirs():
+    """Two teams of OpenMP's on one CPU slow both down, so the rewards of one batch are computed by one thread."""
+    numbers, before = [], torch.get_num_threads()
+
+    def reward(batch):
+        numbers.append(torch.get_num_threads())
+        return torch.zeros(len(batch))
+
+    torch.set_num_threads(3)
+    try:
+        Rewarder(stand_in(reward), CPU).submit({0: images(0.5)}).result()
+        later = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        numbers.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert numbers == [1, 3, 3]
+
+
 # --- what the ranks have ----------------------------------------------------------------------------------------------
 
 
