@@ -14,22 +14,23 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def _multiply(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product held in int64, without overflowing it."""
-    upper, lower = a * (factor >> 16), a * (factor & 0xFFFF)
-    return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & _MASK
-
-
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds on four int64 tensors that hold 32-bit words; `key` is an unsigned 64-bit number."""
+    """Ten rounds on four int64 tensors of one shape that hold 32-bit words; `key` is an unsigned 64-bit number."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    # both halves of a round as one tensor, since on a CPU the number of operations is what costs; the constants are
+    # made of Python numbers on the device, which then waits for none of them
+    half = torch.arange(2, device=c0.device).view(2, *[1] * c0.dim())
+    factors, weyl, keys = (
+        low + half * (high - low) for low, high in (_MULTIPLIERS, _WEYL, (key & _MASK, (key >> 32) & _MASK))
+    )
+    multiplied, added = torch.stack((c0, c2)), torch.stack((c1, c3))
     for _ in range(10):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+        # modulo 2^64, which leaves both words of 32 bits as they are
+        product = multiplied * factors
+        multiplied = ((product >> 32) & _MASK).flip(0) ^ added ^ keys
+        added = (product & _MASK).flip(0)
+        keys = (keys + weyl) & _MASK
+    return multiplied[0], added[0], multiplied[1], added[1]
 
 
 def philox_normal(shape: tuple[int, ...], *, seed: int, sample_id: Tensor, step: int) -> Tensor:
