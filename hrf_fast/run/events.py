@@ -15,7 +15,7 @@ from torch import Tensor
 from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.run.folder import EVENTS, PRETRAINED, RunFolder
-from hrf_fast.stopping import Event, Watch, by_merit, check_first_panel, floors
+from hrf_fast.stopping import Event, Watch, above_floors, by_merit, check_first_panel, floors
 
 
 class EventLog:
@@ -46,8 +46,11 @@ class EventLog:
 
     @property
     def restores(self) -> bool:
-        """Whether the best checkpoint's weights are to be the tuned model."""
-        return self.ending is not None and self.keeps_pretrained
+        """Whether the best checkpoint's weights are to be the tuned model: where a rule has ended the run, and where it
+        has reached its end with a panel that does not keep the floors."""
+        if not self.keeps_pretrained:
+            return False
+        return self.ending is not None or not above_floors(self._folder.panels()[-1], self._stop)
 
     @property
     def keeps_pretrained(self) -> bool:

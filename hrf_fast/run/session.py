@@ -271,8 +271,8 @@ class Run:
     def finish(self, policy: Policy, engine: Engine, reason: str) -> RunResult:
         """Write the tuned model, averaged if there is an average, as a diffusers folder.
 
-        It is of the last iteration, or of the best checkpoint where a rule has ended the run and stop.on_collapse is
-        restore_best.
+        It is of the last iteration, or of the best checkpoint where stop.on_collapse is restore_best and a rule has
+        ended the run or its last panel does not keep the floors.
         """
         self.reason = reason
         model = self.panels()[-1]["iteration"]

@@ -18,6 +18,7 @@ from hrf_fast.study.statistics import (
     Estimate,
     Paired,
     diversity_at_gain,
+    end_of,
     estimate,
     evaluations_to_gain,
     gain_at_diversity,
@@ -165,14 +166,15 @@ def ends(arms: Mapping[str, Lines], *, tuned: bool) -> Table:
     rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *_QUALITY.values(), "evaluations"]]
     for arm, by_seed in arms.items():
         lines = list(by_seed.values())
-        last = [path_of(line)[-1] for line in lines]
+        last = [path_of(line)[end_of(line)] for line in lines]
         rate = f"{lines[0]['learning_rate']:g}" if tuned else ""
         quality = []
         for name in _QUALITY:
-            shares = [p[-1][name][0] / p[0][name][0] for p in _all(lines, "panels") if name in p[0] and name in p[-1]]
+            pairs = [(line["panels"][0], line["panels"][end_of(line)]) for line in lines]
+            shares = [end[name][0] / first[name][0] for first, end in pairs if name in first and name in end]
             quality.append(_shown(estimate(shares), "share") if shares else "")
         gains, kept_shares = estimate([point.gain for point in last]), estimate([point.kept for point in last])
-        evaluations = _SHOWN["count"](estimate([point.evaluations for point in last]).mean)
+        evaluations = _SHOWN["count"](estimate([path_of(line)[-1].evaluations for line in lines]).mean)
         rows.append(
             [arm, rate, str(len(lines)), _shown(gains, "gain"), _shown(kept_shares, "share"), *quality, evaluations]
         )

@@ -20,11 +20,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from hrf_fast.run.files import PANEL, read_log, write_atomically
+from hrf_fast.run.files import EVENT, PANEL, read_log, write_atomically
 from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.study.plan import Job, Study
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.statistics import path_of
+from hrf_fast.study.statistics import end_of, path_of
 
 # how often finished processes are looked for, in seconds
 _POLL = 0.2
@@ -174,15 +174,16 @@ class Workers:
             return {"error": line.removeprefix("error: ") or f"exit code {code}"}
         reason = next(match[1] for line in reversed(log) if (match := re.match(r"done, (.*): .* \(hrf report", line)))
         panels = read_log(folder / "evaluations.jsonl", PANEL)
+        model = int(read_log(folder / "events.jsonl", EVENT)[-1]["figures"]["model"])
         iterations = [sum(line["seconds"].values()) for line in read_log(folder / "metrics.jsonl")]
         for number, panel in enumerate(panels):
             # of training before it
             panel["seconds"] = round(sum(iterations[: panel["iteration"]]), 1)
             panel.pop("prompts", None)
             # for gains that are paired image by image
-            if 0 < number < len(panels) - 1:
+            if 0 < number < len(panels) - 1 and panel["iteration"] != model:
                 del panel["rewards"]
-        return {"seconds": round(sum(iterations), 1), "reason": reason, "panels": panels}
+        return {"seconds": round(sum(iterations), 1), "reason": reason, "model": model, "panels": panels}
 
     def _stop(self) -> None:
         """Ask every run to save a checkpoint and stop, and wait; a second signal does not let them save."""
@@ -202,7 +203,7 @@ def _summary(outcome: dict[str, Any]) -> str:
     """A finished run in a line."""
     if "error" in outcome:
         return f"failed: {outcome['error']}"
-    end = path_of(outcome)[-1]
+    end = path_of(outcome)[end_of(outcome)]
     return f"{outcome['reason']}; gain {end.gain:+.4g}, {end.kept:.1%} kept, {outcome['seconds']:.0f} s"
 
 

@@ -57,6 +57,12 @@ def path_of(line: Mapping[str, Any]) -> list[Point]:
     ]
 
 
+def end_of(line: Mapping[str, Any]) -> int:
+    """Index of the tuned model's panel: the last, or that of the checkpoint that the run restored."""
+    iterations = [panel.get("iteration") for panel in line["panels"]]
+    return iterations.index(line["model"]) if "model" in line else len(iterations) - 1
+
+
 def gain_at_diversity(path: Sequence[Point], floor: float) -> float:
     """The highest gain among the points of the path that keep at least `floor`, between panels too."""
     gains = [point.gain for point in path if point.kept >= floor]

@@ -301,6 +301,21 @@ def test_the_best_checkpoint_is_restored_bit_for_bit(tiny_run, tmp_path, monkeyp
     assert equal(weights(result.folder), checkpoint_weights(best, file))
 
 
+@pytest.mark.parametrize(("last", "model"), [(0.595, 3), (0.605, 4)])
+def test_a_run_that_ends_with_a_share_under_the_floor_restores_the_best_too(
+    tiny_run, tmp_path, monkeypatch, last, model
+):
+    # both intervals hold the floor of 0.6, so no rule has ended the run
+    judged(monkeypatch, shares=[0.9, 0.8, 0.7, last])
+    words = watched(tiny_run, tmp_path / "run", "stop.on_collapse=restore_best", "run.save_every=0")
+    result = train(words, reward=peaked())
+    assert result.reason == "train.iterations is 4" and events(result.folder) == [(4, "end")]
+    assert read_log(result.folder / "events.jsonl")[-1]["figures"] == {"model": model}
+    checkpoint = result.folder / "checkpoints" / f"iteration-{model:06d}"
+    assert equal(weights(result.folder), checkpoint_weights(checkpoint, "weights.safetensors"))
+    assert result.best_panel["iteration"] == model
+
+
 def test_where_every_panel_has_collapsed_the_pretrained_weights_come_back(tiny_run, tiny_model, tmp_path, monkeypatch):
     judged(monkeypatch, shares=[0.5])
     words = ["stop.on_collapse=restore_best"]

@@ -13,7 +13,7 @@ import yaml
 from hrf_fast.cli import main
 from hrf_fast.study import statistics
 from hrf_fast.study.plan import read_study
-from hrf_fast.study.report import compare, measures, write_report
+from hrf_fast.study.report import compare, ends, measures, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
 from hrf_fast.study.run import choices
 from hrf_fast.study.statistics import Point
@@ -252,6 +252,14 @@ def test_a_report_from_lines(write_study, tmp_path):
     assert "| seconds to gain 1 with 90 % kept | hrf | 0 of 2 |" in text
 
 
+def test_an_arm_ends_with_the_models_that_its_runs_restored():
+    path = [(0, 0.0, 10.0), (100, 1.0, 9.0), (200, 2.0, 5.0)]
+    restored = {1: line(*path) | {"learning_rate": 1.0, "model": 1}, 2: line(*path) | {"learning_rate": 1.0}}
+    _, (_, seeds, gain, kept, *_, evaluations) = ends({"hrf": restored}, tuned=False).rows
+    # gains of 1 and 2 and shares of .9 and .5; what was spent counts whole
+    assert (seeds, evaluations) == ("2", "200") and gain.startswith("+1.5") and kept.startswith("70")
+
+
 # ---- the real thing
 
 TINY = {
@@ -274,6 +282,7 @@ def test_the_smallest_study_by_its_command(write_study, tmp_path, capsys):
     assert "window.kwargs.clusters" in records["broken"]["error"]
     record = records["ddpo"]
     assert record["commit"] == code_commit() and record["reason"] == "train.iterations is 1"
+    assert record["model"] == 1
     assert [panel["seconds"] for panel in record["panels"]] == [0, record["seconds"]]
     assert [len(panel["rewards"]) for panel in record["panels"]] == [4, 4] and record["panels"][1]["vendi"][0] > 1
     # only what failed is run again
