@@ -130,7 +130,12 @@ def test_the_python_of_the_readme_trains(tiny_run, tmp_path, monkeypatch, capsys
     # the fashion network reads any picture, so that the block's Vendi Score is there
     words = [*tiny_run, "train.groups_per_step=2", "stop.max_evaluations=0", "evaluation.network=fashion"]
     # a panel of six images has no share of the pretrained model's
-    words += ["window.kwargs.clusters=[[0, 6]]", "stop.on_collapse=warn", "stop.diversity_floor=0"]
+    words += [
+        "window.kwargs.clusters=[[0, 6]]",
+        "stop.on_collapse=warn",
+        "stop.diversity_floor=0",
+        "stop.quality_floor=0",
+    ]
     names = run_block(code, monkeypatch, words)
     result = names["result"]
     assert isinstance(result, hrf_fast.RunResult) and (tmp_path / "run" / "model").is_dir()
