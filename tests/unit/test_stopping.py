@@ -202,10 +202,13 @@ def test_a_floor_under_what_the_panel_does_not_measure_is_refused(options, share
             check_floors(StopConfig(**options), shares)
 
 
-@pytest.mark.parametrize("option", ["diversity_floor", "quality_floor"])
-def test_a_floor_that_the_pretrained_model_itself_misses_is_refused(option):
-    with pytest.raises(ValueError, match=rf"stop.{option} is 1.0; it must be at least 0 and below 1"):
-        load_config([f"stop.{option}=1.0"])
+@pytest.mark.parametrize(("option", "rule"), [("diversity_floor=1.0", "below 1"), ("quality_floor=1.01", "at most 1")])
+def test_a_floor_that_the_pretrained_model_itself_misses_is_refused(option, rule):
+    name, value = option.split("=")
+    with pytest.raises(ValueError, match=rf"stop.{name} is {value}; it must be at least 0 and {rule}"):
+        load_config([f"stop.{option}"])
+    # its own share is 1
+    assert load_config(["stop.quality_floor=1"]).stop.quality_floor == 1
 
 
 def test_a_floor_that_no_panel_can_fall_under_is_refused_at_the_first_panel():
