@@ -168,9 +168,9 @@ def ends(arms: Mapping[str, Lines], *, tuned: bool) -> Table:
         lines = list(by_seed.values())
         last = [path_of(line)[end_of(line)] for line in lines]
         rate = f"{lines[0]['learning_rate']:g}" if tuned else ""
+        pairs = [(line["panels"][0], line["panels"][end_of(line)]) for line in lines]
         quality = []
         for name in _QUALITY:
-            pairs = [(line["panels"][0], line["panels"][end_of(line)]) for line in lines]
             shares = [end[name][0] / first[name][0] for first, end in pairs if name in first and name in end]
             quality.append(_shown(estimate(shares), "share") if shares else "")
         gains, kept_shares = estimate([point.gain for point in last]), estimate([point.kept for point in last])
