@@ -37,7 +37,8 @@ def read_blends(runs: Sequence[Path]) -> Blends:
     """The blends of run folders, by method and seed.
 
     Raises:
-        ValueError: a run without a whole blend, blends of several settings, or a folder without a number at its end.
+        ValueError: a run without a whole blend, blends of several settings, a folder without a number at its end, or
+            two of one method and seed.
     """
     blends: Blends = {}
     settings: dict[str, Any] = {}
@@ -45,6 +46,8 @@ def read_blends(runs: Sequence[Path]) -> Blends:
         name = re.fullmatch(r"(.*?)[-_]?(\d+)", run.resolve().name)
         if name is None:
             raise ValueError(f"{run} has no number at its end, which says the seed; rename it, such as {run.name}-1")
+        if int(name[2]) in blends.get(name[1], {}):
+            raise ValueError(f"{run} is a second run of method {name[1]} and seed {name[2]}; rename its folder")
         result, belongs = (run / "blend" / file for file in ("blend.json", "settings.json"))
         if not result.exists():
             raise ValueError(f"{run} has no whole blend, {result}; make it with `hrf blend {run}`")

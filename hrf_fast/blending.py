@@ -62,6 +62,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     changed = differences(config, run_config(run))
     if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
         front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
+    elif not (folder / "front.jsonl").exists():
+        blends.check_pretrained(panels[0]["rewards"], _own_rewards(run, config))
     records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
     chosen = blends.choose(records, keep, quality)["alpha"]
     # the choice has looked at the first panel, whose figures flatter it
@@ -82,6 +84,16 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         described = replace(config, evaluation=evaluation)
         save_model(folder / "model", policy, described, table, panels[-1]["iteration"], alpha=chosen)
     return blends.describe(result)
+
+
+def _own_rewards(run: Path, config: Config) -> Sequence[float]:
+    """Rewards of the run's own first panel from the pretrained model that `config` names."""
+    before = run_config(run)
+    evaluation = replace(before.evaluation, network=config.evaluation.network)
+    before = replace(before, model=config.model, run=config.run, lora=LoraConfig(), evaluation=evaluation)
+    device = choose_device(before.run.device)
+    panel = build_panel(before, device, build_prompts(before)[0])
+    return panel.evaluate(build_policy(before), build_config_reward(before, device)).rewards
 
 
 def _claim_blend(folder: Path, run: Path, config: Config) -> None:

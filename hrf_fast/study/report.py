@@ -26,6 +26,7 @@ from hrf_fast.study.statistics import (
     hypervolume,
     paired,
     path_of,
+    ratio,
     seconds_to_gain,
 )
 
@@ -41,6 +42,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "share": lambda value: f"{100 * value:.1f} %",
     "count": lambda value: f"{value:,.0f}",
     "area": lambda value: f"{value:.4g}",
+    "ratio": lambda value: f"{value:.2f}",
 }
 
 
@@ -120,7 +122,8 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
     if not done:
         raise ValueError(
             f"{results.path} has no finished run of {study.path}; `hrf study run {study.path}` makes them"
-            + "".join(f". {note}" for note in notes)
+            + "".join(f". {note}" for note in notes[:3])
+            + (f". And {len(notes) - 3} notes more" if len(notes) > 3 else "")
         )
     text = [f"# Study {study.name}", "", *_origin(study, list(done.values())), ""]
     plotted = []
@@ -182,7 +185,10 @@ def ends(arms: Mapping[str, Lines], *, tuned: bool) -> Table:
 
 
 def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Measure]) -> Table:
-    """Tabulate each measure of each arm against the reference, paired over the seeds that both have."""
+    """Tabulate each measure of each arm against the reference, paired over the seeds that both have.
+
+    Of a share kept also what is lost of it, over the reference's loss.
+    """
     rows = [["measure", "arm", "seeds", "mean", reference, "difference", "p", "p (Holm)"]]
     for measure in wanted:
         pairs = {
@@ -193,6 +199,10 @@ def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Meas
         corrected = holm([compared.result.p if compared.result else None for compared in pairs.values()])
         for (arm, compared), p in zip(pairs.items(), corrected, strict=True):
             rows.append([compared.title, arm, *_cells(compared, measure.kind), _p(p)])
+        if measure.kind == "share":
+            for arm, compared in pairs.items():
+                loss = _shown(compared.loss, "ratio") if compared.loss else "-"
+                rows.append([f"loss, {compared.title}", arm, _cells(compared, "share")[0], loss, "1", "", "", ""])
     return Table(rows)
 
 
@@ -206,6 +216,8 @@ class Compared(NamedTuple):
     reference: Estimate | None
     """Over the seeds where both runs have a value."""
     result: Paired | None
+    loss: Estimate | None = None
+    """Share lost over the reference's, where the measure is a share kept."""
 
 
 def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
@@ -223,7 +235,9 @@ def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
         return Compared(title, len(seeds), None, None, None)
     ours, theirs = ({seed: float(one[seed] or 0) for seed in both} for one in values)
     means = [estimate(list(one.values())) for one in (ours, theirs)]
-    return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs))
+    losses = [{seed: 1 - share for seed, share in one.items()} for one in (ours, theirs)]
+    loss = ratio(*losses) if measure.kind == "share" else None
+    return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs), loss)
 
 
 def _cells(compared: Compared, kind: str) -> list[str]:

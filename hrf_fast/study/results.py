@@ -84,7 +84,13 @@ class Results:
             append_line(self.path, ("\n" if before[-1:] not in (b"", b"\n") else "") + json.dumps(record))
 
     def read(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The lines in order, and a note for each that is no record of a study."""
+        """The lines in order, and a note for each that is no record of a study.
+
+        Raises:
+            ValueError: the path is a folder.
+        """
+        if self.path.is_dir():
+            raise ValueError(f"--results is {self.path}, a folder; use a file, such as {self.path / 'lines.jsonl'}")
         records, notes = [], []
         text = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(text.split(b"\n"), start=1):
@@ -92,13 +98,22 @@ class Results:
                 continue
             try:
                 record = json.loads(line)
-                is_run = record.keys() >= _RUN and ("error" in record or record["panels"])
+                is_run = record.keys() >= _RUN and ("error" in record or _whole(record["panels"]))
                 if not (is_run or record.keys() >= _CHOICE):
                     raise ValueError
                 records.append(record)
-            except (ValueError, AttributeError, KeyError):
+            except (ValueError, TypeError, AttributeError, LookupError):
                 notes.append(f"{self.path}, line {number} is half-written or no record of a study: it is ignored")
         return records, notes
+
+
+def _whole(panels: Any) -> bool:
+    """Whether panels have what a path is made of, or raise for what they lack."""
+    return (
+        all(isinstance(panel[name][0], (int, float)) for panel in panels for name in ("reward", "vendi"))
+        and all(isinstance(panel["evaluations"], (int, float)) for panel in panels)
+        and bool(panels)
+    )
 
 
 def key(record: dict[str, Any] | Job) -> tuple[str, str, int, float]:

@@ -74,6 +74,24 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
         )
 
 
+def _begun(path: Path) -> dict[str, Any]:
+    """Code and configuration that a run folder was begun with, from the file beside it; commit "unknown" without one.
+
+    Raises:
+        ValueError: the file is no such record.
+    """
+    if not path.is_file():
+        return {"commit": "unknown"}
+    try:
+        record = json.loads(path.read_text())
+        return {"commit": record["commit"], "configuration": record["configuration"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} does not say what its run was begun with ({error}); delete it, and the run beside it is renamed "
+            "and made again"
+        ) from error
+
+
 def choices(study: Study, lines: dict[tuple[str, str, int, float], dict[str, Any]]) -> list[dict[str, Any]]:
     """The learning rate of each arm and case: the one of the highest gain among panels that keep the floor.
 
@@ -141,7 +159,7 @@ class Workers:
         """Start or resume a run; a folder of other code or of another configuration is renamed first."""
         folder, begun = self.out / job.name, self.out / f"{job.name}.json"
         commit = code_commit()
-        before = json.loads(begun.read_text()) if begun.is_file() else {"commit": "unknown"}
+        before = _begun(begun)
         if folder.exists():
             if before["commit"] in self.commits and before.get("configuration") == job.configuration:
                 commit = before["commit"]

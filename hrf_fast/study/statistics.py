@@ -156,6 +156,31 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Paire
     return Paired(difference, two_sided_p(difference.mean / error, len(seeds) - 1))
 
 
+def ratio(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
+    """The mean of one arm over the reference's, on the seeds that both have (Fieller, J. R. Stat. Soc. B 16, 1954).
+
+    The interval holds every R for which the paired differences value − R·reference may have mean 0. None without
+    seeds, or where the reference's mean is not above 0; no interval from a single seed, or where the reference's own
+    interval reaches 0.
+    """
+    seeds = [seed for seed in values if seed in reference]
+    ours, theirs = ([one[seed] for seed in seeds] for one in (values, reference))
+    if not seeds or statistics.fmean(theirs) <= 0:
+        return None
+    top, bottom, count = statistics.fmean(ours), statistics.fmean(theirs), len(seeds)
+    if count < 2:
+        return Estimate(top / bottom, None, None, count)
+    scale = t_quantile((1 + _LEVEL) / 2, count - 1) ** 2 / count
+    # a·R² − 2·b·R + c ≤ 0
+    a = bottom**2 - scale * statistics.variance(theirs)
+    b = top * bottom - scale * statistics.covariance(ours, theirs)
+    c = top**2 - scale * statistics.variance(ours)
+    if a <= 0:
+        return Estimate(top / bottom, None, None, count)
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return Estimate(top / bottom, (b - root) / a, (b + root) / a, count)
+
+
 def holm(ps: Sequence[float | None]) -> list[float | None]:
     """Adjust the p of several tests by Holm's step-down rule (Scand. J. Statist. 6, 1979); None stays None."""
     known = sorted((p, index) for index, p in enumerate(ps) if p is not None)

@@ -9,6 +9,7 @@ them up over iterations before dividing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -66,10 +67,13 @@ class NoiseScale:
         self._signal, self._noise, self._count = self._signal + signal, self._noise + noise, self._count + 1
         if self._count < _ENOUGH or self._noise <= self._groups * self._signal:
             return None
-        scale = f"{self._noise / self._signal:.3g} groups" if self._signal > 0 else "too large to be measured"
+        scale, enough = "too large to be measured", "a larger train.groups_per_step"
+        if self._signal > 0:
+            ratio = self._noise / self._signal
+            scale, enough = f"{ratio:.3g} groups", f"train.groups_per_step of {math.ceil(ratio)} or more"
         weights = "" if self._step_weights != "equal" else ", train.step_weights=std"
         return (
             f"over {self._count} iterations the gradient's noise scale is {scale}, and an optimizer step averages "
-            f"{self._groups}: its update is mostly noise; use a larger train.groups_per_step or group_size{weights}, "
+            f"{self._groups}: its update is mostly noise; use {enough}, a larger train.group_size{weights}, "
             "or a lower optimizer.learning_rate"
         )

@@ -215,6 +215,11 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     (copy / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
     assert "model.name is not the model that the run began with" in refused(copy, "--step", "1")
     assert "another model" in refused(copy, f"model.name={tiny_model}")
+    shutil.rmtree(copy / "blend")
+    # a panel of another size does not hide it
+    assert "model.name is not the model that the run began with" in refused(
+        copy, "--step", "1", "evaluation.panel_size=3"
+    )
     (copy / "config.yaml").write_text(config)
     shutil.rmtree(copy / "blend")
     (copy / "blend").mkdir()

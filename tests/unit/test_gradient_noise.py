@@ -76,7 +76,8 @@ def test_noise_above_the_signal_is_said_after_eight_iterations():
     # the noise scale is 5 groups, and a step averages 4
     lines = [scale.add(2.0, 10.0) for _ in range(8)]
     assert lines[:7] == [None] * 7
-    assert "noise scale is 5 groups" in lines[7] and "train.step_weights=std" in lines[7]
+    assert "noise scale is 5 groups" in lines[7] and "groups_per_step of 5 or more" in lines[7]
+    assert "train.step_weights=std" in lines[7]
     assert NoiseScale(4, "equal").add(None, None) is None
     quiet = NoiseScale(6, "std")
     assert [quiet.add(2.0, 10.0) for _ in range(9)] == [None] * 9

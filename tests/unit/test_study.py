@@ -15,7 +15,7 @@ from hrf_fast.study import statistics
 from hrf_fast.study.plan import read_study
 from hrf_fast.study.report import compare, ends, measures, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.run import choices
+from hrf_fast.study.run import _begun, choices
 from hrf_fast.study.statistics import Point
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,28 @@ def test_mean_and_paired_difference_by_hand():
     assert result.p == pytest.approx(0.074180, abs=1e-5)
     assert statistics.paired({1: 2.0}, {1: 1.0}) == ((1.0, None, None, 1), None)
     assert statistics.paired({1: 2.0}, {2: 1.0}) is None
+
+
+def test_the_ratio_of_two_means_by_hand():
+    # a reference that does not vary: the interval of the mean, over it
+    mean = statistics.estimate([1.0, 2.0, 3.0])
+    assert statistics.ratio({1: 1.0, 2: 2.0, 3: 3.0}, {1: 4.0, 2: 4.0, 3: 4.0}) == (
+        pytest.approx(0.5),
+        pytest.approx(mean.low / 4),
+        pytest.approx(mean.high / 4),
+        3,
+    )
+    # half of it on every seed is half without doubt
+    half = statistics.ratio({1: 4.5, 2: 5.0, 3: 5.5}, {1: 9.0, 2: 10.0, 3: 11.0})
+    assert half == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5), 3)
+    # both ends are where the paired differences have a mean of 0 at the edge of their interval
+    ours, theirs = {1: 1.0, 2: 3.0, 3: 2.0}, {1: 4.0, 2: 5.0, 3: 6.0}
+    found = statistics.ratio(ours, theirs)
+    low, high = (statistics.estimate([ours[s] - end * theirs[s] for s in ours]) for end in (found.low, found.high))
+    assert low.low == pytest.approx(0, abs=1e-9) and high.high == pytest.approx(0, abs=1e-9)
+    # a reference that may lose nothing bounds no ratio, and one that loses nothing has none
+    assert statistics.ratio({1: 1.0, 2: 2.0}, {1: 9.0, 2: -1.0}) == (pytest.approx(0.375), None, None, 2)
+    assert statistics.ratio({1: 1.0, 2: 2.0}, {1: 1.0, 2: -1.0}) is None and statistics.ratio({}, {}) is None
 
 
 def test_holm_by_hand():
@@ -212,6 +234,25 @@ def test_lines_that_do_not_count_are_named_and_stay(write_study, tmp_path):
     assert key(jobs[1]) in select(records, jobs, {"c1", "c0"})[0]
 
 
+@pytest.mark.parametrize("panels", [[], [{}], [{"evaluations": 0, "reward": [1.0], "vendi": []}], {"reward": 1}, 3])
+def test_a_line_without_whole_panels_is_named(write_study, tmp_path, panels):
+    results = Results(tmp_path / "lines.jsonl")
+    results.append({**facts(read_study(write_study()).jobs({})[0], "c1"), "panels": panels})
+    records, notes = results.read()
+    assert not records and "line 1 is half-written" in notes[0]
+
+
+def test_paths_that_a_study_cannot_use_are_named(tmp_path):
+    with pytest.raises(ValueError, match="a folder; use a file"):
+        Results(tmp_path).read()
+    begun = tmp_path / "tiny-hrf-1.json"
+    assert _begun(begun) == {"commit": "unknown"}
+    for text in ('{"comm', '["commit"]', '{"commit": "c"}'):
+        begun.write_text(text)
+        with pytest.raises(ValueError, match=r"tiny-hrf-1.json does not say .*; delete it"):
+            _begun(begun)
+
+
 def test_the_rate_of_the_highest_gain_within_the_floor_is_chosen(write_study):
     tune = {"seeds": [7, 8], "learning_rates": [1e-5, 2e-5, 4e-5, "8e-5"]}
     study = read_study(write_study(tune=tune))
@@ -247,6 +288,8 @@ def test_a_report_from_lines(write_study, tmp_path):
     assert "| ddpo | 2 | +3 [-9.706, +15.71] | 80.0 %" in text
     # at gain 2: shares 1 and .95 against .8 and .9
     assert "| kept at gain 2 | hrf | 2 | 97.5 % | 85.0 % | +12.5 % [" in text
+    # .025 of .15
+    assert "| loss, kept at gain 2 | hrf | 2 | 0.17 | 1 |" in text
     assert "tiny-hrf-3 is not in the tables: diverged" in text
     # these lines have no seconds
     assert "| seconds to gain 1 with 90 % kept | hrf | 0 of 2 |" in text
