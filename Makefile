@@ -18,12 +18,12 @@ CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 
 .PHONY: demo demo-fashion check test interpreted test-all test-kernels gpu-check soak lint install install-gpu clean
 
-# DDPO as published, DDPO and HRF with this project's options; all stop at one reward
+# DDPO as published, which is shown to its end, DDPO and HRF with this project's options; all stop at one reward
 DEMO = --config configs/demo_peeps.yaml run.folder=runs/demo
 demo: $(VENV)/.base
-	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published evaluation.every=4
+	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published evaluation.every=10 stop.on_collapse=warn
 	$(BIN)/hrf train --config configs/peeps_ddpo.yaml $(DEMO)-ddpo
-	$(BIN)/hrf train --config configs/peeps_hrf.yaml $(DEMO)-hrf evaluation.every=2
+	$(BIN)/hrf train --config configs/peeps_hrf.yaml $(DEMO)-hrf
 	$(BIN)/hrf report runs/demo-published runs/demo-ddpo runs/demo-hrf --out runs/demo.html --strip runs/demo.png
 	@echo "smaller JPEGs of product photos: make demo-fashion"
 
