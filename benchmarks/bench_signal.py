@@ -13,7 +13,8 @@ anchor of each group back to that step. With n groups of gradients g_k at step k
 A step that averages 1/ratio groups is half noise (McCandlish et al., arXiv 1812.06162). A ratio may come out negative
 where n groups are too few to tell the signal from 0. The weights: equal, as published; std, see train.step_weights; and
 equal without the last step, to show what that step alone does. The groups of all numbered starts are put together too,
-as a step of HRF has them. Writes signal.json after each start.
+as a step of HRF has them. Writes signal.json after each start, and in the end signal.md and signal.png: the ratios of
+the numbered starts, with those of other measurements that `--beside` names.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.policies.sample import sample
+from hrf_fast.report.plots import Series, interval_curves
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import group_noise
 from hrf_fast.training.components import Components
@@ -161,6 +163,34 @@ def measure(components: Components, start: int | None, count: int, mixture: Mixt
     }
 
 
+def curves(measurements: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[Series]:
+    """Two lines for each measurement, over its numbered starts: the ratios of equal weights and of std.
+
+    Args:
+        measurements: a name and the results of each.
+    """
+    lines = []
+    for name, results in measurements:
+        numbered = sorted((r for r in results if r["start"] != "ddpo"), key=lambda result: result["start"])
+        starts = [float(result["start"]) for result in numbered]
+        lines += [Series(f"{name}, {kind}", starts, [r[kind] for r in numbered]) for kind in ("equal", "std")]
+    return lines
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results of a signal.json.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        results = json.loads(path.read_text())["results"]
+        curves([("", results)])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--beside {path} is no signal.json of `hrf bench signal` ({error})") from error
+    return list(results)
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `words` are those of the configuration.
 
@@ -171,6 +201,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--starts", nargs="+", default=["ddpo", "0", "5", "10", "14"], help="ddpo, or a step")
     parser.add_argument("--groups", type=int, default=24, help="groups of each start, at least 2")
     parser.add_argument("--out", type=Path, default=Path("runs/signal"), help="folder of signal.json and signal.md")
+    beside = "a signal.json to draw beside, named after its folder; may repeat"
+    parser.add_argument("--beside", action="append", type=Path, default=[], metavar="FILE", help=beside)
     arguments, arguments.words = parser.parse_known_args(words)
     if arguments.groups < 2:
         raise ValueError(f"--groups is {arguments.groups}; noise takes at least 2")
@@ -185,6 +217,7 @@ def main(words: Sequence[str] | None = None) -> None:
         ValueError: a start outside the steps, or what `parse` refuses.
     """
     arguments = parse(words)
+    others = [(path.resolve().parent.name, read_results(path)) for path in arguments.beside]
     config = load_config([*arguments.words, f"run.folder={arguments.out}"])
     with comm.job(config.run.lost_after):
         _, components = build_components(replace(config, train=replace(config.train, gradient_noise=False)))
@@ -209,6 +242,9 @@ def main(words: Sequence[str] | None = None) -> None:
             shown = ", ".join(f"power {power}: {value:.3g}" for power, value in mixture.ratios().items())
             page += f"\nAll numbered starts together, weights by std, groups by a power of their spread: {shown}\n"
         (arguments.out / "signal.md").write_text(page)
+        lines = curves([*others, (arguments.out.resolve().name, results)])
+        picture = interval_curves(lines, x_label="start of the window", y_label="signal over noise of a group")
+        (arguments.out / "signal.png").write_bytes(picture)
         print(page)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.bench_signal import Mixture, main, ratio, weightings
+from benchmarks.bench_signal import Mixture, curves, main, ratio, weightings
 
 
 def test_a_ratio_by_hand():
@@ -45,12 +45,25 @@ def test_the_smallest_measurement(tiny_model, tmp_path, capsys, more):
         "evaluation.panel_size=2",
     ]
     main(["--starts", "ddpo", "1", "--groups", "2", "--out", str(tmp_path), *words])
+    beside = str(tmp_path / "signal.json")
     results = json.loads((tmp_path / "signal.json").read_text())["results"]
     assert [(result["start"], len(result["std_by_step"])) for result in results] == [("ddpo", 3), (1, 2)]
     assert "| ddpo |" in capsys.readouterr().out
+    main(["--starts", "1", "--groups", "2", "--out", str(tmp_path / "next"), "--beside", beside, *words])
+    assert (tmp_path / "next" / "signal.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("words", [["--groups", "1"], ["--starts", "9"]])
+def test_a_line_is_of_the_numbered_starts_in_their_order():
+    results = [
+        {"start": start, "equal": value, "std": 2 * value} for start, value in (("ddpo", 9.0), (5, 2.0), (1, 3.0))
+    ]
+    assert [(line.name, line.x, line.y) for line in curves([("mine", results)])] == [
+        ("mine, equal", [1.0, 5.0], [3.0, 2.0]),
+        ("mine, std", [1.0, 5.0], [6.0, 4.0]),
+    ]
+
+
+@pytest.mark.parametrize("words", [["--groups", "1"], ["--starts", "9"], ["--beside", __file__]])
 def test_what_cannot_be_measured_is_refused(tiny_model, tmp_path, words):
     with pytest.raises(ValueError, match=words[0]):
         main([*words, "--out", str(tmp_path), f"model.name={tiny_model}", "sample.num_inference_steps=4"])
