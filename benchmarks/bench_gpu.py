@@ -26,7 +26,7 @@ if __name__ == "__main__":
     # instead of this folder, whose modules would hide packages of their names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.gpu_bench.page import MARKERS, page, table
+from benchmarks.gpu_bench.page import MARKERS, missing, page, table
 from benchmarks.gpu_bench.parts import Part, all_parts
 from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
 from benchmarks.tables import find_between, write_between
@@ -108,6 +108,8 @@ def main(words: Sequence[str] | None = None) -> None:
         _say("see `hrf doctor`; --dry-run runs each part as far as a CPU can")
         raise SystemExit(2)
     record = Record(options.out / "gpu.json", facts_of(device, dry_run=options.dry_run))
+    for line in missing(record.facts):
+        _say(line)
     run(parts, record, options.minutes)
     everything = list(all_parts(device, dry_run=options.dry_run))
     (options.out / "gpu.md").write_text(page(record.facts, record.parts, everything))

@@ -17,6 +17,7 @@ from benchmarks.training_bench.configurations import base_words, method_words
 from hrf_fast.build import build_components
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
+from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.load import load_policy
 
 CPU = torch.device("cpu")
@@ -68,6 +69,40 @@ def test_a_failed_part_stops_no_other_and_runs_again(tmp_path):
     assert made.parts["a"]["reason"] == "RuntimeError: CUDA out of memory"
     bench_gpu.run({"c": works}, made, minutes=0)
     assert "c" not in made.parts
+
+
+def test_memory_of_others_is_read_before_this_process_has_a_context(monkeypatch):
+    called = []
+    numbers = {"memory.used": "1234 MiB"}
+    monkeypatch.setattr(record, "_smi", lambda field, device: called.append(field) or numbers.get(field))
+    monkeypatch.setattr(record, "machine", lambda device, threads: called.append("context") or {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert record.facts_of(torch.device("cuda", 0), dry_run=False)["memory_used_by_others"] == "1234 MiB"
+    assert called.index("memory.used") < called.index("context")
+
+
+def test_nvidia_smi_is_asked_for_the_card_that_torch_counts(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return types.SimpleNamespace(stdout="580\n")
+
+    monkeypatch.setattr(record.subprocess, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert record._smi("driver_version", torch.device("cuda", 1)) == "580"
+    assert commands[0][-1] == "--id=5"
+
+
+def test_missing_packages_are_named_and_what_is_installed_later_is_proven(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "find_spec", lambda name: None if name == "xformers" else name)
+    monkeypatch.setattr(bench_gpu, "all_parts", lambda device, dry_run: {"a": lambda left: {"state": record.WHOLE}})
+    bench_gpu.main(["--dry-run", "--out", str(tmp_path)])
+    line = "xformers is not installed; `make install-gpu gpu-check` proves what needs it"
+    assert line in capsys.readouterr().err and f"- {line}" in (tmp_path / "gpu.md").read_text()
+    made = record.Record(tmp_path / "other.json", facts(missing=["xformers"]))
+    made.add("a", {"state": record.WHOLE})
+    assert not record.Record(made.path, facts(missing=[])).is_whole("a")
 
 
 def test_a_record_of_other_code_or_another_card_is_not_gone_on_with(tmp_path):
@@ -229,9 +264,9 @@ def test_the_row_that_keeps_plans_with_the_budget_that_was_set_aside_for_it(tmp_
     assert auto.name.endswith("activations auto in 0.45 GB")
     assert auto.options["compute.memory_budget"] == "500MB" and "compute.memory_budget=500MB" in auto_words
     on_cpu = ["compute.precision=fp32", "compute.compile=none", "compute.deterministic=true"]
-    _, components = build_components(load_config([*auto_words, *on_cpu]))
-    assert "of 500 MB (compute.memory_budget" in components.activations.reason
-    assert components.activations.kept_pairs > 0
+    config, components = build_components(load_config([*auto_words, *on_cpu]))
+    choice = choose_activations(config, components.policy, memory_for(config, components.policy))
+    assert "of 500 MB (compute.memory_budget" in choice.reason and choice.kept_pairs > 0
 
 
 # --- rows of the training benchmark -----------------------------------------------------------------------------------
