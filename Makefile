@@ -55,7 +55,7 @@ test-kernels: $(VENV)/.test lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # on a machine with a GPU: what is proven without one, and figures, in at most ten minutes; it goes on where it stopped.
-# GPU=--dry-run goes as far as a CPU can
+# GPU=--dry-run goes as far as a CPU can; `make install-gpu gpu-check` proves xformers, bitsandbytes and DeepSpeed too
 gpu-check: $(VENV)/.test
 	$(BIN)/hrf bench gpu $(GPU)
 

@@ -26,10 +26,10 @@ if __name__ == "__main__":
     # instead of this folder, whose modules would hide packages of their names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.gpu_bench.page import MARKERS, page, table
+from benchmarks.gpu_bench.page import MARKERS, missing, page, table
 from benchmarks.gpu_bench.parts import Part, all_parts
 from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
-from benchmarks.tables import write_between
+from benchmarks.tables import find_between, write_between
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -43,14 +43,19 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
     parser.add_argument("--parts", nargs="+", default=["*"], help="only parts of these names; * is any text")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no part begins after this many")
+    parser.add_argument("--minutes", type=float, help="stop after this many; by default 10, and a dry run never")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder of gpu.json and gpu.md")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of this file")
     options = parser.parse_args(words)
-    if not 0 < options.minutes < float("inf"):
+    if options.minutes is None:
+        options.minutes = float("inf") if options.dry_run else 10.0
+    elif not 0 < options.minutes < float("inf"):
         raise ValueError(f"--minutes is {options.minutes}; use a finite number above 0")
     if options.dry_run and options.write:
         raise ValueError(f"--write is {options.write}, but a dry run measures nothing to write; leave one of them out")
+    if options.write:
+        # before anything runs, for ten minutes
+        find_between(options.write, MARKERS)
     return options
 
 
@@ -103,6 +108,8 @@ def main(words: Sequence[str] | None = None) -> None:
         _say("see `hrf doctor`; --dry-run runs each part as far as a CPU can")
         raise SystemExit(2)
     record = Record(options.out / "gpu.json", facts_of(device, dry_run=options.dry_run))
+    for line in missing(record.facts):
+        _say(line)
     run(parts, record, options.minutes)
     everything = list(all_parts(device, dry_run=options.dry_run))
     (options.out / "gpu.md").write_text(page(record.facts, record.parts, everything))

@@ -25,14 +25,27 @@ def with_interval(value: Estimate, spec: str) -> str:
     return mean if value.low is None else f"{mean} [{value.low:{spec}}, {value.high:{spec}}]"
 
 
+def find_between(path: Path, markers: tuple[str, str]) -> tuple[int, int]:
+    """Find two markers of a file: the characters at which they begin.
+
+    Raises:
+        ValueError: there is no such file, or it lacks them.
+    """
+    if not path.is_file():
+        raise ValueError(f"--write is {path}, which is no file; use one with lines {markers[0]!r} and {markers[1]!r}")
+    page = path.read_text()
+    first, last = (page.find(marker) for marker in markers)
+    if not 0 <= first < last:
+        raise ValueError(f"--write is {path}, which has no lines {markers[0]!r} and {markers[1]!r} to write between")
+    return first, last
+
+
 def write_between(path: Path, markers: tuple[str, str], text: str) -> None:
     """Replace what is between two lines of a file.
 
     Raises:
         ValueError: it has no such lines.
     """
+    first, last = find_between(path, markers)
     page = path.read_text()
-    first, last = (page.find(marker) for marker in markers)
-    if not 0 <= first < last:
-        raise ValueError(f"--write is {path}, which has no lines {markers[0]!r} and {markers[1]!r} to write between")
     path.write_text(f"{page[:first]}{markers[0]}\n{text}\n{page[last:]}")

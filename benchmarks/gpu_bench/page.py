@@ -54,8 +54,8 @@ def _head(facts: dict[str, Any]) -> list[str]:
             describe(facts),
         ]
     software = f"driver {facts['driver']}, CUDA {facts['cuda']}" if facts["cuda"] else f"ROCm {facts['hip']}"
-    used = facts["memory_used_by_others"] / 1e9
-    shared = f"before the check {used:.1f} GB of the card were in use and its utilization was {facts['utilization']}"
+    used, busy = (facts[name] or "unknown" for name in ("memory_used_by_others", "utilization"))
+    shared = f"before the check its memory in use was {used} and its utilization {busy}"
     return [
         f"{describe(facts)}; {software}",
         "",
@@ -73,7 +73,8 @@ def _state(part: dict[str, Any] | None) -> str:
 
 def _unproven(facts: dict[str, Any], parts: dict[str, dict[str, Any]], planned: list[str]) -> list[str]:
     """Name what a reader must not take for proven."""
-    lines = [f"{name}: {_state(parts.get(name))}" for name in planned if parts.get(name, {}).get("state") != WHOLE]
+    lines = missing(facts)
+    lines += [f"{name}: {_state(parts.get(name))}" for name in planned if parts.get(name, {}).get("state") != WHOLE]
     for name, part in parts.items():
         skipped = part.get("skipped", {})
         if isinstance(skipped, str):
@@ -86,6 +87,12 @@ def _unproven(facts: dict[str, Any], parts: dict[str, dict[str, Any]], planned: 
         ran = [n for n in planned if parts.get(n, {}).get("state") == WHOLE and parts[n].get("passed", True)]
         lines += [f"{name}: ran on a CPU with tiny sizes" for name in ran]
     return lines
+
+
+def missing(facts: dict[str, Any]) -> list[str]:
+    """A sentence for each optional package that is missing, without which tests are skipped."""
+    way = "`make install-gpu gpu-check` proves what needs it"
+    return [f"{name} is not installed; {way}" for name in facts["missing"]]
 
 
 def _training(part: dict[str, Any]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,24 @@ from benchmarks.machine import machine
 from hrf_fast.run.files import write_atomically
 
 _ROOT = Path(__file__).parents[2]
+# without them tests of tests/gpu are skipped
+_OPTIONAL = ("bitsandbytes", "deepspeed", "triton", "xformers")
 # a part that ended: run again only for other code or another card
 WHOLE, FAILED, UNFINISHED = "whole", "failed", "unfinished"
 
 
 def facts_of(device: torch.device, *, dry_run: bool) -> dict[str, Any]:
     """Describe machine, card, driver and code, and how busy the card was before the check."""
-    facts = machine(device, torch.get_num_threads())
-    facts |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "dry_run": dry_run, "changes": _changes()}
+    busy: dict[str, Any] = {}
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        facts |= {"driver": _smi("driver_version", device), "memory_used_by_others": total - free}
+        # first: the calls below give this process a context, which takes memory of the card
+        busy = {"memory_used_by_others": _smi("memory.used", device), "utilization": _smi("utilization.gpu", device)}
+    facts = machine(device, torch.get_num_threads()) | busy
+    facts |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "dry_run": dry_run, "changes": _changes()}
+    facts |= {"missing": [name for name in _OPTIONAL if find_spec(name) is None]}
+    if device.type == "cuda":
         facts |= {
-            "utilization": _smi("utilization.gpu", device),
+            "driver": _smi("driver_version", device),
             "capability": torch.cuda.get_device_capability(device),
         }
     return facts
@@ -42,8 +49,11 @@ def _changes() -> str:
 
 
 def _smi(field: str, device: torch.device) -> str | None:
-    """A fact that nvidia-smi tells; None without it."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    """A fact that nvidia-smi tells, with its unit; None without it."""
+    # nvidia-smi counts the cards that CUDA_VISIBLE_DEVICES hides
+    visible = dict(enumerate(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))))
+    card = visible.get(device.index or 0, str(device.index or 0))
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={card}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -53,7 +63,7 @@ def _smi(field: str, device: torch.device) -> str | None:
 
 def _identity(facts: dict[str, Any]) -> list[Any]:
     """The facts that a result holds for."""
-    names = ("device", "driver", "cuda", "hip", "commit", "changes", "dry_run")
+    names = ("device", "driver", "cuda", "hip", "commit", "changes", "dry_run", "missing")
     return [*(facts.get(name) for name in names), facts["versions"]["torch"]]
 
 

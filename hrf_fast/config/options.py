@@ -189,8 +189,8 @@ class OptimizerConfig:
     """AdamW: the implementation, the learning rate and the averaging of weights."""
 
     name: str = option("adamw", choices=OPTIMIZERS)
-    """torch's AdamW (fused on CUDA with the plain engine), its fused form, DeepSpeed's for ZeRO offload (cpu_adam), or
-    bitsandbytes' with 8-bit state. The paged form needs CUDA and is paged until a resume."""
+    """torch's AdamW (fused on CUDA but for ZeRO's offload), its fused form, DeepSpeed's for ZeRO offload
+    (cpu_adam), or bitsandbytes' with 8-bit state. The paged form needs CUDA and is paged until a resume."""
     learning_rate: float = option(5e-6, above=0)
     """Peak learning rate."""
     learning_rate_schedule: str = option("constant", choices=LEARNING_RATE_SCHEDULES)

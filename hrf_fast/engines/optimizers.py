@@ -39,7 +39,7 @@ def build_optimizer(
         name: adamw; fused_adamw, one kernel for all tensors; cpu_adam, DeepSpeed's for offloaded weights; adamw_8bit,
             2 bytes of state a weight instead of 8; paged_adamw_8bit, the same in memory that CUDA may move to the host.
         device: where the model computes.
-        fuses: take torch's fused form for adamw where all parameters are on CUDA, as they stay.
+        fuses: take torch's fused form for adamw where all parameters are on CUDA; they must stay there.
 
     Raises:
         ImportError: its package is missing; says how to install it.

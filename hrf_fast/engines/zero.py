@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hrf_fast.config.zero_settings import complete
+from hrf_fast.config.zero_settings import complete, offload_device
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
@@ -52,8 +52,11 @@ class DeepSpeedEngine:
         self.lockstep = self.stage >= 2
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         device = self.parameters[0].device
+        # offloaded weights are stepped on the CPU
+        offloads = ("offload_optimizer", "offload_param")
+        fuses = all(offload_device(settings["zero_optimization"], key) == "none" for key in offloads)
         self.optimizer = build_optimizer(
-            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device
+            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device, fuses=fuses
         )
         settings = complete(settings, max_grad_norm=max_grad_norm)
         check_settings(settings)
@@ -245,9 +248,11 @@ class DeepSpeedEngine:
             self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         )
         counts_in_int = type(self.optimizer).__name__ == "DeepSpeedCPUAdam"
+        # the fused form counts where the weights are
+        fused = self.optimizer.param_groups[0].get("fused")
         for flat in partitions if step else []:
             self.optimizer.state[flat] = {
-                "step": int(step) if counts_in_int else torch.tensor(step),
+                "step": int(step) if counts_in_int else torch.tensor(step, device=flat.device if fused else None),
                 **{key: torch.zeros_like(flat, requires_grad=False) for key in _STATES},
             }
         if step and self.stage < 3:

@@ -11,6 +11,7 @@ import torch
 
 import hrf_fast
 from tests.conftest import tiny_words
+from tests.text_models import text_model
 
 DRY_RUN = os.environ.get("HRF_GPU_DRY_RUN") == "1"
 HERE = Path(__file__).parent
@@ -44,6 +45,12 @@ def needs_cuda(device):
 def words(device, tiny_model, tmp_path):
     """A run of two iterations on the device, whose last panel is the only one."""
     return [*tiny_words(tiny_model, tmp_path / "run"), "evaluation.every=0", f"run.device={device}"]
+
+
+def model_words(guided, words, device, tmp_path):
+    """The fixture's words, or those of a text-to-image run under guidance."""
+    guidance = ["sample.guidance_scale=3", "prompts.source=animals", "evaluation.panel_size=8", "evaluation.every=0"]
+    return [*tiny_words(text_model("sd1"), tmp_path / "run"), *guidance, f"run.device={device}"] if guided else words
 
 
 def coarse(images, prompts=None):

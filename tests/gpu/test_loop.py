@@ -9,16 +9,25 @@ from benchmarks.training_bench.models import make_model
 from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.planner import plan
+from tests.gpu.conftest import model_words
 from tests.waits import loop_parts
 
 STEPS = (4, 8)
 
 
-@pytest.mark.parametrize("more", [[], ["compute.images_per_call=6"]], ids=["published", "several steps a call"])
-def test_no_denoising_step_waits_for_the_device(needs_cuda, words, more):
+# all groups of `loop_parts` make one step
+KEEP = ["train.order=on_policy", "compute.activations=keep", "train.groups_per_step=2"]
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unconditional", "guided"])
+@pytest.mark.parametrize(
+    "more", [[], ["compute.images_per_call=6"], KEEP], ids=["published", "several steps a call", "on_policy keep"]
+)
+def test_no_denoising_step_waits_for_the_device(needs_cuda, device, words, tmp_path, more, guided):
     # tests/unit/test_waits.py counts on a CPU what this asks the driver
     def waits(steps):
-        config = load_config([*words, *more, "window.schedule=full", f"sample.num_inference_steps={steps}"])
+        model = model_words(guided, words, device, tmp_path)
+        config = load_config([*model, *more, "window.schedule=full", f"sample.num_inference_steps={steps}"])
         parts, counted = loop_parts(build_components(config)[1]), []
         for part in parts:
             with warnings.catch_warnings(record=True) as seen:

@@ -6,17 +6,9 @@ import torch
 from hrf_fast.build import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.training.optimizer_step import replay_ratios
-from tests.conftest import tiny_words
-from tests.gpu.conftest import train
+from tests.gpu.conftest import model_words, train
 from tests.runs import equal, weights, with_folder
-from tests.text_models import text_model
 from tests.waits import loop_parts
-
-GUIDED = ["sample.guidance_scale=3", "prompts.source=animals", "evaluation.panel_size=8", "evaluation.every=0"]
-
-
-def model_words(guided, words, device, tmp_path):
-    return [*tiny_words(text_model("sd1"), tmp_path / "run"), *GUIDED, f"run.device={device}"] if guided else words
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["unconditional", "guided"])

@@ -13,6 +13,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.engines import optimizers
 from hrf_fast.engines.optimizers import build_optimizer
 from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.engines.zero import DeepSpeedEngine
 from hrf_fast.run.checkpoint import load_newest, save_checkpoint
 from tests.conftest import make_policy
 
@@ -76,6 +77,30 @@ def test_adamw_is_fused_where_all_weights_are_on_cuda_and_stay_there(monkeypatch
     for places, fuses in (([True, True], True), ([True, False], True), ([True, True], False)):
         build_optimizer("adamw", [SimpleNamespace(is_cuda=place) for place in places], **options, fuses=fuses)
     assert made == [True, None, None]
+
+
+@pytest.mark.parametrize(
+    ("zero", "fuses"),
+    [
+        ({"stage": 0}, True),
+        ({"stage": 3, "offload_optimizer": {"device": "none"}}, True),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, False),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, False),
+    ],
+)
+def test_zero_asks_for_the_fused_form_but_with_offload(monkeypatch, zero, fuses):
+    class Built(Exception):
+        pass
+
+    def stop(*_, **settings):
+        raise Built(settings["fuses"])
+
+    monkeypatch.setattr("hrf_fast.engines.zero.import_deepspeed", lambda device: None)
+    monkeypatch.setattr("hrf_fast.engines.zero.build_optimizer", stop)
+    numbers = {"weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.0}
+    with pytest.raises(Built) as built:
+        DeepSpeedEngine(nn.Linear(2, 2), {"zero_optimization": zero}, **numbers)
+    assert built.value.args == (fuses,)
 
 
 def test_the_engine_steps_with_the_optimizer_of_the_configuration(tiny_run):

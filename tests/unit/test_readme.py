@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hrf_fast
+from benchmarks.gpu_bench.page import MARKERS
 from hrf_fast.build import build_config_reward
 from hrf_fast.cli import build_parser
 from hrf_fast.config.load import load_config
@@ -112,7 +113,10 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def test_the_readme_is_a_screen_and_a_half():
-    text = README.read_text()
+    # a table that `hrf bench gpu --write README.md` puts there comes on top
+    first, last = (re.escape(marker) for marker in MARKERS)
+    text, tables = re.subn(f"{first}.*?{last}", "", README.read_text(), flags=re.DOTALL)
+    assert tables == 1
     assert len(text.splitlines()) <= 125 and len(text.split()) <= 950
 
 
