@@ -59,7 +59,8 @@ def _head(facts: dict[str, Any]) -> list[str]:
     return [
         f"{describe(facts)}; {software}",
         "",
-        f"A card may be shared: {shared}. Every time below is a median of turns with the least and the most beside it.",
+        f"A card may be shared: {shared}. Times of training below are medians of turns with the least and the most "
+        "beside them; those of kernels are medians, with their 20th and 80th percentiles in the JSON file.",
     ]
 
 

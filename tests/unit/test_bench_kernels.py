@@ -142,13 +142,15 @@ def test_gpu_numbers_by_hand(monkeypatch):
     def no_capture(function, **kwargs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(triton.testing, "do_bench", lambda function, **kwargs: 2.0)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda function, quantiles: [100 * q / 25 for q in quantiles])
     monkeypatch.setattr(triton.testing, "do_bench_cudagraph", no_capture)
     monkeypatch.setattr(triton.testing, "get_dram_gbps", lambda: 400.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "launches", lambda function: 3)
     times = timing.gpu_times(lambda: None, 8e6)
     assert times["cold_gb_per_s"] == pytest.approx(4) and times["cold_share_of_peak"] == pytest.approx(0.01)
+    # the median, and the 20th and 80th percentile of times that are four times their rank
+    assert times["cold_ms"] == 2 and times["cold_ms_spread"] == pytest.approx([0.8, 3.2])
     assert times["warm_ms"] is None and times["warm_gb_per_s"] is None
     assert times["no_warm_time"] == "operation not permitted when stream is capturing"
     case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": times, "errors": {}}}}
