@@ -180,7 +180,9 @@ def _tidy(axes: Axes) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(fontsize=FONT - 1, frameon=False)
+    # a case without a finished run has nothing to name
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=FONT - 1, frameon=False)
 
 
 def _label(text: str) -> str:
