@@ -138,14 +138,14 @@ def _llvm_bits(kind: str) -> int:
     return _LLVM_BITS[kind] if kind in _LLVM_BITS else int(re.sub(r"\D", "", kind))
 
 
-def _roots(todo: list[str], sources: dict[str, set[str | int]]) -> set[int]:
+def _roots(pending: list[str], sources: dict[str, set[str | int]]) -> set[int]:
     """Parameters that a register is computed from."""
     seen: set[str | int] = set()
-    while todo:
-        for source in sources.get(todo.pop(), set()) - seen:
+    while pending:
+        for source in sources.get(pending.pop(), set()) - seen:
             seen.add(source)
             if isinstance(source, str):
-                todo.append(source)
+                pending.append(source)
     return {source for source in seen if isinstance(source, int)}
 
 
