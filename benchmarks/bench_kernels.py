@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -101,9 +103,10 @@ def run_case(
     record: dict[str, Any] = {name: {"errors": check(name, run(case), truth)} for name, run in runs.items()}
     steps = {name: partial(run, case) for name, run in runs.items()}
     if case.latents.is_cuda:
-        for name, step in steps.items():
+        cases = case.copies(timing.rotation(case.nbytes, case.latents.device))
+        for name, run in runs.items():
             tensors = (counted.get(name) or {}).get("tensors")
-            record[name]["gpu"] = timing.gpu_times(step, tensors and tensors * 4 * case.latents.numel())
+            record[name]["gpu"] = timing.gpu_times(run, cases, tensors and tensors * 4 * case.latents.numel())
         return record
     times = timing.interleaved(steps, clock=clock, seconds=seconds)
     for name, rounds in times.items():
@@ -145,7 +148,8 @@ def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, A
     steps: dict[str, Callable[[], Any]] = {"unet": unet}
     steps |= {name: partial(run, case) for name, run in providers(names, shape).items()}
     if device.type == "cuda":
-        times = {name: timing.gpu_times(step, None)["cold_ms"] for name, step in steps.items()}
+        # as a training loop launches them
+        times = {name: timing.launched_ms(step)[0] for name, step in steps.items()}
     else:
         rounds = timing.interleaved(steps, clock=options.clock, seconds=options.seconds)
         times = {name: statistics.median(values) for name, values in rounds.items()}
@@ -153,8 +157,12 @@ def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, A
     return {"model": options.unet, "shape": list(shape), "batch": batch, "ms": times, "share_of_step": shares}
 
 
-def benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as the JSON file has it."""
+def benchmark(options: argparse.Namespace, *, until: float = math.inf) -> dict[str, Any]:
+    """Everything that was asked for, as the JSON file has it.
+
+    Args:
+        until: the time.monotonic() from which no case is begun; what was not measured is in `unfinished`.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -165,9 +173,11 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     clamps = {"off": (False,), "on": (True,), "both": (False, True)}[options.clamp]
     grid = list(itertools.product(options.shapes, options.batch, clamps))
     result = {"machine": machine(device, torch.get_num_threads())}
-    result |= {"peak_gb_per_s": timing.peak_gb_per_second() if device.type == "cuda" else None}
+    cuda = device.type == "cuda"
+    result |= {"peak_gb_per_s": timing.peak_gb_per_second() if cuda else None}
+    result |= {"copy_gb_per_s": timing.copy_gb_per_second(device) if cuda else None}
     result |= {name: getattr(options, name) for name in ("seed", "dtype", "clock")}
-    result |= {"left_out": {}, "counted": {}, "cases": []}
+    result |= {"left_out": {}, "counted": {}, "cases": [], "unet": None, "unfinished": []}
     if "torch.compile" in names and (reason := compile_fails(device)):
         names.remove("torch.compile")
         result["left_out"]["torch.compile"] = reason
@@ -183,12 +193,19 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             result["counted"][f"clamp {'on' if clamp else 'off'}"] = count_all(counted, options, device, clamp)
             advance("counted")
         for shape, batch, clamp in grid:
+            name = f"{'x'.join(map(str, shape))} B {batch} clamp {'on' if clamp else 'off'}"
+            if time.monotonic() > until:
+                result["unfinished"].append(name)
+                continue
             case = make_case(shape, batch, clamp=clamp, dtype=DTYPES[options.dtype], device=device, seed=options.seed)
             counts = result["counted"][f"clamp {'on' if clamp else 'off'}"]
             record = run_case(case, providers(tuple(names), shape), counts, options.clock, options.seconds)
             result["cases"].append({"shape": list(shape), "batch": batch, "clamp": clamp, "providers": record})
-            advance(f"{'x'.join(map(str, shape))} B {batch} clamp {'on' if clamp else 'off'}")
-        result["unet"] = unet_share(options, device)
+            advance(name)
+        if time.monotonic() > until:
+            result["unfinished"].append("UNet")
+        else:
+            result["unet"] = unet_share(options, device)
         advance("UNet")
     return result
 

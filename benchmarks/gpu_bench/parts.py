@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 
 from benchmarks.gpu_bench.record import FAILED, UNFINISHED, WHOLE
 from benchmarks.gpu_bench.training import LAYOUTS, measure_layout
+from benchmarks.training_bench.workers import OutOfTime
 
 ROOT = Path(__file__).parents[2]
 # puts tests/gpu on the CPU
@@ -84,9 +86,12 @@ def run_kernels(dtype: str, device: torch.device, left: float, *, dry_run: bool)
         quick = [name for name in NAMES if name != "torch.compile"]
         words += ["--shapes", "3x8x8", "--batch", "4", "--seconds", "0", "--unet", "none", "--providers", *quick]
     try:
-        return {"state": WHOLE, "result": bench_kernels.benchmark(bench_kernels.parse(words))}
+        result = bench_kernels.benchmark(bench_kernels.parse(words), until=time.monotonic() + left)
     except Disagreement as error:
         return {"state": FAILED, "reason": str(error)}
+    if result["unfinished"]:
+        return {"state": UNFINISHED, "reason": f"no time for {'; '.join(result['unfinished'])}", "result": result}
+    return {"state": WHOLE, "result": result}
 
 
 def run_training(layout: str, device: torch.device, left: float, *, dry_run: bool) -> dict[str, Any]:
@@ -95,5 +100,9 @@ def run_training(layout: str, device: torch.device, left: float, *, dry_run: boo
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
-        result = measure_layout(LAYOUTS[layout], Path(folder), device, free, tiny=dry_run)
+        until = time.monotonic() + left
+        try:
+            result = measure_layout(LAYOUTS[layout], Path(folder), device, free, until=until, tiny=dry_run)
+        except OutOfTime as error:
+            return {"state": UNFINISHED, "reason": str(error)}
     return {"state": WHOLE, **result}

@@ -116,15 +116,26 @@ def fitting(table: Sequence[tuple[Row, list[str]]], free: int | None) -> tuple[l
 
 
 def measure_layout(
-    layout: Layout, folder: Path, device: torch.device, free: int | None, *, tiny: bool, rounds: int = 3
+    layout: Layout,
+    folder: Path,
+    device: torch.device,
+    free: int | None,
+    *,
+    tiny: bool,
+    until: float = math.inf,
+    rounds: int = 3,
 ) -> dict[str, Any]:
     """Time a layout's rows in turns.
 
     Args:
         free: bytes of the card; None for a CPU. tiny: the layout's shape with few channels, and one turn.
+        until: the time.monotonic() to be done by.
 
     Returns:
         The rows as in `hrf bench training`, and what was left out and why.
+
+    Raises:
+        OutOfTime: not one round was to be had by then.
     """
     steps, groups, size = (4, 1, 2) if tiny else (layout.steps, layout.groups, layout.group_size)
     shown = {"title": layout.title, "steps": steps, "groups": groups, "group_size": size, "tiny": tiny}
@@ -145,6 +156,7 @@ def measure_layout(
         images=groups * size,
         clock="wall",
         advance=lambda iterations, doing: None,
+        until=until,
     )
     # the ceiling is that of TF32 too
     set_precision_flags(device, deterministic=device.type != "cuda")

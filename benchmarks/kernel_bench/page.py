@@ -9,7 +9,7 @@ from benchmarks.tables import markdown_table
 
 OURS = ("analytic", "two-stage", "one-program")
 NO_GPU = (
-    "GPU columns (cold and warm time, GB/s, share of peak, launches) are empty: torch sees no GPU here, and nothing is "
+    "GPU columns (times, GB/s, share of peak, launches) are empty: torch sees no GPU here, and nothing is "
     "estimated. The same command fills them on a machine with one."
 )
 
@@ -18,9 +18,10 @@ def page(result: dict[str, Any]) -> str:
     """Everything that was counted and measured."""
     parts = [describe(result["machine"]), ", ".join(f"{name} {result[name]}" for name in ("seed", "dtype", "clock"))]
     parts += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
+    parts += [f"not measured, time was up: {'; '.join(result['unfinished'])}"] if result["unfinished"] else []
     parts += [_errors(result["cases"]), _counted(result["counted"])]
     on_gpu = any("gpu" in values for case in result["cases"] for values in case["providers"].values())
-    parts.append(_gpu(result["cases"]) if on_gpu else f"{_cpu(result['cases'])}\n\n{NO_GPU}")
+    parts.append(_gpu(result) if on_gpu else f"{_cpu(result['cases'])}\n\n{NO_GPU}")
     if result["unet"]:
         parts.append(_unet(result["unet"]))
     return "\n\n".join(parts)
@@ -73,15 +74,21 @@ def _cpu(cases: list[dict[str, Any]]) -> str:
     return "CPU time of a forward and a backward, and how many times faster ours is:\n\n" + markdown_table(header, rows)
 
 
-def _gpu(cases: list[dict[str, Any]]) -> str:
-    columns = ("cold_ms", "warm_ms", "cold_gb_per_s", "cold_share_of_peak", "warm_gb_per_s", "launches")
+def _gpu(result: dict[str, Any]) -> str:
+    columns = ("cold_ms", "warm_ms", "launched_ms", "cold_gb_per_s", "cold_share_of_peak", "warm_gb_per_s", "launches")
     rows = []
-    for case in cases:
+    for case in result["cases"]:
         for name, values in case["providers"].items():
             rows.append([*_where(case), name, *(values["gpu"][column] for column in columns)])
-    header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "cold GB/s", "of peak", "warm GB/s", "launches"]
-    note = "cold: L2 emptied, the host's time included; warm: a CUDA graph, whose rates may be the cache's"
-    return f"GPU time of a forward and a backward ({note}):\n\n{markdown_table(header, rows)}"
+    header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "launched ms", "cold GB/s", "of peak"]
+    header += ["warm GB/s", "launches"]
+    peak = f"{result['peak_gb_per_s']:.0f}" if result["peak_gb_per_s"] else "unknown"
+    return (
+        "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache; warm: a "
+        "graph over one input, whose rates may be the cache's; launched: from the host, the cache emptied. The card's "
+        f"GB/s by its clock and bus, which the share is of: {peak}; of a copy of 1 GB: {result['copy_gb_per_s']:.0f}."
+        f"\n\n{markdown_table(header, rows)}"
+    )
 
 
 def _unet(unet: dict[str, Any]) -> str:

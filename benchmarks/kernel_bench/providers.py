@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -55,6 +55,16 @@ class Case:
     def ones(self) -> Tensor:
         """[B]: gradient of a sum of losses, and by how much a number per sample is scaled."""
         return torch.ones_like(self.advantages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are read and of the gradient that is written."""
+        return 2 * self.model_output.nbytes + self.latents.nbytes + self.next_latents.nbytes
+
+    def copies(self, count: int) -> list[Case]:
+        """This case and `count` − 1 equal ones, whose samples have memory of their own."""
+        names = ("model_output", "latents", "next_latents")
+        return [self, *(replace(self, **{n: getattr(self, n).clone() for n in names}) for _ in range(count - 1))]
 
     @property
     def arguments(self) -> tuple[Any, ...]:

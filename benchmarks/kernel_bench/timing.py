@@ -1,10 +1,11 @@
-"""Clocks of the kernel benchmark: interleaved rounds on a CPU, cold and warm times on a GPU."""
+"""Clocks of the kernel benchmark: interleaved rounds on a CPU, CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ import torch
 MIN_ROUNDS = 5
 # calls shorter than this are timed several at a time
 SAMPLE_SECONDS = 2e-3
+# of a time on a GPU: the median, and what is said beside it
+QUANTILES = [0.5, 0.2, 0.8]
+# of a graph that is timed
+REPLAYS = 30
 
 
 # processor time does not pass while others have the core
@@ -46,23 +51,26 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def gpu_times(function: Callable[[], Any], count: float | None) -> dict[str, Any]:
-    """Time one call: cold and warm milliseconds, launches, and for `count` bytes of traffic GB/s and share of the peak.
+def gpu_times(run: Callable[[Any], Any], cases: Sequence[Any], count: float | None) -> dict[str, Any]:
+    """Time `run` of a case: milliseconds in three ways, launches, and for `count` bytes GB/s and share of the peak.
 
-    Cold: the L2 cache is emptied before each call, and waiting for the host counts. Warm: a CUDA graph replayed,
-    nothing but the GPU. Both are medians, with the 20th and the 80th percentile as `…_ms_spread`. A provider that can't
-    be captured has the reason in place of a warm time.
+    Cold: a CUDA graph of all cases in turn, so that each call reads from memory what the calls between have put out of
+    the cache. Warm: a graph of one case as often, whose inputs stay in the cache. Launched: the cache emptied and the
+    call launched from the host, whose time counts where the GPU waits for it. All are medians, with the 20th and the
+    80th percentile as `…_ms_spread`. A provider that can't be captured has the reason in place of the first two.
+
+    Args:
+        cases: equal ones in memory of their own; see `rotation`.
     """
-    import triton.testing
-
-    quantiles = [0.5, 0.2, 0.8]
-    middle, *spread = triton.testing.do_bench(function, quantiles=quantiles)
-    result: dict[str, Any] = {"cold_ms": middle, "cold_ms_spread": spread, "launches": launches(function)}
-    try:
-        result["warm_ms"], *result["warm_ms_spread"] = triton.testing.do_bench_cudagraph(function, quantiles=quantiles)
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        result |= {"warm_ms": None, "no_warm_time": str(error).splitlines()[0]}
+    first = partial(run, cases[0])
+    middle, *spread = launched_ms(first)
+    result: dict[str, Any] = {"launched_ms": middle, "launched_ms_spread": spread, "launches": launches(first)}
+    for kind, calls in (("cold", [partial(run, case) for case in cases]), ("warm", [first] * len(cases))):
+        try:
+            result[f"{kind}_ms"], *result[f"{kind}_ms_spread"] = graph_ms(calls, keep=kind == "cold")
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            result |= {f"{kind}_ms": None, "not_captured": str(error).splitlines()[0]}
     peak = peak_gb_per_second()
     for kind in ("cold", "warm"):
         taken = result[f"{kind}_ms"]
@@ -70,6 +78,57 @@ def gpu_times(function: Callable[[], Any], count: float | None) -> dict[str, Any
         # a share above 1 is what the cache holds, not the memory
         result |= {f"{kind}_gb_per_s": rate, f"{kind}_share_of_peak": rate / peak if rate and peak else None}
     return result
+
+
+def launched_ms(function: Callable[[], Any]) -> list[float]:
+    """Milliseconds of a call that the host launches after the cache was emptied: the quantiles."""
+    import triton.testing
+
+    return list(triton.testing.do_bench(function, quantiles=QUANTILES))
+
+
+def rotation(size: int, device: torch.device) -> int:
+    """How many cases of `size` bytes are four times the L2 cache together; at least 2, at most 512."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(-(-4 * cache // size), 2), 512)
+
+
+def graph_ms(calls: Sequence[Callable[[], Any]], *, keep: bool) -> list[float]:
+    """Milliseconds per call in a CUDA graph of all of them: the quantiles of its replays.
+
+    Args:
+        keep: the results, each in memory of its own, as in a loop that goes on to use them.
+    """
+    stream, graph, kept = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # what is made at the first call is no part of the graph
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            result = call()
+            if keep:
+                kept.append(result)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return torch.tensor(times).quantile(torch.tensor(QUANTILES)).tolist()
+
+
+def copy_gb_per_second(device: torch.device) -> float:
+    """Measure a copy of 1 GB on the card: GB/s, reads and writes added up."""
+    source = torch.rand(2**28, device=device)
+    target = torch.empty_like(source)
+    milliseconds = graph_ms([lambda: target.copy_(source)] * 4, keep=False)[0]
+    return 2 * source.nbytes / milliseconds / 1e6
 
 
 def launches(function: Callable[[], Any]) -> int:

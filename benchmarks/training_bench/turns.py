@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.training_bench.configurations import Row
-from benchmarks.training_bench.workers import Worker, WorkerError, start_worker
+from benchmarks.training_bench.workers import OutOfTime, Worker, WorkerError, start_worker
 
 # iterations that are compared with the first row's before anything is timed; they warm up too
 CHECKED = 3
@@ -42,6 +44,7 @@ def measure(
     images: int,
     clock: str,
     advance: Callable[[int, str], None],
+    until: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Start a worker per row, check them, and time them in turns.
 
@@ -51,14 +54,17 @@ def measure(
         rounds: how often each row has its turn; per_round: iterations in a turn, of `images` trained images each.
         clock: wall, or cpu for the time that a worker has a processor for.
         advance: called with iterations done and what is going on.
+        until: the time.monotonic() to be done by. Rows after the second have two thirds of the time to start, and
+            another round is begun only where the longest one would fit.
 
     Returns:
         One summary per row that could start; the others are named on the console.
 
     Raises:
         Different: a row differs from the literal loop, the baseline, though it promises not to; nothing was timed.
-        ValueError: a worker failed, or the baseline could not start.
+        OutOfTime: no round would end in time; ValueError: a worker failed, or the baseline could not start.
     """
+    others_until = time.monotonic() + (until - time.monotonic()) * 2 / 3
     started: list[Worker] = []
     workers: list[tuple[Row, Worker]] = []
     try:
@@ -68,7 +74,14 @@ def measure(
             worker = start_worker(row, words, folder=folder / str(index), threads=threads)
             started.append(worker)
             try:
-                worker.ready()
+                worker.ready(until if index < 2 else others_until)
+            except OutOfTime as error:
+                if index < 2:
+                    raise
+                worker.stop()
+                note(f"{where}: skipped {row.name!r}: {error}")
+                advance(CHECKED + rounds * per_round, "")
+                continue
             except WorkerError as error:
                 if not error.refused or index == 0:
                     raise ValueError(f"{where}, {row.name}: {error}") from error
@@ -79,13 +92,23 @@ def measure(
             workers.append((row, worker))
         checked = _check(workers, where, advance)
         turns: list[list[dict[str, Any]]] = [[] for _ in workers]
+        longest = 0.0
         for number in range(rounds):
+            began = time.monotonic()
+            if began + longest > until:
+                if number == 0:
+                    raise OutOfTime("there was no time left for a round")
+                note(f"{where}: {number} of {rounds} rounds: time was up")
+                break
             # every other round backwards: a drift of the machine favours nobody
             for index in sorted(range(len(workers)), reverse=number % 2 == 1):
                 row, worker = workers[index]
                 advance(0, f"{where}: round {number + 1} of {rounds}, {row.name}")
                 turns[index].append(_turn(worker, per_round, clock, bare=row.kind == "ours"))
                 advance(per_round, "")
+            longest = max(longest, time.monotonic() - began)
+    except OutOfTime as error:
+        raise OutOfTime(f"{where}: {error}") from error
     except WorkerError as error:
         raise ValueError(f"{where}: {error}") from error
     finally:

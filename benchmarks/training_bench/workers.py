@@ -6,6 +6,7 @@ The parent's side; what a worker does is in serving.py. Each has a process of it
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -34,6 +35,13 @@ class WorkerError(RuntimeError):
         self.refused = refused
 
 
+class OutOfTime(WorkerError):
+    """A worker's answer did not come in time."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, refused=False)
+
+
 class Worker:
     """A process with a model and an optimizer; iteration 0, its warm-up, is done when it is ready."""
 
@@ -60,13 +68,20 @@ class Worker:
         self._process.start()
         self._pid = self._process.pid
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self, until: float = math.inf) -> dict[str, Any]:
         """Wait for iteration 0; returns its report.
 
+        Args:
+            until: the time.monotonic() to wait for it.
+
         Raises:
-            WorkerError: it could not start.
+            OutOfTime: it did not start by then; WorkerError: it could not start.
         """
-        self.first = self.first or self._receive()
+        if not self.first:
+            left = until - time.monotonic()
+            if left < math.inf and not self._link.poll(max(left, 0.0)):
+                raise OutOfTime("it did not start in time")
+            self.first = self._receive()
         return self.first
 
     def processor_seconds(self) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -139,22 +140,57 @@ def test_gpu_numbers_by_hand(monkeypatch):
     # 8e6 bytes in 2 ms are 4 GB/s, a hundredth of a peak of 400
     import triton.testing
 
-    def no_capture(function, **kwargs):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    ran = []
 
-    monkeypatch.setattr(triton.testing, "do_bench", lambda function, quantiles: [100 * q / 25 for q in quantiles])
-    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", no_capture)
+    def graph_ms(calls, keep):
+        if not keep:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        ran.extend(call() for call in calls)
+        return [2.0, 0.8, 3.2]
+
+    monkeypatch.setattr(triton.testing, "do_bench", lambda function, quantiles: [100 * q / 5 for q in quantiles])
     monkeypatch.setattr(triton.testing, "get_dram_gbps", lambda: 400.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "launches", lambda function: 3)
-    times = timing.gpu_times(lambda: None, 8e6)
+    monkeypatch.setattr(timing, "graph_ms", graph_ms)
+    times = timing.gpu_times(lambda case: case, ["a", "b"], 8e6)
+    # each case in its turn
+    assert ran == ["a", "b"]
     assert times["cold_gb_per_s"] == pytest.approx(4) and times["cold_share_of_peak"] == pytest.approx(0.01)
-    # the median, and the 20th and 80th percentile of times that are four times their rank
-    assert times["cold_ms"] == 2 and times["cold_ms_spread"] == pytest.approx([0.8, 3.2])
+    # the median, and the 20th and 80th percentile
+    assert times["cold_ms"] == 2 and times["cold_ms_spread"] == [0.8, 3.2]
+    assert times["launched_ms"] == 10 and times["launched_ms_spread"] == [4, 16]
     assert times["warm_ms"] is None and times["warm_gb_per_s"] is None
-    assert times["no_warm_time"] == "operation not permitted when stream is capturing"
+    assert times["not_captured"] == "operation not permitted when stream is capturing"
     case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": times, "errors": {}}}}
-    assert "| 3×8×8 | 4 | on | two-stage | 2 |  | 4 | 0.01 |  | 3 |" in page._gpu([case])
+    text = page._gpu({"cases": [case], "peak_gb_per_s": 400.0, "copy_gb_per_s": 350.0})
+    assert "| 3×8×8 | 4 | on | two-stage | 2 |  | 10 | 4 | 0.01 |  | 3 |" in text
+    assert "which the share is of: 400; of a copy of 1 GB: 350." in text
+
+
+@pytest.mark.parametrize(("size", "count"), [(30 * 2**20, 7), (2**30, 2), (1000, 512)])
+def test_cases_in_turn_are_four_times_the_cache(monkeypatch, size, count):
+    # 200 MB over cases of 30 MB; never one alone, nor thousands of launches
+    properties = types.SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert timing.rotation(size, torch.device("cuda", 0)) == count
+
+
+def test_copies_of_a_case_are_equal_and_have_memory_of_their_own():
+    case = make_case((3, 4, 4), 2, clamp=True, dtype=torch.bfloat16, device="cpu", seed=0)
+    first, second = case.copies(2)
+    # output and gradient in bf16, latents and next latents in fp32, of 96 numbers each
+    assert first is case and case.nbytes == 96 * (2 + 2 + 4 + 4)
+    for name in ("model_output", "latents", "next_latents"):
+        one, two = getattr(first, name), getattr(second, name)
+        assert one.equal(two) and one.data_ptr() != two.data_ptr()
+
+
+def test_a_case_that_time_does_not_allow_is_named():
+    words = ["--shapes", "3x8x8", "--batch", "4", "--seconds", "0", "--unet", "none", "--providers", "literal eager"]
+    result = bench_kernels.benchmark(bench_kernels.parse(words), until=0.0)
+    assert result["unfinished"] == ["3x8x8 B 4 clamp off", "3x8x8 B 4 clamp on", "UNet"] and result["cases"] == []
+    assert "not measured, time was up: 3x8x8 B 4 clamp off" in page.page(result)
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
