@@ -14,11 +14,14 @@ a part failed; 2: there is no GPU, or time was up before the end.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.gpu_bench.page import MARKERS, missing, page, table
-from benchmarks.gpu_bench.parts import Part, all_parts
+from benchmarks.gpu_bench.parts import PROOFS, Part, all_parts
 from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
 from benchmarks.tables import find_between, write_between
 
@@ -71,22 +74,46 @@ def choose(parts: dict[str, Part], patterns: Sequence[str]) -> dict[str, Part]:
     return chosen
 
 
-def run(parts: dict[str, Part], record: Record, minutes: float) -> None:
-    """Run what is not whole yet, as long as there is time, and keep each result as it ends."""
+def run(parts: dict[str, Part], record: Record, minutes: float, *, together: int = 1) -> None:
+    """Run what is not whole yet, as long as there is time, and keep each result as it ends.
+
+    Args:
+        together: how many parts that time nothing run at once, each in a process of its own; they come first.
+    """
     end = time.monotonic() + 60 * minutes
-    for name, part in parts.items():
+    for name in parts:
         if record.is_whole(name):
             _say(f"{name}: whole already")
-        elif (left := end - time.monotonic()) > 0:
-            _say(f"{name} …")
-            began = time.monotonic()
-            try:
-                result = part(left)
-            # an out-of-memory error, or whatever a driver raises: the other parts still say something
-            except (RuntimeError, ValueError, ImportError, OSError) as error:
-                result = {"state": FAILED, "reason": f"{type(error).__name__}: {str(error)[:500]}"}
-            record.add(name, {**result, "part_seconds": round(time.monotonic() - began, 1)})
-            _say(f"{name}: {result['state']} in {time.monotonic() - began:.0f} s")
+    missing = {name: part for name, part in parts.items() if not record.is_whole(name)}
+    proofs = {name: part for name, part in missing.items() if name.startswith(PROOFS)}
+    with ThreadPoolExecutor(together) as pool:
+        running = {pool.submit(_run, name, part, end): name for name, part in proofs.items()}
+        for future in as_completed(running):
+            _keep(record, running[future], future.result())
+    for name, part in missing.items():
+        if name not in proofs:
+            _keep(record, name, _run(name, part, end))
+
+
+def _run(name: str, part: Part, end: float) -> dict[str, Any] | None:
+    """A part's result with its seconds; None where time was up before it."""
+    began = time.monotonic()
+    if began >= end:
+        return None
+    _say(f"{name} …")
+    try:
+        result = part(end - began)
+    # an out-of-memory error, or whatever a driver raises: the other parts still say something
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
+        # the end of a worker's traceback says what failed
+        result = {"state": FAILED, "reason": f"{type(error).__name__}: {str(error)[-1500:]}"}
+    return {**result, "part_seconds": round(time.monotonic() - began, 1)}
+
+
+def _keep(record: Record, name: str, result: dict[str, Any] | None) -> None:
+    if result:
+        record.add(name, result)
+        _say(f"{name}: {result['state']} in {result['part_seconds']:.0f} s")
 
 
 def _say(text: str) -> None:
@@ -110,7 +137,8 @@ def main(words: Sequence[str] | None = None) -> None:
     record = Record(options.out / "gpu.json", facts_of(device, dry_run=options.dry_run))
     for line in missing(record.facts):
         _say(line)
-    run(parts, record, options.minutes)
+    # a file of tests takes a core or two
+    run(parts, record, options.minutes, together=max(1, (os.cpu_count() or 1) // 3))
     everything = list(all_parts(device, dry_run=options.dry_run))
     (options.out / "gpu.md").write_text(page(record.facts, record.parts, everything))
     _say(f"written to {options.out / 'gpu.json'} and {options.out / 'gpu.md'}")

@@ -5,6 +5,7 @@ A part returns its result, a mapping with `state` (whole, failed or unfinished) 
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from benchmarks.training_bench.workers import OutOfTime
 ROOT = Path(__file__).parents[2]
 # puts tests/gpu on the CPU
 DRY_RUN = "HRF_GPU_DRY_RUN"
+# the names of parts that time nothing begin with it
+PROOFS = "tests: "
 Part = Callable[[float], dict[str, Any]]
 """Called with the seconds that are left."""
 
@@ -33,7 +36,7 @@ Part = Callable[[float], dict[str, Any]]
 def all_parts(device: torch.device, *, dry_run: bool) -> dict[str, Part]:
     """Every part by name, in the order in which they run: what proves comes before what times."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    parts: dict[str, Part] = {f"tests: {path.stem[5:]}": partial(run_tests, path, dry_run=dry_run) for path in files}
+    parts: dict[str, Part] = {f"{PROOFS}{path.stem[5:]}": partial(run_tests, path, dry_run=dry_run) for path in files}
     for dtype in ("fp32", "bf16"):
         parts[f"kernels: {dtype}"] = partial(run_kernels, dtype, device, dry_run=dry_run)
     for layout in LAYOUTS:
@@ -51,7 +54,8 @@ def run_tests(path: Path, left: float, *, dry_run: bool) -> dict[str, Any]:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), f"--junitxml={report}"]
         try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left)
+            limit = left if math.isfinite(left) else None
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
             return {"state": UNFINISHED, "reason": f"{left:.0f} s were not enough"}
         if not report.is_file():

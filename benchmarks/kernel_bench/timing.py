@@ -88,9 +88,12 @@ def launched_ms(function: Callable[[], Any]) -> list[float]:
 
 
 def rotation(size: int, device: torch.device) -> int:
-    """How many cases of `size` bytes are four times the L2 cache together; at least 2, at most 512."""
+    """How many cases of `size` bytes are four times the L2 cache together; at least 2, at most 64.
+
+    Small cases wait for launches, not for memory, and a graph of thousands of launches takes long to make.
+    """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(max(-(-4 * cache // size), 2), 512)
+    return min(max(-(-4 * cache // size), 2), 64)
 
 
 def graph_ms(calls: Sequence[Callable[[], Any]], *, keep: bool) -> list[float]:
@@ -99,7 +102,7 @@ def graph_ms(calls: Sequence[Callable[[], Any]], *, keep: bool) -> list[float]:
     Args:
         keep: the results, each in memory of its own, as in a loop that goes on to use them.
     """
-    stream, graph, kept = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    stream, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # what is made at the first call is no part of the graph
@@ -110,7 +113,7 @@ def graph_ms(calls: Sequence[Callable[[], Any]], *, keep: bool) -> list[float]:
         for call in calls:
             result = call()
             if keep:
-                kept.append(result)
+                results.append(result)
     graph.replay()
     times = []
     for _ in range(REPLAYS):

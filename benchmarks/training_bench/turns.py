@@ -54,7 +54,7 @@ def measure(
         rounds: how often each row has its turn; per_round: iterations in a turn, of `images` trained images each.
         clock: wall, or cpu for the time that a worker has a processor for.
         advance: called with iterations done and what is going on.
-        until: the time.monotonic() to be done by. Rows after the second have two thirds of the time to start, and
+        until: the time.monotonic() to be done by. Rows after the first have two thirds of the time to start, and
             another round is begun only where the longest one would fit.
 
     Returns:
@@ -68,15 +68,20 @@ def measure(
     started: list[Worker] = []
     workers: list[tuple[Row, Worker]] = []
     try:
+        # on a GPU's machine, which has cores to spare, all at once: imports and compilations take minutes
+        at_once = torch.cuda.is_available()
+        for index, (row, words) in enumerate(table if at_once else ()):
+            started.append(start_worker(row, words, folder=folder / str(index), threads=threads))
         for index, (row, words) in enumerate(table):
-            # one after another, so that a compilation has the machine to itself
+            # else one after another, so that a compilation has the machine to itself
             advance(0, f"{where}: starting {row.name}")
-            worker = start_worker(row, words, folder=folder / str(index), threads=threads)
-            started.append(worker)
+            if not at_once:
+                started.append(start_worker(row, words, folder=folder / str(index), threads=threads))
+            worker = started[index]
             try:
-                worker.ready(until if index < 2 else others_until)
+                worker.ready(others_until if index else until)
             except OutOfTime as error:
-                if index < 2:
+                if index == 0:
                     raise
                 worker.stop()
                 note(f"{where}: skipped {row.name!r}: {error}")
@@ -90,6 +95,8 @@ def measure(
                 continue
             advance(1, "")
             workers.append((row, worker))
+        if len(workers) < 2 <= len(table) and time.monotonic() >= others_until:
+            raise OutOfTime("no row beside the first one could start in time")
         checked = _check(workers, where, advance)
         turns: list[list[dict[str, Any]]] = [[] for _ in workers]
         longest = 0.0
@@ -134,16 +141,17 @@ def _check(
     A literal baseline is compared with the rows that promise its weights, another one with all rows, which may differ.
     """
     records: list[list[dict[str, Any]]] = []
+    compared = workers[0][0].tree or any(row.equal for row, _ in workers[1:])
     for row, worker in workers:
         advance(0, f"{where}: checking {row.name}")
         reports = [worker.ready()]
-        for _ in range(1, CHECKED):
+        # where nothing is compared the second iteration warms up what the first did not meet
+        for _ in range(1, CHECKED if compared else 2):
             reports.append(worker.iterate())
             advance(1, "")
         records.append([report["record"] for report in reports])
     (baseline, first), *others = workers
     checked: dict[str, dict[str, float]] = {}
-    compared = baseline.tree or any(row.equal for row, _ in others)
     # gigabytes of a large model are not written for nothing
     weights = first.weights() if compared else {}
     for (row, worker), row_records in zip(others, records[1:], strict=True):

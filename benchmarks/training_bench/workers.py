@@ -17,12 +17,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from benchmarks.training_bench.configurations import Row
 from benchmarks.training_bench.serving import serve
 
-# a worker is forked from a process that has imported these
+# without a GPU a worker is forked from a process that has imported these
 _PRELOAD = ["diffusers.models.unets.unet_2d", "diffusers.schedulers.scheduling_ddim", "hrf_fast.train"]
 _ANOTHER_TREE = Path(__file__).with_name("another_tree.py")
 
@@ -60,8 +61,10 @@ class Worker:
         self.first: dict[str, Any] = {}
 
     def _start(self, link: Connection, kind: str, words: list[str], threads: int, saved: bool) -> None:
-        context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-        if os.name == "posix":
+        # an import may start CUDA, as xformers' does, which a fork can't go on with
+        forked = os.name == "posix" and not torch.cuda.is_available()
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
             context.set_forkserver_preload(_PRELOAD)
         arguments = (link, kind, words, self.folder, threads, saved)
         self._process = context.Process(target=serve, args=arguments, daemon=True)

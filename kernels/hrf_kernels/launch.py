@@ -53,7 +53,8 @@ def block_plan(size: int, *, one_program: bool | None = None) -> BlockPlan:
             raise ValueError(f"a sample has {size} elements; one program takes at most {ONE_PROGRAM_LIMIT}")
         block = max(128, triton.next_power_of_2(size))
         return BlockPlan(block, 1, threads=min(1024, max(64, block // 16)), chunks=1)
-    return BlockPlan(2048, 4, threads=256, chunks=triton.cdiv(size, 2048 * 4))
+    # of the plans with 16 bytes of bf16 a thread the fastest on an H100, at 16×3×256² and at 16×4×64²
+    return BlockPlan(4096, 2, threads=512, chunks=triton.cdiv(size, 4096 * 2))
 
 
 def launch(

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import hrf_fast
+from hrf_fast.run.files import read_log
 from tests.conftest import tiny_words
 from tests.text_models import text_model
 
 DRY_RUN = os.environ.get("HRF_GPU_DRY_RUN") == "1"
 HERE = Path(__file__).parent
+# largest relative difference of the gradient's norm in fp32
+FP32 = 1e-3
 SKIPPED = "torch sees no GPU; `hrf bench gpu --dry-run` runs on the CPU what can run there"
 
 
@@ -60,3 +63,17 @@ def coarse(images, prompts=None):
 
 def train(words):
     return hrf_fast.train(hrf_fast.load_config(words), reward=coarse)
+
+
+@pytest.fixture(scope="module")
+def plain(device, tiny_model, tmp_path_factory):
+    """The first record of a run without any of the options."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train([*tiny_words(tiny_model, folder), "evaluation.every=0", f"run.device={device}", "train.iterations=1"])
+    return read_log(folder / "metrics.jsonl")[0]
+
+
+def check(record, plain, tolerance):
+    """A record has the plain run's gradient, and a ratio of 1, within the tolerance."""
+    assert record["grad_norm"] == pytest.approx(plain["grad_norm"], rel=tolerance)
+    assert record["ratio_max"] == pytest.approx(1, abs=tolerance)

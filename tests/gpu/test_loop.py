@@ -48,7 +48,7 @@ def test_no_denoising_step_waits_for_the_device(needs_cuda, device, words, tmp_p
 @pytest.mark.parametrize("activations", ["keep", "replay", "checkpoint"])
 def test_peak_memory_is_within_a_tenth_of_the_plan(needs_cuda, device, words, tmp_path, activations):
     model = make_model("cifar", tmp_path, seed=0)
-    given = [*words, f"model.name={model}", "window.schedule=full", "train.order=on_policy", "train.group_size=8"]
+    given = [*words, f"model.name={model}", "window.schedule=full", *KEEP, "train.group_size=8"]
     # without a number the plan counts the 64 images of a panel's call, and there is none here
     config = load_config([*given, f"compute.activations={activations}", "compute.images_per_call=8"])
     planned = plan(config, gpus=1, memory=10**18).need("plain", "fp32", activations, 8)

@@ -142,6 +142,8 @@ def _extract(a: Array, start: Array, length: Array) -> Array:
 for _type in ("pred", "b32", "b64"):
     for _name, _compute in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}.items():
         _define(f"{_name}.{_type}", _type, f"{_type} {_type}", _compute)
+for _type in ("pred", "b32", "b64"):
+    _define(f"not.{_type}", _type, _type, np.bitwise_not)
 # numpy clamps counts past the width as PTX does: zeros or the sign are left
 for _type in ("b32", "b64"):
     _define(f"shl.{_type}", _type, f"{_type} u32", lambda a, count: a << count.astype(a.dtype))

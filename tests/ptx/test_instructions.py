@@ -81,6 +81,12 @@ def test_logic(bits):
     a, b = edge_integers(np.dtype(f"u{bits // 8}"))
     for name, function in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}.items():
         np.testing.assert_array_equal(evaluate(f"{name}.b{bits} %o, %a, %b;", a.dtype, a, b), function(a, b))
+    np.testing.assert_array_equal(evaluate(f"not.b{bits} %o, %a;", a.dtype, a), ~a)
+
+
+def test_not_of_a_predicate():
+    body = "setp.ne.b32 %p0, %a, 0; not.pred %p1, %p0; selp.b32 %o, 1, 0, %p1;"
+    np.testing.assert_array_equal(evaluate(body, np.uint32, np.uint32([0, 1])), [1, 0])
 
 
 @pytest.mark.parametrize("name", ["and", "or", "xor"])

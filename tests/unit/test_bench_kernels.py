@@ -168,7 +168,7 @@ def test_gpu_numbers_by_hand(monkeypatch):
     assert "which the share is of: 400; of a copy of 1 GB: 350." in text
 
 
-@pytest.mark.parametrize(("size", "count"), [(30 * 2**20, 7), (2**30, 2), (1000, 512)])
+@pytest.mark.parametrize(("size", "count"), [(30 * 2**20, 7), (2**30, 2), (1000, 64)])
 def test_cases_in_turn_are_four_times_the_cache(monkeypatch, size, count):
     # 200 MB over cases of 30 MB; never one alone, nor thousands of launches
     properties = types.SimpleNamespace(L2_cache_size=50 * 2**20)
