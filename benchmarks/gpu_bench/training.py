@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu_bench.layouts import write_layout
 from benchmarks.training_bench.ceiling import add_utilisation, network_flops
 from benchmarks.training_bench.configurations import LITERAL, Row, base_words
-from benchmarks.training_bench.turns import measure
+from benchmarks.training_bench.turns import measure, note
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import set_precision_flags
 from hrf_fast.memory.planner import RESERVE, plan
@@ -155,7 +155,8 @@ def measure_layout(
         per_round=2,
         images=groups * size,
         clock="wall",
-        advance=lambda iterations, doing: None,
+        # ten minutes in silence would look like a hang
+        advance=lambda iterations, doing: note(doing) if doing else None,
         until=until,
     )
     # the ceiling is that of TF32 too

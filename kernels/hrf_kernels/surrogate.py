@@ -190,11 +190,10 @@ def gradient_kernel(
 ):  # fmt: skip
     """∂loss/∂model_output = upstream·(slope·(next − mean) + kl_slope·(mean − reference mean))·∂mean/∂output/(N·std²).
 
-    Grid (B, chunks). Everything is computed again from the inputs, backwards: what the sums have read last is in the L2
-    cache still.
+    Grid (B, chunks). Everything is computed again from the inputs.
     """
-    b = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    chunk = tl.num_programs(1) - 1 - tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
     a_latents, a_output, b_x0, b_latents, b_output, sigma = load_coefficients(
         x0_latents, x0_output, mean_x0, mean_latents, mean_output, std, b, PER_SAMPLE
     )

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training_bench.models import make_model
 from hrf_fast.build import build_components
@@ -45,6 +46,21 @@ def test_no_denoising_step_waits_for_the_device(needs_cuda, device, words, tmp_p
     assert waits(STEPS[0]) == waits(STEPS[1])
 
 
+class Workspaces(TorchDispatchMode):
+    """The most memory of the device that an operation takes for itself, beyond its results."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.largest = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        torch.cuda.reset_peak_memory_stats(self.device)
+        result = func(*args, **(kwargs or {}))
+        taken = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        self.largest = max(self.largest, taken)
+        return result
+
+
 @pytest.mark.parametrize("activations", ["keep", "replay", "checkpoint"])
 def test_peak_memory_is_within_a_tenth_of_the_plan(needs_cuda, device, words, tmp_path, activations):
     model = make_model("cifar", tmp_path, seed=0)
@@ -58,4 +74,9 @@ def test_peak_memory_is_within_a_tenth_of_the_plan(needs_cuda, device, words, tm
         torch.cuda.reset_peak_memory_stats(device)
         for part in loop_parts(components):
             part()
-    assert torch.cuda.max_memory_allocated(device) == pytest.approx(planned, rel=0.1)
+    measured = torch.cuda.max_memory_allocated(device)
+    # cuDNN's choice, which no plan knows: exact convolutions of this model took more than a gigabyte on an H100
+    with Workspaces(device) as workspaces:
+        for part in loop_parts(components):
+            part()
+    assert 0.9 * planned <= measured <= 1.1 * (planned + workspaces.largest), (planned, measured, workspaces.largest)
