@@ -19,7 +19,6 @@ from hrf_fast.evaluation.diversity import paired_difference_interval
 
 FLOOR = 0.6
 """Share of the pretrained model's metric that a floor left open stands for, where the panel measures that metric."""
-QUALITY = "inception"
 SPIKES, NORMS = 3, (10, 50)
 """A gradient norm has left its median after so many iterations in a row; its median is of so many, least and most."""
 
@@ -63,7 +62,7 @@ def floors(stop: StopConfig, shares: Collection[str]) -> dict[str, tuple[str, fl
     """The metric of every floor: the option that sets it, and the share; `shares` are the metrics that have one."""
     options = {
         stop.diversity: ("stop.diversity_floor", stop.diversity_floor),
-        QUALITY: ("stop.quality_floor", stop.quality_floor),
+        stop.quality: ("stop.quality_floor", stop.quality_floor),
     }
     chosen = {name: (option, FLOOR if value is None else value) for name, (option, value) in options.items()}
     return {name: (option, value) for name, (option, value) in chosen.items() if value and name in shares}
@@ -79,8 +78,8 @@ def check_floors(stop: StopConfig, shares: Collection[str]) -> None:
         ValueError: a floor that is set, or an answer to a collapse that nothing would show.
     """
     way_out = "name an evaluation.network that gives it, and show it at least 8 images (or prompts)"
-    values = {stop.diversity: ("diversity_floor", stop.diversity_floor), QUALITY: ("quality_floor", stop.quality_floor)}
-    for metric, (option, value) in values.items():
+    diversity, quality = ("diversity_floor", stop.diversity_floor), ("quality_floor", stop.quality_floor)
+    for metric, (option, value) in {stop.diversity: diversity, stop.quality: quality}.items():
         if value and metric not in shares:
             raise ValueError(
                 f"stop.{option} is {value:g}, a share of the pretrained model's {metric}, which the panel does not "
@@ -94,7 +93,9 @@ def check_floors(stop: StopConfig, shares: Collection[str]) -> None:
 
 
 def check_first_panel(stop: StopConfig, record: dict[str, Any]) -> None:
-    """Refuse a floor that no panel can fall under: all these metrics are at least 1, for images that are all alike.
+    """Refuse a floor that no panel can fall under: scores are at least 1, for images that are all alike.
+
+    A panel's precision, which is no score, can fall to 0.
 
     Raises:
         ValueError: a floor that is set, or on whose account the run would be stopped.
@@ -173,7 +174,7 @@ class Watch:
         for metric, (option, floor) in floors(self._stop, shares).items():
             value, low, high = shares[metric]
             if high < floor:
-                name = "quality" if metric == QUALITY else "diversity"
+                name = "quality" if metric == self._stop.quality else "diversity"
                 text = f"{metric} is {value:.3g} [{low:.3g}, {high:.3g}] of the pretrained model's, under {option}"
                 yield self._event(record, name, f"{text} {floor:g}", kept=value, low=low, high=high, floor=floor)
 

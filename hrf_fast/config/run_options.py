@@ -60,9 +60,12 @@ class StopConfig:
     diversity_floor: float | None = option(None, at_least=0, below=1, resumable=True)
     """Share of the pretrained model's diversity under which a panel has collapsed, with its whole interval. null is 0.6
     where the panel measures it; 0 for none."""
+    quality: str = option("inception", choices=("inception", "precision"), resumable=True)
+    """Metric of the panel that quality_floor is about: the Inception Score, where the network has classes; or with any
+    network precision, the share of images as near to one of the pretrained panel as its fifth neighbour is."""
     quality_floor: float | None = option(None, at_least=0, at_most=1, resumable=True)
-    """Share of the pretrained model's Inception Score under which a panel has collapsed, as diversity_floor. 1, with
-    restore_best, gives back no model of a lower one."""
+    """Share of the pretrained model's quality under which a panel has collapsed, as diversity_floor. 1 of the Inception
+    Score, with restore_best, gives back no model of a lower one."""
     target_reward: float | None = option(None, resumable=True)
     """Stop at the first panel whose mean reward is at least this, so that methods can be compared at equal reward."""
     patience: int = option(0, at_least=0, resumable=True)

@@ -76,6 +76,17 @@ def overlap(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST) -> Ov
     return overlap_of(radii, distances(fake, fake), distances(real, fake), nearest=nearest)
 
 
+def inside(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST) -> Tensor:
+    """Which samples [M, D] lie within the radius of a sample of the reference [N, D]: [M] of 0 and 1; precision is
+    their mean.
+
+    Raises:
+        ValueError: no more than k of the reference.
+    """
+    real, fake = _rows("reference", reference, nearest + 1), _rows("samples", samples, 1)
+    return (distances(real, fake) <= radius(distances(real, real), nearest)[:, None]).any(0).double()
+
+
 def radius(among: Tensor, nearest: int = NEAREST) -> Tensor:
     """The distance [N] of each sample to its k-th nearest, from the distances [N, N] among them."""
     # of the smallest the first is a sample's own

@@ -53,6 +53,8 @@ class PanelMetrics:
     """Share of each value of every attribute, with `looks`."""
     prompts: tuple[str, ...] = ()
     """Texts, each of equally many images, in the order of the images; empty for an unconditional model."""
+    features: Tensor | None = None
+    """[N, D] on the CPU, where there is a network."""
     halves: Mapping[str, Tensor] = field(default_factory=dict)
     """[1 + DRAWS] of every metric that has a share of the pretrained model's: `evaluation.kept`."""
 
@@ -132,7 +134,7 @@ class Panel:
         if self.network is None:
             return names
         if self.size >= LEAST:
-            names.add("vendi")
+            names |= {"vendi", "precision"}
             heads = self.network.labels if isinstance(self.network, FeatureClassifier) else {}
             names |= {"inception"} if "label" in heads else set()
             names |= {"looks"} if len(heads) > 1 else set()
@@ -183,6 +185,7 @@ class Panel:
         attributes: dict[str, dict[str, float]] = {}
         log_probs: dict[str, Tensor] = {}
         halves: dict[str, Tensor] = {}
+        on_cpu = None
         if self.network is not None:
             features, scores = self.network.features(images), None
             on_cpu = features.cpu()
@@ -209,6 +212,7 @@ class Panel:
             looks=looks,
             attributes=attributes,
             prompts=self.texts,
+            features=on_cpu,
             halves=halves,
         )
 

@@ -12,10 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hrf_fast.evaluation.kept import kept_interval
+from hrf_fast.evaluation.diversity import mean_interval
+from hrf_fast.evaluation.kept import LEAST, kept_interval
+from hrf_fast.evaluation.neighbours import inside
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.run.folder import EVENTS, PRETRAINED, RunFolder
 from hrf_fast.stopping import Event, Watch, above_floors, by_merit, check_first_panel, floors
+
+# the pretrained panel's features among its halves
+FEATURES = "features"
 
 
 class EventLog:
@@ -35,7 +40,7 @@ class EventLog:
         """Read the lines of the first `done` iterations again, of which the folder has no later ones."""
         self._done = done
         self._known = {_key(record) for record in self._folder.events()}
-        self._pretrained = self._folder.halves()
+        self._pretrained = self._folder.pretrained()
         for record, panel in self._folder.lines():
             (self._watch.panel if panel else self._watch.iteration)(record)
 
@@ -70,9 +75,9 @@ class EventLog:
         """
         if record["iteration"] == 0:
             check_first_panel(self._stop, record)
-            self._pretrained = panel.halves
-            if panel.halves:
-                self._folder.save_halves(panel.halves)
+            self._pretrained = {**panel.halves, **self._features(panel)}
+            if self._pretrained:
+                self._folder.save_pretrained(self._pretrained)
         else:
             self._check_pretrained(panel)
             shares = {
@@ -80,15 +85,25 @@ class EventLog:
                 for name, values in panel.halves.items()
                 if name in self._pretrained
             }
+            if self._features(panel) and FEATURES in self._pretrained:
+                near = inside(self._pretrained[FEATURES], self._features(panel)[FEATURES])
+                # the pretrained panel's precision is 1
+                shares["precision"] = list(mean_interval(near, seed=self._seed))
             # the long list stays at the end of the line
             rewards = record.pop("rewards")
             record |= ({"kept": shares} if shares else {}) | {"rewards": rewards}
         self._write(self._watch.panel(record))
         return record
 
+    def _features(self, panel: PanelMetrics) -> dict[str, Tensor]:
+        """The features of a panel whose precision is judged, under their name in the file."""
+        wanted = self._stop.quality == "precision" and panel.features is not None and len(panel.features) >= LEAST
+        return {FEATURES: panel.features.float()} if wanted and panel.features is not None else {}
+
     def _check_pretrained(self, panel: PanelMetrics) -> None:
-        judged = floors(self._stop, panel.halves)
-        lacking = [option for name, (option, _) in judged.items() if name not in self._pretrained]
+        measured = {*panel.halves, *(["precision"] if self._features(panel) else [])}
+        known = {"precision" if name == FEATURES else name for name in self._pretrained}
+        lacking = [option for name, (option, _) in floors(self._stop, measured).items() if name not in known]
         if lacking and self._stop.on_collapse != "warn":
             raise ValueError(
                 f"{lacking[0]} can't be judged: {self._folder.path / PRETRAINED}, which panels are compared with, is "

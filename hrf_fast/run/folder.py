@@ -183,12 +183,13 @@ class RunFolder:
         """The lines of events.jsonl."""
         return read_log(self.path / EVENTS, EVENT)
 
-    def save_halves(self, halves: Mapping[str, Tensor]) -> None:
-        """Keep the halves of the pretrained panel's metrics: `evaluation.kept`."""
-        write_atomically(self.path / PRETRAINED, save({name: values.contiguous() for name, values in halves.items()}))
+    def save_pretrained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what later panels are compared with: the halves of the pretrained panel's metrics (`evaluation.kept`),
+        and its features where their precision is judged."""
+        write_atomically(self.path / PRETRAINED, save({name: values.contiguous() for name, values in tensors.items()}))
 
-    def halves(self) -> dict[str, Tensor]:
-        """Read what `save_halves` has written; empty for a run that began without."""
+    def pretrained(self) -> dict[str, Tensor]:
+        """Read what `save_pretrained` has written; empty for a run that began without."""
         path = self.path / PRETRAINED
         return load(path.read_bytes()) if path.is_file() else {}
 

@@ -9,7 +9,7 @@ import torch
 from hrf_fast.evaluation.detail import detail, half_intervals
 from hrf_fast.evaluation.diversity import vendi_score
 from hrf_fast.evaluation.fidelity import fid, kid
-from hrf_fast.evaluation.neighbours import duplicates, overlap, spread
+from hrf_fast.evaluation.neighbours import duplicates, inside, overlap, spread
 from hrf_fast.evaluation.vendi import median_distance, vendi
 
 ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)
@@ -93,6 +93,7 @@ def test_precision_recall_density_and_coverage_by_hand():
     # empty: coverage 1
     reference, samples = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([[0.5], [2.5], [30.0]])
     assert overlap(reference, samples, nearest=1) == pytest.approx((2 / 3, 1.0, 4 / 3, 1.0))
+    assert inside(reference, samples, nearest=1).tolist() == [1, 1, 0]
 
 
 def test_samples_of_one_mode_are_precise_and_cover_half():

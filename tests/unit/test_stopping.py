@@ -223,7 +223,7 @@ def test_a_floor_that_no_panel_can_fall_under_is_refused_at_the_first_panel():
 
 def test_a_panel_knows_which_metrics_have_a_share():
     network = hrf_fast.vision.load.load_feature_network("evaluation.network", "fashion")
-    assert Panel(8, 0, 4, network).shares == {"vendi", "inception"}
+    assert Panel(8, 0, 4, network).shares == {"vendi", "inception", "precision"}
     assert Panel(7, 0, 4, network).shares == Panel(8, 0, 4).shares == set()
 
 
@@ -283,6 +283,42 @@ def test_a_collapse_is_a_warning_by_default(tiny_run, tmp_path, monkeypatch, cap
     assert "stop.diversity_floor" in capsys.readouterr().out
     # the highest above the floor
     assert (result.best_panel["iteration"], result.last_panel["iteration"]) == (1, 4)
+
+
+class Leaving(Different):
+    """A network whose images leave where the pretrained ones lie: all of panel 0 are there, half of 1, none of 2."""
+
+    def __init__(self):
+        self.panels = iter((0, 4, 8))
+
+    def features(self, images):
+        apart = torch.zeros(len(images))
+        apart[: next(self.panels)] = 100.0
+        return torch.eye(len(images)) + apart[:, None]
+
+
+QUALITY = ["stop.quality=precision", "stop.quality_floor=0.4", "stop.diversity_floor=0", "stop.on_collapse=stop"]
+
+
+def test_a_run_is_stopped_where_images_leave_the_pretrained_ones(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hrf_fast.evaluation.panel.load_feature_network", lambda *_: Leaving())
+    result = train(watched(tiny_run, tmp_path / "run", *QUALITY), reward=peaked())
+    assert [panel["kept"]["precision"][0] for panel in panels(result.folder)[1:]] == [0.5, 0.0]
+    # at half the interval reaches above the floor
+    assert events(result.folder) == [(2, "quality"), (2, "end")]
+    assert "precision is 0 [0, 0] of the pretrained model's, under stop.quality_floor 0.4" in result.reason
+
+
+def test_precision_can_not_be_judged_by_a_run_that_began_without(tiny_run, tmp_path):
+    train(watched(tiny_run, tmp_path / "run", "train.iterations=1"), reward=peaked())
+    with pytest.raises(ValueError, match=r"stop.quality_floor can't be judged: .*the run began without it"):
+        train(watched(tiny_run, tmp_path / "run", "train.iterations=2", *QUALITY), reward=peaked())
+
+
+def test_a_floor_under_precision_needs_a_network_and_no_classes():
+    check_floors(StopConfig(quality="precision", quality_floor=0.8), {"vendi", "precision"})
+    with pytest.raises(ValueError, match="quality_floor is 0.8, a share of the pretrained model's precision"):
+        check_floors(StopConfig(quality="precision", quality_floor=0.8), set())
 
 
 @pytest.mark.parametrize("options", [[], ["optimizer.ema_decay=0.5"]])
