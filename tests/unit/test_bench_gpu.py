@@ -1,6 +1,9 @@
 """The GPU check where there is no GPU: its dry run, its record, its page, and what it refuses."""
 
 import json
+import math
+import threading
+import time
 import types
 from dataclasses import replace
 
@@ -12,8 +15,10 @@ from benchmarks.gpu_bench import page, parts, record
 from benchmarks.gpu_bench.layouts import write_layout
 from benchmarks.gpu_bench.training import LAYOUTS, fitting, rows
 from benchmarks.tables import write_between
+from benchmarks.training_bench import turns
 from benchmarks.training_bench.ceiling import network_flops
-from benchmarks.training_bench.configurations import base_words, method_words
+from benchmarks.training_bench.configurations import Row, base_words, method_words
+from benchmarks.training_bench.workers import OutOfTime
 from hrf_fast.build import build_components
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
@@ -69,6 +74,90 @@ def test_a_failed_part_stops_no_other_and_runs_again(tmp_path):
     assert made.parts["a"]["reason"] == "RuntimeError: CUDA out of memory"
     bench_gpu.run({"c": works}, made, minutes=0)
     assert "c" not in made.parts
+
+
+def test_proofs_run_side_by_side_and_before_what_is_timed(tmp_path):
+    made, ran = record.Record(tmp_path / "gpu.json", facts()), []
+    both = threading.Barrier(2, timeout=30)
+
+    def proof(left):
+        both.wait()
+        ran.append("proof")
+        return {"state": record.WHOLE}
+
+    def timed(left):
+        ran.append("timed")
+        return {"state": record.WHOLE}
+
+    bench_gpu.run({"kernels: x": timed, "tests: a": proof, "tests: b": proof}, made, minutes=1, together=2)
+    assert ran == ["proof", "proof", "timed"] and all(map(made.is_whole, ("tests: a", "tests: b", "kernels: x")))
+
+
+def test_a_file_of_tests_runs_without_a_limit_and_is_cut_off_at_one(tmp_path):
+    path = tmp_path / "test_it.py"
+    path.write_text("def test_passes():\n    pass\n")
+    assert parts.run_tests(path, math.inf, dry_run=True)["passed"] == ["test_passes"]
+    assert parts.run_tests(path, 0.01, dry_run=True) == {"state": record.UNFINISHED, "reason": "0 s were not enough"}
+
+
+class Late:
+    """A worker that is ready at once, or never."""
+
+    def __init__(self, row, words, **_):
+        self.ready_at = float(row.name)
+        self.stopped = False
+        Late.made.append(self)
+
+    def ready(self, until=math.inf):
+        if self.ready_at > until:
+            raise OutOfTime("it did not start in time")
+        return {"seconds": 1.0, "record": {}}
+
+    def iterate(self):
+        counts = {"batches": 1, "images": 1, "images_with_gradient": 1, "peak_bytes": 1}
+        return {"seconds": 1.0, "record": {"window_starts": [0]}, **counts}
+
+    def bare(self):
+        return 1.0
+
+    def stop(self):
+        self.stopped = True
+
+
+def measured(monkeypatch, tmp_path, starts, until):
+    monkeypatch.setattr(turns, "start_worker", Late)
+    Late.made = []
+    table = [(Row(str(at), {}, kind="literal" if n == 0 else "ours"), []) for n, at in enumerate(starts)]
+    common = {"where": "x", "folder": tmp_path, "threads": 1, "rounds": 3, "per_round": 1, "images": 2, "clock": "wall"}
+    return turns.measure(table, **common, advance=lambda *_: None, until=until)
+
+
+def test_rows_and_rounds_that_time_does_not_allow_are_left_out(monkeypatch, tmp_path):
+    far = time.monotonic() + 3600
+    rows_of = measured(monkeypatch, tmp_path, [0, far * 10, 0], far)
+    assert [row["name"] for row in rows_of] == ["0", "0"]
+    assert len(rows_of[0]["seconds"]) == 3 and all(worker.stopped for worker in Late.made)
+
+
+@pytest.mark.parametrize(
+    ("starts", "until", "message"),
+    [([0, 0], 1.0, "no time left for a round"), ([0, 9e9], 9e8, "no row beside the first"), ([9e9, 0], 9e8, "in time")],
+)
+def test_a_layout_without_a_round_is_unfinished(monkeypatch, tmp_path, starts, until, message):
+    monkeypatch.setattr(turns.time, "monotonic", lambda: 9e8 if message.startswith("no row") else 2.0)
+    with pytest.raises(OutOfTime, match=message):
+        measured(monkeypatch, tmp_path, starts, until)
+    assert all(worker.stopped for worker in Late.made)
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_tests_and_of_a_layout_is_whole(tmp_path):
+    bench_gpu.main(["--dry-run", "--parts", "tests: ratio", "training: celebahq-256", "--out", str(tmp_path)])
+    parts_of = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {name: part["state"] for name, part in parts_of.items()} == {
+        "tests: ratio": "whole",
+        "training: celebahq-256": "whole",
+    }
 
 
 def test_memory_of_others_is_read_before_this_process_has_a_context(monkeypatch):
