@@ -30,7 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.gpu_bench.page import MARKERS, missing, page, table
-from benchmarks.gpu_bench.parts import PROOFS, Part, all_parts
+from benchmarks.gpu_bench.parts import PROOFS, Part, all_parts, kill_tests
 from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
 from benchmarks.tables import find_between, write_between
 
@@ -88,8 +88,14 @@ def run(parts: dict[str, Part], record: Record, minutes: float, *, together: int
     proofs = {name: part for name, part in missing.items() if name.startswith(PROOFS)}
     with ThreadPoolExecutor(together) as pool:
         running = {pool.submit(_run, name, part, end): name for name, part in proofs.items()}
-        for future in as_completed(running):
-            _keep(record, running[future], future.result())
+        try:
+            for future in as_completed(running):
+                _keep(record, running[future], future.result())
+        except BaseException:
+            # Ctrl-C: neither wait for what runs nor begin what does not
+            pool.shutdown(wait=False, cancel_futures=True)
+            kill_tests()
+            raise
     for name, part in missing.items():
         if name not in proofs:
             _keep(record, name, _run(name, part, end))

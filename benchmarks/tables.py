@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def find_between(path: Path, markers: tuple[str, str]) -> tuple[int, int]:
     if not path.is_file():
         raise ValueError(f"--write is {path}, which is no file; use one with lines {markers[0]!r} and {markers[1]!r}")
     page = path.read_text()
-    first, last = (page.find(marker) for marker in markers)
+    # a page may name its markers in a sentence
+    lines = [re.search(rf"^{re.escape(marker)}$", page, re.MULTILINE) for marker in markers]
+    first, last = (line.start() if line else -1 for line in lines)
     if not 0 <= first < last:
         raise ValueError(f"--write is {path}, which has no lines {markers[0]!r} and {markers[1]!r} to write between")
     return first, last

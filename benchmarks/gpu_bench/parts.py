@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 DRY_RUN = "HRF_GPU_DRY_RUN"
 # the names of parts that time nothing begin with it
 PROOFS = "tests: "
+_RUNNING: set[subprocess.Popen[str]] = set()
 Part = Callable[[float], dict[str, Any]]
 """Called with the seconds that are left."""
 
@@ -53,15 +56,41 @@ def run_tests(path: Path, left: float, *, dry_run: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), f"--junitxml={report}"]
-        try:
-            limit = left if math.isfinite(left) else None
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
+        output, late = _run_group(command, environment, left)
+        if late:
             return {"state": UNFINISHED, "reason": f"{left:.0f} s were not enough"}
         if not report.is_file():
-            return {"state": FAILED, "reason": done.stdout[-2000:] + done.stderr[-2000:]}
+            return {"state": FAILED, "reason": output[-4000:]}
         outcomes = read_report(report)
     return {"state": FAILED if outcomes["failed"] or not any(outcomes.values()) else WHOLE, **outcomes}
+
+
+def _run_group(command: list[str], environment: dict[str, str], left: float) -> tuple[str, bool]:
+    """A command's output, and whether it was killed at its limit, with all processes that it has started."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    _RUNNING.add(process)
+    late = False
+    try:
+        output, _ = process.communicate(timeout=left if math.isfinite(left) else None)
+    except subprocess.TimeoutExpired:
+        late = True
+        _kill(process)
+        output, _ = process.communicate()
+    finally:
+        _RUNNING.discard(process)
+    return output, late
+
+
+def kill_tests() -> None:
+    """Kill the tests that run, and what they have started: a session of their own does not hear of Ctrl-C."""
+    for process in list(_RUNNING):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def page(result: dict[str, Any]) -> str:
     parts += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     parts += [f"not measured, time was up: {'; '.join(result['unfinished'])}"] if result["unfinished"] else []
     parts += [_errors(result["cases"]), _counted(result["counted"])]
-    on_gpu = any("gpu" in values for case in result["cases"] for values in case["providers"].values())
+    on_gpu = result["machine"]["device"] != "cpu"
     parts.append(_gpu(result) if on_gpu else f"{_cpu(result['cases'])}\n\n{NO_GPU}")
     if result["unet"]:
         parts.append(_unet(result["unet"]))
@@ -82,11 +82,11 @@ def _gpu(result: dict[str, Any]) -> str:
             rows.append([*_where(case), name, *(values["gpu"][column] for column in columns)])
     header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "launched ms", "cold GB/s", "of peak"]
     header += ["warm GB/s", "launches"]
-    peak = f"{result['peak_gb_per_s']:.0f}" if result["peak_gb_per_s"] else "unknown"
+    peak, copy = (f"{rate:.0f}" if rate else "unknown" for rate in (result["peak_gb_per_s"], result["copy_gb_per_s"]))
     return (
-        "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache; warm: a "
-        "graph over one input, whose rates may be the cache's; launched: from the host, the cache emptied. The card's "
-        f"GB/s by its clock and bus, which the share is of: {peak}; of a copy of 1 GB: {result['copy_gb_per_s']:.0f}."
+        "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache, 64 at most; "
+        "warm: a graph over one input, whose rates may be the cache's; launched: from the host, the cache emptied. The "
+        f"card's GB/s by its clock and bus, which the share is of: {peak}; of a copy of 1 GB: {copy}."
         f"\n\n{markdown_table(header, rows)}"
     )
 

@@ -126,10 +126,13 @@ def graph_ms(calls: Sequence[Callable[[], Any]], *, keep: bool) -> list[float]:
     return torch.tensor(times).quantile(torch.tensor(QUANTILES)).tolist()
 
 
-def copy_gb_per_second(device: torch.device) -> float:
-    """Measure a copy of 1 GB on the card: GB/s, reads and writes added up."""
-    source = torch.rand(2**28, device=device)
-    target = torch.empty_like(source)
+def copy_gb_per_second(device: torch.device) -> float | None:
+    """Measure a copy of 1 GB on the card: GB/s, reads and writes added up; None where it has no room for two."""
+    try:
+        source = torch.rand(2**28, device=device)
+        target = torch.empty_like(source)
+    except torch.cuda.OutOfMemoryError:
+        return None
     milliseconds = graph_ms([lambda: target.copy_(source)] * 4, keep=False)[0]
     return 2 * source.nbytes / milliseconds / 1e6
 

@@ -66,7 +66,7 @@ def measure(
     """
     others_until = time.monotonic() + (until - time.monotonic()) * 2 / 3
     started: dict[int, Worker] = {}
-    workers: list[tuple[Row, Worker]] = []
+    able: dict[int, tuple[Row, Worker]] = {}
 
     def start(index: int) -> Worker:
         row, words = table[index]
@@ -75,9 +75,11 @@ def measure(
     try:
         # one after another, so that a compilation has the machine to itself; but what compiles nothing starts together
         # on a GPU's machine, which has cores to spare: imports and the choice of convolutions take a minute
-        for index in _together(table):
+        together = _together(table)
+        for index in together:
             started[index] = start(index)
-        for index, (row, _) in enumerate(table):
+        for index in [*together, *(index for index in range(len(table)) if index not in together)]:
+            row, _ = table[index]
             advance(0, f"{where}: starting {row.name}")
             if index not in started:
                 started[index] = start(index)
@@ -98,12 +100,15 @@ def measure(
                 advance(CHECKED + rounds * per_round, "")
                 continue
             advance(1, "")
-            workers.append((row, worker))
+            able[index] = row, worker
+        workers = [able[index] for index in sorted(able)]
         if len(workers) < 2 <= len(table) and time.monotonic() >= others_until:
             raise OutOfTime("no row beside the first one could start in time")
+        began = time.monotonic()
         checked = _check(workers, where, advance)
         turns: list[list[dict[str, Any]]] = [[] for _ in workers]
-        longest = 0.0
+        # the check has made at least one iteration of each; a turn has bare calls too
+        longest = 2 * per_round * (time.monotonic() - began) / (CHECKED - 1)
         for number in range(rounds):
             began = time.monotonic()
             if began + longest > until:

@@ -62,7 +62,7 @@ class StopConfig:
     where the panel measures it; 0 for none."""
     quality: str = option("inception", choices=("inception", "precision"), resumable=True)
     """Metric of the panel that quality_floor is about: the Inception Score, where the network has classes; or with any
-    network precision, the share of images as near to one of the pretrained panel as its fifth neighbour is."""
+    network precision, the share of images as near to another's original as that one's fifth neighbour is."""
     quality_floor: float | None = option(None, at_least=0, at_most=1, resumable=True)
     """Share of the pretrained model's quality under which a panel has collapsed, as diversity_floor. 1 of the Inception
     Score, with restore_best, gives back no model of a lower one."""

@@ -2,8 +2,8 @@
 
 Pure functions of features in float64. Precision and recall ask whether samples lie among the reference's and the
 reference among the samples' (Kynkäänniemi et al., arXiv 1904.06991); density and coverage do so less sensitively to
-outliers (Naeem et al., arXiv 2002.09797). The reference must be of other noises: samples that share theirs would find
-themselves.
+outliers (Naeem et al., arXiv 2002.09797). The reference must be of other noises, or be told to be of the same: samples
+that share theirs would find themselves.
 """
 
 from __future__ import annotations
@@ -76,15 +76,21 @@ def overlap(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST) -> Ov
     return overlap_of(radii, distances(fake, fake), distances(real, fake), nearest=nearest)
 
 
-def inside(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST) -> Tensor:
+def inside(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST, same_noise: bool = False) -> Tensor:
     """Which samples [M, D] lie within the radius of a sample of the reference [N, D]: [M] of 0 and 1; precision is
     their mean.
+
+    Args:
+        same_noise: sample i began from the noise of i of the reference, and is not compared with it.
 
     Raises:
         ValueError: no more than k of the reference.
     """
     real, fake = _rows("reference", reference, nearest + 1), _rows("samples", samples, 1)
-    return (distances(real, fake) <= radius(distances(real, real), nearest)[:, None]).any(0).double()
+    between = distances(real, fake)
+    if same_noise:
+        between.fill_diagonal_(float("inf"))
+    return (between <= radius(distances(real, real), nearest)[:, None]).any(0).double()
 
 
 def radius(among: Tensor, nearest: int = NEAREST) -> Tensor:

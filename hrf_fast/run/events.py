@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hrf_fast.evaluation.diversity import mean_interval
-from hrf_fast.evaluation.kept import LEAST, kept_interval
+from hrf_fast.evaluation.diversity import mean_of
+from hrf_fast.evaluation.kept import LEAST, halves, kept_interval
 from hrf_fast.evaluation.neighbours import inside
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.run.folder import EVENTS, PRETRAINED, RunFolder
@@ -41,6 +41,14 @@ class EventLog:
         self._done = done
         self._known = {_key(record) for record in self._folder.events()}
         self._pretrained = self._folder.pretrained()
+        if self._pretrained and FEATURES not in self._pretrained and self._stop.quality == "precision":
+            lacks = (
+                f"{self._folder.path / PRETRAINED} lacks the features that stop.quality=precision compares with, since "
+            )
+            lacks += "the run began with another; set stop.quality=inception, or begin again in another run.folder"
+            if self._stop.on_collapse != "warn" or self._stop.quality_floor:
+                raise ValueError(f"stop.quality_floor can't be judged: {lacks}")
+            self._note(f"quality is not judged: {lacks}")
         for record, panel in self._folder.lines():
             (self._watch.panel if panel else self._watch.iteration)(record)
 
@@ -85,10 +93,10 @@ class EventLog:
                 for name, values in panel.halves.items()
                 if name in self._pretrained
             }
-            if self._features(panel) and FEATURES in self._pretrained:
-                near = inside(self._pretrained[FEATURES], self._features(panel)[FEATURES])
-                # the pretrained panel's precision is 1
-                shares["precision"] = list(mean_interval(near, seed=self._seed))
+            features = self._features(panel).get(FEATURES)
+            if features is not None and FEATURES in self._pretrained:
+                before, after = (self._precision(of) for of in (self._pretrained[FEATURES], features))
+                shares["precision"] = list(kept_interval(before, after, len(features)))
             # the long list stays at the end of the line
             rewards = record.pop("rewards")
             record |= ({"kept": shares} if shares else {}) | {"rewards": rewards}
@@ -99,6 +107,12 @@ class EventLog:
         """The features of a panel whose precision is judged, under their name in the file."""
         wanted = self._stop.quality == "precision" and panel.features is not None and len(panel.features) >= LEAST
         return {FEATURES: panel.features.float()} if wanted and panel.features is not None else {}
+
+    def _precision(self, features: Tensor) -> Tensor:
+        """The halves of a panel's precision; half an image more on both sides gives a share of none an interval too."""
+        near = inside(self._pretrained[FEATURES], features, same_noise=True)
+        count = len(near)
+        return (halves(mean_of(near), count, seed=self._seed) * count + 0.5) / (count + 1)
 
     def _check_pretrained(self, panel: PanelMetrics) -> None:
         measured = {*panel.halves, *(["precision"] if self._features(panel) else [])}

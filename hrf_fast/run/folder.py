@@ -5,7 +5,7 @@ folder/
     metrics.jsonl        one line per iteration
     evaluations.jsonl    one line per panel
     events.jsonl         one line for each thing that a rule of `stop` has seen, and for the end
-    pretrained.safetensors   where panels have a network: metrics of halves of the first, which later ones compare with
+    pretrained.safetensors   where panels have a network: of the first, what later ones compare with
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder

@@ -6,6 +6,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def test_proofs_run_side_by_side_and_before_what_is_timed(tmp_path):
 
     bench_gpu.run({"kernels: x": timed, "tests: a": proof, "tests: b": proof}, made, minutes=1, together=2)
     assert ran == ["proof", "proof", "timed"] and all(map(made.is_whole, ("tests: a", "tests: b", "kernels: x")))
+
+
+def test_an_interrupt_ends_the_proofs_that_run_and_those_that_wait(tmp_path, monkeypatch):
+    path, ran = tmp_path / "test_it.py", []
+    path.write_text("import time\ndef test_sleeps():\n    time.sleep(60)\n")
+    made = record.Record(tmp_path / "gpu.json", facts())
+
+    def interrupted(running):
+        while not parts._RUNNING:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_gpu, "as_completed", interrupted)
+    proofs = {"tests: a": partial(parts.run_tests, path, dry_run=True), "tests: b": ran.append}
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.run(proofs, made, minutes=5)
+    assert time.monotonic() - began < 30 and not ran and not parts._RUNNING
 
 
 def test_a_file_of_tests_runs_without_a_limit_and_is_cut_off_at_one(tmp_path):
@@ -242,6 +261,14 @@ def test_a_dry_run_has_all_the_time_unless_minutes_are_given(tmp_path, monkeypat
         bench_gpu.main(["--dry-run", "--out", str(tmp_path / str(index)), *minutes])
     assert limits[0] == float("inf") and 100 < limits[1] <= 120
     assert bench_gpu.parse([]).minutes == 10
+
+
+def test_markers_are_whole_lines(tmp_path):
+    first, last = page.MARKERS
+    path = tmp_path / "page.md"
+    path.write_text(f"between `{first}` and `{last}`:\n\n{first}\nold\n{last}\n")
+    write_between(path, page.MARKERS, "new")
+    assert path.read_text() == f"between `{first}` and `{last}`:\n\n{first}\nnew\n{last}\n"
 
 
 def test_the_readme_and_the_page_of_speed_have_the_markers():

@@ -94,6 +94,8 @@ def test_precision_recall_density_and_coverage_by_hand():
     reference, samples = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([[0.5], [2.5], [30.0]])
     assert overlap(reference, samples, nearest=1) == pytest.approx((2 / 3, 1.0, 4 / 3, 1.0))
     assert inside(reference, samples, nearest=1).tolist() == [1, 1, 0]
+    # 0 is within 1 of 1 beside itself, and 10 is near nothing but itself
+    assert inside(reference, reference, nearest=1, same_noise=True).tolist() == [1, 1, 1, 0]
 
 
 def test_samples_of_one_mode_are_precise_and_cover_half():

@@ -303,16 +303,20 @@ QUALITY = ["stop.quality=precision", "stop.quality_floor=0.4", "stop.diversity_f
 def test_a_run_is_stopped_where_images_leave_the_pretrained_ones(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("hrf_fast.evaluation.panel.load_feature_network", lambda *_: Leaving())
     result = train(watched(tiny_run, tmp_path / "run", *QUALITY), reward=peaked())
-    assert [panel["kept"]["precision"][0] for panel in panels(result.folder)[1:]] == [0.5, 0.0]
+    # half an image added to 4 and to 0 of 8, over 8 of 8
+    kept = [panel["kept"]["precision"][0] for panel in panels(result.folder)[1:]]
+    assert kept == pytest.approx([4.5 / 8.5, 0.5 / 8.5])
     # at half the interval reaches above the floor
     assert events(result.folder) == [(2, "quality"), (2, "end")]
-    assert "precision is 0 [0, 0] of the pretrained model's, under stop.quality_floor 0.4" in result.reason
+    assert "precision is 0.0588 [" in result.reason and "under stop.quality_floor 0.4" in result.reason
 
 
-def test_precision_can_not_be_judged_by_a_run_that_began_without(tiny_run, tmp_path):
+def test_precision_can_not_be_judged_by_a_run_that_began_without(tiny_run, tmp_path, capsys):
     train(watched(tiny_run, tmp_path / "run", "train.iterations=1"), reward=peaked())
-    with pytest.raises(ValueError, match=r"stop.quality_floor can't be judged: .*the run began without it"):
+    with pytest.raises(ValueError, match=r"stop.quality_floor can't be judged: .*lacks the features .*=inception"):
         train(watched(tiny_run, tmp_path / "run", "train.iterations=2", *QUALITY), reward=peaked())
+    train(watched(tiny_run, tmp_path / "run", "train.iterations=2", "stop.quality=precision"), reward=peaked())
+    assert "quality is not judged: " in capsys.readouterr().out
 
 
 def test_a_floor_under_precision_needs_a_network_and_no_classes():
