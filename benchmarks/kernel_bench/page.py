@@ -84,9 +84,9 @@ def _gpu(result: dict[str, Any]) -> str:
     header += ["warm GB/s", "launches"]
     peak, copy = (f"{rate:.0f}" if rate else "unknown" for rate in (result["peak_gb_per_s"], result["copy_gb_per_s"]))
     return (
-        "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache, 64 at most; "
-        "warm: a graph over one input, whose rates may be the cache's; launched: from the host, the cache emptied. The "
-        f"card's GB/s by its clock and bus, which the share is of: {peak}; of a copy of 1 GB: {copy}."
+        "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache (64 at "
+        "most); warm: a graph over one input, whose rates may be the cache's; launched: from the host, the cache "
+        f"emptied. The card's GB/s by its clock and bus, which the share is of: {peak}; of a copy of 1 GB: {copy}."
         f"\n\n{markdown_table(header, rows)}"
     )
 
