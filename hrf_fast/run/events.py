@@ -37,18 +37,23 @@ class EventLog:
         self._done = 0
 
     def begin(self, done: int) -> None:
-        """Read the lines of the first `done` iterations again, of which the folder has no later ones."""
+        """Read the lines of the first `done` iterations again, of which the folder has no later ones.
+
+        Raises:
+            ValueError: the run began without what a floor under precision compares with.
+        """
         self._done = done
         self._known = {_key(record) for record in self._folder.events()}
         self._pretrained = self._folder.pretrained()
         if self._pretrained and FEATURES not in self._pretrained and self._stop.quality == "precision":
             lacks = (
-                f"{self._folder.path / PRETRAINED} lacks the features that stop.quality=precision compares with, since "
+                f"can't be judged: {self._folder.path / PRETRAINED} lacks the features that stop.quality=precision "
+                "compares with, since the run began without; set stop.quality=inception, or begin again in another "
+                "run.folder"
             )
-            lacks += "the run began with another; set stop.quality=inception, or begin again in another run.folder"
             if self._stop.on_collapse != "warn" or self._stop.quality_floor:
-                raise ValueError(f"stop.quality_floor can't be judged: {lacks}")
-            self._note(f"quality is not judged: {lacks}")
+                raise ValueError(f"stop.quality_floor {lacks}")
+            self._note(f"quality {lacks}")
         for record, panel in self._folder.lines():
             (self._watch.panel if panel else self._watch.iteration)(record)
 
@@ -83,7 +88,8 @@ class EventLog:
         """
         if record["iteration"] == 0:
             check_first_panel(self._stop, record)
-            self._pretrained = {**panel.halves, **self._features(panel)}
+            features = self._features(panel)
+            self._pretrained = {**panel.halves, **({} if features is None else {FEATURES: features})}
             if self._pretrained:
                 self._folder.save_pretrained(self._pretrained)
         else:
@@ -93,7 +99,7 @@ class EventLog:
                 for name, values in panel.halves.items()
                 if name in self._pretrained
             }
-            features = self._features(panel).get(FEATURES)
+            features = self._features(panel)
             if features is not None and FEATURES in self._pretrained:
                 before, after = (self._precision(of) for of in (self._pretrained[FEATURES], features))
                 shares["precision"] = list(kept_interval(before, after, len(features)))
@@ -103,10 +109,11 @@ class EventLog:
         self._write(self._watch.panel(record))
         return record
 
-    def _features(self, panel: PanelMetrics) -> dict[str, Tensor]:
-        """The features of a panel whose precision is judged, under their name in the file."""
-        wanted = self._stop.quality == "precision" and panel.features is not None and len(panel.features) >= LEAST
-        return {FEATURES: panel.features.float()} if wanted and panel.features is not None else {}
+    def _features(self, panel: PanelMetrics) -> Tensor | None:
+        """The features of a panel whose precision is judged."""
+        if self._stop.quality != "precision" or panel.features is None or len(panel.features) < LEAST:
+            return None
+        return panel.features.float()
 
     def _precision(self, features: Tensor) -> Tensor:
         """The halves of a panel's precision; half an image more on both sides gives a share of none an interval too."""
@@ -115,7 +122,7 @@ class EventLog:
         return (halves(mean_of(near), count, seed=self._seed) * count + 0.5) / (count + 1)
 
     def _check_pretrained(self, panel: PanelMetrics) -> None:
-        measured = {*panel.halves, *(["precision"] if self._features(panel) else [])}
+        measured = {*panel.halves, *([] if self._features(panel) is None else ["precision"])}
         known = {"precision" if name == FEATURES else name for name in self._pretrained}
         lacking = [option for name, (option, _) in floors(self._stop, measured).items() if name not in known]
         if lacking and self._stop.on_collapse != "warn":

@@ -316,7 +316,7 @@ def test_precision_can_not_be_judged_by_a_run_that_began_without(tiny_run, tmp_p
     with pytest.raises(ValueError, match=r"stop.quality_floor can't be judged: .*lacks the features .*=inception"):
         train(watched(tiny_run, tmp_path / "run", "train.iterations=2", *QUALITY), reward=peaked())
     train(watched(tiny_run, tmp_path / "run", "train.iterations=2", "stop.quality=precision"), reward=peaked())
-    assert "quality is not judged: " in capsys.readouterr().out
+    assert "quality can't be judged: " in capsys.readouterr().out
 
 
 def test_a_floor_under_precision_needs_a_network_and_no_classes():
