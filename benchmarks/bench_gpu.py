@@ -84,8 +84,8 @@ def run(parts: dict[str, Part], record: Record, minutes: float, *, together: int
     for name in parts:
         if record.is_whole(name):
             _say(f"{name}: whole already")
-    missing = {name: part for name, part in parts.items() if not record.is_whole(name)}
-    proofs = {name: part for name, part in missing.items() if name.startswith(PROOFS)}
+    due = {name: part for name, part in parts.items() if not record.is_whole(name)}
+    proofs = {name: part for name, part in due.items() if name.startswith(PROOFS)}
     with ThreadPoolExecutor(together) as pool:
         running = {pool.submit(_run, name, part, end): name for name, part in proofs.items()}
         try:
@@ -96,7 +96,7 @@ def run(parts: dict[str, Part], record: Record, minutes: float, *, together: int
             pool.shutdown(wait=False, cancel_futures=True)
             kill_tests()
             raise
-    for name, part in missing.items():
+    for name, part in due.items():
         if name not in proofs:
             _keep(record, name, _run(name, part, end))
 

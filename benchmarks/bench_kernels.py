@@ -101,13 +101,13 @@ def run_case(
     """
     truth = exact(case)
     record: dict[str, Any] = {name: {"errors": check(name, run(case), truth)} for name, run in runs.items()}
-    steps = {name: partial(run, case) for name, run in runs.items()}
     if case.latents.is_cuda:
         cases = case.copies(timing.rotation(case.nbytes, case.latents.device))
         for name, run in runs.items():
             tensors = (counted.get(name) or {}).get("tensors")
             record[name]["gpu"] = timing.gpu_times(run, cases, tensors and tensors * 4 * case.latents.numel())
         return record
+    steps = {name: partial(run, case) for name, run in runs.items()}
     times = timing.interleaved(steps, clock=clock, seconds=seconds)
     for name, rounds in times.items():
         record[name] |= {"cpu_ms": statistics.median(rounds), "cpu_fastest_ms": min(rounds), "rounds": len(rounds)}

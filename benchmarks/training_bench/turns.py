@@ -86,16 +86,13 @@ def measure(
             worker = started[index]
             try:
                 worker.ready(others_until if index else until)
-            except OutOfTime as error:
-                if index == 0:
-                    raise
-                worker.stop()
-                note(f"{where}: skipped {row.name!r}: {error}")
-                advance(CHECKED + rounds * per_round, "")
-                continue
             except WorkerError as error:
-                if not error.refused or index == 0:
+                late = isinstance(error, OutOfTime)
+                if late and index == 0:
+                    raise
+                if not late and (index == 0 or not error.refused):
                     raise ValueError(f"{where}, {row.name}: {error}") from error
+                worker.stop()
                 note(f"{where}: skipped {row.name!r}: {error}")
                 advance(CHECKED + rounds * per_round, "")
                 continue
