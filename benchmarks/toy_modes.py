@@ -32,6 +32,7 @@ from benchmarks.toys.experiment import arm_config, run
 from benchmarks.toys.mixtures import TOYS
 from benchmarks.toys.policy import pretrain
 from benchmarks.toys.results import KEEP, Line, path_of, write_report
+from hrf_fast.run.files import append_line
 from hrf_fast.study.statistics import gain_at_diversity
 
 TUNING_SEEDS = (1000,)
@@ -78,8 +79,7 @@ def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) 
                 toy, arm = job["toy"], job["arm"]
                 panels = run(TOYS[toy], mlps[toy], configs[arm], seed=job["seed"], learning_rate=job["learning_rate"])
                 lines.append({**job, **where, "good": TOYS[toy].good.tolist(), "panels": panels})
-                with path.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+                append_line(path, json.dumps(lines[-1]))
 
     tuning = (
         {"toy": TUNED_ON, "arm": arm, "seed": seed, "learning_rate": rate, "tuning": True}

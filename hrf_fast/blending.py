@@ -67,7 +67,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
     chosen = blends.choose(records, keep, quality)["alpha"]
     # the choice has looked at the first panel, whose figures flatter it
-    other = replace(panel, seed=panel.seed + 1)
+    other = panel.with_next_seed()
     base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
     write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
     result = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config
-from hrf_fast.config.run_options import LARGEST_SEED, ComputeConfig
+from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.detail import LEAST, detail
@@ -213,8 +213,7 @@ def evaluate(run: Path, words: list[str]) -> Path:
         shown |= result[title]["peer"]
         if network is not None:
             if reference is None:
-                others = replace(panel, seed=(panel.seed + 1) % (LARGEST_SEED + 1))
-                reference, before = network.features(others.images(policy)), metrics.halves
+                reference, before = network.features(panel.with_next_seed().images(policy)), metrics.halves
             features = network.features(metrics.images)
             result[title]["detail"] = detail(features, metrics.images, reference, seed=panel.seed, fidelity=fidelity)
             shown |= result[title]["detail"]

@@ -30,7 +30,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
-    """Set what torch leaves open on CUDA: TF32, and how cudnn chooses its convolutions.
+    """Set what torch leaves open on CUDA: TF32, how cudnn chooses its convolutions, and attention its backward.
 
     Args:
         deterministic: the same seed gives the same bits, and fp32 is fp32; False takes TF32 and cudnn's fastest.
@@ -48,6 +48,12 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
+    # sums by atomic additions, as in the backward of fused attention, differ from run to run; of an operation that has
+    # no other way torch warns
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # read when the first matrix product is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,6 +15,26 @@ def check_advantages(config: Config) -> None:
         ValueError: names the options, their values and the way out.
     """
     train, remedies = config.train, config.remedies
+    if train.group_size == 1 and train.advantages == "group":
+        raise ValueError(
+            "train.group_size is 1 with train.advantages=group: one sample has no spread to standardise by; use at "
+            "least 2, or advantages=batch"
+        )
+    if train.group_size * train.groups_per_iteration == 1 and train.advantages == "batch":
+        raise ValueError(
+            "train.group_size is 1 and train.groups_per_iteration is 1 with train.advantages=batch: one sample has no "
+            "spread to standardise by; use at least 2 of either"
+        )
+    if train.advantages == "prompt" and config.prompts.source is None:
+        raise ValueError(
+            "train.advantages is prompt but prompts.source is null: there are no prompts to keep statistics of; name a "
+            "source, or use train.advantages=group or batch"
+        )
+    if train.advantages == "prompt" and train.prompt_min_count > train.prompt_buffer:
+        raise ValueError(
+            f"train.prompt_min_count is {train.prompt_min_count}, which a buffer of train.prompt_buffer "
+            f"{train.prompt_buffer} never holds; use at most that"
+        )
     if train.advantage_scale == "none" and train.advantage_floor != TrainConfig().advantage_floor:
         raise ValueError(
             f"train.advantage_floor is {train.advantage_floor:g} but train.advantage_scale is none, which divides by "

@@ -11,6 +11,7 @@ from typing import Any
 from hrf_fast.config.advantage_rules import check_advantages
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig
+from hrf_fast.config.prompt_rules import check_prompts
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
 
@@ -34,11 +35,6 @@ def check_config(config: Config) -> None:
             f"train.groups_per_step is {train.groups_per_step}, which does not divide train.groups_per_iteration "
             f"{train.groups_per_iteration}; choose a divisor"
         )
-    if train.group_size == 1 and train.advantages == "group":
-        raise ValueError(
-            "train.group_size is 1 with train.advantages=group: one sample has no spread to standardise by; use at "
-            "least 2, or advantages=batch"
-        )
     _check_order(config)
     _check_fewer_calls(config)
     _check_tuning(config)
@@ -52,6 +48,7 @@ def check_config(config: Config) -> None:
     _check_lora(config)
     _check_remedies(config)
     check_advantages(config)
+    check_prompts(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
 
@@ -164,16 +161,6 @@ def _check_order(config: Config) -> None:
         raise ValueError(
             f"train.advantages is {train.advantages} but train.order is on_policy: peers must be rolled out together; "
             f"use train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
-        )
-    if train.advantages == "prompt" and config.prompts.source is None:
-        raise ValueError(
-            "train.advantages is prompt but prompts.source is null: there are no prompts to keep statistics of; name a "
-            "source, or use train.advantages=group or batch"
-        )
-    if train.advantages == "prompt" and train.prompt_min_count > train.prompt_buffer:
-        raise ValueError(
-            f"train.prompt_min_count is {train.prompt_min_count}, which a buffer of train.prompt_buffer "
-            f"{train.prompt_buffer} never holds; use at most that"
         )
     if train.gradient_noise and train.groups_per_step % 2:
         raise ValueError(

@@ -102,7 +102,7 @@ class Front:
 
 
 def read_front(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that `Front` wrote; a last line without its end is not one.
+    """The lines of a file that `Front` wrote; one that is half-written or without its end is not one.
 
     Raises:
         ValueError: a line that is no panel of a blend, by number.
@@ -111,6 +111,10 @@ def read_front(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             record = json.loads(line)
+        except ValueError:
+            # left by a full disk: its panel is evaluated again
+            continue
+        try:
             _ = float(record["alpha"]), int(record["seed"]), float(record["vendi"][0]), float(record["reward"][0])
             _ = sum(record["rewards"])
         except (ValueError, TypeError, KeyError, IndexError) as error:

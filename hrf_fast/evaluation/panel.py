@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.assets import SHIPPED
+from hrf_fast.config.run_options import LARGEST_SEED
 from hrf_fast.distributed import comm
 from hrf_fast.evaluation.diversity import (
     Interval,
@@ -107,7 +108,9 @@ class Panel:
 
     def images(self, policy: Policy) -> Tensor:
         """The panel's images [N, 3, H, W] in [0, 1]; each rank denoises its share."""
-        return policy.decode(self._sample(policy))
+        latents = self._sample(policy)
+        with comm.agreed():
+            return policy.decode(latents)
 
     def noise(self, policy: Policy) -> NoiseKey:
         """The noise of the panel's images."""
@@ -126,6 +129,10 @@ class Panel:
             )
         fixed = prompts.fixed(self.seed, self.size // images_per_prompt)
         return replace(self, prompts=tuple(fixed), images_per_prompt=images_per_prompt)
+
+    def with_next_seed(self) -> Panel:
+        """The panel from other noise; after the largest seed comes 0."""
+        return replace(self, seed=(self.seed + 1) % (LARGEST_SEED + 1))
 
     @property
     def shares(self) -> set[str]:

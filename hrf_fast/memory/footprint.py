@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.files import ModelFiles
 from hrf_fast.policies.network import Network
-from hrf_fast.policies.untrained import untrained_condition, untrained_network
+from hrf_fast.policies.untrained import untrained_condition, untrained_network, untrained_shape
 
 Conditions = Callable[[int], tuple[Condition, Condition]]
 """Images -> their conditions where nothing is trained, and in an update."""
@@ -48,7 +48,8 @@ class Footprint:
         sampling: peak of a forward without gradients.
         kept: what the graph of a forward holds on to until its backward.
         update: peak of a forward and its backward.
-        tensors: elements of each trained parameter; image_bytes: of one image's latents in fp32.
+        tensors: elements of each trained parameter.
+        latent_bytes: of one image's latents in fp32; image_bytes: of the decoded image in fp32.
         frozen: elements of all frozen parameters; frozen_bytes: of those; buffer_bytes: of the network's buffers.
     """
 
@@ -56,6 +57,7 @@ class Footprint:
     kept: Line
     update: Line
     tensors: tuple[int, ...]
+    latent_bytes: int
     image_bytes: int
     frozen: int = 0
     frozen_bytes: int = 0
@@ -88,6 +90,7 @@ def measure_model(
     def conditions(images: int) -> tuple[Condition, Condition]:
         return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
 
+    image = untrained_shape(files, image_size).image
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:
@@ -102,12 +105,11 @@ def measure_model(
                 if device == "cuda":
                     for module in network.modules():
                         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                            module.register_forward_pre_hook(_normalise_in_fp32)
+                            module.register_forward_pre_hook(_cast_as_on_cuda)
+                counted = Network(network.unet, precision, call=network.call, device=device)
                 for checkpointing in (False, True):
-                    network.checkpoint_activations(checkpointing)
-                    footprints[precision, checkpointing] = _footprint(
-                        Network(network.unet, precision, call=network.call), shape, conditions
-                    )
+                    counted.checkpoint_activations(checkpointing)
+                    footprints[precision, checkpointing] = _footprint(counted, shape, conditions, image)
     finally:
         gc.unfreeze()
     return footprints | {("fp16", checkpointing): footprints["bf16", checkpointing] for checkpointing in (False, True)}
@@ -123,7 +125,7 @@ def _fill(network: nn.Module) -> None:
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
-def _normalise_in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_as_on_cuda(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Cast a normalisation's input as CUDA's autocast does and the CPU's, which stands in for CUDA's here, does not."""
     return (inputs[0].float(), *inputs[1:])
 
@@ -140,25 +142,28 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
 
     policy.network.checkpoint_activations(checkpointing)
     try:
-        return _footprint(policy.network, policy.latent_shape, conditions)
+        with torch.no_grad():
+            clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
+            image = tuple(policy.decode(clean).shape[1:])
+        return _footprint(policy.network, policy.latent_shape, conditions, image)
     finally:
         policy.network.checkpoint_activations(False)
         for parameter in policy.network.parameters():
             parameter.grad = None
 
 
-def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Conditions) -> Footprint:
+def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Conditions, image: tuple[int, ...]) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
     two, three = (_peaks(network, shape, images, *conditions(images)) for images in (2, 3))
     sampling, graph, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
-    image_bytes = 4 * math.prod(shape)
     frozen = [p for p in network.parameters() if not p.requires_grad]
     return Footprint(
         sampling,
         graph,
         update,
         tuple(p.numel() for p in network.parameters() if p.requires_grad),
-        image_bytes,
+        4 * math.prod(shape),
+        4 * math.prod(image),
         sum(p.numel() for p in frozen),
         sum(p.nbytes for p in frozen),
         sum(buffer.nbytes for buffer in network.buffers()),

@@ -89,10 +89,16 @@ class Plan:
 
     @property
     def trajectories(self) -> int:
-        """The latents of their windows, the pretrained model's outputs there and the final images, in fp32."""
+        """The latents of their windows, the pretrained model's outputs there and the final images, in fp32.
+
+        With train.gae_lambda the clean images too that are predicted at each step, as latents and decoded.
+        """
         longest = self.counts.longest_window
         referred = min(longest, self.config.remedies.referred_steps(self.config.sample.num_inference_steps))
-        return self.rolled_out * (longest + referred + 2) * self.any_footprint.image_bytes
+        predicted = 0 if self.config.train.gae_lambda is None else longest
+        latents, images = longest + 1 + referred + predicted, 1 + predicted
+        footprint = self.any_footprint
+        return self.rolled_out * (latents * footprint.latent_bytes + images * footprint.image_bytes)
 
     @property
     def kept_samples(self) -> int:

@@ -94,6 +94,11 @@ class Shape:
     """Rows and columns of the tokens that a transformer makes of the latents."""
 
     @property
+    def image(self) -> tuple[int, ...]:
+        """[3, H, W] of a decoded image; [C, H, W] of an unconditional model, whose latents are images."""
+        return (3, *self.size) if self.size else self.latents
+
+    @property
     def tokens(self) -> int | None:
         """Image tokens of a transformer, by which schedulers shift their σ; None for a UNet."""
         return self.grid and self.grid[0] * self.grid[1]

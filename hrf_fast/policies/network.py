@@ -47,8 +47,19 @@ class Network(nn.Module):
     It is `unet` whatever its architecture: checkpoints have that name before those of the weights.
     """
 
-    def __init__(self, unet: nn.Module, precision: str, *, channels_last: bool = False, call: Call = call_unet) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        precision: str,
+        *,
+        channels_last: bool = False,
+        call: Call = call_unet,
+        device: str | None = None,
+    ) -> None:
         """Wrap a denoiser that `call` knows the arguments of.
+
+        Args:
+            device: cuda or cpu; where the weights are by default. A plan's stand in for weights on CUDA.
 
         Raises:
             ValueError: an unknown precision.
@@ -61,7 +72,7 @@ class Network(nn.Module):
         self.unet, self.dtype = unet, None if precision == "fp32" else DTYPES[precision]
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if precision == "bf16" and next(unet.parameters()).device.type == "cpu":
+        if precision == "bf16" and (device or next(unet.parameters()).device.type) == "cpu":
             _normalise_in_fp32(unet)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
@@ -85,9 +96,9 @@ class Network(nn.Module):
 
 
 def _normalise_in_fp32(unet: nn.Module) -> None:
-    """Let group norms compute in fp32 and hand on bf16, as autocast does it on CUDA, but not on a CPU.
+    """Let group norms compute in fp32, as autocast does it on CUDA, but not on a CPU, and hand on bf16.
 
-    There their backward in bf16 and channels_last takes over four times as long as that in fp32.
+    On a CPU their backward in bf16 and channels_last takes over four times as long as that in fp32.
     """
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm):

@@ -19,6 +19,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 FONT, DPI, WIDTH, HEIGHT = 9, 144, 5.4, 3.5  # points, dots per inch, inches
+# arms that can be told apart in one plane
+TOGETHER = 8
 
 
 class Series(NamedTuple):
@@ -104,8 +106,11 @@ def paths(
 ) -> bytes:
     """Panels side by side, (title, arms) each: of an arm (name, runs, mean) thin lines and a thick one with its end.
 
-    A dotted line marks y = `level`.
+    A dotted line marks y = `level`. A panel of more than TOGETHER arms has a plane for each of them instead, with the
+    mean of the first arm in grey.
     """
+    if max(len(arms) for _, arms in panels) > TOGETHER:
+        return _planes(panels, x_label=x_label, y_label=y_label, level=level)
     figure = Figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
     for number, (title, arms) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
@@ -121,6 +126,34 @@ def paths(
         axes.set_ylabel(_label(y_label), fontsize=FONT)
         _tidy(axes)
         _legend(axes)
+    return _png(figure)
+
+
+def _planes(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series], Series]]]],
+    *,
+    x_label: str,
+    y_label: str,
+    level: float,
+) -> bytes:
+    """`paths` with a small plane for each arm, in rows of six; all have the same axes."""
+    planes = [(title, arms[0][2], *arm) for title, arms in panels for arm in arms]
+    rows = -(-len(planes) // 6)
+    figure = Figure(figsize=(2 * WIDTH, 0.42 * HEIGHT * rows), layout="constrained")
+    grid = figure.subplots(rows, 6, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (title, first, name, runs, mean) in zip(grid, planes, strict=False):
+        axes.plot(first.x, first.y, color="#999999", linewidth=2.4)
+        for line in runs:
+            axes.plot(line.x, line.y, color=COLOURS[0], linewidth=0.6, alpha=0.6)
+        axes.plot(mean.x, mean.y, color=COLOURS[0], linewidth=1.6)
+        axes.plot(mean.x[-1:], mean.y[-1:], color=COLOURS[0], marker="o", markersize=4)
+        axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
+        axes.set_title(_label(name if len(panels) == 1 else f"{title}, {name}"), fontsize=FONT - 1)
+        _tidy(axes)
+    for axes in grid[len(planes) :]:
+        axes.set_visible(False)
+    figure.supxlabel(_label(x_label), fontsize=FONT)
+    figure.supylabel(_label(y_label), fontsize=FONT)
     return _png(figure)
 
 

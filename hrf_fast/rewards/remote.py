@@ -110,6 +110,8 @@ def unpack(body: bytes) -> tuple[Tensor, list[str] | None, list[dict[str, Any]]]
     images = tensors.get("images")
     if images is None or images.dtype not in (torch.uint8, torch.float32):
         raise ValueError("the body has no tensor `images` of uint8 or float32")
+    if images.dim() != 4:
+        raise ValueError(f"`images` has the shape {list(images.shape)}; send [B, 3, H, W]")
     if prompts is not None and not (isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)):
         raise ValueError("`prompts` is no list of texts and not null")
     if not (isinstance(metadata, list) and all(isinstance(item, dict) for item in metadata)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -95,6 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
             return 500, {"error": str(error)}
         except ValueError as error:
             return 400, {"error": str(error)}
+        except Exception as error:
+            # without an answer the client would ask again and again
+            traceback.print_exc()
+            return 500, {"error": f"{type(error).__name__}: {error}"}
         return 200, {"rewards": rewards.total.tolist(), "dtype": str(rewards.total.dtype).removeprefix("torch.")}
 
     def log_message(self, format: str, *arguments: Any) -> None:

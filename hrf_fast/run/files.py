@@ -35,14 +35,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, whole or not at all.
+    """Add a line to a file, whole or not at all; after a half-written one it begins on a line of its own.
 
     Raises:
         NotWritten: the disk is full or unwritable.
     """
     # one write of a whole line to an append-only file: a crash can't tear it
     data = (line + "\n").encode()
-    with writing(path), open(path, "ab", buffering=0) as file:
+    with writing(path), open(path, "ab+", buffering=0) as file:
+        if file.tell():
+            # a full disk has left a part of the last line
+            file.seek(-1, os.SEEK_END)
+            data = data if file.read(1) == b"\n" else b"\n" + data
         if file.write(data) < len(data):
             # a disk that has room for a part of it takes that part without an error
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

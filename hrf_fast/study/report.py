@@ -71,7 +71,9 @@ def measures(keep: float, target: float | None) -> list[Measure]:
         Measure(
             "gain with {level} kept", "gain", lambda _: keep, lambda line, _: gain_at_diversity(path_of(line), keep)
         ),
-        Measure("kept at gain {level}", "share", highest_common, diversity_at_gain),
+        Measure(
+            "kept at gain {level}", "share", highest_common, lambda line, gain: diversity_at_gain(path_of(line), gain)
+        ),
         Measure(
             f"evaluations to gain {{level}} with {100 * keep:.0f} % kept",
             "count",
@@ -135,11 +137,17 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
             for arm in study.arms
         }
         arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
-        text += [f"## {case}", "", *_markdown(ends(arms, tuned=bool(rates))), ""]
+        text += [f"## {case}", ""]
+        if not arms:
+            text += ["No run is finished.", ""]
+            continue
+        text += [*_markdown(ends(arms, tuned=bool(rates))), ""]
         comparison = comparisons(arms, study.reference, measures(study.keep, target))
         if len(comparison.rows) > 1:
             text += [*_markdown(comparison), ""]
-        plotted.append((case, [(arm, *_series(arm, by_seed)) for arm, by_seed in arms.items()]))
+        # the reference first
+        in_order = sorted(arms.items(), key=lambda item: item[0] != study.reference)
+        plotted.append((case, [(arm, *_series(arm, by_seed)) for arm, by_seed in in_order]))
     image = results.path.with_suffix(".png")
     text += [f"![Gain against the share kept]({image.name})", "", *(f"- {note}" for note in notes), ""]
     write_atomically(image, paths(plotted, x_label="gain in reward", y_label="Vendi Score kept", level=study.keep))

@@ -73,15 +73,14 @@ class Results:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line; after a half-written one it begins on a line of its own.
+        """Add a line, as `append_line` does.
 
         Raises:
             NotWritten: the disk is full or unwritable.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            before = self.path.read_bytes() if self.path.exists() else b""
-            append_line(self.path, ("\n" if before[-1:] not in (b"", b"\n") else "") + json.dumps(record))
+            append_line(self.path, json.dumps(record))
 
     def read(self) -> tuple[list[dict[str, Any]], list[str]]:
         """The lines in order, and a note for each that is no record of a study.

@@ -28,6 +28,8 @@ from hrf_fast.study.statistics import end_of, path_of
 
 # how often finished processes are looked for, in seconds
 _POLL = 0.2
+# an error of the command, and the last line of a traceback
+_ERROR = re.compile(r"^error: (.+)|^Traceback \(most recent call last\):\n(?: .*\n)+(\S.*)", re.MULTILINE)
 
 
 def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Collection[str] = ()) -> None:
@@ -188,8 +190,7 @@ class Workers:
         folder = self.out / job.name
         log = (self.out / f"{job.name}.log").read_text(errors="replace").strip().splitlines()
         if code:
-            line = next((line for line in reversed(log) if line.startswith("error:")), log[-1] if log else "")
-            return {"error": line.removeprefix("error: ") or f"exit code {code}"}
+            return {"error": _error(code, log, self.out / f"{job.name}.log")}
         reason = next(match[1] for line in reversed(log) if (match := re.match(r"done, (.*): .* \(hrf report", line)))
         panels = read_log(folder / "evaluations.jsonl", PANEL)
         model = int(read_log(folder / "events.jsonl", EVENT)[-1]["figures"]["model"])
@@ -215,6 +216,16 @@ class Workers:
             process.send_signal(signal.SIGINT)
         for process in self._running:
             process.wait()
+
+
+def _error(code: int, log: Sequence[str], path: Path) -> str:
+    """Say why a process failed: its signal, the last error that its log tells, or where to look."""
+    if code < 0:
+        name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
+        # what the system does where memory runs out
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    errors = [*_ERROR.finditer("\n".join(log))]
+    return errors[-1][1] or errors[-1][2] if errors else f"exit code {code}; see {path}"
 
 
 def _summary(outcome: dict[str, Any]) -> str:

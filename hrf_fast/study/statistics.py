@@ -8,11 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from hrf_fast.config.options import Config
-from hrf_fast.report.comparison import RunLog, at_reward
 
 _LEVEL = 0.95
 
@@ -43,11 +39,6 @@ class Paired(NamedTuple):
     p: float | None
 
 
-def run_log(line: Mapping[str, Any]) -> RunLog:
-    """A line's panels as a report reads them."""
-    return RunLog(line["arm"], Path(), Config(), line["panels"], [], True)
-
-
 def path_of(line: Mapping[str, Any]) -> list[Point]:
     """A line's path, the pretrained model first: gain 0, share 1."""
     first = line["panels"][0]
@@ -73,11 +64,14 @@ def gain_at_diversity(path: Sequence[Point], floor: float) -> float:
     return max(gains)
 
 
-def diversity_at_gain(line: Mapping[str, Any], gain: float) -> float | None:
-    """The share kept where the run's gain first reaches `gain`; None where it does not, or for a gain of 0 or less."""
-    log = run_log(line)
-    point = at_reward(log, log.rewards()[0] + gain)
-    return point[1].value / line["panels"][0]["vendi"][0] if point else None
+def diversity_at_gain(path: Sequence[Point], gain: float) -> float | None:
+    """The share kept where the gain first reaches `gain`; None where it does not, or for a gain of 0 or less."""
+    # in gains, as the level was found: a sum with the pretrained reward may round to above the run's best panel
+    after = next((i for i, point in enumerate(path) if point.gain >= gain), 0)
+    if after == 0:
+        return None
+    one, two = path[after - 1], path[after]
+    return one.kept + (gain - one.gain) / (two.gain - one.gain) * (two.kept - one.kept)
 
 
 def evaluations_to_gain(path: Sequence[Point], gain: float, floor: float) -> float | None:

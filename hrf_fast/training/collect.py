@@ -61,7 +61,9 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
             windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
         if changes:
             run.note_once(note_of(what, changes), key=what)
-        _check_windows(windows, groups.per_iteration, policy.sampler.stochastic_steps, what)
+        _check_windows(
+            windows, groups.per_iteration, policy.sampler.stochastic_steps, what, anchored=schedule.needs_anchors
+        )
         windows = with_noise(windows, components.rules.shared_noise)
     own_groups = {
         number: Group(
@@ -116,7 +118,7 @@ def group_noise(components: Components, iteration: int, purpose: str, group: int
     return NoiseKey(noise_key(components.rules.seed, iteration, purpose), ids)
 
 
-def _check_windows(windows: Any, groups: int, stop: int, what: str) -> None:
+def _check_windows(windows: Any, groups: int, stop: int, what: str, *, anchored: bool) -> None:
     """Refuse what a user's schedule may have returned."""
     if not isinstance(windows, list) or not all(isinstance(window, Window) for window in windows):
         raise ValueError(f"{what} returned {windows!r}; return a list of Window(start, stop)")
@@ -130,3 +132,9 @@ def _check_windows(windows: Any, groups: int, stop: int, what: str) -> None:
     last = max(window.stop for window in windows)
     if last > stop:
         raise ValueError(f"{what} returned a window to {last}; steps from {stop} are deterministic")
+    start = max(window.start for window in windows)
+    if start and not anchored and not windows[0].deterministic:
+        raise ValueError(
+            f"{what} returned a window from {start}, but its needs_anchors is False and pure noise is the start of "
+            "step 0 only; let needs_anchors be True, start at 0, or return Window(start, stop, deterministic=True)"
+        )

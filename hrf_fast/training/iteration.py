@@ -60,7 +60,7 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     policy.stopwatch.restart()
     outcome = learn(components, run, iteration)
     policy.calls = policy.calls.of_all_ranks(before)
-    if not any(bool(values.any()) for values in outcome.advantages.values()):
+    if outcome.advantages and not any(bool(values.any()) for values in outcome.advantages.values()):
         run.note_once(
             f"iteration {iteration}: reward.name {components.reward.name} is the same for all samples of every group, "
             "so nothing is learnt; use a reward that varies, or a larger train.group_size; where a large offset hides "
@@ -113,7 +113,8 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     rounds = components.groups.rounds(components.calls.order)
     for steps in rounds:
         rank_groups = [groups[number] for number in components.groups.own(steps)]
-        with engine.gathered():
+        # images that are not finite end the run on all ranks together, so that it may restore its best
+        with engine.gathered(), comm.agreed():
             rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
@@ -129,8 +130,9 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         outcome.rewards |= rewards
         outcome.advantages |= advantages
         for group in rewards.keys() - advantages.keys():
-            note(f"iteration {iteration}, group {group}: its optimizer step is skipped: {rewards[group].problem}")
-        if steps == rounds[-1] and not outcome.advantages:
+            problem = rewards[group].problem or "no other sample has a finite reward to compare its own with"
+            note(f"iteration {iteration}, group {group}: its optimizer step is skipped: {problem}")
+        if steps == rounds[-1] and all(result.rewards is None for result in outcome.rewards.values()):
             raise comm.on_all_ranks(
                 RewardError(f"iteration {iteration}: no group has finite rewards, so there is nothing to learn from")
             )

@@ -106,7 +106,8 @@ def iteration_record(
         advantages: of the groups that were not skipped.
         referred: whether the loss has a term of the pretrained model.
     """
-    all_advantages = torch.cat([values.flatten() for values in advantages.values()])
+    # a sample without peers has none
+    all_advantages = torch.cat([values.flatten() for values in advantages.values()] or [torch.zeros(1)])
     by_group = [group.rewards for group in rewards.values() if group.rewards is not None]
     all_rewards = torch.cat(by_group)
     spreads = [values.std() for values in by_group if len(values) > 1]
@@ -118,11 +119,11 @@ def iteration_record(
         del summary["reference_kl"]
     return {
         "reward_mean": float(all_rewards.mean()),
-        "reward_std": float(all_rewards.std()),
+        "reward_std": _std(all_rewards),
         "reward_min": float(all_rewards.min()),
         "reward_max": float(all_rewards.max()),
         **({f"reward/{name}": value for name, value in term_means.items()} if len(term_means) > 1 else {}),
-        "advantage_std": float(all_advantages.std()),
+        "advantage_std": _std(all_advantages),
         "advantage_max": float(all_advantages.abs().max()),
         # a group of one has no spread
         "group_reward_std": float(torch.stack(spreads).mean()) if spreads else None,
@@ -131,3 +132,8 @@ def iteration_record(
         "window_starts": [window.start for window in windows],
         "window_steps": sum(len(window) for window in windows),
     }
+
+
+def _std(values: Tensor) -> float:
+    """Unbiased standard deviation; 0 for a single value, whose own would be NaN."""
+    return float(values.std()) if len(values) > 1 else 0.0

@@ -34,8 +34,15 @@ class Advantages(Protocol):
 
 
 Factory = Callable[..., Advantages]
-# options that change an advantage, each with the value that changes nothing
-_NEUTRAL = {"train.advantage_scale": "std", "train.advantage_baseline": "mean", "remedies.reward_band": 0.0}
+# options of advantages, each with its default, which a way that does not read it must leave, and the ways that read it
+_NEUTRAL: dict[str, tuple[Any, str]] = {
+    "train.advantage_scale": ("std", "group or batch"),
+    "train.advantage_baseline": ("mean", "group or batch"),
+    "train.advantage_floor": (1e-6, "group or batch"),
+    "train.prompt_buffer": (16, "prompt"),
+    "train.prompt_min_count": (16, "prompt"),
+    "remedies.reward_band": (0.0, "group or batch"),
+}
 ADVANTAGES: Registry[Factory] = Registry("way to make advantages", "train.advantages")
 register_advantages = ADVANTAGES.register
 
@@ -53,12 +60,12 @@ def build_advantages(name: str, **options: Any) -> Advantages:
     """
     factory = load_user_function(name, "train.advantages") if ":" in name else ADVANTAGES[name]
     wanted = {key: value for key, value in options.items() if key in inspect.signature(factory).parameters}
-    for option, neutral in _NEUTRAL.items():
+    for option, (neutral, readers) in _NEUTRAL.items():
         key = option.partition(".")[2]
         if options.get(key, neutral) != neutral and key not in wanted:
             raise ValueError(
                 f"{option} is {options[key]} but train.advantages is {name}, which has no argument {key}; use "
-                f"{neutral}, or train.advantages=group or batch"
+                f"{neutral}, or train.advantages={readers}"
             )
     advantages = call_factory(factory, "train.advantages", {}, **wanted)
     if not callable(advantages) or hasattr(advantages, "state") != hasattr(advantages, "load_state"):
@@ -97,7 +104,7 @@ class Peers:
 
     def __init__(self, floor: float, scale: str, baseline: str, band: float, *, together: bool) -> None:
         self._floor, self._scale, self._baseline, self._band = floor, scale, baseline, band
-        self._together = together
+        self.together = together
 
     def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
         sizes = [len(values) for values in rewards.values()]
@@ -113,7 +120,7 @@ class Peers:
             return dict.fromkeys(rewards, 1.0)
         values, peers = self._with_peers(rewards)
         stds = spreads(values, peers).clamp(min=self._floor).tolist()
-        return dict.fromkeys(rewards, stds[0]) if self._together else dict(zip(rewards, stds, strict=True))
+        return dict.fromkeys(rewards, stds[0]) if self.together else dict(zip(rewards, stds, strict=True))
 
     def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
         # without a division there is no floor to be under
@@ -123,7 +130,7 @@ class Peers:
         """All rewards [B], and [B] int64 that is equal for peers."""
         sizes = torch.tensor([len(values) for values in rewards.values()])
         index = torch.arange(len(rewards)).repeat_interleave(sizes)
-        return torch.cat(list(rewards.values())), torch.zeros_like(index) if self._together else index
+        return torch.cat(list(rewards.values())), torch.zeros_like(index) if self.together else index
 
 
 @register_advantages("group")

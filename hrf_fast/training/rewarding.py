@@ -185,13 +185,13 @@ def standardise(
 ) -> dict[int, Tensor]:
     """Advantages on `device` by group, [B], or [S, B] where steps have credit of their own.
 
-    A group without rewards has none and is no peer of the others.
+    A group without rewards has none and is no peer of the others. A sample without peers has none either.
 
     Args:
         gae_lambda: see `step_advantages`; None credits all steps with the final reward.
         sharpness: of matched trajectories, see `matching_advantages`; 0 leaves advantages as they are.
     """
-    finite = _finite(rewards)
+    finite = _comparable(rewards, advantages)
     if not finite:
         return {}
     if gae_lambda is not None:
@@ -215,9 +215,12 @@ def standardise(
 
 def spread_notes(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[str, str]:
     """Sentences about rewards whose spread is too small to learn from, by kind."""
-    finite, notes = _finite(rewards), getattr(advantages, "notes", None)
+    finite, notes = _comparable(rewards, advantages), getattr(advantages, "notes", None)
     return notes(finite) if finite and notes else {}
 
 
-def _finite(rewards: Mapping[int, GroupRewards]) -> dict[int, Tensor]:
-    return {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
+def _comparable(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[int, Tensor]:
+    """Finite rewards by group; none where a batch is down to one sample, which has no spread to standardise by."""
+    finite = {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
+    alone = sum(len(values) for values in finite.values()) == 1
+    return {} if alone and isinstance(advantages, Peers) and advantages.together else finite

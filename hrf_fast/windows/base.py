@@ -31,6 +31,9 @@ class Window:
     """Whether the group's samples start from one noise, and so share the deterministic steps before the window."""
 
     def __post_init__(self) -> None:
+        # numpy's and torch's are refused too: a log has starts as JSON
+        if type(self.start) is not int or type(self.stop) is not int:
+            raise ValueError(f"window [{self.start!r}, {self.stop!r}) is not of ints; use int(start) and int(stop)")
         if not 0 <= self.start < self.stop:
             raise ValueError(f"window [{self.start}, {self.stop}) is empty or negative; use 0 <= start < stop")
 

@@ -17,7 +17,10 @@ import triton
 # and half as many where the size is no multiple of 16, so that each element is masked and addressed by itself
 ONE_PROGRAM_LIMIT = 8192
 _RAGGED_LIMIT = 4096
-_LARGEST_SAMPLE = 2**31 - 2**14
+# elements of a chunk: so many blocks of so many
+_BLOCK, _ITERATIONS = 4096, 2
+# offsets have 32 bits, and chunks are CUDA's grid axis y
+_LARGEST_SAMPLE = min(2**31 - 2**14, 65_535 * _BLOCK * _ITERATIONS)
 # samples of one finalize program
 ROWS = 16
 # one step's coefficients are elements of a table: their addresses are no multiple of 16, and need not be
@@ -54,7 +57,7 @@ def block_plan(size: int, *, one_program: bool | None = None) -> BlockPlan:
         block = max(128, triton.next_power_of_2(size))
         return BlockPlan(block, 1, threads=min(1024, max(64, block // 16)), chunks=1)
     # of the plans with 16 bytes of bf16 a thread the fastest on an H100, at 16×3×256² and at 16×4×64²
-    return BlockPlan(4096, 2, threads=512, chunks=triton.cdiv(size, 4096 * 2))
+    return BlockPlan(_BLOCK, _ITERATIONS, threads=512, chunks=triton.cdiv(size, _BLOCK * _ITERATIONS))
 
 
 def launch(

@@ -128,6 +128,9 @@ def results(tiny_model, tmp_path_factory, request):
     best += ["evaluation.every=1", "run.keep_checkpoints=1", "train.iterations=3"]
     two |= {f"restored {name}": run(f"restored-{name}", *engine, ema, *best) for name, engine in engines.items()}
     two["restored zero3 lora"] = run("restored-zero3 lora", *ENGINES["zero3"], *LORA, *best)
+    # weights that the first step wrecks: both ranks find images that are not finite in the second rollout
+    wrecked = ["optimizer.learning_rate=1e30", "stop.max_drift=0", "evaluation.every=0", "train.iterations=3"]
+    two["restored wrecked"] = run("restored-wrecked", *best[1:3], *wrecked)
     two["collectives"] = ("collectives",)
     two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(engines)[:5]}
     # half of a run, then the rest of it, on the same engine
@@ -147,7 +150,7 @@ def results(tiny_model, tmp_path_factory, request):
     two["moved from"] = run("moved", *ENGINES["zero3"], ema, "train.iterations=1")
     if not every:
         names = {f"{kind} {name}" for kind in ("gradient", "weights") for name in QUICK}
-        names |= {"gradient zero2 micro", "not finite zero2", "collectives", "restored zero2"}
+        names |= {"gradient zero2 micro", "not finite zero2", "collectives", "restored zero2", "restored wrecked"}
         kinds = ("resume zero2", "resume zero3 lora")
         two = {name: case for name, case in two.items() if name in names or name.startswith(kinds)}
         one = {name: one[name] for name in ("gradient", "gradient micro", "weights", "weights lora")}
@@ -187,6 +190,14 @@ def test_the_best_checkpoint_of_a_sharded_run_is_its_model_bit_for_bit(results, 
     else:
         assert equal(weights(run), checkpoint_weights(best, "ema.safetensors"))
         assert not equal(weights(run), checkpoint_weights(run / "checkpoints" / "iteration-000002", "ema.safetensors"))
+
+
+def test_a_run_whose_images_are_not_finite_restores_its_best_on_all_ranks(results):
+    _, folder = results
+    run = folder / "restored-wrecked"
+    assert [panel["iteration"] for panel in panels(run)] == [0]
+    assert equal(weights(run), checkpoint_weights(run / "checkpoints" / "iteration-000000"))
+    assert "the images are not finite" in (run / "events.jsonl").read_text()
 
 
 def relative(a, b):

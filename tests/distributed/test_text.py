@@ -30,7 +30,12 @@ from tests.text_models import text_model
 pytest.importorskip("deepspeed")
 CASES = "tests.distributed.cases"
 METHODS = {
-    "ddpo": {"window.schedule": "full", "train.advantages": "prompt", "train.prompt_min_count": 3},
+    "ddpo": {
+        "window.schedule": "full",
+        "train.advantages": "prompt",
+        "train.prompt_buffer": 3,
+        "train.prompt_min_count": 3,
+    },
     "hrf": {"window.schedule": "clusters", "window.kwargs": "{clusters: [[0, 2], [2, 4]], iterations_per_cluster: 1}"},
     "hrf_d": {"window.schedule": "dynamic", "window.kwargs.search": "exact", "train.iterations": 1},
 }
@@ -89,7 +94,6 @@ def words(kind, *options):
         "train.groups_per_iteration": 2,
         "train.groups_per_step": 2,
         "train.group_size": 2,
-        "train.prompt_buffer": 3,
         "optimizer.learning_rate": 0.02,
         "stop.max_drift": 0,
         "optimizer.kwargs.eps": 0.01,

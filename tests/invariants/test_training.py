@@ -292,6 +292,24 @@ def test_a_reward_that_is_not_finite_skips_its_groups_step_and_is_counted(tiny_r
     assert any("iteration 0, group 1" in note and "'holey'" in note for note in notes)
 
 
+def test_a_sample_that_is_left_without_peers_makes_no_step(tiny_run, tmp_path, capsys):
+    calls = []
+
+    def holey(images, prompts=None):
+        # after the panel the first of two groups of one, and once more
+        calls.append(len(images))
+        return [float("nan")] if calls.count(1) in (1, 2) and len(images) == 1 else bright(images)
+
+    words = ["train.group_size=1", "train.advantages=batch", "stop.on_nan=skip", "evaluation.every=0"]
+    train([*tiny_run, *words], reward=holey)
+    first, second = metrics(tmp_path / "run")
+    assert (first["skipped_steps"], second["skipped_steps"]) == (2, 0)
+    assert all(value == value for value in first.values() if isinstance(value, float))
+    notes = [json.loads(line).get("note", "") for line in capsys.readouterr().out.splitlines()]
+    assert any("iteration 0, group 1: its optimizer step is skipped: no other sample" in note for note in notes)
+    assert not any("nothing is learnt" in note for note in notes)
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_run, tmp_path, monkeypatch):
     original, calls = update_module.optimizer_step, []
 

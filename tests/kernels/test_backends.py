@@ -62,8 +62,11 @@ def test_everything_but_the_kernels_works_without_triton():
     assert run.returncode == 0, run.stderr
 
 
-def test_samples_beyond_32_bit_offsets():
-    with pytest.raises(ValueError, match=rf"a sample has {2**31} elements; the Triton kernels take at most \d+"):
-        launch.block_plan(2**31)
+def test_samples_of_more_chunks_than_the_grid_takes():
+    # 65,535 programs along CUDA's axis y, of 8192 elements each
+    most = 65_535 * 8192
+    assert launch.block_plan(most).chunks == 65_535
+    with pytest.raises(ValueError, match=f"a sample has {most + 1} elements; the Triton kernels take at most {most}"):
+        launch.block_plan(most + 1)
     with pytest.raises(ValueError, match=r"a sample has 8193 elements; one program takes at most 8192"):
         launch.block_plan(8193, one_program=True)

@@ -163,10 +163,12 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_m
     # a stop in the middle of a line: what was whole is not made again, and the rest is equal
     path = copy / "blend" / "front.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:2]))
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:40])
     assert main(words) == 0
     again = path.read_bytes().splitlines(keepends=True)
-    assert again == lines
+    assert again == [*lines[:2], lines[2][:40] + b"\n", *lines[2:]]
+    # the torn line is no hindrance to the next
+    assert main(words) == 0 and read_front(path) == front
     # nothing above the floor but the pretrained model
     for line in front:
         if line["alpha"]:
@@ -174,6 +176,11 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_m
     path.write_text("".join(json.dumps(line) + "\n" for line in front))
     assert main(["blend", str(copy), "--keep", "1", "--step", "1"]) == 0
     assert "none is saved" in capsys.readouterr().out
+
+
+def test_the_other_panel_of_the_largest_seed_is_that_of_seed_0(copy):
+    blend(copy, ["evaluation.seed=4294967295"], keep=0.01, most=1, step=1)
+    assert [line["seed"] for line in read_front(copy / "blend" / "front.jsonl")] == [2**32 - 1] * 2 + [0] * 2
 
 
 def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path, monkeypatch):

@@ -48,6 +48,11 @@ def late(num_groups, probe):
     return [Window(4 - number % 4, 5) for number in range(num_groups)]
 
 
+def full(num_groups, probe):
+    """All that can be trained, as from pure noise."""
+    return [Window(0, 5)] * num_groups
+
+
 def mixed(num_groups, probe):
     """Windows whose samples share their noise."""
     return [Window(2, 4, deterministic=True, shared=True)] * num_groups
@@ -64,7 +69,7 @@ class Brightness:
         return images.mean((1, 2, 3))
 
 
-def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=None, policy=None, **asked):
+def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, plan=None, policy=None, **asked):
     """What collecting reads of a run's components: 4 groups of 3, two to an optimizer step."""
     prompts, guided = asked.get("prompts"), asked.get("guided", True)
     brightness = Brightness()
@@ -87,10 +92,10 @@ def make_components(choose=late, *, needs_anchors=False, rank=0, ranks=1, plan=N
 
 
 def test_a_schedule_without_anchors_costs_nothing():
-    components, run = make_components(), Phases()
+    components, run = make_components(full, needs_anchors=False), Phases()
     windows, groups = begin(components, run, iteration=5)
     assert components.policy.calls.batches == 0 and run.names == ["search"]
-    assert [window.start for window in windows] == [4, 3, 2, 1]
+    assert windows == [Window(0, 5)] * 4
     assert all(group.anchor is None and group.window == windows[number] for number, group in groups.items())
 
 
@@ -110,7 +115,7 @@ def test_the_option_says_whether_samples_share_their_noise_and_null_leaves_it_to
     windows, groups = begin(make_components(shared_noise=shared_noise), Phases(), iteration=5)
     assert [window.shared for window in windows] == [expected] * 4
     assert all(group.window.shared is expected for group in groups.values())
-    windows, _ = begin(make_components(mixed, shared_noise=shared_noise), Phases(), iteration=5)
+    windows, _ = begin(make_components(mixed, needs_anchors=False, shared_noise=shared_noise), Phases(), iteration=5)
     assert all(window.shared is (shared_noise is not False) for window in windows)
 
 
@@ -183,6 +188,14 @@ def test_what_is_no_list_of_windows_is_refused_under_the_schedules_name(answer, 
     components = make_components(lambda num_groups, probe: answer)
     with pytest.raises(ValueError, match=rf"window\.schedule {__name__}:Schedule .*{message}"):
         begin(components, Phases(), iteration=0)
+
+
+def test_a_late_window_from_pure_noise_is_refused():
+    with pytest.raises(ValueError, match=rf"{__name__}:Schedule returned a window from 4, but its needs_anchors is F"):
+        begin(make_components(late, needs_anchors=False), Phases(), iteration=0)
+    # deterministic steps lead to it
+    windows, groups = begin(make_components(mixed, needs_anchors=False), Phases(), iteration=0)
+    assert windows[0].start == 2 and groups[0].origin is not None
 
 
 @pytest.mark.parametrize(

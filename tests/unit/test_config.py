@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hrf_fast.build import build_config_advantages
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
@@ -256,6 +257,16 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
         ),
         (["train.advantages=batch", "train.order=on_policy"], "train.advantages is batch.*train.order is on_policy"),
         (["train.advantages=prompt"], "train.advantages is prompt but prompts.source is null"),
+        (["train.group_size=1"], "train.group_size is 1 with train.advantages=group"),
+        (
+            ["train.group_size=1", "train.groups_per_iteration=1", "train.advantages=batch"],
+            "train.group_size is 1 and train.groups_per_iteration is 1 with train.advantages=batch.*at least 2",
+        ),
+        # what would do nothing
+        (["prompts.negative=ugly"], "prompts.negative is 'ugly' but prompts.source is null"),
+        (["prompts.kwargs.noun=cat"], "prompts.kwargs is {'noun': 'cat'} but prompts.source is null"),
+        (["evaluation.images_per_prompt=2"], "evaluation.images_per_prompt is 2 but prompts.source is null.* at 4"),
+        (["train.guidance=false"], "train.guidance is false but sample.guidance_scale is 1"),
         (
             ["train.advantages=prompt", "prompts.source=animals", "train.prompt_buffer=4"],
             "train.prompt_min_count is 16.*train.prompt_buffer 4",
@@ -319,6 +330,7 @@ def test_every_shipped_yaml_loads_and_names_a_schedule_and_options_that_exist(pa
     assert isinstance(config, Config)
     steps = config.sample.num_inference_steps
     build_schedule(config.window.schedule, config.window.kwargs, num_inference_steps=steps, stop=steps - 1)
+    build_config_advantages(config)
     assert config.reward.name in {info.name for info in list_rewards()}
 
 

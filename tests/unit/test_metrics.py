@@ -137,6 +137,12 @@ def test_a_group_that_is_skipped_is_in_no_mean():
     assert (record["reward_mean"], record["advantage_max"], record["window_steps"]) == (2.0, 1.0, 4)
 
 
+def test_a_sample_without_peers_is_recorded_without_a_nan():
+    record = iteration_record([], {0: rewards([3.0]), 1: GroupRewards(None, {}, "NaN")}, {}, [Window(0, 1)] * 2)
+    names = ("reward_mean", "reward_std", "advantage_std", "advantage_max", "loss")
+    assert [record[name] for name in names] == [3.0, 0.0, 0.0, 0.0, None]
+
+
 def test_a_single_reward_term_is_not_repeated_in_the_record():
     record = iteration_record(
         [make_stats(*[0.0] * 8)],

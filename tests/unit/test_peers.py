@@ -86,7 +86,7 @@ def test_a_factory_of_the_users_gets_the_options_that_it_names(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
 
     def build(name):
-        return build_advantages(f"my_advantages:{name}", advantage_floor=1e-6, prompt_buffer=4, prompt_min_count=2)
+        return build_advantages(f"my_advantages:{name}", advantage_floor=1e-6, prompt_buffer=16)
 
     rewards = {0: torch.tensor([1.0, 3.0]), 3: torch.tensor([2.0, 2.5], dtype=torch.float64)}
     found = apply_advantages(build("centred"), rewards, {0: "", 3: ""})
@@ -106,4 +106,17 @@ def test_an_unknown_name_answers_with_those_there_are(monkeypatch):
         build_advantages("promt")
     monkeypatch.setattr(ADVANTAGES, "_entries", dict(ADVANTAGES._entries))
     hrf_fast.register_advantages("mine")(lambda: lambda rewards, prompts: rewards)
-    assert build_advantages("mine", advantage_floor=1.0)({0: 1}, {}) == {0: 1}
+    assert build_advantages("mine", advantage_floor=1e-6)({0: 1}, {}) == {0: 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("group", {"prompt_buffer": 32}, "train.prompt_buffer is 32 but .* group.* use 16, or train.advantages=prompt"),
+        ("batch", {"prompt_min_count": 2}, "train.prompt_min_count is 2 but train.advantages is batch"),
+        ("prompt", {"advantage_floor": 0.5}, "train.advantage_floor is 0.5 but .* prompt.* use 1e-06, .*=group or"),
+    ],
+)
+def test_an_option_that_a_way_has_no_use_for_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_advantages(name, **{"advantage_floor": 1e-6, "prompt_buffer": 16, "prompt_min_count": 16, **options})

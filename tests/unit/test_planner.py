@@ -97,10 +97,10 @@ def model(tmp_path_factory):
     return folder
 
 
-def make_plan(memory, *words, gpus=1):
+def make_plan(memory, *words, gpus=1, image_bytes=4):
     """A plan of a UNet with round numbers: 1000 weights, 10 bytes an image sampled, 100 kept, 120 to update."""
-    plain = Footprint(Line(5, 10), Line(1, 100), Line(1, 120), (1000,), 4)
-    saving = Footprint(Line(5, 10), Line(1, 20), Line(1, 40), (1000,), 4)
+    plain = Footprint(Line(5, 10), Line(1, 100), Line(1, 120), (1000,), 4, image_bytes)
+    saving = Footprint(Line(5, 10), Line(1, 20), Line(1, 40), (1000,), 4, image_bytes)
     footprints = {(precision, saves): saving if saves else plain for precision in ("fp32", "bf16") for saves in (0, 1)}
     config = load_config(
         ["train.groups_per_iteration=2", "train.group_size=8", "sample.num_inference_steps=4"]
@@ -118,8 +118,9 @@ def test_what_each_mode_holds_by_hand():
     assert made.activations("replay", "fp32", 0) == 1 + 8 * 120
     assert made.activations("replay", "fp32", 16) == 1 + 16 * 120
     assert made.activations("checkpoint", "fp32", 16) == 1 + 16 * 40
-    # 16 samples x (3 + 1 latents and an image) x 4 bytes
-    assert made.trajectories == 16 * 5 * 4
+    # 16 samples x (3 + 1 latents of 4 bytes and an image of 12); with credit of single steps 3 predictions more of each
+    assert make_plan(10**9, image_bytes=12).trajectories == 16 * (4 * 4 + 12)
+    assert make_plan(10**9, "train.gae_lambda=0", image_bytes=12).trajectories == 16 * (7 * 4 + 4 * 12)
     # kept are the groups of an optimizer step
     assert make_plan(10**9, "train.groups_per_step=2").kept_samples == 16
     assert make_plan(10**9, "train.groups_per_step=2", gpus=2).kept_samples == 8
@@ -195,7 +196,7 @@ def test_bytes_are_linear_in_the_images_and_less_with_checkpointing(model):
     files = read_model(str(model))
     footprints = measure_model(files, device="cuda")
     plain, saving, half = footprints["fp32", False], footprints["fp32", True], footprints["bf16", False]
-    assert plain.parameters == 15_634_563 and plain.image_bytes == 3 * 32 * 32 * 4
+    assert plain.parameters == 15_634_563 and plain.latent_bytes == plain.image_bytes == 3 * 32 * 32 * 4
     assert plain.kept(4) == pytest.approx(4 * plain.kept(1), rel=1e-3)
     assert saving.kept(4) < 0.5 * plain.kept(4) and plain.sampling(4) < 0.5 * plain.kept(4)
     # autocast casts the weights of each call and, on CUDA, normalises in fp32
@@ -265,3 +266,11 @@ def test_planned_bytes_against_the_memory_of_a_process(tiny_model, model, mode, 
     # bf16 on a CPU keeps weights in the layout of its convolutions too, some 8 % of the states
     assert made.states("plain").together == pytest.approx(measured["states"], rel=STATES_TOLERANCE)
     assert made.need("plain", precision, mode, 8) == pytest.approx(measured["peak"], rel=PEAK_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_page_in_the_documentation_is_what_the_command_prints(capsys):
+    command = "hrf plan --config configs/demo_portraits.yaml --gpus 8 --memory 80GB"
+    page = (ROOT / "docs" / "memory.md").read_text().split(f"$ {command}\n")[1].split("```")[0]
+    assert main(command.split()[1:]) == 0
+    assert capsys.readouterr().out.strip() == page.strip()

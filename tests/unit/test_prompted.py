@@ -84,9 +84,9 @@ def test_samples_have_their_own_prompts_however_calls_are_split():
 
 
 def test_any_number_of_ranks_draws_the_prompts_of_one():
-    alone = begin(make_components(needs_anchors=False), Phases(), iteration=2)[1]
+    alone = begin(make_components(), Phases(), iteration=2)[1]
     for rank in (0, 1):
-        groups = begin(make_components(needs_anchors=False, rank=rank, ranks=2), Phases(), iteration=2)[1]
+        groups = begin(make_components(rank=rank, ranks=2), Phases(), iteration=2)[1]
         assert len(groups) == 2 and all(alone[number].prompt == group.prompt for number, group in groups.items())
 
 
@@ -107,7 +107,7 @@ def test_groups_are_guided_or_not_as_the_rules_say_and_panels_always_are():
 
 @pytest.mark.parametrize("images_per_call", [0, 6])
 def test_rewards_get_the_prompt_and_the_metadata_of_every_image(images_per_call):
-    components = make_components(needs_anchors=False, images_per_call=images_per_call)
+    components = make_components(images_per_call=images_per_call)
     _, groups = begin(components, Phases(), iteration=5)
     _, pending = collect(components, Phases(), list(groups.values()), 0)
     rewards = {number: group for future in pending for number, group in future.result().items()}
@@ -205,7 +205,7 @@ def test_an_edited_file_of_prompts_is_noticed_on_resume(tmp_path, prompted):  # 
 
 def test_a_model_with_prompts_needs_them_and_one_without_refuses_them(tmp_path, tiny_run, prompted):  # noqa: F811
     with pytest.raises(ValueError, match="prompts.source is null, but model.name any"):
-        train(words(tmp_path, "prompts.source=null"))
+        train(words(tmp_path, "prompts.source=null", "evaluation.images_per_prompt=4"))
     with pytest.raises(ValueError, match="evaluation.panel_size is 7, which evaluation.images_per_prompt 2 .* use 8"):
         train(words(tmp_path, "evaluation.panel_size=7"))
 

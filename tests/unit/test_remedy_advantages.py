@@ -24,7 +24,8 @@ REWARDS, GROUPS = torch.tensor([1.0, 2.0, 6.0, 5.0, 7.0]), torch.tensor([0, 0, 0
 
 def by_group(name="group", **options):
     """Advantages of the groups (1, 2, 6) and (5, 7)."""
-    made = build_advantages(name, **{"advantage_floor": 1e-6, "prompt_buffer": 9, "prompt_min_count": 1, **options})
+    memory = {"prompt_buffer": 9, "prompt_min_count": 1} if name == "prompt" else {}
+    made = build_advantages(name, **{"advantage_floor": 1e-6, **memory, **options})
     rewards = {0: REWARDS[:3], 1: REWARDS[3:]}
     return torch.cat(list(apply_advantages(made, rewards, {0: "a", 1: "b"}).values()))
 

@@ -157,6 +157,8 @@ def test_a_request_over_the_limit_is_refused_with_the_way_out():
         (b"\xff" * 64, "no safetensors file"),
         (save({"pictures": torch.zeros(1)}), "no tensor `images`"),
         (save({"images": torch.zeros(1, 3, 2, 2, dtype=torch.float64)}), "uint8 or float32"),
+        (save({"images": torch.tensor(1.0)}, {"prompts": '["a"]'}), r"`images` has the shape \[\]; send"),
+        (save({"images": torch.zeros(3, 2, 2)}), r"`images` has the shape \[3, 2, 2\]; send"),
         (save({"images": torch.zeros(1, 3, 2, 2)}, {"prompts": "[1]"}), "`prompts` is no list of texts"),
         (save({"images": torch.zeros(1, 3, 2, 2)}, {"prompts": "["}), "JSON"),
         (save({"images": torch.zeros(1, 3, 2, 2)}, {"metadata": "[1]"}), "`metadata` is no list of mappings"),
@@ -172,6 +174,16 @@ def test_a_body_of_another_kind_is_answered_with_the_reason(body, reason):
     with serving(level) as url, pytest.raises(HTTPError) as caught:
         urlopen(url, data=body)
     assert caught.value.code == 400 and re.search(reason, json.loads(caught.value.read())["error"])
+
+
+def test_an_error_of_the_server_itself_is_answered_and_not_asked_for_again(waits, monkeypatch, capsys):
+    def broken(body):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("hrf_fast.rewards.serve.unpack", broken)
+    with serving(level) as url, pytest.raises(RewardError, match="refused .*HTTP 500: RuntimeError: no memory"):
+        remote(url)(IMAGES)
+    assert waits == [] and "Traceback" in capsys.readouterr().err
 
 
 def test_packing_and_unpacking_are_inverse():

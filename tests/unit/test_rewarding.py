@@ -10,7 +10,14 @@ import torch
 from hrf_fast.rewards import NotFiniteError, RewardError, Rewards, build_reward
 from hrf_fast.stopwatch import Stopwatch
 from hrf_fast.training.peers import build_advantages
-from hrf_fast.training.rewarding import GroupRewards, Rewarder, gather_rewards, reward_groups, standardise
+from hrf_fast.training.rewarding import (
+    GroupRewards,
+    Rewarder,
+    gather_rewards,
+    reward_groups,
+    spread_notes,
+    standardise,
+)
 
 CPU = torch.device("cpu")
 
@@ -186,6 +193,12 @@ def test_the_floor_reaches_the_advantages_and_no_finite_group_leaves_none():
         0.25,
     ]
     assert standardise({0: POISONED}, build_advantages("group", advantage_floor=1e-6), CPU) == {}
+
+
+def test_a_sample_without_peers_has_no_advantage():
+    batch, rewards = build_advantages("batch", advantage_floor=1e-6), {0: finite(1.0), 1: POISONED}
+    assert standardise(rewards, batch, CPU) == {} and spread_notes(rewards, batch) == {}
+    assert list(standardise({**rewards, 2: finite(3.0)}, batch, CPU)) == [0, 2]
 
 
 # --- the stopwatch ----------------------------------------------------------------------------------------------------

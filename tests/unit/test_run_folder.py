@@ -192,6 +192,14 @@ def test_a_part_of_a_line_is_an_error_and_not_a_line(tmp_path, small_files):
     assert read_log(path) == [{"iteration": 0}]
 
 
+def test_a_line_after_a_half_written_one_begins_on_its_own(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"iteration": 0}\n{"iterat')
+    append_line(path, "1")
+    append_line(path, "2")
+    assert path.read_text().splitlines() == ['{"iteration": 0}', '{"iterat', "1", "2"]
+
+
 # --- logs -------------------------------------------------------------------------------------------------------------
 
 

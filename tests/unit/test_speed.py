@@ -1,6 +1,7 @@
 """Memory format, precision flags and the self-check's verdict: what changes speed must not change what is learnt."""
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -110,14 +111,21 @@ def flags(monkeypatch):
     """torch's flags, put back afterwards."""
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     kept = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    yield lambda: (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    deterministic = torch.are_deterministic_algorithms_enabled
+    yield lambda: (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, deterministic())
     cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_sets_every_flag_on_cuda(flags, deterministic):
     set_precision_flags(CUDA, deterministic=deterministic)
-    assert flags() == (not deterministic, not deterministic, not deterministic, deterministic)
+    assert flags() == (not deterministic, not deterministic, not deterministic, deterministic, deterministic)
+    # what the user has set stays, and an operation that has no other way is no error
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def test_on_a_cpu_no_flag_is_touched_and_the_fast_ones_are_refused(flags, tiny_run):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from hrf_fast.cli import main
+from hrf_fast.report import plots
 from hrf_fast.study import statistics
 from hrf_fast.study.plan import read_study
 from hrf_fast.study.report import compare, ends, measures, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.run import _begun, choices
+from hrf_fast.study.run import Workers, _begun, choices
 from hrf_fast.study.statistics import Point
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +141,15 @@ def test_diversity_at_a_gain_counts_from_the_runs_own_start():
     # reward 3 to 5 passes 4, gain 1, half way between shares 1 and .8
     run = line((0, 3.0, 10.0), (100, 5.0, 8.0))
     assert statistics.path_of(run) == [(0, 0, 1), (100, 2, pytest.approx(0.8))]
-    assert statistics.diversity_at_gain(run, 1.0) == pytest.approx(0.9)
-    assert statistics.diversity_at_gain(run, 2.5) is None
+    assert statistics.diversity_at_gain(statistics.path_of(run), 1.0) == pytest.approx(0.9)
+    assert statistics.diversity_at_gain(statistics.path_of(run), 2.5) is None
+
+
+def test_a_run_reaches_the_gain_of_its_best_panel():
+    # -1 + (-.46 + 1) is above -.46 in float64, so a search in rewards would miss the weakest run of a study
+    assert -1.0 + (-0.46 + 1.0) > -0.46
+    path = statistics.path_of(line((0, -1.0, 10.0), (100, -0.46, 9.0)))
+    assert statistics.diversity_at_gain(path, path[1].gain) == pytest.approx(0.9)
 
 
 def test_two_arms_at_their_common_levels():
@@ -253,6 +262,33 @@ def test_paths_that_a_study_cannot_use_are_named(tmp_path):
             _begun(begun)
 
 
+TRACEBACK = """loading
+Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+    f()
+KeyError: 'here'"""
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "error"),
+    [
+        (-signal.SIGKILL, "error: an old one\nself-check: fp32", "killed by SIGKILL (out of memory?)"),
+        (-signal.SIGTERM, "", "killed by SIGTERM"),
+        (-40, "", "killed by signal 40"),
+        (1, "error: no disk\nHRF_TRACEBACK=1 in the environment shows the whole traceback", "no disk"),
+        (1, f"error: an old one\n{TRACEBACK}", "KeyError: 'here'"),
+        (3, "self-check: fp32", "exit code 3; see {log}"),
+        (1, "", "exit code 1; see {log}"),
+    ],
+)
+def test_the_error_of_a_failed_run_says_what_stopped_it(write_study, tmp_path, code, log, error):
+    job = read_study(write_study()).jobs({})[0]
+    path = tmp_path / f"{job.name}.log"
+    path.write_text(log)
+    outcome = Workers(tmp_path, Results(tmp_path / "lines.jsonl"), 1, set(), None)._outcome(job, code)
+    assert outcome == {"error": error.format(log=path)}
+
+
 def test_the_rate_of_the_highest_gain_within_the_floor_is_chosen(write_study):
     tune = {"seeds": [7, 8], "learning_rates": [1e-5, 2e-5, 4e-5, "8e-5"]}
     study = read_study(write_study(tune=tune))
@@ -293,6 +329,20 @@ def test_a_report_from_lines(write_study, tmp_path):
     assert "tiny-hrf-3 is not in the tables: diverged" in text
     # these lines have no seconds
     assert "| seconds to gain 1 with 90 % kept | hrf | 0 of 2 |" in text
+
+
+def test_many_arms_have_a_plane_each_and_a_case_without_runs_says_so(write_study, tmp_path):
+    arms = {"ddpo": {}} | {f"arm{number}": {"optimizer": {"weight_decay": number / 100}} for number in range(1, 9)}
+    study = read_study(write_study(arms=arms, seeds=[1], cases={"run": {}, "later": {}}))
+    results = Results(tmp_path / "study-tiny.jsonl")
+    for job in study.jobs({}):
+        if job.case == "run":
+            results.append(finished(job, (0, 0.0, 10.0), (100, 1.0, 9.0)))
+    text = write_report(study, results)
+    assert "## later\n\nNo run is finished.\n" in text
+    with Image.open(results.path.with_suffix(".png")) as image:
+        # two rows of six planes, of 2 WIDTH x .42 HEIGHT a row
+        assert image.size == (round(2 * plots.WIDTH * plots.DPI), round(2 * 0.42 * plots.HEIGHT * plots.DPI))
 
 
 def test_an_arm_ends_with_the_models_that_its_runs_restored():

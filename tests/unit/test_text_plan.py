@@ -13,7 +13,7 @@ from hrf_fast.memory.footprint import measure_running
 from hrf_fast.memory.planner import plan
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import add_adapters
-from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untrained_network
+from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untrained_network, untrained_shape
 from tests.text_models import KINDS, load_text_policy, text_model
 from tests.true_models import DENOISERS, write_true_model
 
@@ -34,6 +34,8 @@ def test_a_plan_sees_the_shapes_of_the_model_itself(kind):
     files, policy = read_model(str(text_model(kind)), weights=False), load_text_policy(kind)
     network, shape = untrained_network(files)
     assert shape == policy.latent_shape
+    with torch.no_grad():
+        assert policy.decode(torch.zeros(1, *shape)).shape[1:] == untrained_shape(files).image
     ours, theirs = ({n: w.shape for n, w in each.named_parameters()} for each in (network, policy.network))
     assert ours == theirs
     for guided in (True, False):

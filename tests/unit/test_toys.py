@@ -136,3 +136,6 @@ def test_a_comparison_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeyp
         file.write(json.dumps(lines[0])[:40])
     page = write_report(read_lines(tmp_path / "toy_modes.jsonl"), tmp_path)
     assert "| random | 0.0024 |" in page and (tmp_path / "toy_modes.png").read_bytes()[:4] == b"\x89PNG"
+    # what is half-written takes no run with it
+    compare(tmp_path, seeds=3, arms=["DDPO", "random"], toys=["equal"])
+    assert len(read_lines(tmp_path / "toy_modes.jsonl")) == len(calls) == made + 2

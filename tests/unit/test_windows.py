@@ -1,5 +1,6 @@
 """Window schedules: what each trains over a full cycle, by hand, and the configurations that are refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,12 @@ def test_a_window_is_half_open():
 def test_a_window_that_is_empty_or_negative_is_refused(start, stop):
     with pytest.raises(ValueError, match=rf"window \[{start}, {stop}\)"):
         Window(start, stop)
+
+
+@pytest.mark.parametrize("start", [0.0, True, "0", torch.tensor(0), np.int64(0)], ids=repr)
+def test_a_window_of_other_than_ints_is_refused(start):
+    with pytest.raises(ValueError, match=r"window \[.*, 3\) is not of ints; use int\(start\)"):
+        Window(start, 3)
 
 
 def test_a_window_cannot_be_changed():
