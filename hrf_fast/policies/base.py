@@ -81,10 +81,11 @@ class Prediction(NamedTuple):
 
     @property
     def combined(self) -> Tensor:
-        """The output under guidance: unconditional + scale·(conditional − unconditional)."""
+        """The output under guidance, in fp32 as in the kernels: unconditional + scale·(conditional − unconditional)."""
         if self.unconditional_output is None:
             return self.model_output
-        return self.unconditional_output + self.guidance_scale * (self.model_output - self.unconditional_output)
+        unconditional = self.unconditional_output.float()
+        return unconditional + self.guidance_scale * (self.model_output.float() - unconditional)
 
     def float(self) -> Prediction:
         """Convert both outputs to fp32."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hrf_fast.assets import ASSETS
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.base import Condition
+from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.network import NetworkCalls
 from hrf_fast.policies.sample import sample
@@ -245,6 +245,13 @@ def test_a_step_is_the_samplers_timestep_for_one_or_for_each(tiny_model):
     assert asked[0] == timesteps[3] and torch.equal(asked[1], timesteps[[3, 1]])
     torch.testing.assert_close(each.model_output[0], single.model_output[0], atol=1e-5, rtol=1e-5)
     assert single.unconditional_output is None and single.combined is single.model_output
+
+
+def test_guidance_is_combined_in_fp32():
+    # 1 + 7.5·(1.0078125 − 1), which bf16 rounds to 1.0625
+    outputs = torch.tensor([1.0078125, 1.0], dtype=torch.bfloat16)
+    combined = Prediction(outputs[:1], outputs[1:], 7.5).combined
+    assert combined.dtype == torch.float32 and combined.item() == 1.05859375
 
 
 def test_calls_with_gradient_go_through_what_is_attached(tiny_model):
