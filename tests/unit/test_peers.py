@@ -1,13 +1,15 @@
 """Whom rewards are standardised against: the last rewards of a prompt, and a way of the user's."""
 
 import json
+from operator import attrgetter
 
 import pytest
 import torch
 
 import hrf_fast
+from hrf_fast.config.options import Config
 from hrf_fast.errors import UserCodeError
-from hrf_fast.training.peers import ADVANTAGES, apply_advantages, build_advantages
+from hrf_fast.training.peers import _NEUTRAL, ADVANTAGES, apply_advantages, build_advantages
 from tests.conftest import GOLDEN
 
 TRACKER = json.loads((GOLDEN / "prompt_tracker.json").read_text())
@@ -22,6 +24,11 @@ def tracked(advantages, epoch):
     rewards = {i: torch.tensor([value]) for i, value in enumerate(TRACKER["rewards"][epoch])}
     prompts = {i: TRACKER["prompts"][number] for i, number in enumerate(TRACKER["prompt_index"][epoch])}
     return torch.cat(list(apply_advantages(advantages, rewards, prompts).values()))
+
+
+def test_what_changes_nothing_is_the_default():
+    defaults = {option: attrgetter(option)(Config()) for option in _NEUTRAL}
+    assert defaults == {option: neutral for option, (neutral, _) in _NEUTRAL.items()}
 
 
 def test_advantages_by_prompt_are_those_of_trls_tracker():
