@@ -71,7 +71,8 @@ class StopConfig:
     patience: int = option(0, at_least=0, resumable=True)
     """Stop after this many panels without a gain of the reward beyond its interval; 0 never."""
     on_nan: str = option("stop", choices=("stop", "skip"), resumable=True)
-    """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to."""
+    """Answer to a reward or gradient that is not finite: stop, or skip the optimizer steps that it belongs to. A reward
+    of a panel or of HRF-D's search stops the run in either case."""
     max_drift: float = option(4.0, at_least=0, resumable=True)
     """Stop with an error where an iteration's last optimizer step changes the log-prob of its own samples by more than
     this, in nats per pixel: such a step has wrecked the model; 0 never stops."""

@@ -115,7 +115,8 @@ def test_doctor_says_where_a_system_has_no_way_to_tell_its_memory(tmp_path, monk
 # a run in a process in which modules and functions of POSIX are gone, once others have had theirs
 BARE = """
 import os, signal, sys
-import diffusers, filelock, matplotlib.figure, omegaconf, psutil, torch, tqdm
+import filelock, matplotlib.figure, omegaconf, psutil, torch, tqdm
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 import torch.distributed.rendezvous
 for name in ("resource", "fcntl", "termios", "pwd", "grp"):
     sys.modules[name] = None
