@@ -12,11 +12,10 @@ from hrf_fast.evaluation.diversity import paired_difference_interval
 from hrf_fast.train import train_components
 from tests.runs import panels
 
-# an epsilon so large makes of AdamW a gradient step, whose first ones are no random signs
 WORDS = [
     *("sample.num_inference_steps=6", "window.schedule=full", "train.advantages=batch", "train.clip_range=0.1"),
     *("train.groups_per_iteration=2", "train.groups_per_step=2", "train.group_size=32", "train.iterations=4"),
-    *("optimizer.learning_rate=0.15", "optimizer.kwargs.eps=1", "optimizer.weight_decay=0", "run.save_every=0"),
+    *("train.step_weights=std", "optimizer.weight_decay=0", "run.save_every=0"),
     *("evaluation.every=0", "evaluation.panel_size=64", "evaluation.network=none", "run.progress=quiet"),
 ]
 
@@ -33,8 +32,8 @@ def rise(folder):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_points_move_to_where_their_reward_is(sign, tmp_path):
-    words = [*WORDS, "train.group_size=64", "optimizer.kwargs.eps=1e-8", "optimizer.learning_rate=1e-3"]
-    words += ["train.step_weights=std", "run.seed=5", f"run.folder={tmp_path / 'run'}"]
+    words = [*WORDS, "train.group_size=64", "optimizer.learning_rate=1e-3"]
+    words += ["run.seed=5", f"run.folder={tmp_path / 'run'}"]
     config = hrf_fast.load_config(words)
     mlp = pretrain(Toy("one", torch.zeros(1, 2), torch.ones(1), torch.ones(1), width=0.5), steps=100)
     with comm.job(config.run.lost_after):
@@ -48,7 +47,9 @@ def test_points_move_to_where_their_reward_is(sign, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ddpo_makes_images_of_noise_that_it_was_not_trained_on_brighter_or_darker(tiny_model, tmp_path, sign):
-    words = [*WORDS, f"model.name={tiny_model}", "run.seed=5", f"run.folder={tmp_path / 'run'}"]
+    # an epsilon so large makes of AdamW a gradient step, whose first ones are no random signs
+    words = [*WORDS, "optimizer.learning_rate=0.5", "optimizer.kwargs.eps=1"]
+    words += [f"model.name={tiny_model}", "run.seed=5", f"run.folder={tmp_path / 'run'}"]
     result = hrf_fast.train(hrf_fast.load_config(words), reward=lambda images, prompts: sign * brightness(images))
-    # seeds 0 to 4, for which the options were chosen, became brighter by 0.014 to 0.039, known to 0.001
+    # seeds 0 to 3, for which the options were chosen, became brighter by 0.015 to 0.046, known to 0.001
     assert rise(result.folder).low > 0
