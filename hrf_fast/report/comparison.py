@@ -152,17 +152,25 @@ def lowest_end(logs: Sequence[RunLog]) -> float:
     return min(log.end for log in logs)
 
 
+def crossing(values: Sequence[float], level: float) -> tuple[int, float] | None:
+    """Where values first reach a level: the index of the first that is there, and the share of the way to it.
+
+    None where the first value is there already or none is.
+    """
+    after = next((i for i, value in enumerate(values) if value >= level), 0)
+    return (after, (level - values[after - 1]) / (values[after] - values[after - 1])) if after else None
+
+
 def at_reward(log: RunLog, level: float) -> tuple[float, Interval] | None:
     """UNet evaluations and Vendi Score where the run's panel reward first reaches `level`.
 
     Linear between the two panels, along the reward; the ends of the interval likewise. None where the pretrained panel
     is there already or no panel is.
     """
-    rewards = log.rewards()
-    after = next((i for i, reward in enumerate(rewards) if reward >= level), 0)
-    if after == 0:
+    crossed = crossing(log.rewards(), level)
+    if crossed is None:
         return None
-    share = (level - rewards[after - 1]) / (rewards[after] - rewards[after - 1])
+    after, share = crossed
     one, two = log.panels[after - 1], log.panels[after]
     vendi = [(1 - share) * a + share * b for a, b in zip(one["vendi"], two["vendi"], strict=True)]
     return (1 - share) * one["evaluations"] + share * two["evaluations"], Interval(*vendi)

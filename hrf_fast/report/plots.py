@@ -115,11 +115,7 @@ def paths(
     for number, (title, arms) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
         for index, (name, runs, mean) in enumerate(arms):
-            look = _look(index)
-            for line in runs:
-                axes.plot(line.x, line.y, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.6)
-            axes.plot(mean.x, mean.y, **{**look, "linewidth": 2.4, "marker": ""}, label=_label(name))
-            axes.plot(mean.x[-1:], mean.y[-1:], **{**look, "markersize": 8})
+            _arm(axes, runs, mean, _look(index), width=2.4, end=8, label=_label(name))
         axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
         axes.set_title(_label(title), fontsize=FONT)
         axes.set_xlabel(_label(x_label), fontsize=FONT)
@@ -143,10 +139,7 @@ def _planes(
     grid = figure.subplots(rows, 6, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (title, first, name, runs, mean) in zip(grid, planes, strict=False):
         axes.plot(first.x, first.y, color="#999999", linewidth=2.4)
-        for line in runs:
-            axes.plot(line.x, line.y, color=COLOURS[0], linewidth=0.6, alpha=0.6)
-        axes.plot(mean.x, mean.y, color=COLOURS[0], linewidth=1.6)
-        axes.plot(mean.x[-1:], mean.y[-1:], color=COLOURS[0], marker="o", markersize=4)
+        _arm(axes, runs, mean, _look(0), width=1.6, end=4)
         axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
         axes.set_title(_label(name if len(panels) == 1 else f"{title}, {name}"), fontsize=FONT - 1)
         _tidy(axes)
@@ -155,6 +148,22 @@ def _planes(
     figure.supxlabel(_label(x_label), fontsize=FONT)
     figure.supylabel(_label(y_label), fontsize=FONT)
     return _png(figure)
+
+
+def _arm(
+    axes: Axes,
+    runs: Sequence[Series],
+    mean: Series,
+    look: dict[str, Any],
+    *,
+    width: float,
+    end: float,
+    label: str | None = None,
+) -> None:
+    for line in runs:
+        axes.plot(line.x, line.y, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.6)
+    axes.plot(mean.x, mean.y, **{**look, "linewidth": width, "marker": ""}, label=label)
+    axes.plot(mean.x[-1:], mean.y[-1:], **{**look, "markersize": end})
 
 
 def start_dots(counts: Sequence[tuple[int, int, int]], *, steps: int, title: str) -> bytes:

@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hrf_fast.report.comparison import crossing
+
 _LEVEL = 0.95
 
 
@@ -67,11 +69,11 @@ def gain_at_diversity(path: Sequence[Point], floor: float) -> float:
 def diversity_at_gain(path: Sequence[Point], gain: float) -> float | None:
     """The share kept where the gain first reaches `gain`; None where it does not, or for a gain of 0 or less."""
     # in gains, as the level was found: a sum with the pretrained reward may round to above the run's best panel
-    after = next((i for i, point in enumerate(path) if point.gain >= gain), 0)
-    if after == 0:
+    crossed = crossing([point.gain for point in path], gain)
+    if crossed is None:
         return None
-    one, two = path[after - 1], path[after]
-    return one.kept + (gain - one.gain) / (two.gain - one.gain) * (two.kept - one.kept)
+    after, share = crossed
+    return (1 - share) * path[after - 1].kept + share * path[after].kept
 
 
 def evaluations_to_gain(path: Sequence[Point], gain: float, floor: float) -> float | None:
