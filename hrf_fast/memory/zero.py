@@ -48,7 +48,7 @@ def model_states(
     Args:
         tensors: elements of each trained parameter, which are fp32; frozen: bytes of the others.
         engine: one of ENGINES, where plain is also ZeRO-0 and data parallel.
-        bucket: DeepSpeed's reduce_bucket_size, in elements.
+        bucket: elements that gradients are reduced in at a time, DeepSpeed's reduce_bucket_size.
     """
     total = float(FP32 * sum(tensors))
     if frozen:
@@ -86,7 +86,7 @@ def _moments(tensors: Sequence[int], optimizer: str) -> float:
 
 
 def engine_of(config: Config) -> tuple[str, int]:
-    """(one of ENGINES, reduce_bucket_size) of engine.deepspeed."""
+    """(one of ENGINES, elements of the buckets that gradients are reduced in) of engine.deepspeed."""
     path = config.engine.deepspeed
     if path is None:
         return "plain", BUCKET
@@ -94,4 +94,6 @@ def engine_of(config: Config) -> tuple[str, int]:
     stage = zero.get("stage", 0)
     offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
     engine = f"zero{stage}{offload}" if stage else "plain"
-    return engine, int(zero.get("reduce_bucket_size", BUCKET))
+    # stage 2 fills one while the other is on its way
+    buckets = 2 if stage == 2 and zero.get("overlap_comm") else 1
+    return engine, buckets * int(zero.get("reduce_bucket_size", BUCKET))

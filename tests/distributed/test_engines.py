@@ -18,6 +18,7 @@ CASES = "tests.distributed.cases"
 ENGINES = {
     "plain": [],
     **{name: [f"engine.deepspeed=configs/deepspeed/{name}.json"] for name in ("zero0", "zero1", "zero2", "zero3")},
+    "overlap": ["engine.deepspeed=configs/deepspeed/zero2_overlap.json"],
     "offload": ["engine.deepspeed=configs/deepspeed/zero3_offload.json"],
 }
 SEARCH = {

@@ -132,6 +132,12 @@ def test_auto_anywhere_in_a_deepspeed_file_is_deepspeeds_default_in_a_plan_and_i
     }
 
 
+def test_stage_2_has_a_second_bucket_where_communication_overlaps():
+    for name, buckets in (("zero2", 1), ("zero2_overlap", 2), ("zero3", 1)):
+        config = load_config([f"engine.deepspeed=configs/deepspeed/{name}.json"])
+        assert engine_of(config) == (name.removesuffix("_overlap"), buckets * 50_000_000)
+
+
 def test_a_file_with_the_mark_of_windows_editors_and_with_a_comment_is_read(tmp_path):
     (tmp_path / "ds.json").write_text('{"_comment": "ours", "zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
     assert read_settings(str(tmp_path / "ds.json"))["zero_optimization"] == {"stage": 2}
