@@ -26,7 +26,8 @@ if __name__ == "__main__":
 from benchmarks.tables import markdown_table, with_interval
 from hrf_fast.evaluation.blend import check_floors, read_front, summary
 from hrf_fast.report.plots import Series, paths
-from hrf_fast.study.report import comparisons, measures
+from hrf_fast.study.comparison import measures
+from hrf_fast.study.report import comparisons
 from hrf_fast.study.statistics import estimate
 
 Blends = dict[str, dict[int, dict[str, Any]]]

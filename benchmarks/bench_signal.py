@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompts
+from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.commands import finished_run, run_config
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig

@@ -6,13 +6,13 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.command import RESUMES, HelpFormatter, complete_option, path, run_command
+from hrf_fast.arguments import make_parsers
+from hrf_fast.command import RESUMES, run_command
 
-BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "peer", "blend", "gpu")
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
 
@@ -148,117 +148,34 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name not in ("command", "version", "function")}
 
 
+COMMANDS = {
+    function.__name__: function
+    for function in (
+        train,
+        sample,
+        evaluate,
+        blend,
+        export,
+        report,
+        plan,
+        rewards,
+        serve_reward,
+        bench,
+        study,
+        from_trl,
+        doctor,
+    )
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `train`, whose words config/load.py reads."""
-    return _parsers()[0]
-
-
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of `hrf` and that of each command."""
-    parser = argparse.ArgumentParser(
-        prog="hrf",
-        description="Hierarchical Reward Fine-tuning of diffusion models",
-        epilog="Completion of commands and options in bash and zsh: pip install 'hrf_fast[completion]', then put "
-        'eval "$(register-python-argcomplete hrf)" into .bashrc or .zshrc.',
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and stop")
-    commands = parser.add_subparsers(dest="command")
-
-    def add(function: Callable[[argparse.Namespace], Any], **kwargs: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            function.__name__.replace("_", "-"),
-            help=function.__doc__,
-            description=function.__doc__,
-            formatter_class=HelpFormatter,
-            **kwargs,
-        )
-        command.set_defaults(function=function)
-        return command
-
-    def add_options(command: argparse.ArgumentParser, name: str, text: str) -> None:
-        command.add_argument(name, nargs="*", help=text).completer = complete_option  # type: ignore[attr-defined]
-
-    command = add(train, add_help=False)
-    command.add_argument("--config", action="append")
-    add_options(command, "words", "section.option=value")
-    command = add(sample)
-    models = "fashion or another shipped name, a run folder, one of its checkpoints, a diffusers folder or a hub id"
-    command.add_argument("model", help=models)
-    command.add_argument("--out", type=path, default="samples.png", help="picture to write")
-    command.add_argument("--count", type=int, default=64, help="images, at least 1")
-    steps = "denoising steps; a run's own, else 40"
-    command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
-    scheduler = "a run's own, else ddim; a flow-matching model has the last three"
-    kinds = ("ddim", "ddpm", "flow_sde", "dance_sde", "cps")
-    command.add_argument("--scheduler", choices=kinds, dest="sampler", help=scheduler)
-    command.add_argument("--eta", type=float, help="a run's own, else 1")
-    command.add_argument("--noise-level", type=float, help="of a flow-matching model; a run's own, else as published")
-    many: dict[str, Any] = {"action": "append", "default": [], "metavar": "TEXT"}
-    command.add_argument("--prompt", **many, dest="prompts", help="of a text-to-image model, may repeat; a run's own")
-    command.add_argument("--negative", **many, dest="negatives", help="negative prompt, of all prompts or one of each")
-    guidance = "factor of guidance; a run's own, else 1 for none"
-    command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help=guidance)
-    command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
-    command.add_argument("--seed", type=int, default=1234, help="of the noise")
-    command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
-    command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
-    command = add(evaluate)
-    command.add_argument("run", type=path, help="a run folder")
-    add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
-    command = add(blend)
-    command.add_argument("run", type=path, help="a finished run's folder")
-    command.add_argument("--keep", type=float, default=0.95, help="least share of the pretrained Vendi Score")
-    command.add_argument("--quality", type=float, default=0.0, help="least share of the pretrained Inception Score")
-    command.add_argument("--most", type=float, default=2.0, help="largest alpha; 1 is the tuned model")
-    command.add_argument("--step", type=float, default=0.2, help="distance of the alphas")
-    add_options(command, "words", "options to change, such as run.device=cpu")
-    command = add(export)
-    command.add_argument("checkpoint", type=path, help="such as RUN/checkpoints/iteration-000010")
-    command.add_argument("--out", type=path, required=True, help="a new folder")
-    merge = "a whole pipeline with the adapters merged into its weights, of a text-to-image model tuned by LoRA"
-    command.add_argument("--merge", action="store_true", help=merge)
-    command = add(report)
-    command.add_argument("runs", nargs="+", type=path, help="run folders; several are compared")
-    command.add_argument("--out", type=path, help="HTML file; by default report.html in the first run")
-    strip = "also write a strip of images, a row for each run"
-    command.add_argument("--strip", type=path, metavar="FILE.png", help=strip)
-    command = add(plan)
-    command.add_argument("--config", action="append", default=[], help="as in hrf train")
-    command.add_argument("--gpus", type=int, default=1, help="GPUs, at least 1")
-    command.add_argument("--memory", required=True, help="of one GPU, such as 80GB (10^9 bytes each) or 24GiB")
-    command.add_argument("--measure", action="store_true", help="time a few network calls on this machine")
-    command.add_argument(
-        "--rate", type=float, metavar="N", help="evaluations a second of one GPU, instead of measuring"
-    )
-    target = "evaluations to a target, as hrf study report has them: seconds of these too"
-    command.add_argument("--target-evaluations", type=float, metavar="N", help=target)
-    add_options(command, "overrides", "section.option=value, anywhere among the words")
-    add(rewards)
-    command = add(serve_reward)
-    command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
-    command.add_argument("words", nargs="*", help="its arguments, as name=value in YAML")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it can ask")
-    command.add_argument("--port", type=int, default=8000, help="port, 0 for any that is free")
-    command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")
-    command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
-    command = add(bench)
-    command.add_argument("what", choices=BENCHMARKS, help="benchmark to run")
-    command.add_argument("words", nargs=argparse.REMAINDER, help="options; hrf bench training --help lists them")
-    command = add(study)
-    command.add_argument("what", choices=("run", "report"), help="train, or compare what was trained")
-    command.add_argument("words", nargs=argparse.REMAINDER, help="FILE and options; hrf study run --help lists them")
-    command = add(from_trl)
-    command.add_argument("--out", type=path, help="YAML file; printed by default")
-    command.add_argument("--processes", type=int, default=1, help="that TRL was launched on")
-    command.add_argument("source", type=path, help="a script with a DDPOConfig, or a JSON file of its fields")
-    command.add_argument("words", nargs=argparse.REMAINDER, help="--field=value, as given to the script")
-    add(doctor)
-    return parser, commands.choices
+    return make_parsers(COMMANDS)[0]
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
     """The arguments of a command line; options and positional words may come in any order."""
-    parser, commands = _parsers()
+    parser, commands = make_parsers(COMMANDS)
     if "_ARGCOMPLETE" in os.environ:
         # a shell asks what may follow
         import argcomplete

@@ -1,40 +1,18 @@
-"""Command: the errors of a command as one line and an exit code, and what parsers of commands share."""
+"""Command: the errors of a command as one line and an exit code."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hrf_fast.distributed.launcher import speaker
 from hrf_fast.errors import Interrupted, UserCodeError
 
 RESUMES = "the same command resumes the run"
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of an option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default in (None, [], False, argparse.SUPPRESS)
-        return action.help if none else super()._get_help_string(action)
-
-
-def complete_option(prefix: str, **_: Any) -> list[str]:
-    """`section.option=` and its choices, for a shell that completes a word."""
-    from hrf_fast.config.describe import completions
-
-    return completions(prefix)
-
-
-def path(word: str) -> Path:
-    """A path of the command line; a shell leaves ~ alone in --out=~/page.html."""
-    return Path(word).expanduser()
 
 
 def run_command(command: Callable[[], Any], interrupted: str = "") -> int:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.build import build_config_reward, build_panel, build_policy, build_prompted_panel, build_prompts
+from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompted_panel, build_prompts
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config
 from hrf_fast.config.run_options import ComputeConfig

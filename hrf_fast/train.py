@@ -21,7 +21,7 @@ from contextlib import closing
 from types import ModuleType
 from typing import Any
 
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.command import RESUMES, run_command
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config

@@ -42,5 +42,5 @@ def prompted(monkeypatch):
         loaded.append(make_prompted_policy(options["num_inference_steps"]))
         return loaded[-1]
 
-    monkeypatch.setattr("hrf_fast.build.load_policy", load)
+    monkeypatch.setattr("hrf_fast.assembly.model.load_policy", load)
     return loaded

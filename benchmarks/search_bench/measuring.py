@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.search_bench.regret import SEARCHES, make
-from hrf_fast.build import build_call_plan, build_config_reward, build_policy
+from hrf_fast.assembly.algorithm import build_call_plan
+from hrf_fast.assembly.inputs import build_config_reward
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.options import Config
 from hrf_fast.noise import NoiseKey, noise_generator, noise_key
 from hrf_fast.policies.sample import sample

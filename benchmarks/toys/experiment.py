@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.toys.arms import ARMS, COMMON, STEPS
 from benchmarks.toys.mixtures import Toy, points_of
 from benchmarks.toys.policy import Mlp, PointFeatures, policy_of
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm

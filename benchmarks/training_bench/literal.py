@@ -20,7 +20,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from benchmarks.training_bench.configurations import METHODS
-from hrf_fast.build import build_config_reward, build_policy
+from hrf_fast.assembly.inputs import build_config_reward
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.options import Config
 from hrf_fast.devices import choose_device
 from hrf_fast.noise import noise_generator, noise_key

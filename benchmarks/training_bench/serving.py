@@ -49,7 +49,7 @@ def serve(link: Connection, kind: str, words: list[str], folder: Path, threads: 
 
 
 def _run_ours(config: Any, server: Server) -> None:
-    from hrf_fast.build import build_components
+    from hrf_fast.assembly.components import build_components
     from hrf_fast.distributed import comm
     from hrf_fast.train import train_components
 

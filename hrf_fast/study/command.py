@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrf_fast.command import HelpFormatter, path
+from hrf_fast.arguments import HelpFormatter, path
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train what the study lacks; the same command resumes."""
-    from hrf_fast.study.plan import read_study
+    from hrf_fast.study.reading import read_study
     from hrf_fast.study.results import Results
     from hrf_fast.study.run import run_study
 
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Compare the arms over seeds: tables and a plot beside the results."""
-    from hrf_fast.study.plan import read_study
+    from hrf_fast.study.reading import read_study
     from hrf_fast.study.report import write_report
     from hrf_fast.study.results import Results
 

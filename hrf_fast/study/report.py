@@ -6,32 +6,17 @@ Left out: anything over cases. Each case is compared by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from hrf_fast.report.plots import Series, paths
 from hrf_fast.report.tables import Table
 from hrf_fast.run.files import write_atomically
+from hrf_fast.study.comparison import Compared, Lines, Measure, compare, measures
 from hrf_fast.study.plan import Study
 from hrf_fast.study.results import Results, code_commit, key, select
 from hrf_fast.study.run import choices
-from hrf_fast.study.statistics import (
-    Estimate,
-    Paired,
-    diversity_at_gain,
-    end_of,
-    estimate,
-    evaluations_to_gain,
-    gain_at_diversity,
-    holm,
-    hypervolume,
-    paired,
-    path_of,
-    ratio,
-    seconds_to_gain,
-)
+from hrf_fast.study.statistics import Estimate, end_of, estimate, holm, path_of
 
-Lines = Mapping[int, Mapping[str, Any]]
-"""Lines of one arm by seed."""
 _QUALITY = {
     "inception": "Inception Score, share",
     "looks": "looks, share",
@@ -44,54 +29,6 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "area": lambda value: f"{value:.4g}",
     "ratio": lambda value: f"{value:.2f}",
 }
-
-
-class Measure(NamedTuple):
-    """A number that each run of two arms comes to, at a level that is common to both arms."""
-
-    title: str
-    kind: str
-    """How it is shown, a key of _SHOWN."""
-    level: Callable[[Sequence[Mapping[str, Any]]], float | None]
-    """From the lines of both arms; None where they have no common level."""
-    value: Callable[[Mapping[str, Any], float], float | None]
-    """From a line and the level; None where the run does not reach it."""
-
-
-def measures(keep: float, target: float | None) -> list[Measure]:
-    """The comparisons of a study; `target` is the gain that evaluations are counted to, None for a common one."""
-
-    def highest_common(lines: Sequence[Mapping[str, Any]]) -> float | None:
-        return _positive(min(max(point.gain for point in path_of(line)) for line in lines))
-
-    def highest_within(lines: Sequence[Mapping[str, Any]]) -> float | None:
-        return target or _positive(min(gain_at_diversity(path_of(line), keep) for line in lines))
-
-    return [
-        Measure(
-            "gain with {level} kept", "gain", lambda _: keep, lambda line, _: gain_at_diversity(path_of(line), keep)
-        ),
-        Measure(
-            "kept at gain {level}", "share", highest_common, lambda line, gain: diversity_at_gain(path_of(line), gain)
-        ),
-        Measure(
-            f"evaluations to gain {{level}} with {100 * keep:.0f} % kept",
-            "count",
-            highest_within,
-            lambda line, gain: evaluations_to_gain(path_of(line), gain, keep),
-        ),
-        Measure(
-            f"seconds to gain {{level}} with {100 * keep:.0f} % kept",
-            "count",
-            highest_within,
-            lambda line, gain: seconds_to_gain(line, gain, keep),
-        ),
-        Measure("hypervolume", "area", lambda _: 0.0, lambda line, _: hypervolume(path_of(line))),
-    ]
-
-
-def _positive(gain: float) -> float | None:
-    return gain if gain > 0 else None
 
 
 def write_report(study: Study, results: Results, *, target: float | None = None, also: Collection[str] = ()) -> str:
@@ -212,40 +149,6 @@ def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Meas
                 loss = _shown(compared.loss, "ratio") if compared.loss else "-"
                 rows.append([f"loss, {compared.title}", arm, _cells(compared, "share")[0], loss, "1", "", "", ""])
     return Table(rows)
-
-
-class Compared(NamedTuple):
-    """A measure of an arm against the reference."""
-
-    title: str
-    shared: int
-    """Seeds that both arms have."""
-    arm: Estimate | None
-    reference: Estimate | None
-    """Over the seeds where both runs have a value."""
-    result: Paired | None
-    loss: Estimate | None = None
-    """Share lost over the reference's, where the measure is a share kept."""
-
-
-def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
-    """Compare two arms on the seeds that both have; None without one."""
-    seeds = [seed for seed in arm if seed in reference]
-    if not seeds:
-        return None
-    level = measure.level([arms[seed] for arms in (arm, reference) for seed in seeds])
-    if level is None:
-        return Compared(measure.title.format(level="(none in common)"), len(seeds), None, None, None)
-    title = measure.title.format(level=f"{100 * level:.0f} %" if measure.kind == "gain" else f"{level:.4g}")
-    values = [{seed: measure.value(arms[seed], level) for seed in seeds} for arms in (arm, reference)]
-    both = [seed for seed in seeds if values[0][seed] is not None and values[1][seed] is not None]
-    if not both:
-        return Compared(title, len(seeds), None, None, None)
-    ours, theirs = ({seed: float(one[seed] or 0) for seed in both} for one in values)
-    means = [estimate(list(one.values())) for one in (ours, theirs)]
-    losses = [{seed: 1 - share for seed, share in one.items()} for one in (ours, theirs)]
-    loss = ratio(*losses) if measure.kind == "share" else None
-    return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs), loss)
 
 
 def _cells(compared: Compared, kind: str) -> list[str]:

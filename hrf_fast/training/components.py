@@ -1,4 +1,4 @@
-"""Components: the model and everything that acts on it, as values; build.py makes them from a configuration."""
+"""Components: the model and everything that acts on it, as values; assembly/ makes them from a configuration."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def four_groups(words: Sequence[str]) -> FourGroups:
     that are aligned as it will align them (`load_policy` says why; a step of std 0.01 magnifies the rounding of
     unaligned ones to 2e-5 of the gradient).
     """
-    from hrf_fast.build import build_call_plan, build_engine, build_groups, build_policy, build_rules
+    from hrf_fast.assembly.algorithm import build_call_plan, build_groups, build_rules
+    from hrf_fast.assembly.model import build_engine, build_policy
     from hrf_fast.config.load import load_config
     from hrf_fast.noise import NoiseKey, noise_key
     from hrf_fast.prompts import Prompt

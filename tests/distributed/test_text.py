@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hrf_fast.build import build_policy
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.run.checkpoint import list_checkpoints

@@ -6,7 +6,7 @@ import torch
 import hrf_fast
 from benchmarks.toys.mixtures import Toy
 from benchmarks.toys.policy import policy_of, pretrain
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.distributed import comm
 from hrf_fast.evaluation.diversity import paired_difference_interval
 from hrf_fast.train import train_components

@@ -10,7 +10,8 @@ import torch
 
 import hrf_fast
 import hrf_fast.memory.activations as activations_module
-from hrf_fast.build import build_components, build_policy
+from hrf_fast.assembly.components import build_components
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.activations import memory_for
 from hrf_fast.policies.denoiser import DenoiserPolicy

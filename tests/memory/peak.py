@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.noise import NoiseKey
 from hrf_fast.training.components import Components

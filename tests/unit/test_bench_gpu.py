@@ -20,7 +20,7 @@ from benchmarks.training_bench import turns
 from benchmarks.training_bench.ceiling import network_flops
 from benchmarks.training_bench.configurations import Row, base_words, method_words
 from benchmarks.training_bench.workers import OutOfTime
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.activations import choose_activations, memory_for

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hrf_fast import cli
+from hrf_fast.arguments import make_parsers
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config, to_yaml
 from hrf_fast.errors import Interrupted
@@ -37,7 +38,7 @@ def test_train_help_lists_every_option(capsys):
 
 
 def test_every_option_of_a_command_says_what_it_is_and_its_default():
-    for name, command in cli._parsers()[1].items():
+    for name, command in make_parsers(cli.COMMANDS)[1].items():
         # the options of training are those of the configuration
         for action in command._actions if name != "train" else ():
             assert action.help, (name, action.dest)

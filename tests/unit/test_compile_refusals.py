@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hrf_fast import doctor
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.config.rules import check_job
 from hrf_fast.policies import compilation

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from hrf_fast.build import build_config_advantages
+from hrf_fast.assembly.algorithm import build_config_advantages
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
 from hrf_fast.rewards import RewardTerm, list_rewards
-from hrf_fast.study.plan import read_study
+from hrf_fast.study.reading import read_study
 from hrf_fast.windows.schedules import build_schedule
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.counts import count_calls
 from hrf_fast.noise import NoiseKey

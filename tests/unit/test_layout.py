@@ -18,8 +18,8 @@ PACKAGE = ROOT / "hrf_fast"
 # from the top: a module imports from its own line or from lines below
 LAYERS = (
     ("cli", "train", "blending", "commands", "study"),
-    ("build",),
-    ("command",),
+    ("assembly",),
+    ("command", "arguments"),
     ("report",),
     ("memory", "doctor"),
     ("training",),
@@ -90,7 +90,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_those_who_build_or_plan_take_the_whole_configuration():
-    allowed = ("build", "train", "commands", "blending", "config", "run", "memory")
+    allowed = ("assembly", "train", "commands", "blending", "config", "run", "memory")
     takers = {
         f"{module_name(path)}.{function.name}"
         for path in MODULES
@@ -122,7 +122,7 @@ def test_the_first_file_to_open_is_short():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 295
 
 
 def test_help_imports_nothing_heavy():

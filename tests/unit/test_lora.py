@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from hrf_fast.build import build_engine, build_policy
+from hrf_fast.assembly.model import build_engine, build_policy
 from hrf_fast.commands import draw, evaluate, export
 from hrf_fast.config.load import load_config
 from hrf_fast.engines.base import trained_weights

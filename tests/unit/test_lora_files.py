@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hrf_fast.build import build_policy
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.commands import draw, evaluate, export
 from hrf_fast.config.load import load_config
 from hrf_fast.engines.base import trained_weights

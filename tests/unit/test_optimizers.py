@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.engines import optimizers
 from hrf_fast.engines.optimizers import build_optimizer

@@ -10,7 +10,7 @@ import torch
 
 import hrf_fast
 from benchmarks.gpu_bench.page import MARKERS
-from hrf_fast.build import build_config_reward
+from hrf_fast.assembly.inputs import build_config_reward
 from hrf_fast.cli import build_parser
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import FACTS, SECTIONS

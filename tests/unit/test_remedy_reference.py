@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hrf_fast.build import build_policy
+from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.config.remedy_options import RemediesConfig
 from hrf_fast.memory.counts import count_calls

@@ -14,8 +14,9 @@ from PIL import Image
 from hrf_fast.cli import main
 from hrf_fast.report import plots
 from hrf_fast.study import statistics
-from hrf_fast.study.plan import read_study
-from hrf_fast.study.report import compare, ends, measures, write_report
+from hrf_fast.study.comparison import compare, measures
+from hrf_fast.study.reading import read_study
+from hrf_fast.study.report import ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
 from hrf_fast.study.run import Workers, _begun, choices
 from hrf_fast.study.statistics import Point

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey

@@ -13,7 +13,7 @@ from benchmarks.toys.experiment import arm_config, run
 from benchmarks.toys.mixtures import TOYS, effective_modes, images_of, modes_kept, points_of
 from benchmarks.toys.policy import Mlp, PointFeatures, policy_of
 from benchmarks.toys.results import path_of, write_report
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hrf_fast
-from hrf_fast.build import build_components
+from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.errors import UserCodeError
 from hrf_fast.rewards import RewardError

@@ -1,0 +1,118 @@
+"""Components of a run, all of them made before anything runs, so that what can't work is refused first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hrf_fast.assembly.algorithm import build_call_plan, build_config_advantages, build_groups, build_rules
+from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
+from hrf_fast.assembly.model import build_engine, build_policy, check_policy
+from hrf_fast.config.named import Named, with_names
+from hrf_fast.config.options import Config
+from hrf_fast.config.rules import check_job
+from hrf_fast.cpu import emulation_note
+from hrf_fast.devices import choose_device
+from hrf_fast.distributed import comm
+from hrf_fast.evaluation.panel import no_network_note
+from hrf_fast.memory.activations import choose_activations, memory_for
+from hrf_fast.memory.tuning import set_threads, tuned
+from hrf_fast.policies.base import Policy
+from hrf_fast.policies.compilation import check_compile
+from hrf_fast.prompts.sources import check_prompts
+from hrf_fast.rewards import build_reward
+from hrf_fast.stopping import check_floors
+from hrf_fast.training.anchors import Anchors, check_anchors
+from hrf_fast.training.components import Components
+from hrf_fast.training.rewarding import Rewarder
+from hrf_fast.user_code import source_of
+from hrf_fast.vision.base import FeatureNetwork
+from hrf_fast.windows.schedules import build_schedule
+
+
+def build_components(
+    config: Config,
+    *,
+    reward: Named = None,
+    schedule: Named = None,
+    policy: Policy | None = None,
+    network: FeatureNetwork | None = None,
+) -> tuple[Config, Components]:
+    """Load the model, the reward and its networks, the schedule, the optimizer and the panel's network.
+
+    Args:
+        reward, schedule: a name or a callable instead of the configuration's; see `hrf_fast.train`.
+        policy: a pretrained model of your own class, which model.name only labels; network: what panels and
+            remedies.novelty compare images by, which evaluation.network only labels.
+
+    Returns:
+        The configuration with those names in it, and the components.
+
+    Raises:
+        ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
+    """
+    config = with_names(config, reward, schedule)
+    sources: dict[str, dict[str, str] | None] = {}
+    with comm.agreed():
+        check_job(config, comm.world_size())
+        config, tuning = tuned(config, build_policy)
+        set_threads(config)
+        device = choose_device(config.run.device)
+        check_compile(config.compute.compile, device)
+        policy = build_policy(config) if policy is None else check_policy(policy, config)
+        if config.remedies.needs_reference:
+            policy.hold_reference()
+        combined = (
+            build_reward(reward, device, config.reward.kwargs)
+            if callable(reward)
+            else build_config_reward(config, device)
+        )
+        windows = build_schedule(
+            schedule if callable(schedule) else config.window.schedule,
+            config.window.kwargs,
+            num_inference_steps=config.sample.num_inference_steps,
+            stop=policy.sampler.stochastic_steps,
+        )
+        check_anchors(windows, config.window.anchor_steps, config.window.anchor_reuse)
+        advantages = build_config_advantages(config)
+        prompts, prompts_source = build_prompts(config)
+        check_prompts(
+            policy.takes_prompts,
+            config.model.name,
+            {"prompts.source": config.prompts.source, "evaluation.prompts": config.evaluation.prompts},
+            combined.prompt_readers,
+        )
+        sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
+        sources[f"prompts {config.prompts.source}"] = prompts_source
+        sources[f"advantages {config.train.advantages}"] = source_of(advantages)
+        panel = build_panel(config, device, prompts, network)
+        check_floors(config.stop, panel.shares)
+        memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
+    # a source of the user's may answer otherwise on every rank
+    panel = replace(panel, prompts=comm.broadcast(panel.prompts))
+    # the rank with the least memory decides for all
+    memory = min(comm.gather(memory))
+    with comm.agreed():
+        activations = choose_activations(config, policy, memory, schedule)
+    if activations.checkpoint:
+        policy.network.checkpoint_activations()
+    # what auto has measured is the network as it is
+    policy.compile(config.compute.compile)
+    emulation = emulation_note(config.compute.precision, device.type)
+    no_network = no_network_note(config.evaluation.network, config.model.name)
+    notes = (tuning, activations.reason, emulation, no_network, panel.note)
+    return config, Components(
+        policy=policy,
+        engine=build_engine(policy, config),
+        reward=combined,
+        rewarder=Rewarder(combined, device, panel.network if config.remedies.novelty else None),
+        schedule=windows,
+        advantages=advantages,
+        groups=build_groups(config),
+        calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
+        rules=build_rules(config, policy.sampler),
+        panel=panel,
+        anchors=Anchors(config.window.anchor_steps, config.window.anchor_reuse),
+        prompts=prompts,
+        notes=tuple(note for note in notes if note),
+        sources={name: source for name, source in sources.items() if source is not None},
+    )

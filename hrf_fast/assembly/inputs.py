@@ -1,0 +1,51 @@
+"""Inputs of a run besides its model: the prompts, the reward and the panel that it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from hrf_fast.assembly.algorithm import build_call_plan
+from hrf_fast.config.options import Config
+from hrf_fast.evaluation.panel import Panel, choose_network
+from hrf_fast.prompts.draw import Prompts
+from hrf_fast.prompts.sources import load_prompts
+from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
+from hrf_fast.vision.base import FeatureNetwork
+
+
+def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None]:
+    """The prompts to train on, None without a source, and the user's file or function as `source_of` gives it."""
+    section = config.prompts
+    return load_prompts("prompts.source", section.source, section.kwargs, negative=section.negative)
+
+
+def build_config_reward(config: Config, device: torch.device) -> CombinedReward:
+    """The reward that a configuration names, or the weighted sum of its terms."""
+    reward = config.reward
+    return build_reward(reward.terms or [RewardTerm(name=reward.name or "", kwargs=reward.kwargs)], device)
+
+
+def build_panel(
+    config: Config,
+    device: torch.device,
+    prompts: Prompts | None = None,
+    network: FeatureNetwork | None = None,
+) -> Panel:
+    """The panel of the evaluation section, with its network or the one given; `prompts` are the training's.
+
+    Raises:
+        ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
+    """
+    network = network or choose_network(config.evaluation.network, config.model.name, device)
+    return replace(build_prompted_panel(config, prompts), network=network)
+
+
+def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
+    """The panel without its network; arguments and errors as `build_panel`."""
+    evaluation = config.evaluation
+    panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled)
+    if evaluation.prompts is not None:
+        prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
+    return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)

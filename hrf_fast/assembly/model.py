@@ -1,0 +1,90 @@
+"""Model: the policy of a configuration, loaded or the user's own, and the engine that owns its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrf_fast.config.options import Config
+from hrf_fast.config.zero_settings import read_settings
+from hrf_fast.devices import choose_device, set_precision_flags
+from hrf_fast.engines.base import Engine
+from hrf_fast.engines.plain import PlainEngine
+from hrf_fast.policies.base import Policy
+from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
+from hrf_fast.policies.option_checks import check_given
+
+
+def build_policy(config: Config, name: str | None = None) -> Policy:
+    """The policy of a configuration, or another model `name` under the same sampler.
+
+    Args:
+        name: a whole model, or the folder of a run's adapters, which are loaded beside the configuration's model.
+    """
+    tuned = None
+    if name is not None and Path(name, LORA_WEIGHTS).is_file():
+        tuned, name = Path(name), None
+    compute, sample = config.compute, config.sample
+    device = choose_device(config.run.device)
+    if device.type == "cuda":
+        # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
+        torch.cuda.set_device(device)
+    set_precision_flags(device, deterministic=compute.deterministic)
+    policy = load_policy(
+        name or config.model.name,
+        revision=config.model.revision if name is None else None,
+        variant=config.model.variant if name is None else None,
+        decoder=config.model.decoder,
+        image_size=config.model.image_size,
+        sampler=sample.scheduler,
+        num_inference_steps=sample.num_inference_steps,
+        eta=sample.eta,
+        noise_level=sample.noise_level,
+        guidance_scale=sample.guidance_scale,
+        precision=compute.precision,
+        attention=compute.attention,
+        channels_last=compute.channels_last,
+        offload=compute.offload,
+        device=device,
+    )
+    if config.lora.rank and name is None:
+        add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)
+    if tuned is not None:
+        load_adapters(policy.network.unet, tuned)
+    return policy
+
+
+def check_policy(policy: Policy, config: Config) -> Policy:
+    """A policy of the user's own class, held to the configuration; arguments and errors as `check_given`."""
+    sample, rank = config.sample, config.lora.rank
+    return check_given(policy, sample.num_inference_steps, sample.guidance_scale, config.compute.precision, rank)
+
+
+def build_engine(policy: Policy, config: Config) -> Engine:
+    """The plain engine, or DeepSpeed's where engine.deepspeed names its settings.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+    optimizer, file = config.optimizer, config.engine.deepspeed
+    options: dict[str, Any] = {
+        "optimizer": optimizer.name,
+        "weight_decay": optimizer.weight_decay,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "ema_decay": optimizer.ema_decay,
+        "precision": config.compute.precision,
+    }
+    if file is None:
+        return PlainEngine(policy.network, **options)
+    from hrf_fast.engines.zero import DeepSpeedEngine
+
+    # DeepSpeed views weights as flat buffers, where another order is lost or fails; the network's inputs still carry it
+    policy.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    engine = DeepSpeedEngine(policy.network, read_settings(file), **options)
+    policy.attach(engine.forward)
+    return engine
