@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hrf_fast.config.options import Config
     from hrf_fast.rewards.registry import register_reward
     from hrf_fast.run.listeners import Listener
-    from hrf_fast.run.session import RunResult
+    from hrf_fast.run.result import RunResult
     from hrf_fast.train import train
     from hrf_fast.training.peers import register_advantages
     from hrf_fast.windows.base import Window
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Config": "hrf_fast.config.options",
     "Listener": "hrf_fast.run.listeners",
-    "RunResult": "hrf_fast.run.session",
+    "RunResult": "hrf_fast.run.result",
     "Window": "hrf_fast.windows.base",
     "load_config": "hrf_fast.config.load",
     "register_advantages": "hrf_fast.training.peers",

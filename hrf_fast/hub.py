@@ -40,10 +40,16 @@ def find_folder(
             until it names no others. Not called for a local folder.
 
     Raises:
-        ValueError: no such folder, and neither a shipped name nor a hub id that can be downloaded.
+        ValueError: no such folder, and neither a shipped name nor a hub id that can be downloaded; or a revision of
+            a local one.
     """
     local = find_local_folder(option, value, shipped=shipped)
     if local is not None:
+        if revision is not None:
+            raise ValueError(
+                f"{option.partition('.')[0]}.revision is {revision!r} but {option} is {value!r}, which is not of the "
+                f"hub: it is {local}; leave the revision out"
+            )
         return local
     snapshot, names, unreachable = _snapshot(option, value, revision, files)
     asked: list[str] = []

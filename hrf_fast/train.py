@@ -27,7 +27,8 @@ from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.run.listeners import Listener
-from hrf_fast.run.session import Run, RunResult
+from hrf_fast.run.result import RunResult
+from hrf_fast.run.session import Run
 from hrf_fast.stopping import Budget
 from hrf_fast.training.components import Components
 from hrf_fast.training.iteration import iterate
@@ -93,6 +94,7 @@ def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
         if _due(run.config.run.save_every, done, end) or (run.keeps_best and run.best() == done):
             run.save(components.engine)
         if end:
+            run.note(components.rules.warm_up_note(done))
             return end
         end = iterate(components, run, done)
         done += 1

@@ -56,6 +56,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
         gae_lambda=train.gae_lambda,
         sharpness=config.remedies.matching,
         thinning=Thinning(train.step_share, train.skip_flat_groups),
+        warm_up=optimizer.burn_in_iterations + optimizer.warmup_iterations,
         reference=reference_at(
             config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
         ),

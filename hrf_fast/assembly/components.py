@@ -10,6 +10,7 @@ from hrf_fast.assembly.model import build_engine, build_policy, check_policy
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
+from hrf_fast.config.stop_rules import spans_note
 from hrf_fast.cpu import emulation_note
 from hrf_fast.devices import choose_device
 from hrf_fast.distributed import comm
@@ -99,7 +100,7 @@ def build_components(
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
     no_network = no_network_note(config.evaluation.network, config.model.name)
-    notes = (tuning, activations.reason, emulation, no_network, panel.note)
+    notes = (tuning, activations.reason, emulation, no_network, panel.note, spans_note(config))
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),

@@ -12,6 +12,7 @@ from hrf_fast.config.advantage_rules import check_advantages
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig
 from hrf_fast.config.prompt_rules import check_prompts
+from hrf_fast.config.stop_rules import check_stop
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
 
@@ -49,6 +50,7 @@ def check_config(config: Config) -> None:
     _check_remedies(config)
     check_advantages(config)
     check_prompts(config)
+    check_stop(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
 

@@ -46,12 +46,16 @@ def front(logs: Sequence[RunLog]) -> Figure | None:
         return None
     level = lowest_end(logs) if equal_reward_table(logs) else None
     picture = frontier(
-        [_way(log) for log in logs], x_label=_reward(logs), y_label="Vendi Score of the panel", level=level
+        [_way(log) for log in logs],
+        [log.model for log in logs],
+        x_label=_reward(logs),
+        y_label="Vendi Score of the panel",
+        level=level,
     )
     return Figure(
         picture,
-        "Reward against diversity, from the pretrained model (hollow) panel by panel to the last (large), with 95 % "
-        f"intervals. Higher at equal reward{' (dotted)' if level is not None else ''} is better.",
+        "Reward against diversity, from the pretrained model (hollow) panel by panel, the tuned model large, with "
+        f"95 % intervals. Higher at equal reward{' (dotted)' if level is not None else ''} is better.",
         "front",
     )
 

@@ -47,13 +47,18 @@ def interval_curves(series: Sequence[Series], *, x_label: str, y_label: str) -> 
     return _png(figure)
 
 
-def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: float | None = None) -> bytes:
-    """Each run's way through the plane, from a hollow start to a large end; a dotted line marks x = `level`.
+def frontier(
+    series: Sequence[Series], models: Sequence[int], *, x_label: str, y_label: str, level: float | None = None
+) -> bytes:
+    """Each run's way through the plane, from a hollow start; a dotted line marks x = `level`.
 
     Where a line has intervals in x and y, they are drawn as thin crosses.
+
+    Args:
+        models: the index in each line of the tuned model, which is drawn large.
     """
     figure, axes = _axes(x_label, y_label)
-    for index, line in enumerate(series):
+    for index, (line, model) in enumerate(zip(series, models, strict=True)):
         look = _look(index)
         if line.low and line.high and line.x_low and line.x_high:
             x_reach, y_reach = _reach(line.x, line.x_low, line.x_high), _reach(line.y, line.low, line.high)
@@ -61,7 +66,7 @@ def frontier(series: Sequence[Series], *, x_label: str, y_label: str, level: flo
                 line.x, line.y, y_reach, x_reach, color=look["color"], linestyle="none", linewidth=0.8, alpha=0.35
             )
         axes.plot(line.x, line.y, **{**look, "markersize": 3}, label=_label(line.name))
-        axes.plot(line.x[-1:], line.y[-1:], **{**look, "markersize": 9})
+        axes.plot([line.x[model]], [line.y[model]], **{**look, "markersize": 9})
         axes.plot(line.x[:1], line.y[:1], **{**look, "markersize": 9, "markerfacecolor": "white", "zorder": 3})
     if level is not None:
         axes.axvline(level, color="#666666", linestyle=":", linewidth=1)

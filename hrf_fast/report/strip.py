@@ -40,7 +40,10 @@ def write_strip(runs: Sequence[Path], out: Path) -> Path:
         ValueError: a folder holds no run, nothing to show yet or lacks a grid, or the panels can't be compared.
     """
     logs = read_runs(runs)
-    rows = [_row(logs[0], 0, "pretrained"), *(_row(log, -1, run_title(log)) for log in logs if len(log.panels) > 1)]
+    rows = [
+        _row(logs[0], 0, "pretrained"),
+        *(_row(log, log.model, run_title(log)) for log in logs if len(log.panels) > 1),
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     draw_strip(rows).save(buffer, format="png")

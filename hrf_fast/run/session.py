@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,21 +26,8 @@ from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.progress import Progress, Silence, build_progress
+from hrf_fast.run.result import RunResult
 from hrf_fast.run.writers import build_writers
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Results of a finished run."""
-
-    folder: Path
-    """config.yaml, metrics.jsonl, evaluations.jsonl, samples/, checkpoints/ and model/, the tuned model."""
-    reason: str
-    """Why the run ended: its budget, a rule of `stop` or a listener."""
-    last_panel: dict[str, Any]
-    """Line of evaluations.jsonl after the last iteration."""
-    best_panel: dict[str, Any]
-    """Line of evaluations.jsonl with the highest mean reward above the floors of `stop`."""
 
 
 class Run:
@@ -88,8 +73,9 @@ class Run:
             self.folder.release()
 
     def note(self, text: str) -> None:
-        """Show the user a line."""
-        self.progress.note(text)
+        """Show the user a line, if it says anything."""
+        if text:
+            self.progress.note(text)
 
     def note_once(self, text: str, key: str) -> None:
         """Show a line unless one of this key was shown before."""
@@ -275,7 +261,7 @@ class Run:
         ended the run or its last panel does not keep the floors.
         """
         self.reason = reason
-        model = self.panels()[-1]["iteration"]
+        model: int = self.panels()[-1]["iteration"]
         if comm.main_says(lambda: self._events.restores):
             ranked = [panel["iteration"] for panel in comm.main_says(self._events.ranked)]
             state = load_first_intact(self.folder.checkpoints, ranked, engine, warn=self.note)
@@ -289,4 +275,6 @@ class Run:
         with engine.gathered(ema=True):
             comm.main_says(lambda: self.folder.save_model(policy, model))
         comm.main_says(lambda: self._events.end(reason, model))
-        return RunResult(self.folder.path, reason, self.panels()[-1], comm.main_says(self._events.best_panel))
+        panels = self.panels()
+        tuned = next(panel for panel in panels if panel["iteration"] == model)
+        return RunResult(self.folder.path, reason, tuned, panels[-1], comm.main_says(self._events.best_panel))

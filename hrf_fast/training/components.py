@@ -56,6 +56,18 @@ class Rules:
     sharpness: float = 0.0
     """Sharpness of trajectories that are matched to their rewards; 0 leaves advantages as they are."""
     thinning: Thinning = Thinning()
+    warm_up: int = 0
+    """Iterations until the learning rate is the configuration's."""
+
+    def warm_up_note(self, done: int) -> str:
+        """A line for a run that ended after `done` iterations, before its learning rate was the one asked for."""
+        if not 0 < done < self.warm_up:
+            return ""
+        reached, asked = self.learning_rate(done - 1), self.learning_rate(self.warm_up)
+        return (
+            f"the run has ended within its warm-up: its last learning rate was {reached:.3g}, of {asked:.3g}; train "
+            f"longer, or set optimizer.warmup_iterations and burn_in_iterations to fewer together"
+        )
 
 
 @dataclass(frozen=True)

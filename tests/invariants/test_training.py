@@ -231,6 +231,15 @@ def test_the_cosine_schedule_and_warm_up_reach_the_optimizer(tiny_run, tmp_path)
     assert [r["learning_rate"] for r in metrics(tmp_path / "run")] == pytest.approx([1e-3, 1e-3, 5e-4])
 
 
+def test_a_run_that_ends_within_its_warm_up_says_what_rate_it_reached(tiny_run, capsys):
+    words = ["optimizer.warmup_iterations=4", "optimizer.learning_rate=1e-3", "evaluation.every=0"]
+    assert main([*tiny_run, *words, "train.iterations=2"]) == 0
+    assert "ended within its warm-up: its last learning rate was 0.0005, of 0.001" in capsys.readouterr().out
+    # the fourth iteration has the whole rate
+    assert main([*tiny_run, *words, "train.iterations=4"]) == 0
+    assert "within its warm-up" not in capsys.readouterr().out
+
+
 def test_bf16_trains(tiny_run, tmp_path):
     assert main([*tiny_run, "compute.precision=bf16", "train.iterations=1"]) == 0
     assert weights(tmp_path / "run")["conv_in.weight"].dtype == torch.float32

@@ -8,12 +8,16 @@ from hrf_fast.assembly.algorithm import build_config_advantages
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_job
+from hrf_fast.config.stop_rules import spans_note
 from hrf_fast.rewards import RewardTerm, list_rewards
 from hrf_fast.study.reading import read_study
 from hrf_fast.windows.schedules import build_schedule
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
+
+# all groups of an iteration in one optimizer step
+ONE_STEP = ["train.groups_per_iteration=4", "train.groups_per_step=4"]
 
 
 def test_later_layers_win_over_earlier_ones(tmp_path):
@@ -271,6 +275,10 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
             ["train.advantages=prompt", "prompts.source=animals", "train.prompt_buffer=4"],
             "train.prompt_min_count is 16.*train.prompt_buffer 4",
         ),
+        (["stop.patience=3", "evaluation.every=0"], "stop.patience is 3 panels but evaluation.every is 0"),
+        # the ratio of a rollout's only step is 1
+        (["stop.max_kl=0.1", "train.order=on_policy"], "stop.max_kl is 0.1, but every rollout serves one.*max_drift"),
+        (["stop.max_ratio=2", *ONE_STEP], "stop.max_ratio is 2, but every rollout serves one.*inner_epochs above 1"),
         (["compute.memory_budget=8GB"], "compute.memory_budget is 8GB.*compute.activations is replay"),
         (["compute.memory_budget=8", "compute.activations=auto"], "compute.memory_budget is '8'"),
     ],
@@ -278,6 +286,19 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
 def test_options_that_do_not_go_together_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         load_config(words)
+
+
+def test_a_limit_of_the_ratio_is_taken_where_a_rollout_serves_several_steps_or_it_is_the_default():
+    for words in (["train.groups_per_step=1"], [*ONE_STEP, "train.inner_epochs=2"]):
+        assert load_config(["stop.max_kl=0.1", "stop.max_ratio=2", *words]).stop.max_kl == 0.1
+    assert load_config(["stop.max_ratio=0", "stop.max_clip_fraction=0", *ONE_STEP]).stop.max_ratio == 0
+
+
+def test_a_schedule_that_another_budget_may_cut_off_is_said():
+    words = ["optimizer.learning_rate_schedule=cosine", "remedies.kl_weight_end=0.1", "train.iterations=7"]
+    note = spans_note(load_config([*words, "stop.max_evaluations=100"]))
+    assert note.startswith("optimizer.learning_rate_schedule=cosine and remedies.kl_weight_end span train.iterations 7")
+    assert spans_note(load_config(words)) == spans_note(load_config(["stop.max_evaluations=100"])) == ""
 
 
 def test_weighted_terms_become_reward_terms():

@@ -112,6 +112,12 @@ def test_what_the_cache_lacks_is_an_error_that_says_the_hub_was_not_asked(hub):
         find(revision="v2")
 
 
+def test_a_revision_of_a_folder_or_of_a_shipped_model_is_refused(tmp_path):
+    for name, folder in ((str(tmp_path), tmp_path), ("fashion", tmp_path)):
+        with pytest.raises(ValueError, match=rf"model.revision is 'v2' but model.name is '{name}'.* it is .*{folder}"):
+            find_folder("model.name", name, shipped={"fashion": tmp_path}, revision="v2", files=FILES)
+
+
 def test_the_real_client_offline_finds_what_a_real_cache_holds(hub, monkeypatch):
     hub.put_into_cache("unet/*")
     monkeypatch.undo()

@@ -283,6 +283,7 @@ def test_a_collapse_is_a_warning_by_default(tiny_run, tmp_path, monkeypatch, cap
     assert "stop.diversity_floor" in capsys.readouterr().out
     # the highest above the floor
     assert (result.best_panel["iteration"], result.last_panel["iteration"]) == (1, 4)
+    assert result.panel == result.last_panel
 
 
 class Leaving(Different):
@@ -331,7 +332,8 @@ def test_the_best_checkpoint_is_restored_bit_for_bit(tiny_run, tmp_path, monkeyp
     words = [*options, "stop.on_collapse=restore_best", "run.save_every=0"]
     words = watched(tiny_run, tmp_path / "run", *words)
     result = train(words, reward=peaked())
-    assert "vendi is 0.5" in result.reason and result.last_panel["iteration"] == 3
+    assert "vendi is 0.5" in result.reason
+    assert [panel["iteration"] for panel in (result.panel, result.best_panel, result.last_panel)] == [1, 1, 3]
     assert events(result.folder) == [(3, "diversity"), (3, "end")]
     assert read_log(result.folder / "events.jsonl")[-1]["figures"] == {"model": 1}
     best = result.folder / "checkpoints" / "iteration-000001"

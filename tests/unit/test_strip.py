@@ -88,6 +88,15 @@ def test_what_is_written_beside_a_row(tmp_path, monkeypatch):
     assert [len(row.images) for row in drawn] == [6, 6]
 
 
+def test_the_strip_is_of_the_tuned_model_where_an_earlier_one_was_restored(tmp_path):
+    run = write_run(tmp_path / "run", "clusters", size=6, first=50)
+    end = {"iteration": 1, "event": "end", "text": "", "figures": {"model": 0}}
+    (run / "events.jsonl").write_text(json.dumps(end) + "\n")
+    strip = Image.open(write_strip([run], tmp_path / "strip.png")).convert("RGB")
+    right, below = strip.width - CELL // 2, CELL + GAP
+    assert strip.getpixel((right, CELL // 2)) == strip.getpixel((right, below + CELL // 2))
+
+
 def test_a_run_without_its_grids_is_refused(tmp_path):
     run = write_run(tmp_path / "run", "clusters", size=6, first=50)
     (run / "samples" / "iteration-000001.png").unlink()
