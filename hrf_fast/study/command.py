@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hrf_fast.arguments import HelpFormatter, path
+
+if TYPE_CHECKING:
+    from hrf_fast.study.plan import Study
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -18,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     study = read_study(arguments.file)
     results = Results(arguments.results or study.results)
     out = arguments.out or Path("runs") / f"study-{study.name}"
-    run_study(study, out=out, results=results, jobs=arguments.jobs, also=arguments.also_commit)
+    run_study(study, out=out, results=results, jobs=arguments.jobs, also=_also(arguments, study))
     print(f"{results.path} (hrf study report {arguments.file})")
 
 
@@ -30,7 +34,11 @@ def report(arguments: argparse.Namespace) -> None:
 
     study = read_study(arguments.file)
     results = Results(arguments.results or study.results)
-    print(write_report(study, results, target=arguments.target, also=arguments.also_commit))
+    print(write_report(study, results, target=arguments.target, also=_also(arguments, study)))
+
+
+def _also(arguments: argparse.Namespace, study: Study) -> list[str]:
+    return [*study.commits, *arguments.also_commit]
 
 
 def main(words: Sequence[str]) -> None:
@@ -45,7 +53,7 @@ def main(words: Sequence[str]) -> None:
         command.add_argument("file", type=path, help="a study, such as configs/study/fashion_compressibility.yaml")
         results = "file of JSON lines; benchmarks/results/study-NAME.jsonl by default"
         command.add_argument("--results", type=path, metavar="FILE.jsonl", help=results)
-        also = "lines of this commit count too; may repeat"
+        also = "lines of this commit count too, besides those of `commits` in the file; may repeat"
         command.add_argument("--also-commit", action="append", default=[], metavar="COMMIT", help=also)
         if function is run:
             command.add_argument("--jobs", type=int, default=1, help="runs side by side, at least 1")

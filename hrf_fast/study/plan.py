@@ -71,6 +71,8 @@ class Study:
     """The arm that the others are compared with."""
     keep: float
     """Floor of diversity, as a share of the pretrained model's Vendi Score."""
+    commits: tuple[str, ...] = ()
+    """Whose lines count besides those of the code's own: they made its published results."""
     tuning_seeds: tuple[int, ...] = ()
     learning_rates: tuple[float, ...] = ()
 

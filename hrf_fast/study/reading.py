@@ -11,7 +11,7 @@ from hrf_fast.config.run_options import LARGEST_SEED
 from hrf_fast.registry import nearest
 from hrf_fast.study.plan import RATE, Study
 
-_KEYS = ("config", "options", "seeds", "cases", "arms", "reference", "keep", "tune")
+_KEYS = ("config", "options", "seeds", "cases", "arms", "reference", "keep", "tune", "commits")
 _REQUIRED = ("config", "seeds", "arms", "reference")
 # what a study sets for every run
 _OURS = ("run.seed", "run.folder", "run.progress")
@@ -48,6 +48,7 @@ def read_study(path: Path) -> Study:
         arms=_named(path, "arms", values["arms"]),
         reference=values["reference"],
         keep=values.get("keep", 0.9),
+        commits=_commits(path, values.get("commits") or []),
         tuning_seeds=_seeds(path, "tune.seeds", tune["seeds"]) if tune else (),
         learning_rates=_rates(path, tune["learning_rates"]) if tune else (),
     )
@@ -106,6 +107,12 @@ def _seeds(path: Path, key: str, value: Any) -> tuple[int, ...]:
         or len(set(value)) < len(value)
     ):
         raise ValueError(f"{path}: {key} is {value!r}; list different whole numbers from 0 to {LARGEST_SEED}")
+    return tuple(value)
+
+
+def _commits(path: Path, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(commit, str) for commit in value):
+        raise ValueError(f"{path}: commits is {value!r}; list those of lines that count, in quotes")
     return tuple(value)
 
 

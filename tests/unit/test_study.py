@@ -1,6 +1,7 @@
 """Studies: statistics by hand arithmetic, the file's refusals, lines that are kept apart, and the smallest real one."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -399,3 +400,20 @@ def test_ctrl_c_stops_the_runs_after_a_checkpoint(write_study, tmp_path):
     process.send_signal(signal.SIGINT)
     assert "the same command resumes" in process.communicate(timeout=120)[1] and process.returncode == 130
     assert list((out / "tiny-ddpo-1" / "checkpoints").iterdir()) and not (tmp_path / "lines.jsonl").exists()
+
+
+PUBLISHED = [path for path in sorted((ROOT / "configs" / "study").glob("*.yaml")) if read_study(path).results.is_file()]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_report_is_what_its_command_writes(path, tmp_path):
+    published = read_study(path).results
+    copy = Path(shutil.copy(published, tmp_path))
+    assert main(["study", "report", str(path), "--results", str(copy)]) == 0
+    assert copy.with_suffix(".md").read_text() == published.with_suffix(".md").read_text()
+
+
+def test_commits_of_a_study_are_a_list_of_words(write_study):
+    study = write_study(commits=[23245915846])
+    with pytest.raises(ValueError, match="commits is .23245915846.; list those of lines that count, in quotes"):
+        read_study(study)
