@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrf_fast.config.amounts import show_bytes
+from hrf_fast.config.rules import check_job
 from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.memory.planner import MODES, RESERVE, Choice, Plan
 from hrf_fast.memory.zero import ENGINES
+from hrf_fast.run.card import reward_name
 
 _TITLES = {
     "plain": "plain, ZeRO-0",
@@ -111,11 +113,18 @@ def _verdict(plan: Plan) -> str:
     fits = "it fits" if need <= usable else "it does not fit"
     ways = (plan.best(engine, p) for p in dict.fromkeys((precision, *PRECISIONS)) for engine in (plan.engine, *ENGINES))
     best = next(choice for choice in ways if choice)
-    return (
-        f"this configuration ({named}) needs {show_bytes(need)} a GPU: {fits}\n"
+    lines = [
+        f"this configuration ({named}) needs {show_bytes(need)} a GPU: {fits}",
         f"fastest that fits: {_TITLES[best.engine]}, compute.precision={best.precision}, compute.activations="
-        f"{best.mode}, compute.images_per_call={best.images_per_call}: {show_bytes(best.bytes)} a GPU"
-    )
+        f"{best.mode}, compute.images_per_call={best.images_per_call}: {show_bytes(best.bytes)} a GPU",
+        f"not counted: networks of the reward ({reward_name(plan.config.reward)}) and of evaluation.network "
+        f"({plan.config.evaluation.network}), which each GPU holds too",
+    ]
+    try:
+        check_job(plan.config, plan.gpus)
+    except ValueError as error:
+        lines.append(f"but `hrf train` refuses it: {error}")
+    return "\n".join(lines)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

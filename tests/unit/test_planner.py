@@ -268,9 +268,21 @@ def test_planned_bytes_against_the_memory_of_a_process(tiny_model, model, mode, 
     assert made.need("plain", precision, mode, 8) == pytest.approx(measured["peak"], rel=PEAK_TOLERANCE)
 
 
+def test_a_plan_says_what_it_has_not_counted_and_where_training_would_refuse(tiny_model, capsys):
+    words = ["plan", "--memory=8GB", f"model.name={tiny_model}", "train.groups_per_step=2", "reward.name=pickscore"]
+    assert main([*words, "--gpus=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "not counted: networks of the reward (pickscore) and of evaluation.network (auto)" in printed
+    assert "refuses it" not in printed
+    assert main([*words, "--gpus=3"]) == 0
+    assert (
+        "but `hrf train` refuses it: train.groups_per_step is 2, which 3 ranks can't share" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.slow
 def test_the_page_in_the_documentation_is_what_the_command_prints(capsys):
-    command = "hrf plan --config configs/demo_portraits.yaml --gpus 8 --memory 80GB"
+    command = "hrf plan --config configs/demo_portraits.yaml --gpus 4 --memory 80GB"
     page = (ROOT / "docs" / "memory.md").read_text().split(f"$ {command}\n")[1].split("```")[0]
     assert main(command.split()[1:]) == 0
     assert capsys.readouterr().out.strip() == page.strip()
