@@ -90,11 +90,27 @@ def bootstrap_interval(
 
 
 def vendi_interval(features: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int) -> Interval:
-    """`bootstrap_interval` of `vendi_score(features)`, centred; 1000 resamples of [256, 128] take about a second."""
+    """`bootstrap_interval` of `vendi_score(features)`, centred; 1000 resamples of [256, 128] take about a second.
+
+    Of more than 256 rows and features only as many resamples are made as are `affordable`.
+    """
     unit = unit_rows(features)
-    weights = _weights(len(unit), resamples, level, seed)
-    values = torch.cat([_vendi(unit, part) for part in weights.split(CHUNK)])
+    weights = _weights(len(unit), affordable(resamples, unit), level, seed)
+    values = torch.cat([_vendi(unit, part) for part in weights.split(chunk_of(unit))])
     return _interval(float(_vendi(unit, None)), values, level, centred=True)
+
+
+def affordable(resamples: int, features: Tensor) -> int:
+    """How many of `resamples` Vendi Scores of features [N, D] to make: one takes the cube of the smaller of N and D.
+
+    All where that is at most 256, fewer beyond, so that together they take no longer, but 100.
+    """
+    return min(resamples, max(100, round(resamples * (256 / min(features.shape)) ** 3)))
+
+
+def chunk_of(features: Tensor) -> int:
+    """Resamples of features [N, D] that are in memory at a time: half a gigabyte of float64 at most."""
+    return max(1, min(CHUNK, 2**26 // features.numel()))
 
 
 def vendi_of(features: Tensor) -> Callable[[Tensor | None], Tensor]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hrf_fast.evaluation.diversity import CHUNK, Interval, inception_of, mean_of, vendi_of
+from hrf_fast.evaluation.diversity import CHUNK, Interval, affordable, chunk_of, inception_of, mean_of, vendi_of
 from hrf_fast.evaluation.looks import looks_of
 
 DRAWS = 500
@@ -30,11 +30,12 @@ Statistic = Callable[[Tensor | None], Tensor]
 """Weights [R, N], the share of each sample in R resamples, -> [R]; None, all samples alike, -> []."""
 
 
-def halves(statistic: Statistic, count: int, *, seed: int) -> Tensor:
-    """A statistic of all samples and of random halves of them, [1 + DRAWS] float64.
+def halves(statistic: Statistic, count: int, *, seed: int, draws: int = DRAWS, chunk: int = CHUNK) -> Tensor:
+    """A statistic of all samples and of random halves of them, [1 + draws] float64.
 
     Args:
         count: number of samples; equal seeds and counts draw equal halves.
+        draws: only the first so many of DRAWS; chunk: halves at a time.
 
     Raises:
         ValueError: fewer samples than LEAST.
@@ -43,8 +44,8 @@ def halves(statistic: Statistic, count: int, *, seed: int) -> Tensor:
         raise ValueError(f"count is {count}; halves say something of at least {LEAST} samples")
     size, generator = count // 2, torch.Generator().manual_seed(seed)
     order = torch.rand(DRAWS, count, generator=generator).argsort(1)[:, :size]
-    weights = torch.zeros(DRAWS, count, dtype=torch.float64).scatter_(1, order, 1 / size)
-    parts = [statistic(None).reshape(1), *(statistic(part) for part in weights.split(CHUNK))]
+    weights = torch.zeros(draws, count, dtype=torch.float64).scatter_(1, order[:draws], 1 / size)
+    parts = [statistic(None).reshape(1), *(statistic(part) for part in weights.split(chunk))]
     return torch.cat(parts)
 
 
@@ -57,22 +58,28 @@ def panel_halves(
         features: [N, D]; log_probs: [N, K] of every head of a classifier, or empty.
         per_prompt: the Vendi Score of each prompt, [P], or None; its halves are of the prompts.
     """
-    statistics: dict[str, tuple[Statistic, int]] = {"vendi": (vendi_of(features), len(features))}
+    statistics: dict[str, tuple[Statistic, int]] = {}
     if per_prompt is not None:
         statistics["vendi_per_prompt"] = mean_of(per_prompt), len(per_prompt)
     if "label" in log_probs:
         statistics["inception"] = inception_of(log_probs["label"]), len(features)
     if len(log_probs) > 1:
         statistics["looks"] = looks_of(log_probs), len(features)
-    return {name: halves(f, count, seed=seed) for name, (f, count) in statistics.items() if count >= LEAST}
+    found = {name: halves(f, count, seed=seed) for name, (f, count) in statistics.items() if count >= LEAST}
+    if len(features) < LEAST:
+        return found
+    draws, chunk = affordable(DRAWS, features), chunk_of(features)
+    return {"vendi": halves(vendi_of(features), len(features), seed=seed, draws=draws, chunk=chunk), **found}
 
 
 def kept_interval(before: Tensor, after: Tensor, count: int, *, level: float = 0.95) -> Interval:
     """The ratio of a metric after to before, with its interval; `halves` of both, of `count` samples.
 
+    Where one has more halves than the other, as in a run that began with an older version, the first ones are compared.
     Both are ratios of positive numbers, so the spread is taken of logarithms.
     """
-    ratios = (after / before).log()
+    common = min(len(before), len(after))
+    ratios = (after[:common] / before[:common]).log()
     size = count // 2
     spread = (ratios[1:] - ratios[1:].mean()) * math.sqrt(size / (count - size))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)

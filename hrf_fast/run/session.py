@@ -271,7 +271,8 @@ class Run:
                     f"{ranked} iterations; set stop.on_collapse=stop to have the last weights as the tuned model"
                 )
             model = state["iteration"]
-            self.note(f"the tuned model is that after {model} iterations, the best above the floors")
+            text = f"the tuned model is that after {model} iterations, the best above the floors"
+            self.note(text if model else f"{text}: nothing is learnt; train more gently, or lower the floors of stop")
         with engine.gathered(ema=True):
             comm.main_says(lambda: self.folder.save_model(policy, model))
         comm.main_says(lambda: self._events.end(reason, model))

@@ -4,14 +4,18 @@ import pytest
 import torch
 
 from hrf_fast.evaluation.diversity import (
+    affordable,
     bootstrap_interval,
+    chunk_of,
     inception_interval,
     inception_score,
     mean_interval,
     paired_difference_interval,
     vendi_interval,
+    vendi_of,
     vendi_score,
 )
+from hrf_fast.evaluation.kept import halves, kept_interval
 
 # eigenvalues 3/4 and 1/4: exp(3/4 log 4/3 + 1/4 log 4) = 4 / 3^(3/4)
 THREE_TO_ONE = 4 / 3**0.75
@@ -154,6 +158,23 @@ def test_fast_intervals_equal_the_general_one():
     assert inception_interval(log_probs, resamples=99, seed=2) == pytest.approx(slow, rel=1e-9)
     slow = bootstrap_interval(lambda i: float(tall[i, 0].double().mean()), 20, resamples=99, seed=2)
     assert mean_interval(tall[:, 0], resamples=99, seed=2) == pytest.approx(slow, rel=1e-9)
+
+
+def test_larger_matrices_have_fewer_resamples_and_less_of_them_in_memory():
+    # the time of a matrix of 512 is 8 times that of 256; half a gigabyte is 2^26 numbers
+    sides = {256: 1000, 512: 125, 2000: 100}
+    assert {side: affordable(1000, torch.empty(5000, side)) for side in sides} == sides
+    assert affordable(1000, torch.empty(64, 768)) == 1000 and affordable(50, torch.empty(5000, 768)) == 50
+    assert chunk_of(torch.empty(5000, 768)) == 17 and chunk_of(torch.empty(256, 128)) == 64
+    assert chunk_of(torch.empty(100_000, 768)) == 1
+
+
+def test_fewer_halves_are_the_first_of_all():
+    features = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    every, few = (halves(vendi_of(features), 16, seed=3, draws=draws, chunk=7) for draws in (500, 20))
+    assert torch.equal(every[:21], few)
+    # a run that began with more of them goes on
+    assert kept_interval(every, few, 16) == kept_interval(few, few, 16) == pytest.approx((1, 1, 1))
 
 
 def test_a_diversity_interval_is_centred_because_repeats_score_low():
