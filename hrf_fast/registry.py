@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -61,6 +62,22 @@ class Registry(Generic[T]):
         return self._entries[name]
 
 
+def check_module(name: str, spec: str, option: str) -> None:
+    """Refuse a `module:function` whose module, or the package that holds it, is nowhere; nothing is imported.
+
+    Raises:
+        ValueError: no such module in the current folder or on PYTHONPATH.
+    """
+    _look_in_current_folder()
+    top = name.partition(".")[0]
+    # a module that is loaded already need not have a file
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        raise ValueError(
+            f"{option} is {spec!r}, but there is no module {top!r} in the current folder or on PYTHONPATH; name a "
+            "module and a function of yours as module:function"
+        )
+
+
 def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     """Import `module:function`, also from the current folder.
 
@@ -70,8 +87,7 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
         raise ValueError(f"{option} is {spec!r}; write module:function, e.g. my_rewards:brightness")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_in_current_folder()
     try:
         with _before_the_run(f"importing {module_name}", UserCodeError):
             module = importlib.import_module(module_name)
@@ -91,6 +107,12 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
             f"{option} is {spec!r} but {module_name} has no callable {attribute!r}{nearest(attribute, callables)}"
         )
     return function
+
+
+def _look_in_current_folder() -> None:
+    """Let modules of the current folder be imported, with every launcher."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 @contextmanager

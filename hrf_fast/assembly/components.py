@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hrf_fast.assembly.algorithm import build_call_plan, build_config_advantages, build_groups, build_rules
-from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
+from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts, check_reward
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
@@ -55,6 +55,8 @@ def build_components(
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
         check_job(config, comm.world_size())
+        if not callable(reward):
+            check_reward(config)
         config, tuning = tuned(config, build_policy)
         set_threads(config)
         device = choose_device(config.run.device)
@@ -62,6 +64,11 @@ def build_components(
         policy = build_policy(config) if policy is None else check_policy(policy, config)
         if config.remedies.needs_reference:
             policy.hold_reference()
+        check_prompts(
+            policy.takes_prompts,
+            config.model.name,
+            {"prompts.source": config.prompts.source, "evaluation.prompts": config.evaluation.prompts},
+        )
         combined = (
             build_reward(reward, device, config.reward.kwargs)
             if callable(reward)
@@ -76,12 +83,6 @@ def build_components(
         check_anchors(windows, config.window.anchor_steps, config.window.anchor_reuse)
         advantages = build_config_advantages(config)
         prompts, prompts_source = build_prompts(config)
-        check_prompts(
-            policy.takes_prompts,
-            config.model.name,
-            {"prompts.source": config.prompts.source, "evaluation.prompts": config.evaluation.prompts},
-            combined.prompt_readers,
-        )
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)

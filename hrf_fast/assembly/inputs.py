@@ -11,7 +11,7 @@ from hrf_fast.config.options import Config
 from hrf_fast.evaluation.panel import Panel, choose_network
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import load_prompts
-from hrf_fast.rewards import CombinedReward, RewardTerm, build_reward
+from hrf_fast.rewards import CombinedReward, build_reward, check_names
 from hrf_fast.vision.base import FeatureNetwork
 
 
@@ -21,10 +21,26 @@ def build_prompts(config: Config) -> tuple[Prompts | None, dict[str, str] | None
     return load_prompts("prompts.source", section.source, section.kwargs, negative=section.negative)
 
 
-def build_config_reward(config: Config, device: torch.device) -> CombinedReward:
-    """The reward that a configuration names, or the weighted sum of its terms."""
+def check_reward(config: Config) -> None:
+    """Refuse a reward by its name, before any network is loaded.
+
+    Raises:
+        ValueError: no such reward or module, or a reward that reads prompts in a run that has none.
+    """
     reward = config.reward
-    return build_reward(reward.terms or [RewardTerm(name=reward.name or "", kwargs=reward.kwargs)], device)
+    readers = check_names([term.name for term in reward.terms] or [reward.name or ""])
+    if readers and config.prompts.source is None:
+        raise ValueError(
+            f"the reward {readers[0]} compares images with their prompts, but prompts.source is null; use another "
+            f"reward, or prompts and a text-to-image model (model.name is {config.model.name})"
+        )
+
+
+def build_config_reward(config: Config, device: torch.device) -> CombinedReward:
+    """The reward that a configuration names, or the weighted sum of its terms; errors as `check_reward`."""
+    check_reward(config)
+    reward = config.reward
+    return build_reward(reward.terms or reward.name or "", device, None if reward.terms else reward.kwargs)
 
 
 def build_panel(

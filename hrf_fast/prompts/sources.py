@@ -7,7 +7,7 @@ the list to draw from; a single pair (text, metadata) says that it is TRL's prom
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,12 @@ def load_prompts(
     return _list(option, value, items, negative), source_of(function)
 
 
-def check_prompts(takes_prompts: bool, model: str, sources: Mapping[str, str | None], readers: Sequence[str]) -> None:
-    """Refuse prompts for a model that takes none, a model without them, and rewards that can't do without.
+def check_prompts(takes_prompts: bool, model: str, sources: Mapping[str, str | None]) -> None:
+    """Refuse prompts for a model that takes none, and a model without those that it needs.
 
     Args:
         takes_prompts: whether the model does; model: model.name, for errors.
         sources: the values of the options that name sources, the training's first.
-        readers: rewards that can't do without prompts.
 
     Raises:
         ValueError: names the option, its value and the way out.
@@ -85,11 +84,6 @@ def check_prompts(takes_prompts: bool, model: str, sources: Mapping[str, str | N
     for option, value in sources.items() if not takes_prompts else ():
         if value is not None:
             raise ValueError(f"{option} is {value!r}, but model.name {model} takes no prompts; leave it out")
-    if readers and not takes_prompts:
-        raise ValueError(
-            f"reward.name {readers[0]} rewards images by their prompts, but model.name {model} takes none; use another "
-            "reward, or a text-to-image model"
-        )
 
 
 def _list(option: str, value: str, items: list[tuple[Any, str]], negative: str) -> PromptList:

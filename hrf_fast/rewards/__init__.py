@@ -7,7 +7,7 @@ it is listed or built, weights when built.
 """
 
 from hrf_fast.config.options import RewardTerm
-from hrf_fast.rewards.build import CombinedReward, build_reward, check_images, check_rewards
+from hrf_fast.rewards.build import CombinedReward, build_reward, check_images, check_names, check_rewards
 from hrf_fast.rewards.registry import (
     NotFiniteError,
     Reward,
@@ -30,6 +30,7 @@ __all__ = [
     "Rewards",
     "build_reward",
     "check_images",
+    "check_names",
     "check_rewards",
     "list_rewards",
     "register_reward",

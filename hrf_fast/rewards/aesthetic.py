@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hrf_fast.hub import find_file, first_line
 from hrf_fast.registry import check_count
-from hrf_fast.rewards.registry import Reward, register_reward
+from hrf_fast.rewards.registry import OPTION_PREFIX, Reward, register_reward
 from hrf_fast.vision.hub import HubNetwork, find_network, load_config, load_network
 from hrf_fast.vision.processor import Source, import_transformers, load_processor
 from hrf_fast.weights import not_finite
@@ -38,6 +38,7 @@ def aesthetic(
     batch_size: int = 16,
     *,
     device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Reward:
     """LAION aesthetic score of the image, roughly 1 to 10: CLIP embedding, then a linear or five-layer head.
 
@@ -46,20 +47,21 @@ def aesthetic(
         head: a .safetensors, .pth or .pt file, or "owner/repository:filename" on the hub.
         batch_size: images that go through CLIP at once.
     """
-    check_count("aesthetic.batch_size", batch_size)
-    layers = build_head(load_head(head), head)
-    source = find_network("aesthetic.clip", clip)
+    check_count(f"{option_prefix}batch_size", batch_size)
+    head_option = f"{option_prefix}head"
+    layers = build_head(load_head(head, head_option), head, head_option)
+    source = find_network(f"{option_prefix}clip", clip)
     config = load_config(source)
     if config.model_type == "clip":
         # the vision part stores a projection_dim of its own, which CLIPModel does not use
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
     if config.model_type != "clip_vision_model":
-        raise ValueError(f"aesthetic.clip is {clip!r}, a {config.model_type!r} network; use a CLIP")
+        raise source.error(f"a {config.model_type!r} network", "use a CLIP")
     width = layers[0].in_features
     if config.projection_dim != width:
         raise ValueError(
-            f"aesthetic.head reads embeddings of {width} numbers but aesthetic.clip {clip!r} gives "
+            f"{head_option} reads embeddings of {width} numbers but {source.option} {clip!r} gives "
             f"{config.projection_dim}; use the CLIP that the head was trained on"
         )
     network, _ = load_network(source, "CLIPVisionModelWithProjection", config)
@@ -85,31 +87,31 @@ def _clip_processor(source: Source, side: int) -> Any:
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
 
 
-def load_head(head: Any) -> Any:
-    """Read the weights of a head; no code in the file is run.
+def load_head(head: Any, option: str) -> Any:
+    """Read the weights of a head; no code in the file is run. `option` names the head in errors.
 
     Raises:
         ValueError: no such file here or on the hub, not of a known kind, or a pickle that holds more than tensors.
     """
-    path = find_file("aesthetic.head", head)
+    path = find_file(option, head)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"aesthetic.head is {head!r}; use a .safetensors, .pth or .pt file")
+        raise ValueError(f"{option} is {head!r}; use a .safetensors, .pth or .pt file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"aesthetic.head is {head!r}, a pickle that holds more than tensors and is not run; "
+            f"{option} is {head!r}, a pickle that holds more than tensors and is not run; "
             "save its state_dict() as .safetensors"
         ) from None
     except Exception as error:
         raise ValueError(
-            f"aesthetic.head is {head!r}, which does not load: {first_line(error)}; download the file again"
+            f"{option} is {head!r}, which does not load: {first_line(error)}; download the file again"
         ) from error
 
 
-def build_head(weights: Any, head: str) -> nn.Sequential:
+def build_head(weights: Any, head: str, option: str) -> nn.Sequential:
     """The linear layers of a head, by the layout of its weights: "weight", "bias" (v1) or "layers.0.weight"… (v2).
 
     Raises:
@@ -126,14 +128,12 @@ def build_head(weights: Any, head: str) -> nn.Sequential:
         if [present[name] for name in names] != shapes:
             break
         if problem := not_finite(tensors):
-            raise ValueError(
-                f"aesthetic.head is {head!r}, whose weights can't be used: {problem}; download the file again"
-            )
+            raise ValueError(f"{option} is {head!r}, whose weights can't be used: {problem}; download the file again")
         layers = nn.Sequential(*(nn.Linear(i, o) for i, o in zip(inputs, widths, strict=False)))
         layers.load_state_dict(dict(zip(layers.state_dict(), (tensors[name].float() for name in names), strict=True)))
         return layers.eval().requires_grad_(False)
     layout = {name: list(shape) for name, shape in list(present.items())[:12]}
     raise ValueError(
-        f"aesthetic.head {head!r} is not a LAION head: its weights are {layout or type(weights).__name__}; expected "
+        f"{option} {head!r} is not a LAION head: its weights are {layout or type(weights).__name__}; expected "
         "weight [1, D] and bias [1], or layers.{0,2,4,6,7} of widths 1024, 128, 64, 16, 1 (no activations)"
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hrf_fast.config.options import RewardTerm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards.registry import (
+    OPTION_PREFIX,
     NotFiniteError,
     Reward,
     RewardError,
@@ -22,7 +23,7 @@ from hrf_fast.rewards.registry import (
     reads_prompts,
     takes_metadata,
 )
-from hrf_fast.rewards.user import build_function, build_user
+from hrf_fast.rewards.user import build_function, build_user, check_user
 from hrf_fast.user_code import note_of, source_of, user_code
 
 if TYPE_CHECKING:
@@ -33,10 +34,30 @@ if TYPE_CHECKING:
 RANGE_TOLERANCE = 1e-3
 
 
+def check_names(names: Sequence[str]) -> list[str]:
+    """Refuse rewards that do not exist, without loading or importing anything of theirs.
+
+    Args:
+        names: registered names, or `module:function`.
+
+    Returns:
+        The names of rewards that can't do without prompts; a function of the user's is not known to.
+
+    Raises:
+        ValueError: an unknown name, a malformed `module:function`, or a module that is nowhere.
+    """
+    for name in names:
+        if ":" in name:
+            check_user(name)
+    return [name for name in names if ":" not in name and reads_prompts(name)]
+
+
 def build_reward(
     reward: str | Callable[..., Any] | Sequence[RewardTerm],
     device: torch.device | str = "cpu",
     kwargs: dict[str, Any] | None = None,
+    *,
+    option_prefix: str = OPTION_PREFIX,
 ) -> CombinedReward:
     """Build a reward that checks its calls.
 
@@ -45,6 +66,8 @@ def build_reward(
             function, called as `module:function` is (see `user.py`) and named after itself.
         device: where the networks of learned rewards live.
         kwargs: arguments of a name or a function; terms have their own.
+        option_prefix: what the options that set the kwargs of a name begin with, for errors; of a term it is
+            "reward.terms[0].kwargs." and so on.
 
     Raises:
         ValueError: no terms, a weight that is not finite, only zero weights, an unknown name or argument, a function
@@ -56,6 +79,7 @@ def build_reward(
         name = getattr(reward, "__name__", type(reward).__name__)
         return CombinedReward([_BuiltTerm(name, name, 1.0, build_function(reward, name, kwargs or {}))])
     terms = [RewardTerm(reward, kwargs=kwargs or {})] if isinstance(reward, str) else reward
+    prefixes = [option_prefix] if isinstance(reward, str) else [f"reward.terms[{i}].kwargs." for i in range(len(terms))]
     if not terms:
         raise ValueError('reward.terms is empty; give at least one, for example name: "jpeg_compressibility"')
     for term in terms:
@@ -64,12 +88,15 @@ def build_reward(
     if all(term.weight == 0 for term in terms):
         raise ValueError("every weight in reward.terms is 0, so there is nothing to learn; make one of them non-zero")
     built: list[_BuiltTerm] = []
-    for term in terms:
+    for term, prefix in zip(terms, prefixes, strict=True):
         kwargs = {str(key): value for key, value in term.kwargs.items()}
-        function = build_user(term.name, kwargs) if ":" in term.name else build_registered(term.name, kwargs, device)
+        if ":" in term.name:
+            function = build_user(term.name, kwargs)
+        else:
+            function = build_registered(term.name, kwargs, device, prefix)
         count = sum(other.name == term.name for other in built)
         key = f"{term.name}_{count + 1}" if count else term.name
-        built.append(_BuiltTerm(term.name, key, term.weight, function, reads_prompts(term.name)))
+        built.append(_BuiltTerm(term.name, key, term.weight, function))
     return CombinedReward(built)
 
 
@@ -79,8 +106,6 @@ class _BuiltTerm:
     key: str
     weight: float
     reward: Reward
-    reads_prompts: bool = False
-    """Whether it can't do without prompts."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt | None]) -> Any:
         """Call the reward with the images and the prompts' texts, and their metadata where it takes that."""
@@ -101,11 +126,6 @@ class CombinedReward:
         # lines about global state that calls have changed, each once
         self.notes: dict[str, None] = {}
         self.sources = {f"reward {term.key}": source_of(term.reward) for term in terms}
-
-    @property
-    def prompt_readers(self) -> list[str]:
-        """The terms that can't do without prompts, by name."""
-        return [term.name for term in self._terms if term.reads_prompts]
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt | str | None] | None = None) -> Rewards:
         """Reward a batch.

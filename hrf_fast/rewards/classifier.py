@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.registry import check_count
-from hrf_fast.rewards.registry import Reward, register_reward
+from hrf_fast.rewards.registry import OPTION_PREFIX, Reward, register_reward
 from hrf_fast.vision.load import load_classifier
 from hrf_fast.vision.shipped import load_shipped
 
@@ -28,6 +28,7 @@ def classifier(
     batch_size: int = 64,
     *,
     device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Reward:
     """Log-probability that the image is of the target class, at most 0.
 
@@ -38,9 +39,9 @@ def classifier(
             classifier.
         batch_size: images that go through a transformers network at once.
     """
-    check_count("classifier.batch_size", batch_size)
-    network = load_classifier("classifier.model", model, device, batch_size)
-    head, indexes = find_classes(target, network.labels)
+    check_count(f"{option_prefix}batch_size", batch_size)
+    network = load_classifier(f"{option_prefix}model", model, device, batch_size)
+    head, indexes = find_classes(target, network.labels, f"{option_prefix}target")
 
     def reward(images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         # log of the summed probability
@@ -51,7 +52,11 @@ def classifier(
 
 @register_reward("attribute", needs="nothing: the classifier ships")
 def attribute(
-    target: str | Sequence[str] | None = None, model: str = "peeps", *, device: torch.device | str = "cpu"
+    target: str | Sequence[str] | None = None,
+    model: str = "peeps",
+    *,
+    device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Callable[..., Tensor]:
     """Log-probability that the image has the attributes that its prompt names, or those given here; at most 0.
 
@@ -60,7 +65,7 @@ def attribute(
             {"attributes": {"accessories": "sunglasses"}}. The mean over them is the reward.
         model: the shipped model whose classifier looks.
     """
-    network = load_shipped(model, device)
+    option, network = f"{option_prefix}target", load_shipped(model, device)
     fixed = [target] if isinstance(target, str) else target
 
     def reward(images: Tensor, prompts: Sequence[str] | None, metadata: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -70,24 +75,25 @@ def attribute(
             wanted = fixed or [f"{head}={name}" for head, name in data.get("attributes", {}).items()]
             if not wanted:
                 raise ValueError(
-                    "attribute.target is null and a prompt names no attributes; give prompts with the metadata "
+                    f"{option} is null and a prompt names no attributes; give prompts with the metadata "
                     '{"attributes": {…}} as those of prompts.source=peeps, or set target'
                 )
-            places = [_find_class(item, network.labels, "attribute.target") for item in wanted]
+            places = [_find_class(item, network.labels, option) for item in wanted]
             rewards.append(torch.stack([log_probs[head][row, index] for head, index in places]).mean())
         return torch.stack(rewards)
 
     for item in fixed or ():
-        _find_class(item, network.labels, "attribute.target")
+        _find_class(item, network.labels, option)
     return reward
 
 
-def find_classes(target: Any, labels: Mapping[str, Sequence[str]]) -> tuple[str, list[int]]:
+def find_classes(target: Any, labels: Mapping[str, Sequence[str]], option: str) -> tuple[str, list[int]]:
     """Resolve the target of a config.
 
     Args:
         target: a name, index or "head=class", or a sequence of them.
         labels: class names of each head.
+        option: what the target is set by, for errors.
 
     Returns:
         The head and the indexes of its classes, each once.
@@ -97,17 +103,15 @@ def find_classes(target: Any, labels: Mapping[str, Sequence[str]]) -> tuple[str,
     """
     targets = [target] if isinstance(target, str | int) else target
     if not isinstance(targets, Sequence) or not targets:
-        raise ValueError(f"classifier.target is {target!r}; give a class name, an index or a list of them")
-    classes = [_find_class(item, labels) for item in targets]
+        raise ValueError(f"{option} is {target!r}; give a class name, an index or a list of them")
+    classes = [_find_class(item, labels, option) for item in targets]
     heads = sorted({head for head, _ in classes})
     if len(heads) > 1:
-        raise ValueError(f"classifier.target mixes the heads {', '.join(heads)}; use one reward term for each head")
+        raise ValueError(f"{option} mixes the heads {', '.join(heads)}; use one reward term for each head")
     return heads[0], sorted({index for _, index in classes})
 
 
-def _find_class(
-    target: str | int, labels: Mapping[str, Sequence[str]], option: str = "classifier.target"
-) -> tuple[str, int]:
+def _find_class(target: str | int, labels: Mapping[str, Sequence[str]], option: str) -> tuple[str, int]:
     """One class: by its name in any head, or in the head before the equals sign; else by its index."""
     head, equals, name = str(target).partition("=")
     if equals and head in labels:

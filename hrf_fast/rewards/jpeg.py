@@ -16,36 +16,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hrf_fast.rewards.registry import Reward, register_reward
+from hrf_fast.rewards.registry import OPTION_PREFIX, Reward, register_reward
 from hrf_fast.vision.base import to_bytes
 
 
 @register_reward("jpeg_compressibility", needs="Pillow")
-def jpeg_compressibility(quality: int = 95) -> Reward:
+def jpeg_compressibility(quality: int = 95, *, option_prefix: str = OPTION_PREFIX) -> Reward:
     """Minus the size of the image as a JPEG, in kB: smooth, simple pictures get a high reward.
 
     Args:
         quality: JPEG quality, 1 to 100; the papers use 95.
     """
-    return _JpegSize("jpeg_compressibility", quality, sign=-1)
+    return _JpegSize(f"{option_prefix}quality", quality, sign=-1)
 
 
 @register_reward("jpeg_incompressibility", needs="Pillow")
-def jpeg_incompressibility(quality: int = 95) -> Reward:
+def jpeg_incompressibility(quality: int = 95, *, option_prefix: str = OPTION_PREFIX) -> Reward:
     """The size of the image as a JPEG, in kB: detailed, noisy pictures get a high reward.
 
     Args:
         quality: JPEG quality, 1 to 100; the papers use 95.
     """
-    return _JpegSize("jpeg_incompressibility", quality, sign=1)
+    return _JpegSize(f"{option_prefix}quality", quality, sign=1)
 
 
 class _JpegSize:
     """Images [B, 3, H, W] in [0, 1] -> sign * kB, [B] fp32 on the images' device; 1 kB = 1000 bytes."""
 
-    def __init__(self, name: str, quality: int, sign: int) -> None:
+    def __init__(self, option: str, quality: int, sign: int) -> None:
         if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
-            raise ValueError(f"quality of reward {name!r} is {quality!r}; use a whole number from 1 to 100")
+            raise ValueError(f"{option} is {quality!r}; use a whole number from 1 to 100")
         self._quality = quality
         self._sign = sign
         # Pillow lets go of the interpreter lock while it encodes

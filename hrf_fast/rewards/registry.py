@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FAMILIES = ("jpeg", "aesthetic", "classifier", "text_image", "remote")
+OPTION_PREFIX = "reward.kwargs."
+"""Beginning of the options that set the arguments of the reward `reward.name`."""
+_OF_THE_RUN = ("device", "option_prefix")
 
 
 class Reward(Protocol):
@@ -89,8 +92,9 @@ def register_reward(
 ) -> Callable[[Factory], Factory]:
     """Register a factory under a name.
 
-    The factory's arguments are the `kwargs` of a `RewardTerm`, and it returns a `Reward`. If it has an argument called
-    `device`, that comes from the run and not from the config. The first line of its docstring and the lines of its
+    The factory's arguments are the `kwargs` of a `RewardTerm`, and it returns a `Reward`. Arguments called `device` and
+    `option_prefix` come from the run and not from the config. The second is what the names of the others begin with
+    where a user sets them, such as "reward.kwargs.", for errors. The first line of the docstring and the lines of its
     `Args:` section are what `list_rewards` shows.
 
     Args:
@@ -137,21 +141,31 @@ def list_rewards() -> list[RewardInfo]:
     return infos
 
 
-def build_registered(name: str, kwargs: dict[str, Any], device: Any) -> Reward:
+def build_registered(name: str, kwargs: dict[str, Any], device: Any, option_prefix: str = OPTION_PREFIX) -> Reward:
     """Call the factory of `name` with the config's arguments.
 
+    Args:
+        option_prefix: what the options that set the arguments begin with, for errors.
+
     Raises:
-        ValueError: unknown name, unknown, missing or `device` argument; the message says which ones there are.
+        ValueError: unknown name, unknown or missing argument, or one of the run's; the message says which ones there
+            are.
     """
     _load_families()
     factory = _rewards[name].factory
-    of_the_run = {"device": device} if "device" in inspect.signature(factory).parameters else {}
-    return call_factory(factory, name, kwargs, **of_the_run)
+    values = dict(zip(_OF_THE_RUN, (device, option_prefix), strict=True))
+    of_the_run = {key: value for key, value in values.items() if key in inspect.signature(factory).parameters}
+    return call_factory(factory, option_prefix.rstrip(". "), kwargs, **of_the_run)
 
 
 def reads_prompts(name: str) -> bool:
-    """Whether a registered reward can't do without prompts; a function of the user's is not known to."""
-    return name in iter(_rewards) and _rewards[name].reads_prompts
+    """Whether a registered reward can't do without prompts.
+
+    Raises:
+        ValueError: no reward of this name is registered.
+    """
+    _load_families()
+    return _rewards[name].reads_prompts
 
 
 def takes_metadata(function: Callable[..., Any], kwargs: Mapping[str, Any], *, follow_wrapped: bool = True) -> bool:
@@ -175,7 +189,7 @@ def _load_families() -> None:
 
 
 def _config_parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {key: item for key, item in inspect.signature(factory).parameters.items() if key != "device"}
+    return {key: item for key, item in inspect.signature(factory).parameters.items() if key not in _OF_THE_RUN}
 
 
 def _argument_docs(doc: str) -> dict[str, str]:

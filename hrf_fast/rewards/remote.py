@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hrf_fast.registry import check_count
-from hrf_fast.rewards.registry import NotFiniteError, RewardError, register_reward
+from hrf_fast.rewards.registry import OPTION_PREFIX, NotFiniteError, RewardError, register_reward
 
 # wait before the second attempt in seconds, which doubles up to the second number
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
@@ -37,7 +38,15 @@ NOT_FINITE = 422
 
 
 @register_reward("remote", needs="a server that answers, see `hrf serve-reward`")
-def remote(url: str, images: str = "fp32", batch_size: int = 64, attempts: int = 8, deadline: float = 300.0) -> Any:
+def remote(
+    url: str,
+    images: str = "fp32",
+    batch_size: int = 64,
+    attempts: int = 8,
+    deadline: float = 300.0,
+    *,
+    option_prefix: str = OPTION_PREFIX,
+) -> Any:
     """The reward of a server over HTTP, for a network that needs a machine or packages of its own.
 
     Args:
@@ -47,13 +56,14 @@ def remote(url: str, images: str = "fp32", batch_size: int = 64, attempts: int =
         attempts: requests before a server that is down or busy is given up.
         deadline: seconds for a request with all its attempts.
     """
-    _check_url(url)
+    _check_url(f"{option_prefix}url", url)
     if images not in ("fp32", "uint8"):
-        raise ValueError(f"remote.images is {images!r}; use fp32 or uint8")
-    check_count("remote.batch_size", batch_size)
-    check_count("remote.attempts", attempts)
+        raise ValueError(f"{option_prefix}images is {images!r}; use fp32 or uint8")
+    check_count(f"{option_prefix}batch_size", batch_size)
+    check_count(f"{option_prefix}attempts", attempts)
     if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not 0 < deadline < math.inf:
-        raise ValueError(f"remote.deadline is {deadline!r}; use a finite number of seconds above 0")
+        raise ValueError(f"{option_prefix}deadline is {deadline!r}; use a finite number of seconds above 0")
+    server = _Server(url, attempts, deadline, option_prefix)
 
     def reward(
         pictures: Tensor, prompts: Sequence[str] | None = None, metadata: Sequence[Mapping[str, Any]] = ()
@@ -63,14 +73,14 @@ def remote(url: str, images: str = "fp32", batch_size: int = 64, attempts: int =
             rows = slice(start, start + batch_size)
             body = pack(pictures[rows], prompts and prompts[rows], metadata[rows], as_bytes=images == "uint8")
             count = len(pictures[rows])
-            reply = _ask(url, body, attempts, deadline, max(LEAST_ANSWER, BYTES_PER_REWARD * count))
-            answers.append(_numbers(url, reply, count))
+            reply = server.ask(body, max(LEAST_ANSWER, BYTES_PER_REWARD * count))
+            answers.append(server.numbers(reply, count))
         return torch.cat(answers)
 
     return reward
 
 
-def _check_url(url: Any) -> None:
+def _check_url(option: str, url: Any) -> None:
     try:
         address = urlsplit(url)
         # a port out of range fails when it is read
@@ -78,7 +88,7 @@ def _check_url(url: Any) -> None:
     except (ValueError, AttributeError, TypeError):
         valid = False
     if not valid:
-        raise ValueError(f"remote.url is {url!r}; write it as http://host:port")
+        raise ValueError(f"{option} is {url!r}; write it as http://host:port")
 
 
 def pack(
@@ -119,56 +129,78 @@ def unpack(body: bytes) -> tuple[Tensor, list[str] | None, list[dict[str, Any]]]
     return (images.float() / 255 if images.dtype == torch.uint8 else images), prompts, metadata
 
 
-def _numbers(url: str, reply: bytes, count: int) -> Tensor:
-    """The rewards of an answer, [count]; NaN where the server says null."""
-    try:
-        answer = json.loads(reply)
-        rewards, dtype = answer["rewards"], {"float32": torch.float32, "float64": torch.float64}
-        kind = dtype[answer.get("dtype", "float32")]
-        if not isinstance(rewards, list):
-            raise TypeError("`rewards` is no list")
-        numbers = [math.nan if value is None else float(value) for value in rewards]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RewardError(
-            f'remote.url {url} answered {reply[:80]!r}, which is not {{"rewards": [numbers]}} as JSON '
-            f"({type(error).__name__}: {error}); ask a server such as `hrf serve-reward`"
-        ) from error
-    if len(numbers) != count:
-        raise RewardError(f"remote.url {url} answered {len(numbers)} rewards for {count} images; it must give one each")
-    return torch.tensor(numbers, dtype=kind)
+@dataclass(frozen=True)
+class _Server:
+    """A server, and how long it is asked."""
 
+    url: str
+    attempts: int
+    deadline: float
+    """Seconds for a request with all its attempts."""
+    option_prefix: str
+    """Beginning of the options that set the fields above, for errors."""
 
-def _ask(url: str, body: bytes, attempts: int, deadline: float, limit: int) -> bytes:
-    """The answer to a request, asked again while the server is down or busy.
+    @property
+    def _name(self) -> str:
+        return f"{self.option_prefix}url {self.url}"
 
-    Raises:
-        NotFiniteError: the server's reward is not finite.
-        RewardError: the last attempt failed, the deadline has passed, or the server refuses the request.
-    """
-    end, wait, problem = time.monotonic() + deadline, FIRST_WAIT, ""
-    for attempt in range(1, attempts + 1):
+    def ask(self, body: bytes, limit: int) -> bytes:
+        """The answer to a request, asked again while the server is down or busy.
+
+        Args:
+            limit: bytes of the longest answer that is read.
+
+        Raises:
+            NotFiniteError: the server's reward is not finite.
+            RewardError: the last attempt failed, the deadline has passed, or the server refuses the request.
+        """
+        end, wait, problem = time.monotonic() + self.deadline, FIRST_WAIT, ""
+        for attempt in range(1, self.attempts + 1):
+            try:
+                status, reply = _post(self.url, body, end, limit)
+            except (OSError, HTTPException) as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if status == 200:
+                    return reply
+                problem = f"HTTP {status}: {_reason(reply)}"
+                if status == NOT_FINITE:
+                    raise NotFiniteError(f"{self._name}: {_reason(reply)}")
+                if status not in BUSY:
+                    raise RewardError(f"{self._name} refused the request with {problem}")
+            left = end - time.monotonic()
+            if left <= wait:
+                raise RewardError(
+                    f"{self._name} gave no answer within {self.option_prefix}deadline {self.deadline:g} s ({attempt} "
+                    f"attempts; last: {problem}); look at the server, raise the deadline or lower "
+                    f"{self.option_prefix}batch_size"
+                )
+            if attempt < self.attempts:
+                time.sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
+        raise RewardError(f"{self._name} failed {self.attempts} times, last with {problem}; is the server running?")
+
+    def numbers(self, reply: bytes, count: int) -> Tensor:
+        """The rewards of an answer, [count]; NaN where the server says null.
+
+        Raises:
+            RewardError: not JSON of this form, or of another count.
+        """
         try:
-            status, reply = _post(url, body, end, limit)
-        except (OSError, HTTPException) as error:
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            if status == 200:
-                return reply
-            problem = f"HTTP {status}: {_reason(reply)}"
-            if status == NOT_FINITE:
-                raise NotFiniteError(f"remote.url {url}: {_reason(reply)}")
-            if status not in BUSY:
-                raise RewardError(f"remote.url {url} refused the request with {problem}")
-        left = end - time.monotonic()
-        if left <= wait:
+            answer = json.loads(reply)
+            rewards, dtype = answer["rewards"], {"float32": torch.float32, "float64": torch.float64}
+            kind = dtype[answer.get("dtype", "float32")]
+            if not isinstance(rewards, list):
+                raise TypeError("`rewards` is no list")
+            values = [math.nan if value is None else float(value) for value in rewards]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RewardError(
-                f"remote.url {url} gave no answer within remote.deadline {deadline:g} s ({attempt} attempts; last: "
-                f"{problem}); look at the server, raise the deadline or lower remote.batch_size"
-            )
-        if attempt < attempts:
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
-    raise RewardError(f"remote.url {url} failed {attempts} times, last with {problem}; is the server running?")
+                f'{self._name} answered {reply[:80]!r}, which is not {{"rewards": [numbers]}} as JSON '
+                f"({type(error).__name__}: {error}); ask a server such as `hrf serve-reward`"
+            ) from error
+        if len(values) != count:
+            raise RewardError(f"{self._name} answered {len(values)} rewards for {count} images; it must give one each")
+        return torch.tensor(values, dtype=kind)
 
 
 def _post(url: str, body: bytes, end: float, limit: int) -> tuple[int, bytes]:

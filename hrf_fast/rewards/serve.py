@@ -79,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
             # who is cut off while it sends does not read the answer
             for read in range(0, int(length), _CHUNK):
                 self.rfile.read(min(_CHUNK, int(length) - read))
-            return 413, {"error": f"the request has {length} bytes, over --max-bytes {limit}; lower remote.batch_size"}
+            return 413, {
+                "error": f"the request has {length} bytes, over --max-bytes {limit}; lower the client's batch_size"
+            }
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             return 400, {"error": f"the body ended after {len(body)} of {length} bytes"}
@@ -137,7 +139,12 @@ def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes:
         kwargs[name] = yaml.safe_load(value)
     chosen = choose_device(device)
     server = RewardServer(
-        build_reward(reward, chosen, kwargs), host=host, port=port, max_bytes=max_bytes, device=chosen
+        # arguments are words after the reward's name
+        build_reward(reward, chosen, kwargs, option_prefix=f"{reward} "),
+        host=host,
+        port=port,
+        max_bytes=max_bytes,
+        device=chosen,
     )
     with server:
         print(f"{reward} on {server.url}: hrf train reward.name=remote reward.kwargs.url={server.url}", flush=True)

@@ -16,14 +16,18 @@ from torch import Tensor
 
 from hrf_fast.hub import find_file, first_line
 from hrf_fast.registry import check_count
-from hrf_fast.rewards.registry import Reward, register_reward
+from hrf_fast.rewards.registry import OPTION_PREFIX, Reward, register_reward
 from hrf_fast.vision.base import to_bytes
 from hrf_fast.vision.clip import Clip
 
 
 @register_reward("clip_score", needs="transformers, and a CLIP by hub id or local folder", reads_prompts=True)
 def clip_score(
-    model: str = "openai/clip-vit-large-patch14", batch_size: int = 16, *, device: torch.device | str = "cpu"
+    model: str = "openai/clip-vit-large-patch14",
+    batch_size: int = 16,
+    *,
+    device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Reward:
     """CLIP score: 100 times the cosine between the embeddings of image and prompt.
 
@@ -31,8 +35,8 @@ def clip_score(
         model: hub id or local folder of any CLIP of transformers.
         batch_size: images that go through CLIP at once.
     """
-    check_count("clip_score.batch_size", batch_size)
-    clip = Clip("clip_score.model", model, device, batch_size=batch_size)
+    check_count(f"{option_prefix}batch_size", batch_size)
+    clip = Clip(f"{option_prefix}model", model, device, batch_size=batch_size)
     return lambda images, prompts=None: 100 * clip.cosines(images, prompts or ())
 
 
@@ -45,6 +49,7 @@ def pickscore(
     batch_size: int = 8,
     *,
     device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Reward:
     """PickScore (arXiv 2305.01569): the learnt logit scale times the cosine of image and prompt, roughly 15 to 25.
 
@@ -53,8 +58,14 @@ def pickscore(
         processor: hub id or local folder of its image settings and tokenizer.
         batch_size: images that go through CLIP at once.
     """
-    check_count("pickscore.batch_size", batch_size)
-    clip = Clip("pickscore.model", model, device, batch_size=batch_size, processor=("pickscore.processor", processor))
+    check_count(f"{option_prefix}batch_size", batch_size)
+    clip = Clip(
+        f"{option_prefix}model",
+        model,
+        device,
+        batch_size=batch_size,
+        processor=(f"{option_prefix}processor", processor),
+    )
     return lambda images, prompts=None: clip.logit_scale * clip.cosines(images, prompts or ())
 
 
@@ -65,6 +76,7 @@ def hps(
     batch_size: int = 8,
     *,
     device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Reward:
     """Human Preference Score v2 (arXiv 2306.09341): the cosine of image and prompt under its CLIP, roughly 0.2 to 0.35.
 
@@ -73,13 +85,13 @@ def hps(
         architecture: name of open_clip's configuration that the checkpoint is of.
         batch_size: images that go through CLIP at once.
     """
-    check_count("hps.batch_size", batch_size)
+    check_count(f"{option_prefix}batch_size", batch_size)
     # of the package hpsv2 as pip installs it the tokenizer lacks a file; its CLIP is open_clip's
     open_clip = _package("open_clip", "hps", 'pip install "hrf_fast[hps]"')
     network, _, preprocess = open_clip.create_model_and_transforms(
         architecture, image_resize_mode="longest", image_interpolation="bicubic"
     )
-    _load(network, "hps.checkpoint", checkpoint, lambda weights: weights.get("state_dict", weights))
+    _load(network, f"{option_prefix}checkpoint", checkpoint, lambda weights: weights.get("state_dict", weights))
     network.to(device)
     tokenize = open_clip.get_tokenizer(architecture)
 
@@ -97,6 +109,7 @@ def image_reward(
     text_config: str = "THUDM/ImageReward:med_config.json",
     *,
     device: torch.device | str = "cpu",
+    option_prefix: str = OPTION_PREFIX,
 ) -> Reward:
     """ImageReward (arXiv 2304.05977): a preference learnt on BLIP, standardised, roughly -2 to 2.
 
@@ -109,8 +122,8 @@ def image_reward(
         "transformers 5, serve it from an environment of its own and use reward.name=remote (docs/rewards.md)"
     )
     package = _package("ImageReward.ImageReward", "image_reward", way_out)
-    network = package.ImageReward(device=device, med_config=str(find_file("image_reward.text_config", text_config)))
-    _load(network, "image_reward.checkpoint", checkpoint, lambda weights: weights)
+    network = package.ImageReward(device=device, med_config=str(find_file(f"{option_prefix}text_config", text_config)))
+    _load(network, f"{option_prefix}checkpoint", checkpoint, lambda weights: weights)
     network.to(device)
 
     def score(pictures: Sequence[Any], prompts: Sequence[str]) -> Tensor:

@@ -12,11 +12,28 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hrf_fast.registry import load_user_function
+from hrf_fast.registry import check_module, load_user_function
 from hrf_fast.rewards.registry import Reward, takes_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def check_user(spec: str) -> None:
+    """Refuse a `spec` that leads nowhere, without importing its module.
+
+    Raises:
+        ValueError: `spec` is malformed, or there is no such module.
+    """
+    check_module(_check_form(spec), spec, "reward.name")
+
+
+def _check_form(spec: str) -> str:
+    """The module of a well-formed `spec`."""
+    module, colon, attribute = spec.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise ValueError(f'reward.name is {spec!r}; write "module:function" or "package.module:function"')
+    return module
 
 
 def build_user(spec: str, kwargs: dict[str, Any]) -> Reward:
@@ -26,9 +43,7 @@ def build_user(spec: str, kwargs: dict[str, Any]) -> Reward:
         ValueError: `spec` is malformed or does not lead to a function, or the function does not take
             (images, prompts, **kwargs).
     """
-    module, colon, attribute = spec.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ValueError(f'reward.name is {spec!r}; write "module:function" or "package.module:function"')
+    _check_form(spec)
     function = load_user_function(spec, "reward.name")
     if inspect.isclass(function):
         raise ValueError(f"reward.name is {spec!r}, which is a class; name a function, or an instance with __call__")

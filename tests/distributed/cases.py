@@ -1,10 +1,12 @@
 """Functions that the ranks of the tests run, each on every rank."""
 
 import ctypes
+import functools
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,24 @@ def drawn():
     """A prompt as TRL's prompt_fn returns it; the second rank would draw others than the first."""
     word = "red" if os.environ.get("RANK") == "1" else "cat"
     return f"{word} {random.randrange(100)}", {}
+
+
+@functools.cache
+def _network(log):
+    """A network that is made at the first call, in one line of the log."""
+    _log(log, "network")
+    return torch.nn.Flatten()
+
+
+def logged(images, prompts=None, *, log):
+    """The brightness by a network of the rank's own; the rank's log has a line with the images of every call."""
+    _log(log, len(images))
+    return _network(log)(images).mean(1)
+
+
+def _log(log, line):
+    with Path(f"{log}-{os.environ['RANK']}").open("a") as file:
+        file.write(f"{line}\n")
 
 
 _panels = 0

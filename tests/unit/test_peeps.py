@@ -114,7 +114,7 @@ def test_the_reward_attribute_is_the_log_probability_of_what_a_prompt_names_or_o
     prompts = [Prompt("x", metadata={"attributes": {"skin": "dark", "accessories": "sunglasses"}})] * 4
     dark = log_probs["skin"][:, named["skin"].index("dark")]
     torch.testing.assert_close(build_reward("attribute")(images, prompts).total, (dark + sunglasses) / 2)
-    with pytest.raises(RewardError, match=r"attribute\.target is null"):
+    with pytest.raises(RewardError, match=r"reward\.kwargs\.target is null"):
         build_reward("attribute")(images, [Prompt("x")] * 4)
-    with pytest.raises(ValueError, match=r"attribute\.target is 'accessories=monocle'"):
+    with pytest.raises(ValueError, match=r"reward\.kwargs\.target is 'accessories=monocle'"):
         build_reward("attribute", kwargs={"target": "accessories=monocle"})

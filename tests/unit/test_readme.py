@@ -154,7 +154,7 @@ def test_the_python_of_the_readme_trains(tiny_run, tmp_path, monkeypatch, capsys
 def own_reward(page):
     """(file, module:function, words) of every `hrf train` of a page whose reward is in a block of that page."""
     files = {code.splitlines()[0].removeprefix("# "): code for code in blocks(page, "python")}
-    for words in commands(page):
+    for words in (words for words in commands(page) if words[:2] == ["hrf", "train"]):
         names = [word.removeprefix("reward.name=") for word in words if word.startswith("reward.name=") and ":" in word]
         for name in names:
             yield files[f"{name.partition(':')[0]}.py"], name, words[2:]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from hrf_fast.prompts import Prompt
-from hrf_fast.rewards import NotFiniteError, RewardError, RewardTerm, build_reward
+from hrf_fast.rewards import NotFiniteError, RewardError, build_reward
 from hrf_fast.rewards import remote as remote_module
 from hrf_fast.rewards.remote import pack, unpack
 from hrf_fast.rewards.serve import RewardServer
@@ -68,7 +68,7 @@ def answering(answer):
 
 
 def remote(url, **kwargs):
-    return build_reward([RewardTerm("remote", kwargs={"url": url, **kwargs})])
+    return build_reward("remote", kwargs={"url": url, **kwargs})
 
 
 @pytest.fixture
@@ -137,13 +137,13 @@ def test_a_rewards_failure_is_told_to_the_run_and_a_reward_that_is_not_finite_is
     with serving(fails) as url, pytest.raises(RewardError, match="refused .*HTTP 500.*'fails' failed.*no such thing"):
         remote(url)(IMAGES)
     nan = lambda images, prompts: [float("nan")] * len(images)  # noqa: E731
-    with serving(nan) as url, pytest.raises(NotFiniteError, match="remote.url .*NaN or infinite"):
+    with serving(nan) as url, pytest.raises(NotFiniteError, match="reward.kwargs.url .*NaN or infinite"):
         remote(url)(IMAGES)
 
 
 def test_a_request_over_the_limit_is_refused_with_the_way_out():
     with serving(level, max_bytes=1000) as url:
-        with pytest.raises(RewardError, match="HTTP 413.*over --max-bytes 1000; lower remote.batch_size"):
+        with pytest.raises(RewardError, match="HTTP 413.*over --max-bytes 1000; lower the client's batch_size"):
             remote(url)(torch.rand(64, 3, 64, 64), [PROMPTS[0]] * 64)
         # and the server goes on
         assert len(remote(url, batch_size=1)(IMAGES[:, :, :2, :2], PROMPTS).total) == 5
@@ -199,7 +199,7 @@ def test_a_server_that_is_down_is_asked_again_after_doubling_waits(waits):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(RewardError, match=rf"remote.url {url} failed 7 times, last with Connection.*running"):
+    with pytest.raises(RewardError, match=rf"reward.kwargs.url {url} failed 7 times, last with Connection.*running"):
         remote(url, attempts=7)(IMAGES)
     assert waits == [0.5, 1, 2, 4, 8, 8]
 
@@ -219,12 +219,12 @@ def test_a_server_that_trickles_or_stalls_meets_the_deadline():
     # a byte every 0.1 s, so that no single wait is long
     with answering(lambda number: (200, [b" "] * 100)) as (url, _):
         began = time.monotonic()
-        with pytest.raises(RewardError, match=r"remote.deadline 0.5 s .1 attempts.*raise the deadline"):
+        with pytest.raises(RewardError, match=r"reward.kwargs.deadline 0.5 s .1 attempts.*raise the deadline"):
             remote(url, deadline=0.5)(IMAGES)
         assert time.monotonic() - began < 3
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
-        pytest.raises(RewardError, match="remote.deadline 0.3 s .*TimeoutError: the answer did not end in time"),
+        pytest.raises(RewardError, match="reward.kwargs.deadline 0.3 s .*TimeoutError: the answer did not end in time"),
     ):
         remote(f"http://127.0.0.1:{silent.getsockname()[1]}", deadline=0.3)(IMAGES)
 
@@ -250,17 +250,17 @@ def test_a_wrong_answer_is_one_clear_error(body, error, message, waits):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"url": "127.0.0.1:8000"}, "remote.url is '127.0.0.1:8000'; write it as http://host:port"),
-        ({"url": "http://host:99999"}, "remote.url is"),
-        ({"url": 8000}, "remote.url is 8000"),
-        ({"url": "http://h", "images": "fp16"}, "remote.images is 'fp16'; use fp32 or uint8"),
-        ({"url": "http://h", "deadline": 0}, "remote.deadline is 0"),
-        ({"url": "http://h", "attempts": 0}, "remote.attempts is 0"),
+        ({"url": "127.0.0.1:8000"}, "reward.kwargs.url is '127.0.0.1:8000'; write it as http://host:port"),
+        ({"url": "http://host:99999"}, "reward.kwargs.url is"),
+        ({"url": 8000}, "reward.kwargs.url is 8000"),
+        ({"url": "http://h", "images": "fp16"}, "reward.kwargs.images is 'fp16'; use fp32 or uint8"),
+        ({"url": "http://h", "deadline": 0}, "reward.kwargs.deadline is 0"),
+        ({"url": "http://h", "attempts": 0}, "reward.kwargs.attempts is 0"),
     ],
 )
 def test_arguments_that_can_not_work_are_refused_before_the_run(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        build_reward([RewardTerm("remote", kwargs=kwargs)])
+        build_reward("remote", kwargs=kwargs)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -104,12 +104,12 @@ def test_the_list_tells_what_a_reward_is_takes_and_needs():
     assert target.doc.startswith("a class name or index") and target.doc.endswith("of which the image may be any.")
 
 
-def test_every_argument_of_every_listed_reward_is_documented_and_device_is_not_one():
+def test_every_argument_of_every_listed_reward_is_documented_and_none_is_of_the_run():
     for info in list_rewards():
         assert info.description and info.needs
         for argument in info.arguments:
             assert argument.doc and argument.type, f"{info.name}.{argument.name}"
-            assert argument.name != "device"
+            assert argument.name not in ("device", "option_prefix")
 
 
 def test_a_reward_without_docstring_or_annotations_is_listed_too(scratch_registry):
@@ -154,29 +154,35 @@ def test_a_factory_that_takes_a_device_gets_the_device_of_the_run(scratch_regist
         assert device == "meta"
         return lambda images, prompts=None: torch.full((len(images),), scale)
 
-    reward = build_reward([RewardTerm("where", kwargs={"scale": 3.0})], device="meta")
+    reward = build_reward("where", kwargs={"scale": 3.0}, device="meta")
     assert reward(images_of(0, 1)).total.tolist() == [3, 3]
-    with pytest.raises(ValueError, match="where.device is unknown"):
-        build_reward([RewardTerm("where", kwargs={"scale": 1, "device": "cpu"})])
+    with pytest.raises(ValueError, match="reward.kwargs.device is unknown"):
+        build_reward("where", kwargs={"scale": 1, "device": "cpu"})
 
 
 def test_an_unknown_name_gets_the_nearest_one_and_the_list():
     with pytest.raises(ValueError) as caught:
-        build_reward([RewardTerm("jpeg_compresibility")])
+        build_reward("jpeg_compresibility")
     assert "reward.name is 'jpeg_compresibility' (did you mean 'jpeg_compressibility'?)" in str(caught.value)
     assert "jpeg_compressibility, jpeg_incompressibility, pickscore" in str(caught.value)
 
 
 def test_an_unknown_argument_names_the_accepted_ones():
-    with pytest.raises(
-        ValueError, match=r"jpeg_compressibility.qualty is unknown \(did you mean 'quality'\?\).*quality$"
-    ):
-        build_reward([RewardTerm("jpeg_compressibility", kwargs={"qualty": 90})])
+    with pytest.raises(ValueError, match=r"reward.kwargs.qualty is unknown \(did you mean 'quality'\?\).*quality$"):
+        build_reward("jpeg_compressibility", kwargs={"qualty": 90})
+
+
+def test_no_reward_names_an_argument_by_an_option_that_does_not_exist():
+    for info in list_rewards():
+        with pytest.raises(ValueError, match=r"^reward\.kwargs\.nothing is unknown"):
+            build_reward(info.name, kwargs={"nothing": 1})
+    with pytest.raises(ValueError, match=r"^reward\.terms\[1\]\.kwargs\.quality is 0; use a whole number"):
+        build_reward([RewardTerm("jpeg_compressibility"), RewardTerm("jpeg_incompressibility", kwargs={"quality": 0})])
 
 
 def test_a_missing_argument_is_named_at_build_time():
-    with pytest.raises(ValueError, match="classifier.target is missing"):
-        build_reward([RewardTerm("classifier")])
+    with pytest.raises(ValueError, match="reward.kwargs.target is missing"):
+        build_reward("classifier")
 
 
 def test_no_terms_bad_weights_and_all_zero_weights_are_refused():
@@ -192,8 +198,8 @@ def test_a_missing_package_gives_the_install_line(monkeypatch):
     # None in sys.modules is how Python marks a module that must not be imported
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError) as caught:
-        build_reward([RewardTerm("classifier", kwargs={"model": "someone/age", "target": 0})])
-    assert "classifier.model is 'someone/age', which needs transformers" in str(caught.value)
+        build_reward("classifier", kwargs={"model": "someone/age", "target": 0})
+    assert "reward.kwargs.model is 'someone/age', which needs transformers" in str(caught.value)
     assert 'pip install "transformers>=5.4"' in str(caught.value)
 
 
@@ -345,7 +351,7 @@ def test_a_reward_runs_in_full_precision_and_without_gradient_inside_a_bf16_trai
 )
 def test_images_that_no_reward_is_meant_for_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
-        build_reward([RewardTerm("jpeg_compressibility")])(images)
+        build_reward("jpeg_compressibility")(images)
 
 
 def test_prompts_are_handed_on_and_counted(user_module):
@@ -365,14 +371,14 @@ def test_jpeg_sizes_are_those_of_pillow_in_order():
     images = 0.5 + (noise - 0.5) * torch.linspace(0, 1, 12).view(-1, 1, 1, 1)
     expected = torch.tensor([pil_kilobytes(image) for image in images])
     assert (expected.diff() > 0).all()
-    assert torch.equal(build_reward([RewardTerm("jpeg_incompressibility")])(images).total, expected)
-    assert torch.equal(build_reward([RewardTerm("jpeg_compressibility")])(images).total, -expected)
+    assert torch.equal(build_reward("jpeg_incompressibility")(images).total, expected)
+    assert torch.equal(build_reward("jpeg_compressibility")(images).total, -expected)
 
 
 def test_a_kilobyte_is_a_thousand_bytes_and_quality_is_an_argument():
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    high = build_reward([RewardTerm("jpeg_incompressibility")])(image).total.item()
-    low = build_reward([RewardTerm("jpeg_incompressibility", kwargs={"quality": 10})])(image).total.item()
+    high = build_reward("jpeg_incompressibility")(image).total.item()
+    low = build_reward("jpeg_incompressibility", kwargs={"quality": 10})(image).total.item()
     assert high == pytest.approx(pil_kilobytes(image[0], 95))
     assert low == pytest.approx(pil_kilobytes(image[0], 10))
     # 32·32 noisy pixels cannot be under 1 kB at quality 95 nor over their 3.1 kB of raw bytes and a header
@@ -399,8 +405,8 @@ def test_half_precision_images_are_rewarded_for_what_their_values_say():
 
 @pytest.mark.parametrize("quality", [0, 101, 9.5, "95", True])
 def test_a_quality_that_jpeg_does_not_have_is_refused(quality):
-    with pytest.raises(ValueError, match="quality of reward 'jpeg_compressibility' is .*; use a whole number"):
-        build_reward([RewardTerm("jpeg_compressibility", kwargs={"quality": quality})])
+    with pytest.raises(ValueError, match=r"^reward\.kwargs\.quality is .*; use a whole number"):
+        build_reward("jpeg_compressibility", kwargs={"quality": quality})
 
 
 # --- module:function

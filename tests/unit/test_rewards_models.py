@@ -106,7 +106,7 @@ def save_mlp(path, seed=0):
 
 
 def aesthetic(**kwargs):
-    return build_reward([RewardTerm("aesthetic", kwargs={key: str(value) for key, value in kwargs.items()})])
+    return build_reward("aesthetic", kwargs={key: str(value) for key, value in kwargs.items()})
 
 
 def ratings(images, **kwargs):
@@ -139,11 +139,11 @@ def test_the_aesthetic_score_does_not_depend_on_the_batch_size(clip_folder, tmp_
     save_linear(tmp_path / "v1.pth")
     _, images = byte_images(5)
     kwargs = {"clip": str(clip_folder), "head": str(tmp_path / "v1.pth")}
-    whole = build_reward([RewardTerm("aesthetic", kwargs=kwargs)])(images).total
-    split = build_reward([RewardTerm("aesthetic", kwargs=kwargs | {"batch_size": 2})])(images).total
+    whole = build_reward("aesthetic", kwargs=kwargs)(images).total
+    split = build_reward("aesthetic", kwargs=kwargs | {"batch_size": 2})(images).total
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="aesthetic.batch_size is 0; use a whole number of at least 1"):
-        build_reward([RewardTerm("aesthetic", kwargs=kwargs | {"batch_size": 0})])
+    with pytest.raises(ValueError, match="reward.kwargs.batch_size is 0; use a whole number of at least 1"):
+        build_reward("aesthetic", kwargs=kwargs | {"batch_size": 0})
 
 
 def test_without_a_settings_file_clip_gets_the_constants_of_clip(clip_folder, tmp_path):
@@ -204,10 +204,10 @@ def test_a_clip_saved_in_half_precision_is_run_in_fp32(clip_folder, tmp_path):
 def test_a_head_for_another_clip_or_a_network_that_is_no_clip_is_refused(clip_folder, vit_folder, tmp_path):
     torch.save(nn.Linear(768, 1).state_dict(), tmp_path / "l14.pth")
     with pytest.raises(
-        ValueError, match="aesthetic.head reads embeddings of 768 numbers but aesthetic.clip .* gives 24"
+        ValueError, match="reward.kwargs.head reads embeddings of 768 numbers but reward.kwargs.clip .* gives 24"
     ):
         aesthetic(clip=clip_folder, head=tmp_path / "l14.pth")
-    with pytest.raises(ValueError, match="aesthetic.clip is .*, a 'vit' network; use a CLIP"):
+    with pytest.raises(ValueError, match="reward.kwargs.clip is .*, a 'vit' network; use a CLIP"):
         aesthetic(clip=vit_folder, head=tmp_path / "l14.pth")
 
 
@@ -226,14 +226,14 @@ def test_a_head_for_another_clip_or_a_network_that_is_no_clip_is_refused(clip_fo
 )
 def test_a_head_of_another_layout_is_refused(weights):
     with pytest.raises(ValueError, match=r"'h.pth' is not a LAION head: .*expected weight \[1, D\] and bias \[1\], or"):
-        build_head(weights, "h.pth")
+        build_head(weights, "h.pth", "reward.kwargs.head")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_head_that_is_not_finite_is_refused_by_name(value):
     weights = {"weight": torch.zeros(1, WIDTH), "bias": torch.tensor([value])}
-    with pytest.raises(ValueError, match=r"aesthetic.head is 'h.pth', .*NaN or infinity in tensors \(bias\)"):
-        build_head(weights, "h.pth")
+    with pytest.raises(ValueError, match=r"reward.kwargs.head is 'h.pth', .*NaN or infinity in tensors \(bias\)"):
+        build_head(weights, "h.pth", "reward.kwargs.head")
 
 
 def test_a_head_with_code_in_its_pickle_is_refused_and_not_run(clip_folder, tmp_path):
@@ -248,13 +248,13 @@ def test_a_head_with_code_in_its_pickle_is_refused_and_not_run(clip_folder, tmp_
 
 
 def test_a_head_that_is_no_file_no_known_kind_or_damaged_says_so(clip_folder, tmp_path):
-    with pytest.raises(ValueError, match="aesthetic.head is .*nowhere.pth.*owner/repository:filename"):
+    with pytest.raises(ValueError, match="reward.kwargs.head is .*nowhere.pth.*owner/repository:filename"):
         aesthetic(clip=clip_folder, head=tmp_path / "nowhere.pth")
     (tmp_path / "head.ckpt").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"aesthetic.head is .*head.ckpt'.* .safetensors, .pth or .pt"):
+    with pytest.raises(ValueError, match=r"reward.kwargs.head is .*head.ckpt'.* .safetensors, .pth or .pt"):
         aesthetic(clip=clip_folder, head=tmp_path / "head.ckpt")
     (tmp_path / "head.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"aesthetic.head is .*head.safetensors'.*SafetensorError"):
+    with pytest.raises(ValueError, match=r"reward.kwargs.head is .*head.safetensors'.*SafetensorError"):
         aesthetic(clip=clip_folder, head=tmp_path / "head.safetensors")
 
 
@@ -281,9 +281,10 @@ def test_a_clip_that_cannot_be_reached_or_found_is_one_line_with_the_way_out(tmp
     with pytest.raises(ValueError) as caught:
         aesthetic(clip="owner/clip", head=tmp_path / "v1.pth")
     message = str(caught.value)
-    assert message.startswith("aesthetic.clip is 'owner/clip'") and "hf download owner/clip" in message
+    assert message.startswith("reward.kwargs.clip is 'owner/clip'") and "hf download owner/clip" in message
+    assert message.endswith("and set reward.kwargs.clip=some/folder")
     assert "\n" not in message
-    with pytest.raises(ValueError, match="aesthetic.clip is .*nowhere"):
+    with pytest.raises(ValueError, match="reward.kwargs.clip is .*nowhere"):
         aesthetic(clip=tmp_path / "nowhere", head=tmp_path / "v1.pth")
 
 
@@ -293,10 +294,10 @@ def test_a_clip_folder_without_weights_or_with_half_of_them_is_refused(clip_fold
     whole = transformers.CLIPModel.from_pretrained(clip_folder).state_dict()
     text_only = {key: value.clone() for key, value in whole.items() if key.startswith("text")}
     save_file(text_only, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="aesthetic.clip is .* CLIPVisionModelWithProjection: missing tensors"):
+    with pytest.raises(ValueError, match="reward.kwargs.clip is .* CLIPVisionModelWithProjection: missing tensors"):
         aesthetic(clip=folder, head=tmp_path / "v1.pth")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="aesthetic.clip is .*model.safetensors"):
+    with pytest.raises(ValueError, match="reward.kwargs.clip is .*model.safetensors"):
         aesthetic(clip=folder, head=tmp_path / "v1.pth")
 
 
@@ -343,13 +344,13 @@ def shipped(monkeypatch):
 )
 def test_the_reward_is_the_log_of_the_probability_of_the_classes(shipped, target, probability):
     image = torch.full((2, 3, 4, 4), 0.25)
-    reward = build_reward([RewardTerm("classifier", kwargs={"target": target, "model": "portraits"})], "cpu")
+    reward = build_reward("classifier", "cpu", {"target": target, "model": "portraits"})
     torch.testing.assert_close(reward(image).total.exp(), torch.full((2,), probability))
-    assert shipped == [("classifier.model", "portraits", "cpu", 64)]
+    assert shipped == [("reward.kwargs.model", "portraits", "cpu", 64)]
 
 
 def test_an_impossible_class_is_refused_as_infinite_rather_than_trained_on(shipped):
-    reward = build_reward([RewardTerm("classifier", kwargs={"target": "Bag"})])
+    reward = build_reward("classifier", kwargs={"target": "Bag"})
     with pytest.raises(RuntimeError, match=r"reward 'classifier' returned 1 of 1 values .*index 0 \(-inf\)"):
         reward(torch.ones(1, 3, 4, 4))
 
@@ -372,30 +373,30 @@ def test_an_impossible_class_is_refused_as_infinite_rather_than_trained_on(shipp
     ],
 )
 def test_a_target_that_is_not_a_class_gets_the_nearest_names(target, message):
-    with pytest.raises(ValueError, match=f"classifier.target.* {message}"):
-        find_classes(target, FakeClassifier.labels)
+    with pytest.raises(ValueError, match=f"reward.kwargs.target.* {message}"):
+        find_classes(target, FakeClassifier.labels, "reward.kwargs.target")
 
 
 def test_classes_of_equal_name_need_their_index_and_long_lists_are_cut():
     labels = {"label": ["crane", "crane"] + [f"class {index}" for index in range(30)]}
     with pytest.raises(ValueError, match="'crane', which fits 2 classes; write label=0 or label=1"):
-        find_classes("crane", labels)
-    assert find_classes(1, labels) == ("label", [1])
+        find_classes("crane", labels, "target")
+    assert find_classes(1, labels, "target") == ("label", [1])
     with pytest.raises(ValueError, match=r"label \(0 to 31\): crane, .*class 17, …$"):
-        find_classes("zebra", labels)
+        find_classes("zebra", labels, "target")
 
 
 def test_a_name_made_of_digits_is_a_name_before_it_is_an_index():
-    assert find_classes("1", {"digit": ["1", "0"]}) == ("digit", [0])
-    assert find_classes(1, {"digit": ["1", "0"]}) == ("digit", [1])
-    assert find_classes("a=b", {"label": ["x", "a=b"]}) == ("label", [1])
+    assert find_classes("1", {"digit": ["1", "0"]}, "target") == ("digit", [0])
+    assert find_classes(1, {"digit": ["1", "0"]}, "target") == ("digit", [1])
+    assert find_classes("a=b", {"label": ["x", "a=b"]}, "target") == ("label", [1])
 
 
 @pytest.mark.parametrize("batch_size", [64, 2])
 def test_a_transformers_classifier_gives_the_log_softmax_of_its_logits(vit_folder, batch_size):
     pictures, images = byte_images()
     kwargs = {"model": str(vit_folder), "target": "old", "batch_size": batch_size}
-    rewards = build_reward([RewardTerm("classifier", kwargs=kwargs)])(images).total
+    rewards = build_reward("classifier", kwargs=kwargs)(images).total
     with torch.no_grad():
         pixels = transformers.ViTImageProcessorPil.from_pretrained(vit_folder)(pictures, return_tensors="pt")
         logits = transformers.ViTForImageClassification.from_pretrained(vit_folder)(**pixels).logits
@@ -406,7 +407,7 @@ def test_a_transformers_classifier_gives_the_log_softmax_of_its_logits(vit_folde
 
 def test_a_transformers_classifier_knows_its_class_names(vit_folder):
     with pytest.raises(ValueError, match=r"'aged'.*the classes are label \(0 to 2\): child, adult, old"):
-        build_reward([RewardTerm("classifier", kwargs={"model": str(vit_folder), "target": "aged"})])
+        build_reward("classifier", kwargs={"model": str(vit_folder), "target": "aged"})
 
 
 @pytest.mark.parametrize(
@@ -420,24 +421,26 @@ def test_a_transformers_classifier_knows_its_class_names(vit_folder):
 )
 def test_a_model_that_is_neither_shipped_nor_a_hub_id_nor_a_folder_is_refused(argument, value, named):
     with pytest.raises(ValueError) as caught:
-        build_reward([RewardTerm("classifier", kwargs={"target": "Bag", argument: value})])
-    assert f"classifier.{argument} is {value!r}" in str(caught.value) and named in str(caught.value)
+        build_reward("classifier", kwargs={"target": "Bag", argument: value})
+    assert f"reward.kwargs.{argument} is {value!r}" in str(caught.value) and named in str(caught.value)
 
 
 def test_a_folder_that_would_give_meaningless_scores_is_refused(vit_folder, tmp_path):
     kwargs = {"model": str(tmp_path), "target": 0}
     copied(vit_folder, tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="classifier.model is .*no preprocessor_config.json"):
-        build_reward([RewardTerm("classifier", kwargs=kwargs)])
+    with pytest.raises(ValueError, match="reward.kwargs.model is .*no preprocessor_config.json"):
+        build_reward("classifier", kwargs=kwargs)
     copied(vit_folder, tmp_path)
     transformers.ViTModel.from_pretrained(vit_folder).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="classifier.model is .*missing tensors .classifier.bias, classifier.weight"):
-        build_reward([RewardTerm("classifier", kwargs=kwargs)])
+    with pytest.raises(
+        ValueError, match="reward.kwargs.model is .*missing tensors .classifier.bias, classifier.weight"
+    ):
+        build_reward("classifier", kwargs=kwargs)
     config = transformers.ViTConfig.from_pretrained(vit_folder, problem_type="multi_label_classification")
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="classifier.model is .*several labels per image"):
-        build_reward([RewardTerm("classifier", kwargs=kwargs)])
+    with pytest.raises(ValueError, match="reward.kwargs.model is .*several labels per image"):
+        build_reward("classifier", kwargs=kwargs)
 
 
 @pytest.mark.parametrize(
@@ -453,8 +456,8 @@ def test_a_folder_that_would_give_meaningless_scores_is_refused(vit_folder, tmp_
 def test_an_argument_of_the_wrong_type_is_refused_by_name(reward, argument, value):
     kwargs = {"target": 0} if reward == "classifier" else {}
     with pytest.raises(ValueError) as caught:
-        build_reward([RewardTerm(reward, kwargs=kwargs | {argument: value})])
-    assert str(caught.value).startswith(f"{reward}.{argument} is {value!r};")
+        build_reward(reward, kwargs=kwargs | {argument: value})
+    assert str(caught.value).startswith(f"reward.kwargs.{argument} is {value!r};")
 
 
 def test_the_shipped_fashion_classifier_rewards_its_own_classes():
@@ -463,5 +466,5 @@ def test_the_shipped_fashion_classifier_rewards_its_own_classes():
     log_probs = torch.stack([build_reward([term])(images).total for term in terms], 1)
     # the classes exclude each other, so their probabilities sum to 1
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(32))
-    by_name = build_reward([RewardTerm("classifier", kwargs={"target": names[3]})])(images).total
+    by_name = build_reward("classifier", kwargs={"target": names[3]})(images).total
     torch.testing.assert_close(by_name, log_probs[:, 3])

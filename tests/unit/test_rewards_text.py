@@ -12,6 +12,7 @@ from torch import nn
 
 from hrf_fast.rewards import RewardTerm, build_reward
 from hrf_fast.rewards.registry import reads_prompts
+from hrf_fast.rewards.serve import serve
 from hrf_fast.vision import clip as clip_module
 from tests.text_models import make_tokenizer
 
@@ -62,7 +63,7 @@ def logits(folder, images, prompts):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_clip_score_is_a_hundred_cosines_of_transformers_clip(folder, images, batch_size):
-    reward = build_reward([RewardTerm("clip_score", kwargs={"model": str(folder), "batch_size": batch_size})])
+    reward = build_reward("clip_score", kwargs={"model": str(folder), "batch_size": batch_size})
     with pytest.warns(UserWarning, match=r"a prompt of 15 tokens is cut to 12: 'dog dog"):
         values = reward(images, PROMPTS).total
     expected = logits(folder, images, PROMPTS) / np.exp(2) * 100
@@ -78,39 +79,61 @@ def test_pickscore_is_the_logit_of_its_clip_behind_another_folders_processor(fol
             if (path.name in keep) if keep else (path.name not in ("config.json", "model.safetensors")):
                 (to / path.name).write_bytes(path.read_bytes())
     kwargs = {"model": str(bare), "processor": str(settings)}
-    values = build_reward([RewardTerm("pickscore", kwargs=kwargs)])(images[:3], PROMPTS[:3]).total
+    values = build_reward("pickscore", kwargs=kwargs)(images[:3], PROMPTS[:3]).total
     torch.testing.assert_close(values, logits(folder, images[:3], PROMPTS[:3]), atol=2e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="clip_score.model is .*bare.*no preprocessor_config.json"):
-        build_reward([RewardTerm("clip_score", kwargs={"model": str(bare)})])
+    with pytest.raises(ValueError, match="reward.kwargs.model is .*bare.*no preprocessor_config.json"):
+        build_reward("clip_score", kwargs={"model": str(bare)})
 
 
 def test_a_shipped_clip_goes_by_name(folder, images, monkeypatch):
     monkeypatch.setitem(clip_module.FOLDERS, "peeps", folder)
-    named = build_reward([RewardTerm("clip_score", kwargs={"model": "peeps"})])(images[:1], ["a cat"]).total
-    assert torch.equal(
-        named, build_reward([RewardTerm("clip_score", kwargs={"model": str(folder)})])(images[:1], ["a cat"]).total
-    )
+    named = build_reward("clip_score", kwargs={"model": "peeps"})(images[:1], ["a cat"]).total
+    assert torch.equal(named, build_reward("clip_score", kwargs={"model": str(folder)})(images[:1], ["a cat"]).total)
 
 
 def test_what_is_no_clip_or_lacks_a_tokenizer_is_refused(folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="clip_score.model is .*tokenizer does not load"):
-        build_reward([RewardTerm("clip_score", kwargs={"model": str(tmp_path)})])
+    with pytest.raises(ValueError, match="reward.kwargs.model is .*tokenizer does not load"):
+        build_reward("clip_score", kwargs={"model": str(tmp_path)})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
-    with pytest.raises(ValueError, match="clip_score.model is .*'siglip' network"):
-        build_reward([RewardTerm("clip_score", kwargs={"model": str(tmp_path)})])
-    with pytest.raises(ValueError, match="clip_score.model is 'nowhere/clip'"):
-        build_reward([RewardTerm("clip_score", kwargs={"model": "nowhere/clip"})])
+    with pytest.raises(ValueError, match="reward.kwargs.model is .*'siglip' network"):
+        build_reward("clip_score", kwargs={"model": str(tmp_path)})
+    with pytest.raises(ValueError, match="reward.kwargs.model is 'nowhere/clip'"):
+        build_reward("clip_score", kwargs={"model": "nowhere/clip"})
 
 
-def test_rewards_of_prompts_are_known_to_need_them(folder):
-    reward = build_reward(
-        [RewardTerm("jpeg_compressibility"), RewardTerm("clip_score", 0.5, {"model": str(folder)})], "cpu"
-    )
-    assert reward.prompt_readers == ["clip_score"]
+@pytest.mark.parametrize(
+    ("name", "argument", "files"),
+    [
+        ("clip_score", "model", ""),
+        ("pickscore", "model", ""),
+        ("aesthetic", "head", "/aesthetic-model.pth"),
+        ("hps", "checkpoint", "/HPS_v2.1_compressed.pt"),
+        ("image_reward", "text_config", "/med_config.json"),
+    ],
+)
+def test_out_of_reach_the_error_names_the_option_that_sets_the_folder(packages, name, argument, files):
+    with pytest.raises(ValueError) as caught:
+        build_reward(name)
+    message = str(caught.value)
+    assert message.startswith(f"reward.kwargs.{argument} is ")
+    assert message.endswith(f"and set reward.kwargs.{argument}=some/folder{files}")
+    with pytest.raises(ValueError) as caught:
+        build_reward([RewardTerm("jpeg_compressibility"), RewardTerm(name, 0.5)])
+    message = str(caught.value)
+    assert message.startswith(f"reward.terms[1].kwargs.{argument} is ")
+    assert message.endswith(f"and set reward.terms[1].kwargs.{argument}=some/folder{files}")
+
+
+def test_out_of_reach_a_reward_server_names_its_own_words():
+    with pytest.raises(ValueError, match="^clip_score model is 'a/b'.* and set clip_score model=some/folder$"):
+        serve("clip_score", ["model=a/b"], host="127.0.0.1", port=0, max_bytes=1, device="cpu")
+
+
+def test_rewards_of_prompts_are_known_to_need_them():
     assert [
         name for name in ("clip_score", "pickscore", "hps", "image_reward", "aesthetic") if reads_prompts(name)
     ] == [
@@ -169,7 +192,7 @@ def checkpoint(tmp_path, weights):
 
 def test_hps_is_the_cosine_under_its_clip(packages, tmp_path, images):
     path = checkpoint(tmp_path, {"state_dict": {"scale": torch.tensor(3.0)}})
-    reward = build_reward([RewardTerm("hps", kwargs={"checkpoint": path, "batch_size": 3})])
+    reward = build_reward("hps", kwargs={"checkpoint": path, "batch_size": 3})
     values = reward(images, PROMPTS).total
     rows = torch.tensor([[len(text), 1.0, 1.0] for text in PROMPTS])
     colours = (images * 255).round().mean((2, 3))
@@ -184,7 +207,7 @@ def test_image_reward_asks_its_package_for_each_picture(packages, tmp_path, imag
         "checkpoint": checkpoint(tmp_path, {"scale": torch.tensor(2.0)}),
         "text_config": str(tmp_path / "med.json"),
     }
-    values = build_reward([RewardTerm("image_reward", kwargs=kwargs)])(images, PROMPTS).total
+    values = build_reward("image_reward", kwargs=kwargs)(images, PROMPTS).total
     expected = [
         2 * len(text) + float((image[0, 0, 0] * 255).round()) for text, image in zip(PROMPTS, images, strict=True)
     ]
@@ -193,11 +216,11 @@ def test_image_reward_asks_its_package_for_each_picture(packages, tmp_path, imag
 
 def test_weights_of_another_network_and_code_in_a_file_are_refused(packages, tmp_path):
     path = checkpoint(tmp_path, {"other": torch.zeros(())})
-    with pytest.raises(ValueError, match="hps.checkpoint is .*weights.pt.*lacks scale"):
-        build_reward([RewardTerm("hps", kwargs={"checkpoint": path})])
+    with pytest.raises(ValueError, match="reward.kwargs.checkpoint is .*weights.pt.*lacks scale"):
+        build_reward("hps", kwargs={"checkpoint": path})
     torch.save({"scale": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(ValueError, match="hps.checkpoint is .*weights.pt.*can't be used"):
-        build_reward([RewardTerm("hps", kwargs={"checkpoint": path})])
+    with pytest.raises(ValueError, match="reward.kwargs.checkpoint is .*weights.pt.*can't be used"):
+        build_reward("hps", kwargs={"checkpoint": path})
 
 
 @pytest.mark.parametrize(
@@ -208,4 +231,4 @@ def test_a_missing_package_is_one_error_with_the_way_out(name, module, way_out, 
     # None in sys.modules is how Python marks a module that must not be imported
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"reward '{name}' needs {module}.*{way_out}"):
-        build_reward([RewardTerm(name)])
+        build_reward(name)

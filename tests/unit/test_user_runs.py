@@ -10,7 +10,7 @@ import hrf_fast
 from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.errors import UserCodeError
-from hrf_fast.rewards import RewardError
+from hrf_fast.rewards import RewardError, check_names
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.train import main
 from hrf_fast.windows.base import Window
@@ -222,6 +222,51 @@ def test_an_edited_reward_of_a_run_that_never_trained_is_a_new_run(words, tmp_pa
 def test_a_model_without_a_network_for_diversity_is_said_before_the_run(words, network, count):
     notes = build_components(load_config([*words, f"evaluation.network={network}"]))[1].notes
     assert len([note for note in notes if "set evaluation.network=openai/clip-vit-base-patch32" in note]) == count
+
+
+# --- refused by name, before anything is loaded -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Fails the test where a policy or a network of the hub is asked for."""
+
+    def load(*_, **__):
+        raise AssertionError("asked for a network")
+
+    monkeypatch.setattr("hrf_fast.assembly.components.build_policy", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", load)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [["reward.name=pickscore"], ["reward.name=null", "reward.terms=[{name: jpeg_compressibility},{name: pickscore}]"]],
+)
+def test_a_reward_that_reads_prompts_is_refused_without_them(nothing_loads, tmp_path, capsys, reward):
+    assert main(["model.name=fashion", f"run.folder={tmp_path / 'run'}", *reward]) == 1
+    error = capsys.readouterr().err
+    assert "the reward pickscore compares images with their prompts, but prompts.source is null" in error
+    assert "model.name is fashion" in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("my_module:my_reward", "reward.name is 'my_module:my_reward', but there is no module 'my_module' in the "),
+        ("away.deep:f", "there is no module 'away' in the current folder or on PYTHONPATH"),
+        ("pickskore", "reward.name is 'pickskore' (did you mean 'pickscore'?)"),
+        ("a:b:c", 'write "module:function"'),
+    ],
+)
+def test_a_reward_that_is_nowhere_is_refused(nothing_loads, tmp_path, capsys, name, problem):
+    assert main([f"reward.name={name}", f"run.folder={tmp_path / 'run'}"]) == 1
+    assert problem in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_looking_for_the_module_of_a_reward_does_not_import_it(write):
+    write("raise SystemExit\n")
+    assert check_names(["my_rewards:f", "clip_score", "aesthetic"]) == ["clip_score"]
+    assert "my_rewards" not in sys.modules
 
 
 # --- kwargs -----------------------------------------------------------------------------------------------------------
