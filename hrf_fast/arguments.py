@@ -130,7 +130,7 @@ def make_parsers(
     command.add_argument("words", nargs=argparse.REMAINDER, help="FILE and options; hrf study run --help lists them")
     command = add("from_trl")
     command.add_argument("--out", type=path, help="YAML file; printed by default")
-    command.add_argument("--processes", type=int, default=1, help="that TRL was launched on")
+    command.add_argument("--processes", type=int, help="that TRL was launched on, 1 by default")
     command.add_argument("source", type=path, help="a script with a DDPOConfig, or a JSON file of its fields")
     command.add_argument("words", nargs=argparse.REMAINDER, help="--field=value, as given to the script")
     add("doctor")

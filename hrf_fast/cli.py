@@ -111,12 +111,14 @@ def from_trl(arguments: argparse.Namespace) -> None:
     """Translate a script or a JSON file for TRL's DDPOTrainer into a configuration; the script is not run."""
     from hrf_fast.config.trl import convert
 
-    text = convert(arguments.source, arguments.words, processes=arguments.processes)
+    text, notes = convert(arguments.source, arguments.words, processes=arguments.processes)
     if arguments.out is None:
         print(text, end="")
         return
     arguments.out.write_text(text, encoding="utf-8")
-    print(f"{arguments.out}: see its comments, then hrf plan or hrf train --config {arguments.out}")
+    for note in notes:
+        print(f"- {note}", file=sys.stderr)
+    print(f"written to {arguments.out}; mind the notes, which it holds too, then hrf train --config {arguments.out}")
 
 
 def doctor(arguments: argparse.Namespace) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hrf_fast.config.trl_fields import HEAD
+
+TRAINER = ("config", "reward_function", "prompt_function", "sd_pipeline", "image_samples_hook")
+"""Parameters of DDPOTrainer, in their order."""
 
 
 @dataclass
@@ -21,6 +26,19 @@ class TrlRun:
     """As `module:function`."""
     computed: dict[str, str] = field(default_factory=dict)
     """Fields that the script computes, by their expressions."""
+    name: str = "trl"
+    """Name of the source, without its suffix."""
+    reward_text: str = ""
+    """The reward as the script writes it."""
+    declared: set[str] = field(default_factory=set)
+    """Arguments of the script's own dataclasses."""
+    unread: list[str] = field(default_factory=list)
+    """Notes on other parts of the script that are left out."""
+
+    def set(self, name: str, value: Any) -> None:
+        """Give a field a value instead of the one, or the expression, that it had."""
+        self.computed.pop(name, None)
+        self.fields[name] = value
 
 
 def read_source(source: Path) -> TrlRun:
@@ -40,7 +58,7 @@ def read_source(source: Path) -> TrlRun:
             raise ValueError(f"{source} is neither a .py script nor JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{source} holds a JSON {type(fields).__name__}; give an object of DDPOConfig fields")
-        return TrlRun(fields)
+        return TrlRun(fields, name=source.stem)
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
@@ -77,7 +95,7 @@ def _literal(word: str) -> Any:
 
 
 def _read_script(source: Path, tree: ast.Module) -> TrlRun:
-    run = TrlRun()
+    run = TrlRun(name=source.stem)
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     calls: dict[str, ast.Call] = {}
     mentioned = False
@@ -85,42 +103,84 @@ def _read_script(source: Path, tree: ast.Module) -> TrlRun:
         mentioned |= isinstance(node, ast.Name) and node.id == "DDPOConfig"
         if isinstance(node, ast.Call) and (name := _name(node.func)):
             calls[name] = node
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and any(map(_is_dataclass, node.decorator_list)):
             # a dataclass of script arguments, whose defaults are the run's
             for item in node.body:
-                if isinstance(item, ast.AnnAssign) and item.value is not None:
-                    _keep(run, _name(item.target), _default(item.value))
+                if isinstance(item, ast.AnnAssign):
+                    run.declared.add(_name(item.target))
+                    if item.value is not None:
+                        _keep(run, _name(item.target), _default(item.value))
     if not mentioned:
         raise ValueError(f"{source} has no DDPOConfig; give the script that trains with TRL's DDPOTrainer")
     for keyword in calls["DDPOConfig"].keywords if "DDPOConfig" in calls else ():
         if keyword.arg:
             _keep(run, keyword.arg, keyword.value)
+        else:
+            run.unread.append(
+                f"DDPOConfig(**{ast.unparse(keyword.value)}): left out, since the script was not run; give the fields "
+                "as --field=value"
+            )
     if pipeline := calls.get("DefaultDDPOStableDiffusionPipeline"):
-        written = dict(zip(("pretrained_model", "pretrained_revision", "use_lora"), pipeline.args, strict=False))
         names = {"pretrained_model_name": "pretrained_model", "pretrained_model_revision": "pretrained_revision"}
-        written |= {names.get(k.arg, k.arg): k.value for k in pipeline.keywords if k.arg}
-        for name, value in written.items():
-            # an attribute of the script's arguments, whose default was read above
-            if not isinstance(value, ast.Attribute):
-                _keep(run, name, value)
+        written = _arguments(pipeline, ("pretrained_model", "pretrained_revision", "use_lora"))
+        _keep_written(run, {names.get(name, name): value for name, value in written.items()})
     if trainer := calls.get("DDPOTrainer"):
-        handed = dict(zip(("config", "reward_function", "prompt_function"), trainer.args, strict=False))
-        handed |= {keyword.arg: keyword.value for keyword in trainer.keywords if keyword.arg}
-        run.reward = _function(handed.get("reward_function"), source, functions)
-        run.prompts = _function(handed.get("prompt_function"), source, functions)
-        made = handed.get("reward_function")
-        if isinstance(made, ast.Call) and _name(made.func) == "aesthetic_scorer":
-            # the factory of TRL's example
-            run.reward = "aesthetic"
+        handed = _arguments(trainer, TRAINER)
+        _read_assignments(run, tree, handed.get("config"))
+        _read_trainer(run, handed, source, functions)
     return run
+
+
+def _read_trainer(run: TrlRun, handed: Mapping[str, ast.expr], source: Path, functions: set[str]) -> None:
+    """The reward, the prompts and the hook that DDPOTrainer is handed."""
+    reward = handed.get("reward_function")
+    run.reward, run.prompts = (_function(node, source, functions) for node in (reward, handed.get("prompt_function")))
+    run.reward_text = "" if reward is None else ast.unparse(reward)
+    if isinstance(reward, ast.Call) and _name(reward.func) == "aesthetic_scorer":
+        # the factory of TRL's example
+        run.reward = "aesthetic"
+        _keep_written(run, _arguments(reward, tuple(HEAD)))
+    hook = handed.get("image_samples_hook")
+    if hook is not None and not (isinstance(hook, ast.Constant) and hook.value is None):
+        run.unread.append(
+            f"image_samples_hook {ast.unparse(hook)}: left out; the run folder has a grid of every panel, and a "
+            "listener gets its images (docs/run_folder.md)"
+        )
+
+
+def _read_assignments(run: TrlRun, tree: ast.Module, config: ast.expr | None) -> None:
+    """Fields that the script assigns to its DDPOConfig, as in `config.num_epochs = 3`."""
+    if not isinstance(config, ast.Name):
+        return
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assign)):
+        for target in node.targets:
+            if isinstance(target, ast.Attribute) and _name(target.value) == config.id:
+                _keep(run, target.attr, node.value)
+
+
+def _arguments(call: ast.Call, names: Sequence[str]) -> dict[str, ast.expr]:
+    """Arguments of a call by name; `names` are those that may be positional, in order."""
+    return dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords if k.arg}
+
+
+def _keep_written(run: TrlRun, written: Mapping[str, ast.expr]) -> None:
+    """Keep the arguments of a call, but for attributes of the script's own arguments, whose defaults were read."""
+    for name, value in written.items():
+        if not isinstance(value, ast.Attribute):
+            _keep(run, name, value)
 
 
 def _keep(run: TrlRun, name: str, value: ast.expr) -> None:
     """Keep a literal value, or the expression of one that only running the script would tell."""
     try:
-        run.fields[name] = ast.literal_eval(value)
+        run.set(name, ast.literal_eval(value))
     except ValueError:
+        run.fields.pop(name, None)
         run.computed[name] = ast.unparse(value)
+
+
+def _is_dataclass(decorator: ast.expr) -> bool:
+    return _name(decorator.func if isinstance(decorator, ast.Call) else decorator) == "dataclass"
 
 
 def _default(value: ast.expr) -> ast.expr:

@@ -6,7 +6,8 @@ import pytest
 
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
-from hrf_fast.config.trl import DEFAULTS, convert, translate
+from hrf_fast.config.trl import convert, translate
+from hrf_fast.config.trl_fields import DEFAULTS, LEFT_OUT
 from hrf_fast.config.trl_source import TrlRun, read_source, read_words
 from tests.runs import metrics, train, weights
 
@@ -63,6 +64,7 @@ def test_the_numbers_of_trl_become_those_that_give_its_updates():
         "per_prompt_stat_tracking": True,
         "per_prompt_stat_tracking_buffer_size": 32,
     }
+    fields["pretrained_model"] = "someone/model"
     options, notes = translate(TrlRun(fields, "module:reward", "module:prompts"), processes=2)
     assert options["train.groups_per_iteration"] == 48 and options["train.group_size"] == 1
     assert options["train.groups_per_step"] == 12
@@ -70,13 +72,16 @@ def test_the_numbers_of_trl_become_those_that_give_its_updates():
     assert options["optimizer.max_grad_norm"] == 20.0 and options["optimizer.kwargs"]["eps"] == 20 * 1e-8
     assert (options["train.advantages"], options["train.prompt_buffer"]) == ("prompt", 32)
     assert (options["lora.rank"], options["lora.base_precision"], options["compute.precision"]) == (4, "fp16", "fp16")
-    assert notes == []
+    # all that is added without being asked for
+    assert [note.partition(":")[0] for note in notes] == ["evaluation.network"]
 
 
 def test_a_converted_configuration_loads(script, tmp_path, capsys):
     out = tmp_path / "config.yaml"
     assert main(["from-trl", "--out", str(out), str(script), "--sample_batch_size", "6", "--mixed_precision=no"]) == 0
+    assert "sample_batch_size" not in capsys.readouterr().err
     config = load_config(["--config", str(out)])
+    assert (config.run.folder, config.evaluation.network) == ("runs/ddpo", "openai/clip-vit-base-patch32")
     assert config.model.name == "someone/model" and config.lora.rank == 0
     assert config.train.iterations == 3 and config.train.groups_per_iteration == 12
     assert config.sample.guidance_scale == 5 and config.optimizer.learning_rate == 3e-4
@@ -106,6 +111,132 @@ def test_what_has_no_equal_is_said():
     _, notes = translate(TrlRun(fields, "m:r", "m:p", {"train_learning_rate": "rate()"}))
     for word in ("train_timestep_fraction 0.5", "train_cfg false", "resume_from", "push_to_hub", "rate()"):
         assert any(word in note for note in notes), word
+
+
+def notes_of(fields, **options):
+    """The notes on a run of these fields whose reward and prompts are named."""
+    return translate(TrlRun(fields, "m:r", "m:p"), **options)[1]
+
+
+def test_every_field_that_becomes_no_option_is_named():
+    for names in LEFT_OUT:
+        for name in names:
+            assert [note for note in notes_of({name: "x"}) if f"{name} 'x'" in note and "left out; " in note], name
+    # a project of the tracker vanished without a word once
+    (note,) = (note for note in notes_of({"tracker_project_name": "mine"}) if "tracker_project_name" in note)
+    assert note == (
+        "tracker_project_name 'mine': left out; run.writers chooses the writers; W&B's project is hrf_fast, where the "
+        "run has its folder's name"
+    )
+    buffer = "per_prompt_stat_tracking_buffer_size"
+    assert any(note.startswith(f"{buffer} 32: left out; it acts with") for note in notes_of({buffer: 32}))
+    assert not any(buffer in note for note in notes_of({buffer: 32, "per_prompt_stat_tracking": True}))
+
+
+def test_defaults_that_decide_the_batches_are_said_with_the_option_to_set():
+    notes = notes_of({"sample_num_batches_per_epoch": 4}, processes=2)
+    assert notes[:4] == [
+        "sample_batch_size is not in the source: taken as 1, TRL's default; if that is wrong, set "
+        "train.groups_per_iteration (now 8)",
+        "train_batch_size is not in the source: taken as 1, TRL's default; if that is wrong, set "
+        "train.groups_per_step (now 2) and compute.images_per_call (now 1)",
+        "train_gradient_accumulation_steps is not in the source: taken as 1, TRL's default; if that is wrong, set "
+        "train.groups_per_step (now 2)",
+        "pretrained_model is not in the source: taken as 'runwayml/stable-diffusion-v1-5', TRL's default; if that is "
+        'wrong, set model.name (now "runwayml/stable-diffusion-v1-5")',
+    ]
+    assert not any("processes" in note for note in notes)
+    (note,) = (note for note in notes_of({}) if "processes" in note)
+    assert "taken as 1; give --processes, or if that is wrong, set train.groups_per_iteration (now 2)" in note
+
+
+def test_a_field_that_the_script_computes_names_its_default_and_its_option(script):
+    _, notes = convert(script)
+    assert (
+        "sample_batch_size is 2 * 3 in the script, which was not run: taken as 1, TRL's default; if that is wrong, set "
+        "train.groups_per_iteration (now 2)"
+    ) in notes
+    _, notes = convert(script, ["--sample_batch_size=6"])
+    assert not any("sample_batch_size" in note for note in notes)
+
+
+OWN = """\
+@dataclass
+class Arguments:
+    prompts_file: str = field(default="prompts.txt")
+    hf_hub_aesthetic_model_id: str = "someone/heads"
+    threads: int = cpu_count()
+
+class Scorer:
+    strength: int = 3
+
+arguments, training_args = HfArgumentParser((Arguments, DDPOConfig)).parse_args_into_dataclasses()
+training_args.num_epochs = 7
+training_args.project_kwargs = {"total_limit": 5}
+trainer = DDPOTrainer(training_args, REWARD, prompt_fn, pipeline, image_samples_hook=show)
+config = DDPOConfig(**options)
+"""
+
+
+def own_script(tmp_path, reward):
+    (tmp_path / "mine.py").write_text(OWN.replace("REWARD", reward))
+    return tmp_path / "mine.py"
+
+
+def test_other_parts_of_a_script_are_read_or_named(tmp_path):
+    script = own_script(tmp_path, "scorer()")
+    assert read_source(script).fields["num_epochs"] == 7
+    _, notes = convert(script, ["--threads=4"])
+    for word in (
+        "project_kwargs {'total_limit': 5}: left out; run.folder",
+        "hf_hub_aesthetic_model_id 'someone/heads': left out; the head of the reward aesthetic is reward.kwargs.head",
+        "prompts_file 'prompts.txt': left out; it is an argument of the script's own",
+        "threads 4: left out; it is an argument of the script's own",
+        "image_samples_hook show: left out; ",
+        "DDPOConfig(**options): left out, ",
+    ):
+        assert any(note.startswith(word) for note in notes), word
+    assert not any("strength" in note for note in notes)
+    with pytest.raises(ValueError, match=r"thread is no field of DDPOConfig"):
+        convert(script, ["--thread=4"])
+
+
+def test_the_head_of_trls_aesthetic_reward_is_that_of_ours(tmp_path):
+    text, notes = convert(own_script(tmp_path, "aesthetic_scorer(arguments.hf_hub_aesthetic_model_id, 'v2.pth')"))
+    assert 'name: "aesthetic"' in text and 'kwargs: {"head": "someone/heads:v2.pth"}' in text
+    assert not any("hf_hub_aesthetic" in note for note in notes)
+
+
+@pytest.mark.parametrize("reward", ["scorer()", "lambda images, prompts, metadata: images", "rewards.bright"])
+def test_a_reward_that_could_not_be_named_is_said_and_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, reward
+):
+    monkeypatch.chdir(tmp_path)
+
+    def load(*_, **__):
+        raise AssertionError("asked for a model")
+
+    monkeypatch.setattr("hrf_fast.assembly.components.build_policy", load)
+    assert main(["from-trl", "--out", "config.yaml", str(own_script(tmp_path, reward))]) == 0
+    text, shown = (tmp_path / "config.yaml").read_text(), capsys.readouterr().err
+    assert 'name: "my_module:my_reward"' in text and "aesthetic" not in text.partition("\nreward:")[2]
+    # every comment is on the terminal too
+    comments = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# - ")]
+    assert shown.splitlines() == comments
+    (note,) = (line for line in comments if line.startswith("- reward.name: "))
+    assert reward in note and "name the function as module:function" in note
+    assert main(["train", "--config", "config.yaml"]) == 1
+    assert "reward.name is 'my_module:my_reward', but there is no module 'my_module'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_json_file_names_no_reward(tmp_path):
+    (tmp_path / "fields.json").write_text(json.dumps({"num_epochs": 3}))
+    text, notes = convert(tmp_path / "fields.json")
+    assert 'name: "my_module:my_reward"' in text and 'folder: "runs/fields"' in text
+    assert any(note.startswith("reward.name: the source names no reward: it") for note in notes)
+    with pytest.raises(ValueError, match="--processes is 0; use a whole number of at least 1"):
+        convert(tmp_path / "fields.json", processes=0)
 
 
 def test_words_of_a_command_line():
