@@ -65,11 +65,11 @@ def panel_halves(
         statistics["inception"] = inception_of(log_probs["label"]), len(features)
     if len(log_probs) > 1:
         statistics["looks"] = looks_of(log_probs), len(features)
-    found = {name: halves(f, count, seed=seed) for name, (f, count) in statistics.items() if count >= LEAST}
+    others = {name: halves(f, count, seed=seed) for name, (f, count) in statistics.items() if count >= LEAST}
     if len(features) < LEAST:
-        return found
+        return others
     draws, chunk = affordable(DRAWS, features), chunk_of(features)
-    return {"vendi": halves(vendi_of(features), len(features), seed=seed, draws=draws, chunk=chunk), **found}
+    return {"vendi": halves(vendi_of(features), len(features), seed=seed, draws=draws, chunk=chunk), **others}
 
 
 def kept_interval(before: Tensor, after: Tensor, count: int, *, level: float = 0.95) -> Interval:
