@@ -85,6 +85,7 @@ def make_parsers(
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add("evaluate")
     command.add_argument("run", type=path, help="a run folder")
+    command.add_argument("--all", action="store_true", help="print every metric; evaluation.json always has them all")
     add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
     command = add("blend")
     command.add_argument("run", type=path, help="a finished run's folder")

@@ -37,7 +37,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
     from hrf_fast.commands import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(arguments.run, arguments.overrides)} (95 % intervals)")
+    print(f"written to {evaluate_run(arguments.run, arguments.overrides, everything=arguments.all)}")
 
 
 def blend(arguments: argparse.Namespace) -> None:

@@ -29,9 +29,10 @@ from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import merged
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
+from hrf_fast.report.evaluation import evaluation_lines
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
-from hrf_fast.run.files import INTERVALS, PANEL, read_log, write_atomically
+from hrf_fast.run.files import PANEL, read_log, write_atomically
 
 
 def draw(
@@ -177,14 +178,15 @@ def finished_run(run: Path) -> Path:
     return run
 
 
-def evaluate(run: Path, words: list[str]) -> Path:
-    """Evaluate a run's tuned model and its pretrained one on a fixed panel; prints both and writes evaluation.json.
+def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
+    """Evaluate a run's tuned model and its pretrained one on a fixed panel; prints a table, writes evaluation.json.
 
     With an evaluation.network, also the metrics of `evaluation.detail` against samples of the pretrained model's from
     the next seed.
 
     Args:
         words: options to change, such as evaluation.panel_size=512.
+        everything: whether all metrics are printed, or the most useful ones.
 
     Raises:
         ValueError: the run has not finished.
@@ -208,31 +210,21 @@ def evaluate(run: Path, words: list[str]) -> Path:
         policy = build_policy(config, name)
         metrics = panel.evaluate(policy, reward)
         result[title] = metrics.record()
-        shown = {name: result[title][name] for name in INTERVALS if name in result[title]}
         pretrained = metrics.images if pretrained is None else pretrained
         result[title]["peer"] = peer_columns(metrics.images, pretrained, panel.network, seed=panel.seed)
-        shown |= result[title]["peer"]
         if network is not None:
             if reference is None:
                 reference, before = network.features(panel.with_next_seed().images(policy)), metrics.halves
             features = network.features(metrics.images)
             result[title]["detail"] = detail(features, metrics.images, reference, seed=panel.seed, fidelity=fidelity)
-            shown |= result[title]["detail"]
             if name is not None:
                 result[title]["kept"] = {
                     metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
                     for metric, values in metrics.halves.items()
                 }
-                shown |= {f"{metric} kept": share for metric, share in result[title]["kept"].items()}
-        print(f"{title:>10}: " + "   ".join(map(_shown, shown.items())))
     write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
+    print("\n".join(evaluation_lines(result, everything=everything)))
     return run / "evaluation.json"
-
-
-def _shown(metric: tuple[str, list[float]]) -> str:
-    """A metric as text: its value, with the interval where there is one."""
-    name, (value, *interval) = metric
-    return f"{name} {value:.4g}" + (" [{:.4g}, {:.4g}]".format(*interval) if interval else "")
 
 
 def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:

@@ -7,6 +7,7 @@ are those of any network: of the Inception network of the papers by its folder o
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -51,9 +52,13 @@ def kid(reference: Tensor, samples: Tensor, *, seed: int) -> float:
         raise _missing(error) from error
     size = min(len(reference), len(samples)) // 2
     options: dict[str, Any] = {"subsets": KID_SUBSETS, "subset_size": size}
+    with warnings.catch_warnings():
+        # the constructor warns of the memory for features, which are in memory already
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+        metric = KernelInceptionDistance(feature=_Given(reference.shape[1]), **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mean, _ = _compute(KernelInceptionDistance(feature=_Given(reference.shape[1]), **options), reference, samples)
+        mean, _ = _compute(metric, reference, samples)
     return float(mean)
 
 

@@ -33,9 +33,9 @@ def result_table(logs: Sequence[RunLog]) -> Table:
     first, before = logs[0], logs[0].metric("vendi", 0)
     for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, log.model) for log in logs)]:
         # the run's row, also where the pretrained weights came back
-        change = [_interval(gain(log, first), "+"), _share(log.metric("vendi"), before)] if rows[1:] else ["", ""]
+        change = [interval_text(gain(log, first), "+"), _share(log.metric("vendi"), before)] if rows[1:] else ["", ""]
         names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
-        metrics = [_interval(log.metric(name, panel)) for name in names]
+        metrics = [interval_text(log.metric(name, panel)) for name in names]
         evaluations = f"{log.panels[panel]['evaluations']:,}"
         rows.append([title, metrics[0], change[0], metrics[1], change[1], *metrics[2:], evaluations])
     return Table(rows)
@@ -51,7 +51,7 @@ def equal_reward_table(logs: Sequence[RunLog]) -> Table | None:
         point = at_reward(log, lowest_end(logs))
         if point is None:
             return None
-        rows.append([log.name, _interval(point[1]), _share(point[1], before), f"{point[0]:,.0f}"])
+        rows.append([log.name, interval_text(point[1]), _share(point[1], before), f"{point[0]:,.0f}"])
     return Table(rows)
 
 
@@ -126,12 +126,24 @@ def describe(log: RunLog) -> str:
     return " · ".join(parts)
 
 
-def _interval(interval: Interval | None, sign: str = "") -> str:
-    if interval is None:
-        return ""
-    value, low, high = (format(number, f"{sign}#.4g") for number in interval)
-    return f"{value} [{low}, {high}]"
+def interval_text(interval: Sequence[float] | None, sign: str = "") -> str:
+    """A value with its interval, where there is one, in four digits; empty for None.
+
+    Args:
+        interval: [value] or [value, low, high]; sign: "+" for a difference.
+    """
+    return "" if interval is None else _bracketed([format(number, f"{sign}#.4g") for number in interval])
+
+
+def percent_text(interval: Sequence[float], sign: str = "") -> str:
+    """Shares in per cent; arguments as `interval_text`."""
+    return _bracketed([f"{100 * share:{sign}.1f} %" for share in interval])
+
+
+def _bracketed(texts: Sequence[str]) -> str:
+    value, *ends = texts
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def _share(vendi: Interval | None, before: Interval | None) -> str:
-    return f"{100 * vendi.value / before.value:.1f} %" if vendi and before else ""
+    return percent_text([vendi.value / before.value]) if vendi and before else ""

@@ -127,7 +127,9 @@ def test_sample_refuses_a_count_of_zero(tiny_model, capsys):
 
 def test_a_run_is_evaluated_and_reported(finished, capsys):
     assert main(["evaluate", str(finished), "evaluation.panel_size=8"]) == 0
-    assert "pretrained" in capsys.readouterr().out
+    header, reward, below, written = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["metric", "pretrained", "tuned"] and reward.startswith("reward  ")
+    assert "more metrics: --all" in below and written == f"written to {finished / 'evaluation.json'}"
     assert main(["report", str(finished)]) == 0
     result = json.loads((finished / "evaluation.json").read_text())
     assert len(result["tuned"]["rewards"]) == 8

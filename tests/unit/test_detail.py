@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -132,6 +133,12 @@ def test_kid_tells_equal_laws_from_others_and_leaves_the_generators_alone():
     same, other = kid(normal(200, 4), normal(200, 4, seed=1), seed=0), kid(normal(200, 4), normal(200, 4) + 1, seed=0)
     assert abs(same) < 0.2 < other
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_kid_and_fid_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isfinite(kid(normal(20, 4), normal(20, 4), seed=0) + fid(normal(20, 4), normal(20, 4)))
 
 
 def test_half_intervals_hold_the_mean_as_often_as_they_say():

@@ -139,7 +139,11 @@ def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
     words = ["evaluate", str(finished), "reward.name=jpeg_compressibility"]
     assert main([*words, "evaluation.panel_size=12"]) == 0
     detail = json.loads((finished / "evaluation.json").read_text())["tuned"]["detail"]
-    assert {"precision", "vendi_rbf", "fid", "duplicates"} <= set(detail) and "coverage" in capsys.readouterr().out
+    brief = capsys.readouterr().out
+    assert {"precision", "vendi_rbf", "fid", "duplicates"} <= set(detail)
+    assert "precision" in brief and "coverage" not in brief
+    assert main([*words, "--all", "evaluation.panel_size=12"]) == 0
+    assert {"coverage", "jpeg_bpp", "vendi_q2"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert main([*words, "evaluation.panel_size=8"]) == 0
     assert "need 12 images" in capsys.readouterr().out
     result = json.loads((finished / "evaluation.json").read_text())
