@@ -102,6 +102,7 @@ def make_parsers(
     command = add("report")
     command.add_argument("runs", nargs="+", type=path, help="run folders; several are compared")
     command.add_argument("--out", type=path, help="HTML file; by default report.html in the first run")
+    command.add_argument("--name", **many, dest="names", help="of a run, one for each in order; by default its method")
     strip = "also write a strip of images, a row for each run"
     command.add_argument("--strip", type=path, metavar="FILE.png", help=strip)
     command = add("plan")

@@ -59,12 +59,12 @@ def report(arguments: argparse.Namespace) -> None:
     """One HTML page from one or more runs."""
     from hrf_fast.report.page import summary_lines, write_report
 
-    print("\n".join(summary_lines(arguments.runs)))
-    print(write_report(arguments.runs, arguments.out))
+    print("\n".join(summary_lines(arguments.runs, names=arguments.names)))
+    print(write_report(arguments.runs, arguments.out, names=arguments.names))
     if arguments.strip:
         from hrf_fast.report.strip import write_strip
 
-        print(write_strip(arguments.runs, arguments.strip))
+        print(write_strip(arguments.runs, arguments.strip, names=arguments.names))
 
 
 def rewards(arguments: argparse.Namespace) -> None:

@@ -62,14 +62,18 @@ class RunLog:
         return self.rewards()[self.model]
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunLog]:
+def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[RunLog]:
     """Read run folders and check that their panels may be compared.
 
+    Args:
+        names: of the runs in their order, as `--name` gives them.
+
     Returns:
-        In the order given, named by method, and by folder where a method comes twice.
+        In the order given; without names, named by method, and by folder where a method comes twice.
 
     Raises:
-        ValueError: a folder holds no run or nothing to report yet, or the runs' panels can't be compared.
+        ValueError: a folder holds no run or nothing to report yet, the runs' panels can't be compared, or the names are
+            not one for each run, all different.
     """
     if not folders:
         raise ValueError("no run folder was given; name at least one that `hrf train` wrote")
@@ -80,12 +84,26 @@ def read_runs(folders: Sequence[Path]) -> list[RunLog]:
     logs = [_read(folder) for folder in folders]
     for log in logs[1:]:
         _check_comparable(logs[0], log)
+    if names:
+        return [replace(log, name=name) for log, name in zip(logs, _checked(names, folders), strict=True)]
     methods, ends = (Counter(names) for names in ([log.name for log in logs], [p.name for p in resolved]))
     labels = [str(log.folder) if ends[end.name] > 1 else end.name for log, end in zip(logs, resolved, strict=True)]
     return [
         replace(log, name=f"{log.name} ({label})") if methods[log.name] > 1 else log
         for log, label in zip(logs, labels, strict=True)
     ]
+
+
+def _checked(names: Sequence[str], folders: Sequence[Path]) -> Sequence[str]:
+    if len(names) != len(folders):
+        raise ValueError(
+            f"the number of --name is {len(names)} and that of runs {len(folders)}; give a name for each run, in the "
+            "order of the runs, or none"
+        )
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"--name {name!r} is given {count} times; give every run a name of its own")
+    return names
 
 
 def _read(folder: Path) -> RunLog:

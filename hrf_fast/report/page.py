@@ -23,20 +23,21 @@ SIGNAL = "signal.json"
 """The file that `hrf bench signal --out RUN` writes into a run folder."""
 
 
-def write_report(runs: list[Path], out: Path | None = None) -> Path:
+def write_report(runs: list[Path], out: Path | None = None, *, names: Sequence[str] = ()) -> Path:
     """Write the page about `runs`.
 
     Args:
         runs: run folders; the iteration-0 panel of the first is the pretrained model's.
         out: the HTML file; report.html in the first run by default.
+        names: of the runs, as in `read_runs`.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: a folder holds no run, nothing to report yet or lacks a grid, or the panels can't be compared.
+        ValueError: a folder lacks a grid, or as `read_runs`.
     """
-    logs = read_runs(runs)
+    logs = read_runs(runs, names)
     out = out or logs[0].folder / "report.html"
     if out.is_dir():
         raise ValueError(f"the report can't be written to {out}, which is a folder; name an HTML file")
@@ -45,13 +46,13 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
     return out
 
 
-def summary_lines(runs: list[Path]) -> list[str]:
+def summary_lines(runs: list[Path], *, names: Sequence[str] = ()) -> list[str]:
     """The page's runs, tables of metrics, findings and events as plain text.
 
     Raises:
-        ValueError: as `write_report`, except for grids.
+        ValueError: as `read_runs`.
     """
-    logs = read_runs(runs)
+    logs = read_runs(runs, names)
     lines = [*map(describe, logs), "", *result_table(logs).lines(), ""]
     if equal := equal_reward_table(logs):
         lines += [f"at equal reward, {lowest_end(logs):.4g}:", *equal.lines(), ""]

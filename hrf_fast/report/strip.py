@@ -30,16 +30,19 @@ class Row(NamedTuple):
     images: list[Image.Image]
 
 
-def write_strip(runs: Sequence[Path], out: Path) -> Path:
+def write_strip(runs: Sequence[Path], out: Path, *, names: Sequence[str] = ()) -> Path:
     """Write the strip of `runs` as PNG; the iteration-0 panel of the first run is the pretrained model's.
+
+    Args:
+        names: of the runs, as in `read_runs`.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: a folder holds no run, nothing to show yet or lacks a grid, or the panels can't be compared.
+        ValueError: a folder lacks a grid, or as `read_runs`.
     """
-    logs = read_runs(runs)
+    logs = read_runs(runs, names)
     rows = [
         _row(logs[0], 0, "pretrained"),
         *(_row(log, log.model, run_title(log)) for log in logs if len(log.panels) > 1),

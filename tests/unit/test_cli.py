@@ -65,8 +65,8 @@ def test_options_of_a_plan_stand_anywhere_among_its_words(words, monkeypatch, ca
 
 
 def test_options_of_other_commands_stand_anywhere_too(monkeypatch, capsys):
-    monkeypatch.setattr("hrf_fast.report.page.summary_lines", lambda runs: [str(run) for run in runs])
-    monkeypatch.setattr("hrf_fast.report.page.write_report", lambda runs, out: out)
+    monkeypatch.setattr("hrf_fast.report.page.summary_lines", lambda runs, names: [str(run) for run in runs])
+    monkeypatch.setattr("hrf_fast.report.page.write_report", lambda runs, out, names: out)
     assert main(["report", "one", "--out", "page.html", "two"]) == 0
     assert capsys.readouterr().out.split() == ["one", "two", "page.html"]
     with pytest.raises(SystemExit):

@@ -260,6 +260,33 @@ def test_runs_of_one_method_are_told_apart_by_folder(tmp_path):
     assert names == [f"HRF ({folders[0]})", f"HRF ({folders[1]})", "HRF (other)", "DDPO"]
 
 
+def test_names_are_the_runs_titles_in_page_and_table(tmp_path, no_plots, capsys):
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, folders), "--name", "weak $x", "--name=strong", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" · ")[0] for line in lines[:2]] == ["weak $x", "strong"]
+    # two tables
+    for name in ("weak $x", "strong"):
+        assert sum(line.startswith(f"{name}  ") for line in lines) == 2
+    page = Page(out.read_text())
+    assert any(text.startswith("weak $x vs strong:") for text in page.text) and "HRF" not in " ".join(page.text)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["one"], "the number of --name is 1 and that of runs 2; give a name for each run, in the order of the runs"),
+        (["one", "two", "three"], "the number of --name is 3 and that of runs 2"),
+        (["one", "one"], "--name 'one' is given 2 times; give every run a name of its own"),
+    ],
+)
+def test_names_that_do_not_fit_the_runs_are_refused(tmp_path, names, message, capsys):
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    assert main(["report", *map(str, folders), *(f"--name={name}" for name in names)]) == 1
+    assert f"error: {message}" in capsys.readouterr().err and not (folders[0] / "report.html").exists()
+
+
 def test_what_users_name_is_escaped(tmp_path):
     name = '<script>alert("$x$ & _y")</script>'
     schedule = '_mine:<i>" onerror="x'

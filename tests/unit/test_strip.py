@@ -88,6 +88,14 @@ def test_what_is_written_beside_a_row(tmp_path, monkeypatch):
     assert [len(row.images) for row in drawn] == [6, 6]
 
 
+def test_names_stand_beside_the_rows(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hrf_fast.report.strip.draw_strip", lambda rows: drawn.extend(rows) or draw_strip(rows))
+    runs = [write_run(tmp_path / name, "clusters", size=6, first=50) for name in ("a", "b")]
+    write_strip(runs, tmp_path / "strip.png", names=["first", "second"])
+    assert [row.lines[0] for row in drawn] == ["pretrained", "first (unfinished)", "second (unfinished)"]
+
+
 def test_the_strip_is_of_the_tuned_model_where_an_earlier_one_was_restored(tmp_path):
     run = write_run(tmp_path / "run", "clusters", size=6, first=50)
     end = {"iteration": 1, "event": "end", "text": "", "figures": {"model": 0}}
