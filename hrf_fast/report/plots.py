@@ -35,6 +35,10 @@ class Series(NamedTuple):
     x_high: list[float] | None = None
 
 
+Arms = Sequence[tuple[str, Sequence[Series], Series]]
+"""Arms of a study by name: the line of each run, and their mean."""
+
+
 def interval_curves(series: Sequence[Series], *, x_label: str, y_label: str) -> bytes:
     """A line per run with its interval as a band."""
     figure, axes = _axes(x_label, y_label)
@@ -102,54 +106,55 @@ def blend_front(records: Sequence[Mapping[str, Any]], *, chosen: float, keep: fl
     return _png(figure)
 
 
-def paths(
-    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series], Series]]]],
-    *,
-    x_label: str,
-    y_label: str,
-    level: float,
-) -> bytes:
-    """Panels side by side, (title, arms) each: of an arm (name, runs, mean) thin lines and a thick one with its end.
+def paths(panels: Sequence[tuple[str, Arms]], *, x_label: str, y_label: str, level: float) -> bytes:
+    """A plane for each panel, (title, arms): of an arm thin lines for its runs and a thick mean with its end.
 
-    A dotted line marks y = `level`. A panel of more than TOGETHER arms has a plane for each of them instead, with the
-    mean of the first arm in grey.
+    y is a share, in per cent on one scale for all planes; a dotted line marks y = `level`. Two planes stand side by
+    side, so that a page's column leaves them legible. Where a panel has more than TOGETHER arms, each arm has a small
+    plane, with the mean of the first arm in grey.
     """
     if max(len(arms) for _, arms in panels) > TOGETHER:
         return _planes(panels, x_label=x_label, y_label=y_label, level=level)
-    figure = Figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
-    for number, (title, arms) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number)
+    figure, grid = _grid(len(panels), min(2, len(panels)), 0.9 * HEIGHT if len(panels) > 1 else HEIGHT)
+    for axes, (title, arms) in zip(grid, panels, strict=True):
         for index, (name, runs, mean) in enumerate(arms):
             _arm(axes, runs, mean, _look(index), width=2.4, end=8, label=_label(name))
-        axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
         axes.set_title(_label(title), fontsize=FONT)
-        axes.set_xlabel(_label(x_label), fontsize=FONT)
-        axes.set_ylabel(_label(y_label), fontsize=FONT)
-        _tidy(axes)
         _legend(axes)
-    return _png(figure)
+    return _shares(figure, grid, x_label=x_label, y_label=y_label, level=level)
 
 
-def _planes(
-    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series], Series]]]],
-    *,
-    x_label: str,
-    y_label: str,
-    level: float,
-) -> bytes:
-    """`paths` with a small plane for each arm, in rows of six; all have the same axes."""
+def _planes(panels: Sequence[tuple[str, Arms]], *, x_label: str, y_label: str, level: float) -> bytes:
+    """`paths` with a small plane for each arm, in rows of four; all have the same axes."""
     planes = [(title, arms[0][2], *arm) for title, arms in panels for arm in arms]
-    rows = -(-len(planes) // 6)
-    figure = Figure(figsize=(2 * WIDTH, 0.42 * HEIGHT * rows), layout="constrained")
-    grid = figure.subplots(rows, 6, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (title, first, name, runs, mean) in zip(grid, planes, strict=False):
+    figure, grid = _grid(len(planes), 4, 0.4 * HEIGHT, sharex=True)
+    for axes, (title, first, name, runs, mean) in zip(grid, planes, strict=True):
         axes.plot(first.x, first.y, color="#999999", linewidth=2.4)
         _arm(axes, runs, mean, _look(0), width=1.6, end=4)
-        axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
         axes.set_title(_label(name if len(panels) == 1 else f"{title}, {name}"), fontsize=FONT - 1)
-        _tidy(axes)
-    for axes in grid[len(planes) :]:
+    return _shares(figure, grid, x_label=x_label, y_label=y_label, level=level)
+
+
+def _grid(count: int, columns: int, height: float, *, sharex: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` planes with one y axis, in rows of `columns` that are `height` inches high."""
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH if columns == 1 else 1.5 * WIDTH, height * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=True).ravel())
+    for axes in grid[count:]:
         axes.set_visible(False)
+    # the lowest plane of each column, above an empty cell too
+    for axes in grid[:count][-columns:]:
+        axes.tick_params(labelbottom=True)
+    return figure, grid[:count]
+
+
+def _shares(figure: Figure, grid: Sequence[Axes], *, x_label: str, y_label: str, level: float) -> bytes:
+    """Finish planes whose common y axis is a share."""
+    for axes in grid:
+        axes.axhline(level, color="#666666", linestyle=":", linewidth=1)
+        _tidy(axes)
+    # planes that share an axis share its formatter
+    grid[0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     figure.supxlabel(_label(x_label), fontsize=FONT)
     figure.supylabel(_label(y_label), fontsize=FONT)
     return _png(figure)

@@ -180,9 +180,17 @@ def _markdown(table: Table) -> list[str]:
 
 
 def _series(arm: str, by_seed: Lines) -> tuple[list[Series], Series]:
-    """The path of each seed, and the mean path as far as all of them have panels."""
-    all_paths = [path_of(line) for line in by_seed.values()]
+    """The path of each seed, and their mean.
+
+    The mean path goes as far as all runs have panels, and then to the mean of their tuned models, which is the arm's
+    row of the table. Where runs are of different lengths, its last segment therefore joins panels of different
+    iterations. What a run did after the checkpoint that it restored is in its own path alone.
+    """
+    all_paths, last = [path_of(line) for line in by_seed.values()], [end_of(line) for line in by_seed.values()]
     series = [Series(arm, [point.gain for point in path], [point.kept for point in path]) for path in all_paths]
-    columns = list(zip(*all_paths, strict=False))
+    to_end = [path[: end + 1] for path, end in zip(all_paths, last, strict=True)]
+    columns = list(zip(*to_end, strict=False))
+    if len(set(last)) > 1:
+        columns.append(tuple(path[-1] for path in to_end))
     gains = [estimate([point.gain for point in column]).mean for column in columns]
     return series, Series(arm, gains, [estimate([point.kept for point in column]).mean for column in columns])

@@ -17,7 +17,7 @@ from hrf_fast.report import plots
 from hrf_fast.study import statistics
 from hrf_fast.study.comparison import compare, measures
 from hrf_fast.study.reading import read_study
-from hrf_fast.study.report import ends, write_report
+from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
 from hrf_fast.study.run import Workers, _begun, choices
 from hrf_fast.study.statistics import Point
@@ -343,8 +343,23 @@ def test_many_arms_have_a_plane_each_and_a_case_without_runs_says_so(write_study
     text = write_report(study, results)
     assert "## later\n\nNo run is finished.\n" in text
     with Image.open(results.path.with_suffix(".png")) as image:
-        # two rows of six planes, of 2 WIDTH x .42 HEIGHT a row
-        assert image.size == (round(2 * plots.WIDTH * plots.DPI), round(2 * 0.42 * plots.HEIGHT * plots.DPI))
+        # three rows of four planes, of 1.5 WIDTH x .4 HEIGHT a row
+        assert image.size == (int(1.5 * plots.WIDTH * plots.DPI), int(3 * 0.4 * plots.HEIGHT * plots.DPI))
+
+
+def test_cases_stand_two_in_a_row_on_one_scale_of_shares_in_per_cent(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    one, two = plots.Series("a", [0.0, 1.0], [1.0, 0.9]), plots.Series("a", [0.0, 50.0], [1.0, 0.4])
+    cases = [("one", [("a", [one], one)]), ("two", [("a", [two], two)]), ("three", [("a", [one], one)])]
+    figure = plots.paths(cases, x_label="gain", y_label="kept", level=0.9)
+    figure.canvas.draw()
+    planes = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(planes) == 3 and len({axes.get_subplotspec().rowspan.start for axes in planes}) == 2
+    # 8.1 inches: a README's column of about 850 pixels shows its 9 points at 13 pixels
+    assert figure.get_size_inches()[0] == pytest.approx(8.1)
+    assert len({axes.get_ylim() for axes in planes}) == 1 and len({axes.get_xlim() for axes in planes}) == 2
+    ticks = [label.get_text() for label in planes[0].get_yticklabels()]
+    assert "80 %" in ticks and all(text.endswith(" %") for text in ticks)
 
 
 def test_an_arm_ends_with_the_models_that_its_runs_restored():
@@ -353,6 +368,20 @@ def test_an_arm_ends_with_the_models_that_its_runs_restored():
     _, (_, seeds, gain, kept, *_, evaluations) = ends({"hrf": restored}, tuned=False).rows
     # gains of 1 and 2 and shares of .9 and .5; what was spent counts whole
     assert (seeds, evaluations) == ("2", "200") and gain.startswith("+1.5") and kept.startswith("70")
+    # the plot's mean goes on while both have panels, and ends at the row of the table
+    lines, mean = _series("hrf", restored)
+    assert [path.x for path in lines] == [[0, 1, 2]] * 2
+    assert mean.x == pytest.approx([0, 1, 1.5]) and mean.y == pytest.approx([1, 0.9, 0.7])
+
+
+def test_the_mean_path_of_runs_of_other_lengths_ends_at_the_mean_of_their_ends():
+    short = line((0, 0.0, 10.0), (100, 1.0, 9.0))
+    long = line((0, 0.0, 10.0), (100, 2.0, 8.0), (200, 3.0, 7.0), (300, 5.0, 5.0))
+    _, mean = _series("hrf", {1: short, 2: long})
+    # in common: 0, then gains of 1 and 2; the ends: gains of 1 and 5, shares of .9 and .5
+    assert mean.x == pytest.approx([0, 1.5, 3]) and mean.y == pytest.approx([1, 0.85, 0.7])
+    # equal lengths end there anyway
+    assert _series("hrf", {1: long, 2: long})[1].x == pytest.approx([0, 2, 3, 5])
 
 
 # ---- the real thing
