@@ -28,7 +28,8 @@ def self_check(components: Components) -> str:
     """Roll out and replay a few late steps, where std is least and the ratio most sensitive.
 
     Returns:
-        One line for the user: which implementation runs, the largest |ratio − 1| and the smallest clip range.
+        One line for the user: whether replayed log-probs equal the rollout's, the largest |ratio − 1|, the smallest
+        clip range, and which implementation of the kernels ran in what precision.
     """
     policy, plan = components.policy, components.calls
     stop = policy.sampler.stochastic_steps
@@ -53,10 +54,15 @@ def _verdict(components: Components, error: float, joined: bool) -> str:
     least = min(steps - stop + 1, getattr(components.schedule, "width", steps))
     smallest = clips.clip_range * (least / steps if clips.scale_by_window else 1.0)
     inside = error < smallest / 10
-    verdict = "exact" if error == 0 else "well inside it" if inside else "NOT well inside it"
+    if error == 0:
+        verdict = "passed: replayed log-probs equal the rollout's exactly"
+    elif inside:
+        verdict = "passed: replayed log-probs differ from the rollout's by rounding, well inside the clip range"
+    else:
+        verdict = "failed, training goes on: replayed log-probs differ too much from the rollout's for the clip range"
     line = (
-        f"self-check: kernels {policy.kernels} ({policy.kernels_reason}), {policy.precision}, "
-        f"on-policy |ratio - 1| {error:.2g}, smallest clip range {smallest:.2g}: {verdict}"
+        f"self-check {verdict} (|ratio - 1| {error:.2g}, smallest clip range {smallest:.2g}; "
+        f"{policy.kernels} kernels: {policy.kernels_reason}; {policy.precision})"
     )
     if not inside:
         regrouped = not math.isinf(plan.kept_pairs) and (joined or plan.steps_per_call > 1)

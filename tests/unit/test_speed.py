@@ -156,7 +156,10 @@ def test_the_self_check_warns_of_a_clip_on_rounding_noise_and_names_the_ways_out
     # groups of 3: 6 images are two steps of a replay
     line = check(tiny_run, monkeypatch, error, "compute.precision=bf16", "compute.images_per_call=6")
     # 2 of 6 steps are the least window: 1e-4 * 2/6
-    assert "smallest clip range 3.3e-05: NOT well inside it" in line
+    assert line.startswith("self-check failed, training goes on: replayed log-probs differ too much from the rollout's")
+    # ranks agree on the largest error, and not a number is above all others
+    shown = "0.0001" if error == 1e-4 else "inf"
+    assert f"(|ratio - 1| {shown}, smallest clip range 3.3e-05; eager kernels: tensors are on cpu; bf16); the" in line
     assert "compute.images_per_call=0 or compute.precision=fp32" in line
     # ten times the error, over 2/6: 3e-3
     assert ("clip_range of at least 0.003" in line) == (error == 1e-4)
@@ -197,8 +200,16 @@ def test_the_self_check_replays_where_only_some_steps_are_kept(tiny_run):
         assert gradients == expected
 
 
-def test_the_self_check_calls_an_exact_replay_exact(tiny_run, monkeypatch):
-    assert check(tiny_run, monkeypatch, 0.0).endswith(": exact")
+def test_the_self_check_says_in_words_that_a_replay_is_exact_or_near(tiny_run, monkeypatch):
+    facts = "smallest clip range 3.3e-05; eager kernels: tensors are on cpu; fp32)"
+    assert check(tiny_run, monkeypatch, 0.0) == (
+        f"self-check passed: replayed log-probs equal the rollout's exactly (|ratio - 1| 0, {facts}"
+    )
+    # 1 + 1e-6 is 1 + 8 · 2^-23 in fp32
+    assert check(tiny_run, monkeypatch, 1e-6) == (
+        "self-check passed: replayed log-probs differ from the rollout's by rounding, well inside the clip range "
+        f"(|ratio - 1| 9.5e-07, {facts}"
+    )
 
 
 def test_the_self_check_says_how_much_float32_rounds_steps_of_little_noise(tiny_run, monkeypatch):

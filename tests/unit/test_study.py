@@ -274,12 +274,12 @@ KeyError: 'here'"""
 @pytest.mark.parametrize(
     ("code", "log", "error"),
     [
-        (-signal.SIGKILL, "error: an old one\nself-check: fp32", "killed by SIGKILL (out of memory?)"),
+        (-signal.SIGKILL, "error: an old one\nself-check passed: fp32", "killed by SIGKILL (out of memory?)"),
         (-signal.SIGTERM, "", "killed by SIGTERM"),
         (-40, "", "killed by signal 40"),
         (1, "error: no disk\nHRF_TRACEBACK=1 in the environment shows the whole traceback", "no disk"),
         (1, f"error: an old one\n{TRACEBACK}", "KeyError: 'here'"),
-        (3, "self-check: fp32", "exit code 3; see {log}"),
+        (3, "self-check passed: fp32", "exit code 3; see {log}"),
         (1, "", "exit code 1; see {log}"),
     ],
 )
