@@ -25,7 +25,7 @@ demo: $(VENV)/.base
 	$(BIN)/hrf train --config configs/peeps_ddpo.yaml $(DEMO)-ddpo
 	$(BIN)/hrf train --config configs/peeps_hrf.yaml $(DEMO)-hrf
 	$(BIN)/hrf report runs/demo-published runs/demo-ddpo runs/demo-hrf --out runs/demo.html --strip runs/demo.png \
-		--name "DDPO as published" --name "DDPO + options" --name "HRF + options"
+		--name "DDPO" --name "DDPO + options" --name "HRF + options"
 	@echo "smaller JPEGs of product photos: make demo-fashion"
 
 demo-fashion: $(VENV)/.base
