@@ -1,7 +1,7 @@
 """hrf_kernels: the Gaussian log-prob, the ratio and its clip of a denoising policy, fused.
 
-    gaussian_step       draw the next latents and score them
-    gaussian_log_prob   score given next latents, differentiably
+    gaussian_step       draw the next latents, with their log-prob
+    gaussian_log_prob   log-prob of given next latents, differentiable
     clipped_surrogate   the clipped loss of a step, its statistics and the gradient of the model output
 
 Each has the signature and meaning of its namesake in reference.py, plus `backend`: "triton" for the fused kernels,

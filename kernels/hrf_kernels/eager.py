@@ -46,7 +46,7 @@ class _Factors(NamedTuple):
         return _Factors._make(value[part] if isinstance(value, Tensor) and value.dim() else value for value in self)
 
 
-class _Scores(NamedTuple):
+class _Moments(NamedTuple):
     """Sums of one pass over the samples, and its differences where a gradient is wanted."""
 
     mean_square: Tensor
@@ -73,14 +73,14 @@ def gaussian_step(inputs: StepInputs, seed: int, sample_id: Tensor, step: int) -
         noise = philox_normal(tuple(latents.shape[1:]), seed=seed, sample_id=sample_id[part], step=step)
         mean, _ = _mean(_guided(inputs, part), latents[part].float(), block)
         next_latents[part] = noise.mul_(block.std).add_(mean)
-        # scored as stored, by the arithmetic of a replay
+        # of latents as stored, by the arithmetic of a replay
         mean_square[part] = _mean_square(torch.sub(next_latents[part].float(), mean, out=mean))
     return next_latents, _log_prob(mean_square, inputs.coef.std)
 
 
 def gaussian_log_prob(inputs: StepInputs) -> Tensor:
     """Log-prob of the next latents, [B] fp32."""
-    return _log_prob(_score(inputs, with_gradient=False).mean_square, inputs.coef.std)
+    return _log_prob(_moments(inputs, with_gradient=False).mean_square, inputs.coef.std)
 
 
 def clipped_surrogate(
@@ -88,9 +88,9 @@ def clipped_surrogate(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """(reference.RESULTS by name, gradients of the outputs if asked for)."""
     std = inputs.coef.std
-    scores = _score(inputs, with_gradient=with_gradient)
-    log_prob = _log_prob(scores.mean_square, std)
-    kl = scores.mean_square_shift
+    moments = _moments(inputs, with_gradient=with_gradient)
+    log_prob = _log_prob(moments.mean_square, std)
+    kl = moments.mean_square_shift
     if inputs.reference_output is not None:
         kl = 0.5 * kl / std.square()
     clip_range, bound = (_tensor(value, std.device) for value in (clips.clip_range, clips.advantage_clip))
@@ -112,16 +112,16 @@ def clipped_surrogate(
     approx_kl = log_ratio.expm1() - log_ratio
     results = {"loss": loss, "log_prob": log_prob, "ratio": ratio, "outside": above | below, "clipped": clipped}
     results |= {"approx_kl": approx_kl, "kl": kl, "slope": slope}
-    return results, _gradients(inputs, scores, slope, clips.loss_weight * clips.kl_weight)
+    return results, _gradients(inputs, moments, slope, clips.loss_weight * clips.kl_weight)
 
 
 def output_gradients(
     inputs: StepInputs, upstream: Tensor, slope: Tensor | None, kl_slope: float, kl_weights: Tensor | None = None
 ) -> list[Tensor]:
     """Gradients of the model output(s), like them; `upstream`, `slope` and `kl_weights` are [B] fp32."""
-    scores = _score(inputs, with_gradient=True)
+    moments = _moments(inputs, with_gradient=True)
     of_kl = upstream * kl_slope if kl_weights is None else upstream * kl_slope * kl_weights
-    return _gradients(inputs, scores, upstream if slope is None else upstream * slope, of_kl)
+    return _gradients(inputs, moments, upstream if slope is None else upstream * slope, of_kl)
 
 
 def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
@@ -132,9 +132,9 @@ def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
         gradient.mul_(_wide(upstream, gradient))
 
 
-def _score(inputs: StepInputs, *, with_gradient: bool) -> _Scores:
+def _moments(inputs: StepInputs, *, with_gradient: bool) -> _Moments:
     latents, next_latents, reference = inputs.latents, inputs.next_latents, inputs.reference_output
-    assert next_latents is not None, "a step without next latents has no score"
+    assert next_latents is not None, "a step without next latents has no log-prob"
 
     def room(wanted: bool) -> Tensor | None:
         return torch.empty_like(latents, dtype=torch.float32) if wanted else None
@@ -155,18 +155,18 @@ def _score(inputs: StepInputs, *, with_gradient: bool) -> _Scores:
         mean_square[part] = _mean_square(difference)
         if sloped is not None:
             _times_slope(difference, x0, block, out=sloped[part])
-    return _Scores(mean_square, shift_square, sloped, sloped_shift)
+    return _Moments(mean_square, shift_square, sloped, sloped_shift)
 
 
-def _gradients(inputs: StepInputs, scores: _Scores, slope: Tensor, kl_slope: float | Tensor) -> list[Tensor]:
-    """∂loss/∂output by the slopes of the log-prob and the KL, [B] or a number; overwrites the tensors of `scores`."""
-    gradient = scores.sloped
+def _gradients(inputs: StepInputs, moments: _Moments, slope: Tensor, kl_slope: float | Tensor) -> list[Tensor]:
+    """∂loss/∂output by the slopes of the log-prob and the KL, [B] or a number; overwrites the tensors of `moments`."""
+    gradient = moments.sloped
     if gradient is None:
         return []
     scale = 1 / (gradient[0].numel() * inputs.coef.std.square())
     gradient.mul_(_wide(slope * scale, gradient))
-    if scores.sloped_shift is not None:
-        gradient.addcmul_(scores.sloped_shift, _wide(kl_slope * scale, gradient))
+    if moments.sloped_shift is not None:
+        gradient.addcmul_(moments.sloped_shift, _wide(kl_slope * scale, gradient))
     if inputs.unconditional_output is None:
         return [gradient.to(inputs.model_output.dtype)]
     base = (gradient * (1 - inputs.guidance_scale)).to(inputs.unconditional_output.dtype)

@@ -122,7 +122,7 @@ def gaussian_step(
     unconditional_output: Tensor | None = None,
     guidance_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw the next latents and score them.
+    """Draw the next latents, with their log-prob.
 
     Args:
         model_output, latents: [B, C, H, W].
@@ -138,7 +138,7 @@ def gaussian_step(
     mean = _policy_mean(model_output, latents, coef, unconditional_output, guidance_scale)
     noise = philox_normal(tuple(mean.shape[1:]), seed=seed, sample_id=sample_id, step=step)
     next_latents = (mean + _per_sample(coef.std, mean) * noise).to(latents.dtype)
-    # scored as stored: the same rounding as a replay sees, so that the ratio of an on-policy replay is exactly 1
+    # of latents as stored: the same rounding as a replay sees, so that the ratio of an on-policy replay is exactly 1
     return next_latents, _log_density(next_latents, mean, coef.std)
 
 

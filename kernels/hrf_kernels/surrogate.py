@@ -1,7 +1,7 @@
 """Triton kernels of the learner: log-prob, ratio, clip and the gradient of the model output.
 
-A small sample is one program's: it scores, clips and writes the gradient in one pass. A larger one takes two stages,
-partial sums and a finalize in fixed order, and the gradient is recomputed: nothing sample-sized is saved.
+A small sample is one program's: it computes the log-prob, clips and writes the gradient in one pass. A larger one takes
+two stages, partial sums and a finalize in fixed order, and the gradient is recomputed: nothing sample-sized is saved.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def finalize_kernel(
     mask = rows < batch
     rows = rows.to(tl.int64)
     sigma = tl.load(std + rows * PER_SAMPLE, mask=mask, other=1.0)
-    score = log_prob_of(_row_sums(sums, rows, mask, chunks), size, sigma)
+    new_log_prob = log_prob_of(_row_sums(sums, rows, mask, chunks), size, sigma)
     if old_log_prob is None:
-        tl.store(log_prob + rows, score, mask=mask)
+        tl.store(log_prob + rows, new_log_prob, mask=mask)
     else:
         distance = tl.zeros([_ROWS], tl.float32)
         if shift_sums is not None:
@@ -130,7 +130,7 @@ def finalize_kernel(
         old = tl.load(old_log_prob + rows, mask=mask, other=0.0)
         advantage = tl.load(advantages + rows, mask=mask, other=0.0)
         _write_surrogate(
-            score, distance, rows, mask, old, advantage, clip_range, advantage_clip, loss_weight, kl_weight,
+            new_log_prob, distance, rows, mask, old, advantage, clip_range, advantage_clip, loss_weight, kl_weight,
             loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope,
         )  # fmt: skip
 
@@ -157,8 +157,8 @@ def one_program_kernel(
     mean, mean_slope = gaussian_mean(output, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
     following = tl.load(next_latents + offsets, mask=mask, other=0.0).to(tl.float32)
     difference = following - mean
-    score = log_prob_of(tl.sum(difference * difference, axis=0), size, sigma)
-    distance = score * 0.0
+    new_log_prob = log_prob_of(tl.sum(difference * difference, axis=0), size, sigma)
+    distance = new_log_prob * 0.0
     if reference is not None:
         anchor = load_output(reference, None, 0.0, offsets, mask)
         target, _ = gaussian_mean(anchor, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
@@ -170,7 +170,7 @@ def one_program_kernel(
     if KL_PER_SAMPLE:
         kl_weight = tl.load(kl_weight + b)
     ratio_slope = _write_surrogate(
-        score, distance, b, None, tl.load(old_log_prob + b), tl.load(advantages + b), clip_range, advantage_clip,
+        new_log_prob, distance, b, None, tl.load(old_log_prob + b), tl.load(advantages + b), clip_range, advantage_clip,
         loss_weight, kl_weight, loss, log_prob, ratio, outside, clipped, approx_kl, kl, slope,
     )  # fmt: skip
     if gradient is not None:
@@ -199,9 +199,9 @@ def gradient_kernel(
     )
     incoming = tl.load(upstream + b)
     factor = tl.div_rn(incoming, tl.full([], size, tl.float32) * (sigma * sigma))
-    score_slope = factor
+    log_prob_slope = factor
     if slope is not None:
-        score_slope = factor * tl.load(slope + b)
+        log_prob_slope = factor * tl.load(slope + b)
     if kl_weights is not None:
         kl_slope = kl_slope * tl.load(kl_weights + b)
     for i in range(ITERATIONS):
@@ -212,7 +212,7 @@ def gradient_kernel(
         now = tl.load(latents + offsets, mask=mask, other=0.0).to(tl.float32)
         mean, mean_slope = gaussian_mean(output, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
         following = tl.load(next_latents + offsets, mask=mask, other=0.0).to(tl.float32)
-        value = score_slope * (following - mean)
+        value = log_prob_slope * (following - mean)
         if reference is not None:
             anchor = load_output(reference, None, 0.0, offsets, mask)
             target, _ = gaussian_mean(anchor, now, a_latents, a_output, b_x0, b_latents, b_output, x0_clip, CLAMP)
