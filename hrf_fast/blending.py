@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands import finished_run, run_config
+from hrf_fast.commands import run_config
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device
@@ -20,6 +21,7 @@ from hrf_fast.policies.lora import adapted_layers
 from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
 from hrf_fast.run.files import PANEL, append_line, read_log, sha256, write_atomically
+from hrf_fast.run.finished import finished_run, model_iteration
 
 
 def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0, most: float, step: float) -> list[str]:
@@ -78,12 +80,15 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         "panels": [blends.summary(record, base) for record in (base, *others)],
     }
     write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
+    # of an earlier choice
+    shutil.rmtree(folder / "model", ignore_errors=True)
     if chosen:
         line.move(chosen)
         evaluation = replace(config.evaluation, seed=other.seed)
-        table = [{**base, "iteration": 0}, {**others[-1], "iteration": panels[-1]["iteration"]}]
+        tuned = model_iteration(run)
+        table = [{**base, "iteration": 0}, {**others[-1], "iteration": tuned}]
         described = replace(config, evaluation=evaluation)
-        save_model(folder / "model", policy, described, table, panels[-1]["iteration"], alpha=chosen)
+        save_model(folder / "model", policy, described, table, tuned, alpha=chosen)
     return blends.describe(result)
 
 

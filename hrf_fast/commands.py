@@ -33,6 +33,7 @@ from hrf_fast.report.evaluation import evaluation_lines
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.files import PANEL, read_log, write_atomically
+from hrf_fast.run.finished import finished_run
 
 
 def draw(
@@ -163,19 +164,6 @@ def load_weights(policy: Policy, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(weights[name])
-
-
-def finished_run(run: Path) -> Path:
-    """The run folder, if its training has finished.
-
-    Raises:
-        ValueError: not a run folder, or a run without a tuned model yet.
-    """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
-    if not (run / "model").is_dir():
-        raise ValueError(f"{run} has no model/ yet; let its training finish (the same `hrf train` command resumes it)")
-    return run
 
 
 def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:

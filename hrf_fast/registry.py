@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 import warnings
@@ -156,11 +157,24 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
 
 
 def state_of(thing: Any, key: str, option: str) -> dict[str, Any]:
-    """{key: its state} for a checkpoint, or {} where what `option` names has no state."""
+    """{key: its state} for a checkpoint, or {} where what `option` names has no state.
+
+    Raises:
+        ValueError: the state is not JSON-able.
+        UserCodeError: state() failed.
+    """
     if not hasattr(thing, "state"):
         return {}
     with user_code(f"{option} {qualified_name(thing)}.state()"):
-        return {key: thing.state()}
+        state = thing.state()
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{option} {qualified_name(thing)}.state() is no JSON ({error}), so no checkpoint can hold it; return "
+            "numbers, words, lists and mappings"
+        ) from error
+    return {key: state}
 
 
 def load_state_of(thing: Any, saved: dict[str, Any], key: str, option: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import os
 import signal
 import sys
@@ -48,9 +49,16 @@ def user_code(what: str, error: type[UserCodeError] | None = None) -> Iterator[l
     except BaseException as problem:
         if error is None and _raised_by_us(problem):
             raise
-        raise (error or UserCodeError)(f"{what} failed with {describe(problem)}") from problem
+        raise (error or UserCodeError)(f"{what} failed with {describe(problem)}") from _cause(problem)
     finally:
         changes += _restore(before)
+
+
+def _cause(problem: BaseException) -> BaseException:
+    """The error; a StopIteration as another one, which contextlib takes for the end of its own generator."""
+    if not isinstance(problem, StopIteration):
+        return problem
+    return RuntimeError("StopIteration").with_traceback(problem.__traceback__)
 
 
 def describe(problem: BaseException) -> str:
@@ -70,11 +78,17 @@ def note_of(what: str, changes: list[str]) -> str:
 def source_of(thing: Any) -> dict[str, str] | None:
     """The file that holds a function, or the class of an object, and its SHA-256; None for ours and what has no source.
 
+    Plain arguments of a partial are in the SHA-256.
+
     A script or a notebook changes for other reasons, so of those it is the function's or the class's own text.
     """
-    while isinstance(thing, functools.partial):
-        thing = thing.func
-    thing = inspect.unwrap(thing)
+    bound = ""
+    while isinstance(thing, functools.partial) or hasattr(thing, "__wrapped__"):
+        if isinstance(thing, functools.partial):
+            bound += _plain(thing.args, thing.keywords)
+            thing = thing.func
+        else:
+            thing = thing.__wrapped__
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     module = str(named.__module__)
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -85,7 +99,15 @@ def source_of(thing: Any) -> dict[str, str] | None:
         text = inspect.getsource(named).encode() if alone else Path(str(file)).read_bytes()
     except (OSError, TypeError):
         return None
-    return {"file": str(file), "sha256": hashlib.sha256(text).hexdigest()}
+    return {"file": str(file), "sha256": hashlib.sha256(text + bound.encode()).hexdigest()}
+
+
+def _plain(arguments: Any, keywords: Any) -> str:
+    """Arguments of a partial as JSON; empty without any, or where one is an object, which differs by process."""
+    try:
+        return json.dumps([arguments, keywords], sort_keys=True) if arguments or keywords else ""
+    except (TypeError, ValueError):
+        return ""
 
 
 def source_of_file(path: Path) -> dict[str, str]:

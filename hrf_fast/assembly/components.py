@@ -9,7 +9,7 @@ from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_pro
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
-from hrf_fast.config.rules import check_job
+from hrf_fast.config.rules import check_config, check_job
 from hrf_fast.config.stop_rules import spans_note
 from hrf_fast.cpu import emulation_note
 from hrf_fast.devices import choose_device
@@ -19,7 +19,7 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.memory.tuning import set_threads, tuned
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
-from hrf_fast.prompts.sources import check_prompts
+from hrf_fast.prompts.sources import check_prompts, load_prompts
 from hrf_fast.rewards import build_reward
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.anchors import Anchors, check_anchors
@@ -54,6 +54,8 @@ def build_components(
     config = with_names(config, reward, schedule)
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
+        # a configuration may have been changed since it was loaded
+        check_config(config)
         check_job(config, comm.world_size())
         if not callable(reward):
             check_reward(config)
@@ -86,6 +88,8 @@ def build_components(
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
+        if (shown := config.evaluation.prompts) is not None:
+            _, sources[f"panel's prompts {shown}"] = load_prompts("evaluation.prompts", shown)
         panel = build_panel(config, device, prompts, network)
         check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,8 @@ def _shortened(text: str, measure: Callable[[str], float], width: float) -> str:
     """The longest beginning of a text that is no wider, with an ellipsis where it was cut."""
     if measure(text) <= width:
         return text
-    fitting = [end for end in range(len(text)) if measure(text[:end] + "…") <= width]
-    return text[: fitting[-1]].rstrip() + "…" if fitting else ""
+    fitting = bisect_right(range(len(text)), width, key=lambda end: measure(text[:end] + "…"))
+    return text[: fitting - 1].rstrip() + "…" if fitting else ""
 
 
 def save_grid(images: Tensor, path: Path, *, captions: Sequence[str] = (), images_per_prompt: int = 0) -> None:

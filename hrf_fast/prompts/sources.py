@@ -7,7 +7,7 @@ the list to draw from; a single pair (text, metadata) says that it is TRL's prom
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def load_prompts(
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str):
         as_prompt(answer, f"{option} {value!r}", negative)
         return PromptFunction(value, option, lambda: function(**(kwargs or {})), negative), source_of(function)
-    if isinstance(answer, (str, bytes)) or not hasattr(answer, "__iter__"):
+    # a mapping is one prompt, and a set has another order in each process
+    if isinstance(answer, (str, bytes, Mapping, Set)) or not hasattr(answer, "__iter__"):
         raise ValueError(f"{option} is {value!r}, which returned {answer!r}; return a list of prompts, or (text, {{}})")
     items = [(item, f"{option} {value!r}, item {number}") for number, item in enumerate(answer)]
     return _list(option, value, items, negative), source_of(function)

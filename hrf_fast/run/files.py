@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def write_atomically(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        # a disk that takes no file takes no removal either, which is not what the user should read
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -119,6 +119,12 @@ def choices(study: Study, lines: dict[tuple[str, str, int, float], dict[str, Any
     return chosen
 
 
+def reason_in(log: Sequence[str]) -> str | None:
+    """Why a run has ended, from the lines of its log; a reward may have printed before that on its line."""
+    reasons = [match[1] for line in log if (match := re.search(r"done, (.*): .* \(hrf report", line))]
+    return reasons[-1] if reasons else None
+
+
 class Workers:
     """Processes that train, a given number of them side by side."""
 
@@ -191,7 +197,9 @@ class Workers:
         log = (self.out / f"{job.name}.log").read_text(errors="replace").strip().splitlines()
         if code:
             return {"error": _error(code, log, self.out / f"{job.name}.log")}
-        reason = next(match[1] for line in reversed(log) if (match := re.match(r"done, (.*): .* \(hrf report", line)))
+        reason = reason_in(log)
+        if reason is None:
+            return {"error": f"the run says nothing of its end; see {self.out / f'{job.name}.log'}"}
         panels = read_log(folder / "evaluations.jsonl", PANEL)
         model = int(read_log(folder / "events.jsonl", EVENT)[-1]["figures"]["model"])
         iterations = [sum(line["seconds"].values()) for line in read_log(folder / "metrics.jsonl")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from hrf_fast.rewards import CombinedReward, NotFiniteError
 from hrf_fast.training.credit import step_advantages
 from hrf_fast.training.peers import Advantages, Peers, apply_advantages
 from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
+from hrf_fast.training.worker import Worker
 from hrf_fast.vision.base import FeatureNetwork
 
 
@@ -50,7 +51,7 @@ class Rewarder:
             network: tells how novel each image is in its group; None to leave that out.
         """
         self.reward, self._network = reward, network
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._pool = Worker("reward")
         if device.type == "cuda":
             self._pool.submit(torch.cuda.set_device, device).result()
         elif device.type == "cpu":
@@ -93,8 +94,8 @@ class Rewarder:
         return rewards
 
     def close(self) -> None:
-        """Drop what has not begun: Python would wait for it before it exits."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Drop what has not begun; what runs is not waited for."""
+        self._pool.close()
 
 
 def _compute_alone() -> None:

@@ -212,3 +212,11 @@ def test_train_is_a_function_before_and_after_its_module_is_imported(words, monk
 def test_a_name_that_the_package_does_not_have_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'trian'"):
         _ = hrf_fast.trian
+
+
+def test_a_configuration_that_was_changed_after_it_was_loaded_is_checked(tiny_run, tmp_path):
+    config = hrf_fast.load_config(tiny_run)
+    config.train.clip_range = -1.0
+    with pytest.raises(ValueError, match="train.clip_range is -1.0"):
+        hrf_fast.train(config)
+    assert not (tmp_path / "run").exists()

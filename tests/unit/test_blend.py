@@ -176,6 +176,8 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_m
     path.write_text("".join(json.dumps(line) + "\n" for line in front))
     assert main(["blend", str(copy), "--keep", "1", "--step", "1"]) == 0
     assert "none is saved" in capsys.readouterr().out
+    # nor is the one of the choice before
+    assert not (copy / "blend" / "model").exists()
 
 
 def test_the_other_panel_of_the_largest_seed_is_that_of_seed_0(copy):

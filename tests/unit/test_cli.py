@@ -200,6 +200,14 @@ def test_evaluate_wants_a_finished_run(finished, tmp_path, capsys):
     shutil.rmtree(run / "model")
     assert main(["evaluate", str(run)]) == 1
     assert f"{run} has no model/" in capsys.readouterr().err
+    # one that has gone on since
+    run = shutil.copytree(finished, tmp_path / "extended")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    done = len(lines)
+    more = json.dumps({**json.loads(lines[-1]), "iteration": done})
+    (run / "metrics.jsonl").write_text("\n".join([*lines, more]) + "\n")
+    assert main(["evaluate", str(run)]) == 1
+    assert f"has gone on to iteration {done + 1} since its model/ was saved after {done};" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hrf_fast.cli import main
 from hrf_fast.evaluation.diversity import mean_interval, vendi_score
-from hrf_fast.evaluation.grids import Grid, image_grid
+from hrf_fast.evaluation.grids import Grid, _shortened, image_grid
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import build_reward
@@ -156,3 +156,14 @@ def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
     assert "<li>&lt;b&gt;a dog &amp; a cat&lt;/b&gt;</li><li>cat</li></ol>" in html and "per prompt" in html
     card = (finished / "model" / "README.md").read_text()
     assert "text-to-image" in card and "12 images, 4 to a prompt" in card and "Vendi Score per prompt" in card
+
+
+def test_a_caption_of_any_length_is_measured_a_few_times():
+    asked = []
+
+    def measure(text):
+        asked.append(text)
+        return len(text)
+
+    assert _shortened("word " * 2000, measure, 12) == "word word w…" and len(asked) < 20
+    assert _shortened("word", measure, 4) == "word" and _shortened("word", measure, 0) == ""

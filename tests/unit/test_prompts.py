@@ -115,6 +115,12 @@ def fails():
 def nothing():
     return None
 
+def one():
+    return {"prompt": "a cat"}
+
+def unordered():
+    return {"a cat", "a dog"}
+
 def wrong():
     return ["a", 3]
 
@@ -156,6 +162,8 @@ def test_a_function_that_returns_a_pair_is_trls_and_is_called_for_every_group(fu
 
 def test_a_function_that_answers_otherwise_is_refused(functions):
     refused("my_prompts:nothing", "prompts.source is 'my_prompts:nothing', which returned None")
+    refused("my_prompts:one", "which returned {'prompt': 'a cat'}; return a list of prompts")
+    refused("my_prompts:unordered", "which returned {.*}; return a list of prompts")
     refused("my_prompts:wrong", "prompts.source 'my_prompts:wrong', item 1 is 3")
     refused("my_prompts:words", "prompts.kwargs.nuon is unknown .did you mean 'noun'", {"nuon": 1})
     refused("my_prompts:word", "prompts.source is 'my_prompts:word'.*did you mean 'words'")

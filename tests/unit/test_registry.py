@@ -4,8 +4,9 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 
-from hrf_fast.registry import Registry, call_factory, load_user_function, nearest, qualified_name
+from hrf_fast.registry import Registry, call_factory, load_user_function, nearest, qualified_name, state_of
 
 
 @pytest.fixture
@@ -194,3 +195,12 @@ def test_a_thing_is_named_by_its_module_and_its_own_name_or_its_classs():
     assert qualified_name(factory) == f"{__name__}:factory"
     assert qualified_name(Registry) == qualified_name(Registry("reward", "reward.name")) == "hrf_fast.registry:Registry"
     assert qualified_name(partial(factory, stop=3)) == "functools:partial"
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_by_name():
+    class Remembers:
+        def state(self):
+            return {"seen": torch.zeros(2)}
+
+    with pytest.raises(ValueError, match=r"window.schedule .*Remembers.*state\(\) is no JSON \(.*Tensor"):
+        state_of(Remembers(), "schedule", "window.schedule")

@@ -1,5 +1,7 @@
 """Rewarding: groups as one batch, what is not finite, the thread beside the rollout, and groups as peers."""
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -104,6 +106,11 @@ def test_closing_drops_what_has_not_begun():
     assert second.cancelled() and not first.done()
     go_on.set()
     first.result(60)
+
+
+def test_a_process_ends_beside_a_reward_that_does_not():
+    code = "import time; from hrf_fast.training.worker import Worker; Worker('reward').submit(time.sleep, 600)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_thread_works_on_the_gpu_of_its_rank(monkeypatch):

@@ -19,7 +19,7 @@ from hrf_fast.study.comparison import compare, measures
 from hrf_fast.study.reading import read_study
 from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.run import Workers, _begun, choices
+from hrf_fast.study.run import Workers, _begun, choices, reason_in
 from hrf_fast.study.statistics import Point
 
 ROOT = Path(__file__).parents[2]
@@ -446,3 +446,8 @@ def test_commits_of_a_study_are_a_list_of_words(write_study):
     study = write_study(commits=[23245915846])
     with pytest.raises(ValueError, match="commits is .23245915846.; list those of lines that count, in quotes"):
         read_study(study)
+
+
+def test_the_reason_of_an_end_is_found_behind_what_a_reward_has_printed():
+    log = ["self-check", ".......done, train.iterations is 2: runs/a (hrf report runs/a)", "a warning"]
+    assert reason_in(log) == "train.iterations is 2" and reason_in(["..."]) is None

@@ -86,6 +86,14 @@ def test_whatever_leaves_user_code_is_an_error_that_names_it(leaves):
     assert ("sys.exit" in str(caught.value)) == isinstance(leaves, SystemExit)
 
 
+def test_the_end_of_an_iterator_is_an_error_of_user_code_too():
+    def reward(images, prompts):
+        return next(iter([]))
+
+    with pytest.raises(RewardError, match=r"'reward' failed with StopIteration.*test_user_code.py:\d+ in reward"):
+        build_reward(reward)(IMAGES)
+
+
 def test_a_signal_passes_through_user_code():
     def reward(images, prompts):
         raise KeyboardInterrupt
@@ -227,6 +235,15 @@ def test_the_source_of_user_code_is_its_file(module, tmp_path):
     assert source_of(mine.f) == source_of(mine.Edges()) == source_of(functools.partial(mine.f)) == expected
     reward = build_reward([RewardTerm("mine:f"), RewardTerm("jpeg_compressibility")])
     assert reward.sources == {"reward mine:f": expected, "reward jpeg_compressibility": None}
+
+
+def test_plain_arguments_of_a_partial_are_part_of_its_source(module):
+    mine = module("mine", "def f(images, prompts=None, sign=1): ...\n")
+    one, same, other = (functools.partial(mine.f, sign=sign) for sign in (1, 1, -1))
+    assert source_of(one) == source_of(same) != source_of(other)
+    # a reward as the run has it
+    assert build_reward(one).sources != build_reward(other).sources
+    assert source_of(functools.partial(mine.f, sign=object())) == source_of(mine.f)
 
 
 def test_ours_and_what_has_no_source_have_none():
