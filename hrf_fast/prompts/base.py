@@ -41,6 +41,8 @@ def as_prompt(item: Any, where: str, negative: str) -> tuple[Prompt, float]:
     metadata, weight = item.get("metadata") or {}, item.get("weight", 1)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has the prompt {text!r}; use text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in f"{text}{own_negative}"):
+        raise ValueError(f"{where} has the prompt {text!r}, with half of a character; write the file again as UTF-8")
     if own_negative is not None and not isinstance(own_negative, str):
         raise ValueError(f"{where} has the negative prompt {own_negative!r}; use one text")
     # written so that NaN fails

@@ -126,17 +126,22 @@ def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes:
         reward: a name of the registry, or module:function; words: its arguments, as name=value in YAML.
 
     Raises:
-        ValueError: no such reward or argument, or a limit below 1.
+        ValueError: no such reward or argument, a limit below 1, or no port.
         OSError: the address is in use.
     """
     if max_bytes < 1:
         raise ValueError(f"--max-bytes is {max_bytes}; use at least 1")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; use 1 to 65535, or 0 for any that is free")
     kwargs: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is no argument of a reward; write name=value")
-        kwargs[name] = yaml.safe_load(value)
+        try:
+            kwargs[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{word!r} is no YAML: {' '.join(str(error).split())}") from error
     chosen = choose_device(device)
     server = RewardServer(
         # arguments are words after the reward's name

@@ -52,7 +52,7 @@ def read_study(path: Path) -> Study:
         tuning_seeds=_seeds(path, "tune.seeds", tune["seeds"]) if tune else (),
         learning_rates=_rates(path, tune["learning_rates"]) if tune else (),
     )
-    if study.reference not in study.arms:
+    if not isinstance(study.reference, str) or study.reference not in study.arms:
         raise ValueError(
             f"{path}: reference is {study.reference!r}{nearest(str(study.reference), study.arms)}; name one of the "
             f"arms, {', '.join(study.arms)}"

@@ -78,6 +78,7 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
         ("a.jsonl", b'{"prompt": "a", "wieght": 2}', "line 1 has wieght"),
         ("a.jsonl", b'{"prompt": "a", "prompt_2": "b"}', "line 1 has prompt_2; its keys are prompt, weight, neg"),
         ("a.jsonl", b'{"prompt": " "}', "line 1 has the prompt ' '"),
+        ("a.jsonl", b'{"prompt": "\\ud83d cat"}', "line 1 has the prompt .*half of a character"),
         ("a.jsonl", b'{"prompt": "a", "negative": ["b", "c"]}', "line 1 has the negative prompt .*one text"),
         ("a.jsonl", b'{"prompt": "a", "metadata": [1]}', "line 1 has the metadata"),
         ("a.jsonl", b'{"prompt": "a", "weight": -1}', "line 1 has the weight -1"),

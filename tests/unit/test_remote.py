@@ -1,6 +1,7 @@
 """The reward server and its client: what goes over the wire, and servers that are down, slow, busy or wrong."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from hrf_fast.cli import main
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import NotFiniteError, RewardError, build_reward
 from hrf_fast.rewards import remote as remote_module
@@ -279,3 +281,16 @@ def test_a_run_by_the_command_learns_what_it_learns_without_a_server(tiny_run, t
         server.terminate()
         server.wait(30)
     assert_equal_runs(tmp_path / "run", tmp_path / "remote")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--port=99999"], "--port is 99999; use 1 to 65535"),
+        (["--port=-1"], "--port is -1"),
+        (["quality=["], "'quality=\\[' is no YAML"),
+    ],
+)
+def test_a_server_that_can_not_be_started_says_why(words, message, capsys):
+    assert main(["serve-reward", "jpeg_compressibility", *words]) == 1
+    assert re.search(message, capsys.readouterr().err)

@@ -193,6 +193,7 @@ def test_layers_merge_as_files_do(write_study):
         ({"seed": [1]}, "no key 'seed' .*'seeds'"),
         ({"reference": None}, "lacks reference"),
         ({"reference": "dpo"}, "reference is 'dpo'"),
+        ({"reference": ["ddpo"]}, "reference is .'ddpo'."),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
         ({"keep": 90}, "keep is 90"),
         ({"tune": {"seeds": [2, 3], "learning_rates": [1e-5]}}, r"share \[2\]"),
