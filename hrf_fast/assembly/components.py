@@ -19,7 +19,7 @@ from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.memory.tuning import set_threads, tuned
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
-from hrf_fast.prompts.sources import check_prompts, load_prompts
+from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.anchors import Anchors, check_anchors
@@ -88,9 +88,8 @@ def build_components(
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
-        if (shown := config.evaluation.prompts) is not None:
-            _, sources[f"panel's prompts {shown}"] = load_prompts("evaluation.prompts", shown)
         panel = build_panel(config, device, prompts, network)
+        sources[f"panel's prompts {config.evaluation.prompts}"] = panel.source
         check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank

@@ -63,5 +63,6 @@ def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
     evaluation = config.evaluation
     panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled)
     if evaluation.prompts is not None:
-        prompts, _ = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
+        prompts, source = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
+        panel = replace(panel, source=source)
     return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)

@@ -98,6 +98,8 @@ class Panel:
     """Fixed prompts, used again from the first where the panel has more; empty for an unconditional model."""
     images_per_prompt: int = 1
     """Images of one prompt, one after the other."""
+    source: dict[str, str] | None = None
+    """The user's file or function of the prompts, as `source_of` gives it, where they are not the training's."""
 
     def evaluate(self, policy: Policy, reward: CombinedReward) -> PanelMetrics:
         """Sample the panel and compute its metrics, on all ranks together."""

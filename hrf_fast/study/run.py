@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from hrf_fast.run.files import EVENT, PANEL, read_log, write_atomically
+from hrf_fast.run.files import PANEL, read_log, write_atomically
+from hrf_fast.run.finished import model_iteration
 from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.study.plan import Job, Study
 from hrf_fast.study.results import Results, code_commit, facts, key, select
@@ -201,7 +202,7 @@ class Workers:
         if reason is None:
             return {"error": f"the run says nothing of its end; see {self.out / f'{job.name}.log'}"}
         panels = read_log(folder / "evaluations.jsonl", PANEL)
-        model = int(read_log(folder / "events.jsonl", EVENT)[-1]["figures"]["model"])
+        model = model_iteration(folder)
         iterations = [sum(line["seconds"].values()) for line in read_log(folder / "metrics.jsonl")]
         for number, panel in enumerate(panels):
             # of training before it

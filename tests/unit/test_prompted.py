@@ -203,6 +203,15 @@ def test_an_edited_file_of_prompts_is_noticed_on_resume(tmp_path, prompted):  # 
         train(words(tmp_path, "train.iterations=2", "run.edited_code=refuse"), reward=Colour())
 
 
+def test_an_edited_file_of_the_panels_prompts_is_noticed_too(tmp_path, prompted):  # noqa: F811
+    shown = tmp_path / "shown.txt"
+    shown.write_text("red\ngreen\nblue\ngrey\n")
+    train(words(tmp_path, f"evaluation.prompts={shown}", "train.iterations=1"), reward=Colour())
+    shown.write_text("grey\ngrey\nblue\ngrey\n")
+    with pytest.raises(ValueError, match=r"panel's prompts .*shown.txt has changed since the run began"):
+        train(words(tmp_path, f"evaluation.prompts={shown}", "run.edited_code=refuse"), reward=Colour())
+
+
 def test_a_model_with_prompts_needs_them_and_one_without_refuses_them(tmp_path, tiny_run, prompted):  # noqa: F811
     with pytest.raises(ValueError, match="prompts.source is null, but model.name any"):
         train(words(tmp_path, "prompts.source=null", "evaluation.images_per_prompt=4"))
