@@ -58,18 +58,19 @@ def panel_halves(
         features: [N, D]; log_probs: [N, K] of every head of a classifier, or empty.
         per_prompt: the Vendi Score of each prompt, [P], or None; its halves are of the prompts.
     """
-    statistics: dict[str, tuple[Statistic, int]] = {}
+    statistics: dict[str, tuple[Statistic, int]] = {"vendi": (vendi_of(features), len(features))}
+    fewer = {"vendi": {"draws": affordable(DRAWS, features), "chunk": chunk_of(features)}}
     if per_prompt is not None:
         statistics["vendi_per_prompt"] = mean_of(per_prompt), len(per_prompt)
     if "label" in log_probs:
         statistics["inception"] = inception_of(log_probs["label"]), len(features)
     if len(log_probs) > 1:
         statistics["looks"] = looks_of(log_probs), len(features)
-    others = {name: halves(f, count, seed=seed) for name, (f, count) in statistics.items() if count >= LEAST}
-    if len(features) < LEAST:
-        return others
-    draws, chunk = affordable(DRAWS, features), chunk_of(features)
-    return {"vendi": halves(vendi_of(features), len(features), seed=seed, draws=draws, chunk=chunk), **others}
+    return {
+        name: halves(f, count, seed=seed, **fewer.get(name, {}))
+        for name, (f, count) in statistics.items()
+        if count >= LEAST
+    }
 
 
 def kept_interval(before: Tensor, after: Tensor, count: int, *, level: float = 0.95) -> Interval:
