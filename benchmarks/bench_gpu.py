@@ -143,8 +143,8 @@ def main(words: Sequence[str] | None = None) -> None:
     record = Record(options.out / "gpu.json", facts_of(device, dry_run=options.dry_run))
     for line in missing(record.facts):
         _say(line)
-    # a file of tests takes a core or two
-    run(parts, record, options.minutes, together=max(1, (os.cpu_count() or 1) // 3))
+    # a file of tests takes a core or two; all of them at once from 12 on
+    run(parts, record, options.minutes, together=max(1, (os.cpu_count() or 1) // 2))
     everything = list(all_parts(device, dry_run=options.dry_run))
     (options.out / "gpu.md").write_text(page(record.facts, record.parts, everything))
     _say(f"written to {options.out / 'gpu.json'} and {options.out / 'gpu.md'}")
