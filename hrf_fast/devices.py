@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -48,12 +50,38 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # sums by atomic additions, as in the backward of fused attention, differ from run to run; of an operation that has
-    # no other way torch warns
+    # sums by atomic additions differ from run to run; of an operation that has no other way torch warns, a user's reward
+    # for one, but in the update: see deterministic_update
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # read when the first matrix product is made
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def deterministic_update() -> Iterator[None]:
+    """Inside, operations without a deterministic form are errors, where `set_precision_flags` asks for such forms.
+
+    Fused attention takes the deterministic form of its backward in this mode alone: where torch only warns, it warns
+    and adds up in any order.
+
+    Raises:
+        ValueError: names the operation, and the way out.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        reason = str(error).split(", but you set")[0]
+        raise ValueError(f"compute.deterministic is true, but {reason}; set compute.deterministic=false") from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
 def choose_device(name: str) -> torch.device:

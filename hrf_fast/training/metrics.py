@@ -71,6 +71,8 @@ class StepStats:
         means = {name: getattr(self, name) / pairs for name in sums}
         unknown = torch.full_like(self.loss, torch.nan)
         signal, noise = measured or (unknown, unknown)
+        # an optimizer that is offloaded has its norm on the CPU
+        grad_norm = grad_norm.to(self.loss.device)
         return replace(self, **means, grad_norm=grad_norm, gradient_signal=signal, gradient_noise=noise)
 
 

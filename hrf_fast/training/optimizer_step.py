@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hrf_fast.devices import deterministic_update
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.policies.base import Condition, Policy, Prediction
@@ -71,12 +72,13 @@ def optimizer_step(
 
     Raises:
         FloatingPointError: a gradient is not finite; the weights are as they were, on every rank.
+        ValueError: compute.deterministic is on, and an operation of the network has no deterministic form.
     """
     totals = StepStats.zeros(policy.device)
     pairs = pairs or sum(trajectory.old_log_prob.numel() for trajectory in trajectories.values())
     weight = factor / sum(trajectory.group.size for trajectory in trajectories.values())
     halves = GradientHalves(engine) if measure else None
-    with engine.accumulating():
+    with engine.accumulating(), deterministic_update():
         for call in halves.in_order(calls) if halves else calls:
             surrogate = call_surrogate(
                 policy, trajectories, advantages, call, clips, reference=reference, loss_weight=weight

@@ -165,7 +165,7 @@ def test_gpu_numbers_by_hand(monkeypatch):
     case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": times, "errors": {}}}}
     text = page._gpu({"cases": [case], "peak_gb_per_s": 400.0, "copy_gb_per_s": 350.0})
     assert "| 3×8×8 | 4 | on | two-stage | 2 |  | 10 | 4 | 0.01 |  | 3 |" in text
-    assert "which the share is of: 400; of a copy of 1 GB: 350." in text
+    assert "which the share is of: 400; of a kernel that reads and writes 1 GB: 350." in text
 
 
 @pytest.mark.parametrize(("size", "count"), [(30 * 2**20, 7), (2**30, 2), (1000, 64)])

@@ -56,6 +56,11 @@ def test_the_largest_ratio_may_come_first_or_last():
         assert float(stats.ratio_max) == pytest.approx(0.7)
 
 
+def test_the_norm_of_an_offloaded_optimizer_joins_the_other_numbers_device():
+    stats = StepStats.zeros(torch.device("meta")).finish(4, torch.tensor(2.0))
+    assert {value.device.type for value in vars(stats).values()} == {"meta"}
+
+
 def make_stats(*values):
     return StepStats(*(torch.tensor(value) for value in (*values, math.nan, math.nan)))
 

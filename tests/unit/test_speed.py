@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.devices import choose_device, set_precision_flags
+from hrf_fast.devices import choose_device, deterministic_update, set_precision_flags
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.load import load_policy
 from hrf_fast.train import train
 from hrf_fast.training import self_check as module
 from hrf_fast.training.self_check import self_check
+from tests.waits import loop_parts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -117,6 +118,37 @@ def flags(monkeypatch):
     yield lambda: (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, deterministic())
     cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept
     torch.use_deterministic_algorithms(False)
+
+
+def modes():
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_an_update_takes_what_is_deterministic_or_stops(flags):
+    with deterministic_update():
+        assert modes() == (False, False)
+    set_precision_flags(CUDA, deterministic=True)
+    with deterministic_update():
+        assert modes() == (True, False)
+    # put_ has no deterministic form on a CPU either
+    with pytest.raises(ValueError, match="compute.deterministic is true, but put_ .*deterministic=false"):
+        with deterministic_update():
+            torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    # other errors stay as they are
+    with pytest.raises(RuntimeError, match="of a kind of its own"), deterministic_update():
+        raise RuntimeError("of a kind of its own")
+    assert modes() == (True, True)
+
+
+def test_an_optimizer_step_is_made_in_that_mode(flags, tiny_run):
+    components = build(tiny_run, "run.device=cpu")
+    seen = []
+    next(components.policy.network.parameters()).register_hook(lambda gradient: seen.append(modes()))
+    set_precision_flags(CUDA, deterministic=True)
+    for part in loop_parts(components):
+        part()
+    assert set(seen) == {(True, False)}
+    assert modes() == (True, True)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
