@@ -86,8 +86,8 @@ def _gpu(result: dict[str, Any]) -> str:
     return (
         "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache (64 at "
         "most); warm: a graph over one input, whose rates may be the cache's; launched: from the host, the cache "
-        f"emptied. The card's GB/s by its clock and bus, which the share is of: {peak}; of a kernel that reads and writes 1 GB: {copy}."
-        f"\n\n{markdown_table(header, rows)}"
+        f"emptied. The card's GB/s by its clock and bus, which the share is of: {peak}; of a kernel that reads and "
+        f"writes 1 GB: {copy}.\n\n{markdown_table(header, rows)}"
     )
 
 

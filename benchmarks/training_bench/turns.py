@@ -45,6 +45,7 @@ def measure(
     clock: str,
     advance: Callable[[int, str], None],
     until: float = math.inf,
+    left_out: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Start a worker per row, check them, and time them in turns.
 
@@ -56,6 +57,7 @@ def measure(
         advance: called with iterations done and what is going on.
         until: the time.monotonic() to be done by. Rows after the first have two thirds of the time to start, and
             another round is begun only where the longest one would fit.
+        left_out: takes a sentence for each row that could not start.
 
     Returns:
         One summary per row that could start; the others are named on the console.
@@ -73,13 +75,11 @@ def measure(
         return start_worker(row, words, folder=folder / str(index), threads=threads)
 
     try:
-        # one after another, so that a compilation has the machine to itself; but what compiles nothing starts together
-        # on a GPU's machine, which has cores to spare: imports and the choice of convolutions take a minute
-        together = _together(table)
-        for index in together:
-            started[index] = start(index)
-        for index in [*together, *(index for index in range(len(table)) if index not in together)]:
-            row, _ = table[index]
+        # one after another, so that a compilation has the machine to itself; but together on a GPU's machine, which has
+        # cores to spare: imports and the choice of convolutions take a minute, a compilation several
+        if torch.cuda.is_available():
+            started.update((index, start(index)) for index in range(len(table)))
+        for index, (row, _) in enumerate(table):
             advance(0, f"{where}: starting {row.name}")
             if index not in started:
                 started[index] = start(index)
@@ -94,6 +94,8 @@ def measure(
                     raise ValueError(f"{where}, {row.name}: {error}") from error
                 worker.stop()
                 note(f"{where}: skipped {row.name!r}: {error}")
+                if left_out is not None:
+                    left_out.append(f"{row.name}: {error}")
                 advance(CHECKED + rounds * per_round, "")
                 continue
             advance(1, "")
@@ -137,13 +139,6 @@ def measure(
         result["speedups"] = [baseline / seconds for baseline, seconds in pairs]
         result["speedup"] = statistics.median(result["speedups"])
     return results
-
-
-def _together(table: Sequence[tuple[Row, list[str]]]) -> list[int]:
-    """The rows that start at once: beside a GPU those that compile nothing."""
-    compiled = ("compute.compile=unet", "compute.compile=blocks")
-    rows = [index for index, (_, words) in enumerate(table) if not any(word in compiled for word in words)]
-    return rows if torch.cuda.is_available() else []
 
 
 def _check(
