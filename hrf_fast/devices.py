@@ -50,8 +50,8 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # sums by atomic additions differ from run to run; torch warns of an operation that has no other way, as a reward may
-    # have; `deterministic_update` is stricter
+    # sums by atomic additions differ from run to run; `deterministic_update` is stricter than a warning, which is for
+    # what rewards may compute
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # read when the first matrix product is made
