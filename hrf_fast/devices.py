@@ -50,7 +50,7 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # sums by atomic additions differ from run to run; `deterministic_update` is stricter than a warning, which is for
+    # sums by atomic additions differ from run to run; `deterministic_backward` is stricter than a warning, which is for
     # what rewards may compute
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -59,11 +59,11 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
 
 
 @contextmanager
-def deterministic_update() -> Iterator[None]:
+def deterministic_backward() -> Iterator[None]:
     """Inside, operations without a deterministic form are errors, where `set_precision_flags` asks for such forms.
 
     Fused attention takes the deterministic form of its backward in this mode alone: where torch only warns, it warns
-    and adds up in any order.
+    and adds up in any order. A forward stays outside: torch holds a compiled graph to the mode.
 
     Raises:
         ValueError: names the operation, and the way out.

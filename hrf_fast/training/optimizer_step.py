@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hrf_fast.devices import deterministic_update
+from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.policies.base import Condition, Policy, Prediction
@@ -78,17 +78,17 @@ def optimizer_step(
     pairs = pairs or sum(trajectory.old_log_prob.numel() for trajectory in trajectories.values())
     weight = factor / sum(trajectory.group.size for trajectory in trajectories.values())
     halves = GradientHalves(engine) if measure else None
-    with engine.accumulating(), deterministic_update():
+    with engine.accumulating():
         for call in halves.in_order(calls) if halves else calls:
             surrogate = call_surrogate(
                 policy, trajectories, advantages, call, clips, reference=reference, loss_weight=weight
             )
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
-            with policy.stopwatch.running():
+            with policy.stopwatch.running(), deterministic_backward():
                 engine.backward(loss, kept=call.prediction is not None)
             policy.calls.backwards += call.images * trajectories[call.pieces[0].group].group.condition.branches
-        with policy.stopwatch.running():
+        with policy.stopwatch.running(), deterministic_backward():
             engine.finish(padding)
         if halves:
             halves.end()

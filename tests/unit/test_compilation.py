@@ -91,6 +91,28 @@ def test_a_run_of_many_window_lengths_steps_and_batches_compiles_its_graphs_once
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.fixture
+def deterministic():
+    """The mode of CUDA's `compute.deterministic`, which is one of the things that torch holds a graph to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("mode", "activations"),
+    [("unet", "replay"), pytest.param("blocks", "checkpoint", marks=pytest.mark.slow)],
+)
+def test_an_update_in_deterministic_mode_compiles_nothing_again(
+    mode, activations, smallest_model, tmp_path, graphs, deterministic, monkeypatch
+):
+    made = []
+    monkeypatch.setattr("hrf_fast.train.warm_up", lambda *args: (warm_up(*args), made.append(len(graphs))))
+    options = {"compute.compile": mode, "compute.activations": activations, "train.iterations": 1}
+    train(load_config(words(smallest_model, tmp_path / "run", **options)))
+    assert made == [len(graphs)] and made[0] >= 2
+
+
 def test_graphs_are_kept_over_several_forwards_and_batches_of_one_are_one_more_graph(smallest_model, graphs):
     policy, plain = load_policy(str(smallest_model)), load_policy(str(smallest_model))
     policy.compile("unet")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
-from hrf_fast.devices import choose_device, deterministic_update, set_precision_flags
+from hrf_fast.devices import choose_device, deterministic_backward, set_precision_flags
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.load import load_policy
 from hrf_fast.train import train
@@ -124,23 +124,23 @@ def modes():
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def test_an_update_takes_what_is_deterministic_or_stops(flags):
-    with deterministic_update():
+def test_a_backward_takes_what_is_deterministic_or_stops(flags):
+    with deterministic_backward():
         assert modes() == (False, False)
     set_precision_flags(CUDA, deterministic=True)
-    with deterministic_update():
+    with deterministic_backward():
         assert modes() == (True, False)
     # put_ has no deterministic form on a CPU either
     refusal = pytest.raises(ValueError, match="compute.deterministic is true, but put_ .*deterministic=false")
-    with refusal, deterministic_update():
+    with refusal, deterministic_backward():
         torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
     # other errors stay as they are
-    with pytest.raises(RuntimeError, match="of a kind of its own"), deterministic_update():
+    with pytest.raises(RuntimeError, match="of a kind of its own"), deterministic_backward():
         raise RuntimeError("of a kind of its own")
     assert modes() == (True, True)
 
 
-def test_an_optimizer_step_is_made_in_that_mode(flags, tiny_run):
+def test_the_backward_of_an_optimizer_step_is_in_that_mode(flags, tiny_run):
     components = build(tiny_run, "run.device=cpu")
     seen = []
     next(components.policy.network.parameters()).register_hook(lambda gradient: seen.append(modes()))
