@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands import run_config
+from hrf_fast.commands import run_config, run_policy
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device
@@ -55,7 +55,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
             f"{config.evaluation.network} gives none, or evaluation.panel_size {config.evaluation.panel_size} is too "
             "few images; leave it at 0"
         )
-    policy = build_policy(config, str(run / "model"))
+    policy = run_policy(run, config, str(run / "model"))
     adapters = bool(adapted_layers(policy.network.unet))
     pretrained = None if adapters else build_policy(replace(config, lora=LoraConfig())).network
     line = blends.Line(policy.network, pretrained)

@@ -34,6 +34,7 @@ from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.files import PANEL, read_log, write_atomically
 from hrf_fast.run.finished import finished_run
+from hrf_fast.run.folder import check_base
 
 
 def draw(
@@ -113,9 +114,21 @@ def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any
         raise ValueError(f"--variant is {variant!r}, but {model} is of a run, whose weights have none; leave it out")
     if run is None:
         finished_run(path)
-        return build_policy(_with_sampler(run_config(path), device, sampler), str(path / "model"))
-    policy = build_policy(_with_sampler(run_config(run), device, sampler))
+        return run_policy(path, _with_sampler(run_config(path), device, sampler), str(path / "model"))
+    policy = run_policy(run, _with_sampler(run_config(run), device, sampler))
     load_weights(policy, path)
+    return policy
+
+
+def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:
+    """The policy of `build_policy` for a run, whose adapters are beside the weights that they were trained beside.
+
+    Raises:
+        ValueError: see `check_base`.
+    """
+    policy = build_policy(config, name)
+    if config.lora.rank:
+        check_base(run, policy.network.base_digest)
     return policy
 
 
@@ -195,7 +208,7 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
     if network is not None and not fidelity:
         print('FID and KID are left out, since torchmetrics is not installed: pip install "hrf_fast[metrics]"')
     for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
-        policy = build_policy(config, name)
+        policy = run_policy(run, config, name)
         metrics = panel.evaluate(policy, reward)
         result[title] = metrics.record()
         pretrained = metrics.images if pretrained is None else pretrained
@@ -230,7 +243,7 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
     if out.exists():
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
     config = _with_sampler(run_config(run), "cpu", {})
-    policy = build_policy(config)
+    policy = run_policy(run, config)
     load_weights(policy, checkpoint)
     if merge:
         if not (policy.takes_prompts and config.lora.rank):

@@ -21,6 +21,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
+from hrf_fast.run.folder import BASE
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.components import Components
@@ -88,6 +89,9 @@ def build_components(
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
+        # a policy of the user's may have a network of the user's
+        if base := getattr(policy.network, "base_digest", ""):
+            sources[BASE] = {"file": config.model.name, "sha256": base}
         panel = build_panel(config, device, prompts, network)
         sources[f"panel's prompts {config.evaluation.prompts}"] = panel.source
         check_floors(config.stop, panel.shares)

@@ -16,6 +16,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.option_checks import check_given
+from hrf_fast.weights import digest
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
@@ -50,6 +51,8 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         offload=compute.offload,
         device=device,
     )
+    if name is None and (config.lora.rank or config.remedies.needs_reference):
+        policy.network.base_digest = digest(policy.network.unet.state_dict())
     if config.lora.rank and name is None:
         add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)
     if tuned is not None:

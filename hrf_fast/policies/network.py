@@ -47,6 +47,9 @@ class Network(nn.Module):
     It is `unet` whatever its architecture: checkpoints have that name before those of the weights.
     """
 
+    base_digest = ""
+    """The digest of the pretrained weights, where training needs them throughout; empty where it does not."""
+
     def __init__(
         self,
         unet: nn.Module,

@@ -9,7 +9,7 @@ folder/
     samples/             the panel as PNG grids, iteration-000000.png is the pretrained model
     checkpoints/         newest few, for resume
     model/               the tuned model, a diffusers folder
-    sources.json         file and SHA-256 of the user's reward and schedule, where there are any
+    sources.json         file and SHA-256 of the user's reward and schedule, and of the base model, where they count
     .lock, .lock-owner   held while a process trains here, and by which
 """
 
@@ -36,8 +36,33 @@ from hrf_fast.run.checkpoint import has_trained, sweep
 from hrf_fast.run.files import EVENT, PANEL, append_line, read_log, write_atomically
 
 SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
+# in sources.json: the pretrained weights, which a checkpoint of adapters does not hold
+BASE = "base model"
 # memory of the W&B writer
 WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
+
+
+def read_sources(run: Path) -> dict[str, dict[str, str]]:
+    """Read a run's sources.json; empty for a run that began without."""
+    path = run / SOURCES
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_base(run: Path, base: str) -> None:
+    """Refuse other pretrained weights than those that a run began with; one that has not kept their digest passes.
+
+    Args:
+        base: the digest of the weights, see `Network.base_digest`.
+
+    Raises:
+        ValueError: the weights of model.name are others than when the run began.
+    """
+    before = read_sources(run).get(BASE)
+    if base and before and before["sha256"] != base:
+        raise ValueError(
+            f"model.name is {before['file']!r}, whose weights have changed since the run in {run} began, and its "
+            "adapters or remedies need the old ones; restore them, or train in another run.folder"
+        )
 
 
 class RunFolder:
@@ -104,8 +129,8 @@ class RunFolder:
             A line for each of the user's sources that has changed since the run began.
 
         Raises:
-            ValueError: more iterations are done than asked for, a finished run has lost its checkpoints, or a source
-                has changed and run.edited_code is refuse.
+            ValueError: more iterations are done than asked for, a finished run has lost its checkpoints, the weights
+                that it began with have changed, or a source has and run.edited_code is refuse.
         """
         if done > self.config.train.iterations:
             raise ValueError(
@@ -118,6 +143,8 @@ class RunFolder:
                 "run.folder, or delete the folder to train again"
             )
         path = self.path / "config.yaml"
+        if done and BASE in sources:
+            check_base(self.path, sources[BASE]["sha256"])
         edited = self._edited(sources)
         if edited and done and self.config.run.edited_code == "refuse":
             raise ValueError(
@@ -142,8 +169,7 @@ class RunFolder:
 
     def _edited(self, sources: Mapping[str, dict[str, str]]) -> list[str]:
         """A line for each of the user's sources that is not what it was when the run began."""
-        path = self.path / SOURCES
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = read_sources(self.path)
         return [
             f"{name} has changed since the run began ({source['file']}): what came before and what comes now can't be "
             "compared"

@@ -94,8 +94,7 @@ class Run:
             sources: the user's code by name, as `source_of` gives it.
 
         Raises:
-            ValueError: more iterations are done than asked for, a finished run has lost its checkpoints, or the user's
-                code has changed and run.edited_code is refuse.
+            ValueError: see `RunFolder.begin`.
             ImportError: the package of a writer is missing.
         """
         self._saved = done or None

@@ -1,10 +1,12 @@
 """LoRA: what is trained, what a checkpoint holds, how a run starts, resumes and is saved, and what is refused."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
 
 from hrf_fast.assembly.model import build_engine, build_policy
@@ -14,6 +16,7 @@ from hrf_fast.engines.base import trained_weights
 from hrf_fast.memory.planner import plan
 from hrf_fast.memory.zero import model_states
 from hrf_fast.policies.lora import add_adapters, merged
+from hrf_fast.rewards.registry import RewardError
 from tests.conftest import make_unet, tiny_words
 from tests.runs import (
     assert_equal_training,
@@ -79,6 +82,58 @@ def test_a_resumed_run_is_equal_to_the_bit(run, tiny_model, tmp_path):
     for file in ("weights.safetensors", "ema.safetensors"):
         a, b = (checkpoint_weights(f / "checkpoints" / "iteration-000002", file) for f in (tmp_path / "run", folder))
         assert equal(a, b)
+
+
+def other_base(model, folder):
+    """A copy of a model's folder with one weight that differs in one number."""
+    shutil.copytree(model, folder)
+    changed = weights(folder)
+    changed["conv_out.bias"][0] += 1e-3
+    save_file(changed, folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("lora.rank=0", "remedies.kl_weight=0.1", "optimizer.learning_rate=1e-5")],
+    ids=["adapters", "reference"],
+)
+def test_a_base_model_that_has_changed_is_refused_and_a_run_from_before_goes_on(tiny_model, tmp_path, more):
+    base, folder = tmp_path / "base", tmp_path / "run"
+    words = lora_words(base, folder, *more)
+    shutil.copytree(tiny_model, base)
+    train([*words, "train.iterations=1"], reward=brightness)
+    shutil.rmtree(base)
+    other_base(tiny_model, base)
+    checkpoint = folder / "checkpoints" / "iteration-000001"
+    loads_adapters = [lambda: export(checkpoint, tmp_path / "exported"), lambda: evaluate(folder, [])]
+    for command in (lambda: train(words, reward=brightness), *(loads_adapters if not more else [])):
+        with pytest.raises(ValueError, match=f"model.name is '{base}', whose weights have changed since the run in "):
+            command()
+    sources = json.loads((folder / "sources.json").read_text())
+    del sources["base model"]
+    (folder / "sources.json").write_text(json.dumps(sources))
+    train(words, reward=brightness)
+    assert len(metrics(folder)) == 2
+
+
+def test_a_base_model_that_has_changed_before_any_iteration_is_a_new_run(tiny_model, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "run"
+    words, failing = lora_words(base, folder), [True]
+
+    def reward(images, prompts):
+        if failing and len(images) != 2:
+            raise KeyError("after the first panel")
+        return images.mean((1, 2, 3))
+
+    shutil.copytree(tiny_model, base)
+    with pytest.raises(RewardError):
+        train(words, reward=reward)
+    (old,) = panels(folder)
+    failing.clear()
+    shutil.rmtree(base)
+    other_base(tiny_model, base)
+    train(words, reward=reward)
+    assert panels(folder)[0]["iteration"] == old["iteration"] == 0 and panels(folder)[0]["rewards"] != old["rewards"]
 
 
 def test_the_ratio_is_1_on_policy(run):
