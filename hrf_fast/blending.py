@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands import run_config, run_policy
+from hrf_fast.commands import ADAPTERS, run_config, run_policy, tuned_config
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device
@@ -41,7 +41,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     """
     alphas, folder = blends.steps_to(most, step), finished_run(run) / "blend"
     blends.check_floors(keep, quality)
-    config = run_config(run, tuple(words))
+    # another model.name is judged by its rewards
+    config = tuned_config(run, words, ADAPTERS)
     device = choose_device(config.run.device)
     panel = build_panel(config, device, build_prompts(config)[0])
     if panel.network is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompted_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.config.load import load_config
+from hrf_fast.config.load import differences, load_config
 from hrf_fast.config.options import Config
+from hrf_fast.config.paths import with_absolute_paths
 from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import trained_weights
@@ -35,6 +36,10 @@ from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.files import PANEL, read_log, write_atomically
 from hrf_fast.run.finished import finished_run
 from hrf_fast.run.folder import check_base
+
+# options that say what a run's tuned model is
+BASE_MODEL = ("model.name", "model.revision", "model.variant")
+ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
 
 
 def draw(
@@ -157,6 +162,25 @@ def run_config(run: Path, words: tuple[str, ...] = ()) -> Config:
     return load_config(["--config", str(run / "config.yaml"), *words])
 
 
+def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Config:
+    """A finished run's configuration with options changed by `words`, but for the `fixed` ones.
+
+    Raises:
+        ValueError: the run has not finished, or a fixed option is another than the run's.
+    """
+    config = run_config(finished_run(run), tuple(words))
+    changed = differences(with_absolute_paths(run_config(run)), with_absolute_paths(config))
+    for option in fixed:
+        if option in changed:
+            before, now = changed[option]
+            other = "; `hrf sample` draws another model, and config.yaml there may name a model that has moved"
+            raise ValueError(
+                f"{option} is {now!r}, but the tuned model of {run} is of {before!r}; leave {option} out"
+                + (other if option == "model.name" else "")
+            )
+    return config
+
+
 def _with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
     """The configuration with fields of its sample section replaced, in fp32 on `device`.
 
@@ -190,9 +214,9 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
         everything: whether all metrics are printed, or the most useful ones.
 
     Raises:
-        ValueError: the run has not finished.
+        ValueError: see `tuned_config`.
     """
-    config = run_config(finished_run(run), tuple(words))
+    config = tuned_config(run, words, (*BASE_MODEL, *ADAPTERS))
     device = choose_device(config.run.device)
     reward, panel = build_config_reward(config, device), build_panel(config, device, build_prompts(config)[0])
     result: dict[str, Any] = {

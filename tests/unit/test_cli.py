@@ -210,6 +210,24 @@ def test_evaluate_wants_a_finished_run(finished, tmp_path, capsys):
     assert f"has gone on to iteration {done + 1} since its model/ was saved after {done};" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("evaluate", "model.name=fashion"),
+        ("evaluate", "model.variant=fp16"),
+        ("evaluate", "lora.rank=2"),
+        ("blend", "lora.rank=2"),
+    ],
+)
+def test_another_model_than_the_runs_is_refused_before_anything_is_loaded(finished, capsys, monkeypatch, command, word):
+    monkeypatch.setattr("hrf_fast.commands.build_policy", lambda *_: pytest.fail("loaded"))
+    assert main([command, str(finished), word]) == 1
+    option, _, value = word.partition("=")
+    error = capsys.readouterr().err
+    assert option in error and value in error and f"the tuned model of {finished} is of " in error
+    assert f"leave {option} out" in error
+
+
 def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monkeypatch):
     def fail():
         raise ValueError("x is 3; use 4")
