@@ -15,7 +15,7 @@ from torch import Tensor
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompted_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import differences, load_config
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import FLOW_SAMPLERS, Config
 from hrf_fast.config.paths import with_absolute_paths
 from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.devices import choose_device, set_precision_flags
@@ -113,14 +113,16 @@ def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any
     """A model by name, or a run's tuned model or checkpoint under the sampler that it was trained with."""
     path = Path(model).expanduser()
     run = _run_of(path)
-    if run is None and not (path / "config.yaml").is_file():
+    folder = run or path
+    config = run_config(folder) if (folder / "config.yaml").is_file() else None
+    _check_noise(sampler, "ddim" if config is None else config.sample.scheduler)
+    if config is None:
         return load_policy(model, variant=variant, **sampler, device=choose_device(device))
     if variant is not None:
         raise ValueError(f"--variant is {variant!r}, but {model} is of a run, whose weights have none; leave it out")
     if run is None:
-        finished_run(path)
-        return run_policy(path, _with_sampler(run_config(path), device, sampler), str(path / "model"))
-    policy = run_policy(run, _with_sampler(run_config(run), device, sampler))
+        return run_policy(finished_run(path), _with_sampler(config, device, sampler), str(path / "model"))
+    policy = run_policy(run, _with_sampler(config, device, sampler))
     load_weights(policy, path)
     return policy
 
@@ -135,6 +137,17 @@ def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:
     if config.lora.rank:
         check_base(run, policy.network.base_digest)
     return policy
+
+
+def _check_noise(sampler: Mapping[str, Any], default: str) -> None:
+    """Refuse the noise scale of another kind of sampler; `default` is the sampler without --scheduler."""
+    kind = sampler.get("sampler", default)
+    wrong, right = ("eta", "noise_level") if kind in FLOW_SAMPLERS else ("noise_level", "eta")
+    if wrong in sampler:
+        raise ValueError(
+            f"--{wrong.replace('_', '-')} is {sampler[wrong]:g}, but the sampler is {kind}, whose noise scale is "
+            f"--{right.replace('_', '-')}; leave it out, or name another sampler by --scheduler"
+        )
 
 
 def _run_of(checkpoint: Path) -> Path | None:

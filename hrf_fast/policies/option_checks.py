@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hrf_fast.config.options import FACTS
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.files import ModelFiles
@@ -19,11 +20,12 @@ def check_options(
     channels_last: bool = False,
     offload: bool = False,
 ) -> None:
-    """Refuse options of text-to-image models for another, and those of UNets for a transformer.
+    """Refuse guidance below 1, options of text-to-image models for another, and those of UNets for a transformer.
 
     Args:
         guidance_scale: sample.guidance_scale; decoder, image_size: of section model; the others: of section compute.
     """
+    FACTS["sample.guidance_scale"].check("sample.guidance_scale", guidance_scale)
     for_prompts: dict[str, tuple[Any, Any]] = {
         "sample.guidance_scale": (guidance_scale, 1),
         "model.decoder": (decoder, None),

@@ -125,6 +125,25 @@ def test_sample_refuses_a_count_of_zero(tiny_model, capsys):
     assert "--count is 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fashion", "--noise-level=0.7"], "--noise-level is 0.7, but the sampler is ddim, whose noise scale is --eta"),
+        (["RUN", "--noise-level=0.7"], "--noise-level is 0.7, but the sampler is ddim"),
+        (["RUN/checkpoints/iteration-000002", "--noise-level=0.7"], "--noise-level is 0.7, but the sampler is ddim"),
+        (["fashion-flow", "--scheduler=cps", "--eta=1"], "--eta is 1, but the sampler is cps"),
+        (["fashion", "--guidance=0.5"], "sample.guidance_scale is 0.5; it must be at least 1"),
+    ],
+)
+def test_sample_refuses_a_noise_scale_that_would_do_nothing_and_guidance_below_1(
+    finished, tmp_path, capsys, words, message
+):
+    model, *options = (word.replace("RUN", str(finished)) for word in words)
+    out = tmp_path / "x.png"
+    assert main(["sample", model, *options, "--count=1", "--steps=2", "--out", str(out)]) == 1
+    assert message in capsys.readouterr().err and not out.exists()
+
+
 def test_a_run_is_evaluated_and_reported(finished, capsys):
     assert main(["evaluate", str(finished), "evaluation.panel_size=8"]) == 0
     header, reward, below, written = capsys.readouterr().out.splitlines()
