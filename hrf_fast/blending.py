@@ -20,7 +20,7 @@ from hrf_fast.evaluation import blend as blends
 from hrf_fast.policies.lora import adapted_layers
 from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
-from hrf_fast.run.files import PANEL, append_line, read_log, sha256, write_atomically
+from hrf_fast.run.files import PANEL, append_line, read_log, read_object, sha256, write_atomically
 from hrf_fast.run.finished import finished_run, model_iteration
 
 
@@ -107,13 +107,14 @@ def _claim_blend(folder: Path, run: Path, config: Config) -> None:
     """Begin RUN/blend, or go on in it where panels would be equal.
 
     Raises:
-        ValueError: it holds panels of other settings or of another tuned model; says which.
+        ValueError: it holds panels of other settings or of another tuned model; says which. Or its settings.json is
+            damaged.
     """
     weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
     sections = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
     now = {"precision": config.compute.precision, **sections, "weights": weights}
     path = folder / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else now
+    before = read_object(path, f"restore it, or move {folder} away to begin again") if path.exists() else now
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{folder} holds blends of another {name}; move it away, or use its own ({path} has it)")

@@ -111,6 +111,24 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_object(path: Path, way_out: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        way_out: the end of the error, after a semicolon.
+
+    Raises:
+        ValueError: something else is in the file, by its path.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise TypeError(f"it is a JSON {type(value).__name__}, not an object")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
+    return value
+
+
 def read_log(path: Path, needs: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Records of metrics.jsonl or evaluations.jsonl; a last line without its end, left by a full disk, is not one.
 

@@ -33,7 +33,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import has_trained, sweep
-from hrf_fast.run.files import EVENT, PANEL, append_line, read_log, write_atomically
+from hrf_fast.run.files import EVENT, PANEL, append_line, read_log, read_object, write_atomically
 
 SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
 # in sources.json: the pretrained weights, which a checkpoint of adapters does not hold
@@ -43,9 +43,16 @@ WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
 
 
 def read_sources(run: Path) -> dict[str, dict[str, str]]:
-    """Read a run's sources.json; empty for a run that began without."""
-    path = run / SOURCES
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Read a run's sources.json; empty for a run that began without.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path, way_out = run / SOURCES, "restore it, or delete it to go on without a comparison to what the run began with"
+    sources = read_object(path, way_out) if path.exists() else {}
+    if not all(isinstance(source, dict) and {"file", "sha256"} <= source.keys() for source in sources.values()):
+        raise ValueError(f"{path} is damaged (a source in it lacks its file or SHA-256); {way_out}")
+    return sources
 
 
 def check_base(run: Path, base: str) -> None:

@@ -224,6 +224,9 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     (copy / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
     assert "model.name is not the model that the run began with" in refused(copy, "--step", "1")
     assert "another model" in refused(copy, f"model.name={tiny_model}")
+    settings = copy / "blend" / "settings.json"
+    settings.write_text(settings.read_text()[:-9])
+    assert f"{settings} is damaged (" in refused(copy, "--step", "1")
     shutil.rmtree(copy / "blend")
     # a panel of another size does not hide it
     assert "model.name is not the model that the run began with" in refused(

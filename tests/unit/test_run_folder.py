@@ -217,6 +217,17 @@ def test_a_damaged_log_line_is_named(tmp_path, line):
         read_log(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["", '{"reward x": ', "[]", '{"reward x": 3}', '{"reward x": {"sha256": "0"}}', "\xff"]
+)
+def test_a_damaged_record_of_sources_is_named(config, tmp_path, text):
+    begin(config)
+    path = tmp_path / "run" / "sources.json"
+    path.write_text(text, encoding="latin-1")
+    with Run(config) as run, pytest.raises(ValueError, match=f"{path} is damaged .*; restore it, or delete it"):
+        run.begin(1, {"reward x": {"file": "x.py", "sha256": "0"}})
+
+
 def test_rewinding_drops_iterations_to_be_done_again_but_keeps_the_panel_before_them(config, tmp_path):
     with Run(config) as run:
         for iteration in range(4):
