@@ -133,7 +133,9 @@ def make_parsers(
     command = add("from_trl")
     command.add_argument("--out", type=path, help="YAML file; printed by default")
     command.add_argument("--processes", type=int, help="that TRL was launched on, 1 by default")
-    command.add_argument("source", type=path, help="a script with a DDPOConfig, or a JSON file of its fields")
-    command.add_argument("words", nargs=argparse.REMAINDER, help="--field=value, as given to the script")
+    source = (
+        "a script with a DDPOConfig, or a JSON file of its fields; --field=value, as given to the script, may follow"
+    )
+    command.add_argument("source", type=path, help=source)
     add("doctor")
     return parser, commands.choices

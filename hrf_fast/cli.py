@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     return make_parsers(COMMANDS)[0]
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     """The arguments of a command line; options and positional words may come in any order."""
     parser, commands = make_parsers(COMMANDS)
     if "_ARGCOMPLETE" in os.environ:
@@ -183,10 +183,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    if words[:1] in (["bench"], ["study"], ["from-trl"]) or not words or words[0] not in commands:
-        # the words after `bench WHAT`, `study WHAT` and `from-trl SOURCE` are its own
+    if words[:1] in (["bench"], ["study"]) or not words or words[0] not in commands:
+        # the words after `bench WHAT` and `study WHAT` are its own
         return parser.parse_args(words)
-    arguments = commands[words[0]].parse_intermixed_args(words[1:])
+    if words[0] == "from-trl":
+        # words that are no options of ours are fields of TRL's
+        arguments, fields = commands[words[0]].parse_known_args(words[1:])
+        arguments.words = fields
+    else:
+        arguments = commands[words[0]].parse_intermixed_args(words[1:])
     return argparse.Namespace(command=words[0], version=False, **vars(arguments))
 
 
@@ -201,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"usage: hrf train {CONFIG_HELP}\n{describe_options()}")
             return 0
         return run_command(lambda: train(argparse.Namespace(words=words[1:])), RESUMES)
-    arguments = _parse(words)
+    arguments = parse(words)
     if arguments.version:
         from hrf_fast.version import __version__
 

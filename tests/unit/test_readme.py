@@ -11,7 +11,7 @@ import torch
 import hrf_fast
 from benchmarks.gpu_bench.page import MARKERS
 from hrf_fast.assembly.inputs import build_config_reward
-from hrf_fast.cli import build_parser
+from hrf_fast.cli import parse
 from hrf_fast.config.load import load_config
 from hrf_fast.config.options import FACTS, SECTIONS
 from hrf_fast.rewards import list_rewards, registry
@@ -70,7 +70,7 @@ def test_commands_exist_with_their_options(page, words, monkeypatch):
         if rest[1:] != ["--help"]:
             load_config(rest[1:])
     elif program == "hrf":
-        arguments = build_parser().parse_args(rest)
+        arguments = parse(rest)
         files = [word for file in getattr(arguments, "config", []) for word in ("--config", file)]
         load_config([*files, *getattr(arguments, "overrides", [])])
         if rest[0] == "bench":

@@ -86,6 +86,11 @@ def test_a_converted_configuration_loads(script, tmp_path, capsys):
     assert config.train.iterations == 3 and config.train.groups_per_iteration == 12
     assert config.sample.guidance_scale == 5 and config.optimizer.learning_rate == 3e-4
     assert config.reward.name == "ddpo:brightness" and config.prompts.source == "ddpo:prompt_fn"
+    # options of ours may follow the source, before and after the script's own words
+    words = [str(script), "--processes", "1", "--sample_batch_size", "6", "--out", str(out), "--mixed_precision=no"]
+    out.unlink()
+    assert main(["from-trl", *words]) == 0 and load_config(["--config", str(out)]) == config
+    capsys.readouterr()
     assert main(["from-trl", str(script), "--sample_batch_size=6"]) == 0
     assert "iterations: 3" in capsys.readouterr().out
 
