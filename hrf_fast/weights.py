@@ -1,13 +1,14 @@
 """Weights as a file holds them, judged before they are used: their names, their shapes and their numbers.
 
 Every loader says by these functions why the weights of a file can't be used: "missing tensors (conv_out.bias)".
-`digest` tells whether weights are those of another day.
+`read_tensors` reads the files, and `digest` tells whether weights are those of another day.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
 Shape = Sequence[int]
 # names that an error lists
 _LISTED = 3
+
+
+def read_tensors(path: Path, way_out: str) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, by name, on the CPU.
+
+    Args:
+        way_out: the end of the error, after a semicolon.
+
+    Raises:
+        ValueError: the file is damaged or can't be read, by its path.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read ({error}); {way_out}") from error
 
 
 def judge(needed: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> str:

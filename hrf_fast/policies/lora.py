@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrf_fast.noise import noise_key
 from hrf_fast.policies.network import DTYPES
 from hrf_fast.registry import nearest
-from hrf_fast.weights import judge
+from hrf_fast.weights import judge, read_tensors
 
 # peft's name of the one adapter
 ADAPTER = "default"
@@ -153,11 +152,12 @@ def load_adapters(unet: Any, folder: Path) -> None:
     """Put the adapters that `save_adapters` wrote into a denoiser with adapters of equal rank, alpha and targets.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, of another shape or not finite.
+        ValueError: the file is damaged, or a tensor is missing, unexpected, of another shape or not finite.
     """
     file, names = folder / LORA_WEIGHTS, _names(unet)
     # after the part of the pipeline
-    tensors = {name.partition(".")[2]: tensor for name, tensor in load_file(file).items()}
+    read = read_tensors(file, "restore the run's folder")
+    tensors = {name.partition(".")[2]: tensor for name, tensor in read.items()}
     if problem := judge({saved: unet.get_parameter(name).shape for name, saved in names.items()}, tensors):
         raise ValueError(f"{file} can't be used for the adapters of section lora: {problem}; restore the run's folder")
     for name, saved in names.items():

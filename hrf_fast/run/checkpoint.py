@@ -16,19 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.engines.optimizers import judge_state
 from hrf_fast.run.files import replace_folder, sha256
-from hrf_fast.weights import judge
+from hrf_fast.weights import judge, read_tensors
 
 _PREFIX = "iteration-"
 WEIGHTS, OPTIMIZER, AVERAGES = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
 # tensors of the state
 REMEMBERED = "remembered.safetensors"
+_RESTORE = "delete its checkpoint to go on from the one before, or restore a copy"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -135,7 +136,7 @@ def _load(listed: Callable[[], list[Path]], engine: Engine, warn: Callable[[str]
                 tensors[:] = _read(path, shapes, averaging)
                 state = json.loads((path / "state.json").read_text())
                 remembered = path / REMEMBERED
-                return {**state, "tensors": load_file(remembered)} if remembered.is_file() else state
+                return {**state, "tensors": read_tensors(remembered, _RESTORE)} if remembered.is_file() else state
             warn(f"checkpoint {path} is skipped: {reason}")
         if checkpoints:
             raise ValueError(
@@ -181,7 +182,7 @@ def read_weights(path: Path, shapes: Shapes) -> dict[str, Tensor]:
 
 def _read(path: Path, shapes: Shapes, averaging: bool) -> list[Mapping[str, Tensor]]:
     """Weights, optimizer tensors and averaged weights of a checkpoint."""
-    weights, optimizer = _read_tensors(path, WEIGHTS, shapes), load_file(path / OPTIMIZER)
+    weights, optimizer = _read_tensors(path, WEIGHTS, shapes), read_tensors(path / OPTIMIZER, _RESTORE)
     if problem := judge_state(optimizer, list(shapes.values())):
         raise _unusable(path / OPTIMIZER, problem)
     if averaging and not (path / AVERAGES).is_file():
@@ -191,7 +192,7 @@ def _read(path: Path, shapes: Shapes, averaging: bool) -> list[Mapping[str, Tens
 
 def _read_tensors(path: Path, name: str, shapes: Shapes) -> dict[str, Tensor]:
     """A file of weights, trained or averaged."""
-    tensors = load_file(path / name)
+    tensors = read_tensors(path / name, _RESTORE)
     if problem := judge(shapes, tensors):
         raise _unusable(path / name, problem)
     return tensors

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from hrf_fast.config.load import differences, load_config, to_yaml
@@ -34,6 +34,7 @@ from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import has_trained, sweep
 from hrf_fast.run.files import EVENT, PANEL, append_line, read_log, read_object, write_atomically
+from hrf_fast.weights import read_tensors
 
 SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
 # in sources.json: the pretrained weights, which a checkpoint of adapters does not hold
@@ -222,9 +223,16 @@ class RunFolder:
         write_atomically(self.path / PRETRAINED, save({name: values.contiguous() for name, values in tensors.items()}))
 
     def pretrained(self) -> dict[str, Tensor]:
-        """Read what `save_pretrained` has written; empty for a run that began without."""
-        path = self.path / PRETRAINED
-        return load(path.read_bytes()) if path.is_file() else {}
+        """Read what `save_pretrained` has written; empty for a run that began without.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path, way_out = (
+            self.path / PRETRAINED,
+            "restore it, or delete it to go on without shares of the pretrained model",
+        )
+        return read_tensors(path, way_out) if path.is_file() else {}
 
     def grid(self, iteration: int) -> Path:
         """The PNG grid of the panel after `iteration` iterations."""

@@ -144,6 +144,9 @@ def test_adapters_of_another_rank_are_refused_by_name(run, tmp_path):
     policy = build_policy(load_config(words))
     with pytest.raises(ValueError, match="NaN or infinity"):
         load_adapters(policy.network.unet, tmp_path)
+    (tmp_path / LORA_WEIGHTS).write_bytes((folder / "model" / LORA_WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{tmp_path / LORA_WEIGHTS} can't be read .*; restore the run's folder"):
+        load_adapters(policy.network.unet, tmp_path)
 
 
 def test_only_adapters_of_text_to_image_models_are_merged(tiny_model, tmp_path):

@@ -228,6 +228,19 @@ def test_a_damaged_record_of_sources_is_named(config, tmp_path, text):
         run.begin(1, {"reward x": {"file": "x.py", "sha256": "0"}})
 
 
+@pytest.mark.parametrize("size", [0, 5, 40, 100])
+def test_a_truncated_file_of_the_pretrained_panel_is_named(config, tmp_path, size):
+    with Run(config) as run:
+        run.begin(0)
+        run.folder.save_pretrained({"vendi": torch.ones(8)})
+    path = tmp_path / "run" / "pretrained.safetensors"
+    data = path.read_bytes()
+    assert len(data) > size
+    path.write_bytes(data[:size])
+    with Run(config) as run, pytest.raises(ValueError, match=f"{path} can't be read .*; restore it, or delete it"):
+        run.begin(1)
+
+
 def test_rewinding_drops_iterations_to_be_done_again_but_keeps_the_panel_before_them(config, tmp_path):
     with Run(config) as run:
         for iteration in range(4):
