@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -35,6 +36,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         # a disk that takes no file takes no removal either, which is not what the user should read
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what `write_atomically` leaves aside where the process is killed in it."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None and path.is_file()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -33,7 +33,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import has_trained, sweep
-from hrf_fast.run.files import EVENT, PANEL, append_line, read_log, read_object, write_atomically
+from hrf_fast.run.files import EVENT, PANEL, append_line, is_leftover, read_log, read_object, write_atomically
 from hrf_fast.weights import read_tensors
 
 SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
@@ -119,7 +119,7 @@ class RunFolder:
                     f"run.folder {self.path} holds a run of another configuration ({listed}); choose another "
                     "run.folder, restore those options to resume, or delete the folder"
                 )
-        elif any(path.name not in (lock.NAME, lock.OWNER) for path in self.path.iterdir()):
+        elif any(path.name not in (lock.NAME, lock.OWNER) and not is_leftover(path) for path in self.path.iterdir()):
             raise ValueError(f"run.folder {self.path} is not empty and holds no run; choose another run.folder")
 
     def release(self) -> None:

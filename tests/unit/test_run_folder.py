@@ -80,6 +80,24 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
         Run(config)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", ".lock-owner"])
+def test_a_folder_in_which_a_run_was_killed_before_it_had_a_configuration_is_free(config, tmp_path, name, monkeypatch):
+    # as a kill leaves it: nothing is renamed and nothing is removed
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: sys.exit())
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            write_atomically(tmp_path / "run" / name, b"half")
+    assert len(list((tmp_path / "run").iterdir())) == 1
+    with Run(config):
+        pass
+    # a file of the user's that is called so is not ours
+    (tmp_path / "run" / "thesis.tmp").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        Run(config)
+
+
 def test_fewer_iterations_than_are_done_are_refused(config):
     with Run(config) as run, pytest.raises(ValueError, match="train.iterations is 70.* 71"):
         run.begin(71)
