@@ -193,10 +193,14 @@ def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
     Raises:
         RewardError: not numbers, not one per image, NaN or infinite.
     """
+    import numpy as np
     import torch
 
     expected = f"expected {len(images)} real numbers, one per image"
     try:
+        if isinstance(rewards, np.ndarray):
+            # torch takes no negative strides, which scores[::-1] has, and no other byte order than the machine's
+            rewards = rewards.astype(rewards.dtype.newbyteorder("="), order="C")
         values = torch.as_tensor(rewards)
     except Exception as error:
         raise RewardError(
