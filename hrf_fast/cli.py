@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.arguments import make_parsers
-from hrf_fast.command import RESUMES, run_command
+from hrf_fast.command import RESUMES, run_command, until_unread
 
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
@@ -197,7 +197,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `hrf`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return until_unread(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["train"] and "_ARGCOMPLETE" not in os.environ:
         # options of training are section.field=value and --config, which config.py parses
         if not words[1:] or {"-h", "--help"} & set(words[1:]):

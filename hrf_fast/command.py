@@ -24,6 +24,31 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     Returns:
         0, 1 for an error, 128 and the signal's number after a signal: 130 after Ctrl-C.
     """
+    return until_unread(lambda: _run(command, interrupted))
+
+
+def until_unread(command: Callable[[], int]) -> int:
+    """Run a command to its exit code; end it without a word where the reader of its output, such as `head`, has left.
+
+    Returns:
+        The command's own exit code, or 1 where nobody reads.
+    """
+    try:
+        try:
+            code = command()
+        except SystemExit:
+            # argparse has printed its help
+            sys.stdout.flush()
+            raise
+        # at the end of the interpreter the error would be printed
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(command: Callable[[], Any], interrupted: str) -> int:
     try:
         command()
         return 0
@@ -32,9 +57,7 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
         print(f"\nstopped by {stop.name}" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
         return 128 + stop.number
     except BrokenPipeError:
-        # the reader of our output, such as `head`, has left; nothing more can be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except (ValueError, ImportError, OSError, UserCodeError, FloatingPointError) as error:
         if traced := bool(os.environ.get("HRF_TRACEBACK")):
             traceback.print_exc()

@@ -258,6 +258,19 @@ def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monk
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["train", "--help"], ["doctor", "--help"], ["--version"], [], ["rewards"]])
+def test_an_output_that_nobody_reads_ends_a_command_without_a_word(words):
+    code = "import sys; from hrf_fast.cli import main; sys.stdin.read(); sys.exit(main(sys.argv[1:]))"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # buffered, the error comes when the interpreter ends
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code, *words], **pipes, text=True, env=env) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_a_programming_error_keeps_its_traceback():
     def fail():
         raise AttributeError("a bug")
