@@ -228,10 +228,8 @@ class RunFolder:
         Raises:
             ValueError: the file is damaged.
         """
-        path, way_out = (
-            self.path / PRETRAINED,
-            "restore it, or delete it to go on without shares of the pretrained model",
-        )
+        path = self.path / PRETRAINED
+        way_out = "restore it, or delete it to go on without shares of the pretrained model"
         return read_tensors(path, way_out) if path.is_file() else {}
 
     def grid(self, iteration: int) -> Path:
