@@ -104,7 +104,7 @@ def measure_model(
                 _fill(network)
                 if device == "cuda":
                     for module in network.modules():
-                        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                        if isinstance(module, nn.LayerNorm):
                             module.register_forward_pre_hook(_cast_as_on_cuda)
                 counted = Network(network.unet, precision, call=network.call, device=device)
                 for checkpointing in (False, True):

@@ -14,6 +14,7 @@ from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.distributed import comm
 from hrf_fast.policies.calling import Call, call_unet
 from hrf_fast.policies.compilation import canonical
+from hrf_fast.policies.normalisation import keep_halves
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the reentrant form loses gradients under ZeRO-3
@@ -75,8 +76,8 @@ class Network(nn.Module):
         self.unet, self.dtype = unet, None if precision == "fp32" else DTYPES[precision]
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if precision == "bf16" and (device or next(unet.parameters()).device.type) == "cpu":
-            _normalise_in_fp32(unet)
+        if self.dtype is not None:
+            keep_halves(unet, self.dtype, lean=(device or next(unet.parameters()).device.type) != "cpu")
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Keep only the inputs of the denoiser's blocks and run each block again in the backward; or stop doing so."""
@@ -96,22 +97,3 @@ class Network(nn.Module):
         enabled = self.dtype is not None
         with torch.autocast(latents.device.type, self.dtype, enabled=enabled, cache_enabled=False):
             return self.call(self.unet, latents, timesteps, condition).contiguous()
-
-
-def _normalise_in_fp32(unet: nn.Module) -> None:
-    """Let group norms compute in fp32, as autocast does it on CUDA, but not on a CPU, and hand on bf16.
-
-    On a CPU their backward in bf16 and channels_last takes over four times as long as that in fp32.
-    """
-    for module in unet.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.register_forward_pre_hook(_to_fp32)
-            module.register_forward_hook(_to_bf16)
-
-
-def _to_fp32(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].float(),)
-
-
-def _to_bf16(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    return output.bfloat16()

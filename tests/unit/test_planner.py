@@ -199,9 +199,9 @@ def test_bytes_are_linear_in_the_images_and_less_with_checkpointing(model):
     assert plain.parameters == 15_634_563 and plain.latent_bytes == plain.image_bytes == 3 * 32 * 32 * 4
     assert plain.kept(4) == pytest.approx(4 * plain.kept(1), rel=1e-3)
     assert saving.kept(4) < 0.5 * plain.kept(4) and plain.sampling(4) < 0.5 * plain.kept(4)
-    # autocast casts the weights of each call and, on CUDA, normalises in fp32
+    # autocast casts the weights of each call; group norms keep half of what they do on a CPU
     assert half.kept.fixed > 1.5 * plain.parameters
-    assert half.kept.per_image > measure_model(files, device="cpu")["bf16", False].kept.per_image
+    assert half.kept.per_image < 0.8 * measure_model(files, device="cpu")["bf16", False].kept.per_image
 
 
 def test_the_command_prints_the_tables(tiny_run, capsys, tmp_path):

@@ -29,22 +29,6 @@ def is_channels_last(tensor):
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_group_norms_compute_in_fp32(tiny_model, monkeypatch, precision, expected):
-    computed, handed_on = set(), set()
-    group_norm = torch.nn.functional.group_norm
-
-    def spy(values, *rest, **named):
-        computed.add(values.dtype)
-        return group_norm(values, *rest, **named)
-
-    monkeypatch.setattr(torch.nn.functional, "group_norm", spy)
-    policy = load_policy(str(tiny_model), precision=precision)
-    policy.unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *call: handed_on.add(call[2].dtype))
-    policy.predict(torch.randn(2, 3, 16, 16), 10, Condition())
-    assert computed == {torch.float32} and handed_on == {expected}
-
-
 def test_channels_last_reaches_weights_and_activations_and_returns_contiguous_outputs(tiny_model):
     latents = torch.randn(2, 3, 16, 16)
     plain, policy = load_policy(str(tiny_model)), load_policy(str(tiny_model), channels_last=True)
