@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.arguments import make_parsers
-from hrf_fast.command import RESUMES, run_command, until_unread
+from hrf_fast.command import RESUMES, quiet_when_unread, run_command
 
 CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=value"
 
@@ -197,7 +197,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `hrf`; returns the exit code."""
-    return until_unread(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+    return quiet_when_unread(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(words: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import traceback
@@ -24,10 +25,10 @@ def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
     Returns:
         0, 1 for an error, 128 and the signal's number after a signal: 130 after Ctrl-C.
     """
-    return until_unread(lambda: _run(command, interrupted))
+    return quiet_when_unread(lambda: _run(command, interrupted))
 
 
-def until_unread(command: Callable[[], int]) -> int:
+def quiet_when_unread(command: Callable[[], int]) -> int:
     """Run a command to its exit code; end it without a word where the reader of its output, such as `head`, has left.
 
     Returns:
@@ -35,17 +36,32 @@ def until_unread(command: Callable[[], int]) -> int:
     """
     try:
         try:
-            code = command()
-        except SystemExit:
-            # argparse has printed its help
-            sys.stdout.flush()
-            raise
-        # at the end of the interpreter the error would be printed
-        sys.stdout.flush()
-        return code
+            return command()
+        finally:
+            # argparse's help too; at the end of the interpreter the error would be printed
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
+        if not _is_unread():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _is_unread() -> bool:
+    """Whether it is standard output whose reader has left, and not that of a command's pipe to another process."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    if not hasattr(select, "poll"):
+        return False
+    # unbuffered output has nothing left to flush
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in watched.poll(0))
 
 
 def _run(command: Callable[[], Any], interrupted: str) -> int:
@@ -56,9 +72,9 @@ def _run(command: Callable[[], Any], interrupted: str) -> int:
         stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         print(f"\nstopped by {stop.name}" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
         return 128 + stop.number
-    except BrokenPipeError:
-        raise
     except (ValueError, ImportError, OSError, UserCodeError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
         if traced := bool(os.environ.get("HRF_TRACEBACK")):
             traceback.print_exc()
         rank = speaker()

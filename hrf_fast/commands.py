@@ -115,7 +115,7 @@ def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any
     run = _run_of(path)
     folder = run or path
     config = run_config(folder) if (folder / "config.yaml").is_file() else None
-    _check_noise(sampler, "ddim" if config is None else config.sample.scheduler)
+    _check_noise(sampler, sampler.get("sampler") or ("ddim" if config is None else config.sample.scheduler))
     if config is None:
         return load_policy(model, variant=variant, **sampler, device=choose_device(device))
     if variant is not None:
@@ -128,20 +128,19 @@ def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any
 
 
 def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:
-    """The policy of `build_policy` for a run, whose adapters are beside the weights that they were trained beside.
+    """The policy of `build_policy` for a run, whose pretrained weights are those that it was trained beside.
 
     Raises:
         ValueError: see `check_base`.
     """
     policy = build_policy(config, name)
-    if config.lora.rank:
-        check_base(run, policy.network.base_digest)
+    if policy.network.base_digest:
+        check_base(run, config.model.name, policy.network.base_digest)
     return policy
 
 
-def _check_noise(sampler: Mapping[str, Any], default: str) -> None:
-    """Refuse the noise scale of another kind of sampler; `default` is the sampler without --scheduler."""
-    kind = sampler.get("sampler", default)
+def _check_noise(sampler: Mapping[str, Any], kind: str) -> None:
+    """Refuse the noise scale of another kind of sampler than `kind`."""
     wrong, right = ("eta", "noise_level") if kind in FLOW_SAMPLERS else ("noise_level", "eta")
     if wrong in sampler:
         raise ValueError(
@@ -186,10 +185,10 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
     for option in fixed:
         if option in changed:
             before, now = changed[option]
-            other = "; `hrf sample` draws another model, and config.yaml there may name a model that has moved"
+            hint = f"; if that model has moved, write its new place into {run / 'config.yaml'}"
             raise ValueError(
                 f"{option} is {now!r}, but the tuned model of {run} is of {before!r}; leave {option} out"
-                + (other if option == "model.name" else "")
+                + (hint if option == "model.name" else "")
             )
     return config
 

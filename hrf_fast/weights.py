@@ -74,20 +74,22 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A SHA-256 of names, shapes, dtypes and the sum of the bits of every row, exact and equal on every device.
+    """A SHA-256 of names, shapes, dtypes and the sum of every row's bits as integers, exact and equal on every device.
 
     A sum reads each number once, at the speed of the memory that holds it: a hash of the bytes themselves would copy
     gigabytes from a GPU. It tells models apart and is no protection against forgery.
     """
     import torch
 
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    digest = hashlib.sha256()
+    code = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
-        rows = bits.flatten(1).sum(1, dtype=torch.int64) if bits.dim() > 1 else bits
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + rows.cpu().numpy().tobytes())
-    return digest.hexdigest()
+        rows = tensor.detach().contiguous().flatten(1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
+        bits = rows.contiguous().view(torch.uint8)
+        # as 64-bit numbers, whose sum wraps, where a row has a whole number of them: others would be copied to 64 bits
+        wide = bits.shape[1] % 8 == 0 and bits.data_ptr() % 8 == 0
+        sums = (bits.view(torch.int64) if wide else bits).sum(1, dtype=torch.int64)
+        code.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + sums.cpu().numpy().tobytes())
+    return code.hexdigest()
 
 
 def _listed(names: Collection[str]) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ class Worker:
         return self._process.exitcode
 
     def _ask(self, request: str) -> Any:
-        self._link.send(request)
+        # a worker that has died says so where its answer is read
+        with suppress(BrokenPipeError):
+            self._link.send(request)
         return self._receive()
 
     def _receive(self) -> Any:

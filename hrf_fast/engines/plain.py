@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
@@ -52,7 +53,8 @@ class PlainEngine:
         yield
 
     def backward(self, loss: Tensor, *, kept: bool = False) -> None:
-        (loss * self.loss_scale.value).backward()
+        with deterministic_backward():
+            (loss * self.loss_scale.value).backward()
 
     def gradients(self) -> list[Tensor]:
         # a weight that no call has used has none

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hrf_fast.config.zero_settings import complete, offload_device
+from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
@@ -94,7 +95,8 @@ class DeepSpeedEngine:
             self._kept.append(loss)
         else:
             # from stage 1 on, ZeRO multiplies by its scale itself
-            self.module.backward(loss if self.zero else loss * self.loss_scale.value)
+            with deterministic_backward():
+                self.module.backward(loss if self.zero else loss * self.loss_scale.value)
 
     def gradients(self) -> list[Tensor]:
         raise NotImplementedError("DeepSpeed shards gradients as they come; config.rules refuses what asks for them")

@@ -47,10 +47,12 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype, lean: bool
     ) -> Tensor:
         values, ctx.groups, ctx.dtype = _in_fp32(inputs), groups, inputs.dtype
-        # a frozen model's weights may be stored in half precision
+        # a user's network may store its weights in half precision
         scale, shift = weight.float(), bias.float()
         output, mean, rstd = torch.native_group_norm(values, scale, shift, *_sizes(values), groups, eps)
         ctx.save_for_backward(inputs if lean else values, weight, mean, rstd)
+        # before the result is in memory a second time
+        del values
         return output.to(dtype)
 
     @staticmethod
@@ -61,6 +63,7 @@ class _GroupNorm(torch.autograd.Function):
         results = torch.ops.aten.native_group_norm_backward(
             gradient, values, mean, rstd, weight.float(), *_sizes(values), ctx.groups, mask
         )
+        del values, gradient
         triples = zip(results, dtypes, mask, strict=True)
         return (*(result.to(dtype) if needed else None for result, dtype, needed in triples), None, None, None, None)
 

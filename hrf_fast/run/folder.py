@@ -56,20 +56,20 @@ def read_sources(run: Path) -> dict[str, dict[str, str]]:
     return sources
 
 
-def check_base(run: Path, base: str) -> None:
+def check_base(run: Path, name: str, base: str) -> None:
     """Refuse other pretrained weights than those that a run began with; one that has not kept their digest passes.
 
     Args:
-        base: the digest of the weights, see `Network.base_digest`.
+        name: model.name; base: the digest of its weights, see `Network.base_digest`.
 
     Raises:
-        ValueError: the weights of model.name are others than when the run began.
+        ValueError: they are others.
     """
     before = read_sources(run).get(BASE)
     if base and before and before["sha256"] != base:
         raise ValueError(
-            f"model.name is {before['file']!r}, whose weights have changed since the run in {run} began, and its "
-            "adapters or remedies need the old ones; restore them, or train in another run.folder"
+            f"model.name is {name!r}, whose weights are not those of {before['file']!r} when the run in {run} began, "
+            "and its adapters or remedies need them; restore them, or begin another run"
         )
 
 
@@ -152,7 +152,7 @@ class RunFolder:
             )
         path = self.path / "config.yaml"
         if done and BASE in sources:
-            check_base(self.path, sources[BASE]["sha256"])
+            check_base(self.path, self.config.model.name, sources[BASE]["sha256"])
         edited = self._edited(sources)
         if edited and done and self.config.run.edited_code == "refuse":
             raise ValueError(
@@ -166,6 +166,9 @@ class RunFolder:
         sweep(self.checkpoints)
         self.rewind(done)
         write_atomically(path, to_yaml(self.config).encode())
+        if done and not (self.path / SOURCES).exists():
+            # what an older run's adapters were trained beside is not known any more
+            sources = {name: source for name, source in sources.items() if name != BASE}
         if sources and (done == 0 or not (self.path / SOURCES).exists()):
             write_atomically(self.path / SOURCES, json.dumps(sources, indent=1).encode())
         return edited if done else []

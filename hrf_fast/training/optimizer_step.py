@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
 from hrf_fast.policies.base import Condition, Policy, Prediction
@@ -85,10 +84,10 @@ def optimizer_step(
             )
             loss = surrogate.loss.sum()
             totals = totals.add(loss.detach() / comm.world_size(), surrogate)
-            with policy.stopwatch.running(), deterministic_backward():
+            with policy.stopwatch.running():
                 engine.backward(loss, kept=call.prediction is not None)
             policy.calls.backwards += call.images * trajectories[call.pieces[0].group].group.condition.branches
-        with policy.stopwatch.running(), deterministic_backward():
+        with policy.stopwatch.running():
             engine.finish(padding)
         if halves:
             halves.end()

@@ -12,11 +12,13 @@ from tests.waits import loop_parts
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["unconditional", "guided"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_on_policy_ratio_is_one_to_the_bit(device, words, tmp_path, precision, guided):
+def test_the_on_policy_ratio_is_one_to_the_bit(device, words, tmp_path, precision, channels_last, guided):
     if precision == "fp16" and device.type != "cuda":
         pytest.skip("fp16 is for CUDA")
     given = [*model_words(guided, words, device, tmp_path), f"compute.precision={precision}"]
+    given.append(f"compute.channels_last={str(channels_last).lower()}")
     components = build_components(load_config([*given, "window.schedule=full"]))[1]
     roll_out, _ = loop_parts(components)
     rollout = roll_out()

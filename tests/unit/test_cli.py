@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hrf_fast import cli
 from hrf_fast.arguments import make_parsers
 from hrf_fast.cli import main
+from hrf_fast.command import run_command
 from hrf_fast.config.load import load_config, to_yaml
 from hrf_fast.errors import Interrupted
 from tests.conftest import tiny_words
@@ -256,6 +257,21 @@ def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monk
     monkeypatch.setenv("HRF_TRACEBACK", "1")
     assert cli.run_command(fail) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--version"]) == 0 and main(["rewards"]) == 0
+
+
+def test_the_broken_pipe_of_a_command_to_another_process_is_an_error(capfd):
+    def command():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert run_command(command) == 1
+    print("still read")
+    output, errors = capfd.readouterr()
+    assert output == "still read\n" and "Broken pipe" in errors
 
 
 @pytest.mark.parametrize("words", [["train", "--help"], ["doctor", "--help"], ["--version"], [], ["rewards"]])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 
 from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
@@ -10,6 +11,7 @@ from hrf_fast.policies import compilation
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.compilation import canonical, obstacle
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.normalisation import HalfGroupNorm
 from hrf_fast.run.files import read_log
 from hrf_fast.train import train
 from hrf_fast.training import warm_up as warm_up_module
@@ -137,6 +139,25 @@ def test_a_copy_of_a_compiled_unet_is_its_own(smallest_model, graphs):
     policy.compile("blocks")
     twin = copy.deepcopy(policy.unet)
     assert all(module._compiled_call_impl is None for module in twin.modules())
+
+
+@pytest.mark.parametrize("lean", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_half_precision_compiles_to_one_graph_with_the_gradient_of_eager(smallest_model, monkeypatch, lean):
+    made = []
+    monkeypatch.setattr(compilation, "BACKEND", lambda *inputs: made.append(1) or aot_eager(*inputs))
+    gradients = []
+    for mode in ("none", "unet"):
+        policy = load_policy(str(smallest_model), precision="bf16", channels_last=True)
+        for module in policy.unet.modules():
+            if isinstance(module, HalfGroupNorm):
+                module.lean = lean
+        if mode != "none":
+            policy.compile(mode)
+        for count in (2, 3):
+            latents = torch.linspace(-1, 1, count * 64).reshape(count, 1, 8, 8)
+            policy.predict(latents, 10, Condition()).model_output.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.unet.parameters()]))
+    assert torch.equal(*gradients) and len(made) == 1
 
 
 @pytest.mark.slow

@@ -107,13 +107,21 @@ def test_a_base_model_that_has_changed_is_refused_and_a_run_from_before_goes_on(
     checkpoint = folder / "checkpoints" / "iteration-000001"
     loads_adapters = [lambda: export(checkpoint, tmp_path / "exported"), lambda: evaluate(folder, [])]
     for command in (lambda: train(words, reward=brightness), *(loads_adapters if not more else [])):
-        with pytest.raises(ValueError, match=f"model.name is '{base}', whose weights have changed since the run in "):
+        with pytest.raises(ValueError, match=f"model.name is '{base}', whose weights are not those of '{base}' when"):
             command()
     sources = json.loads((folder / "sources.json").read_text())
     del sources["base model"]
     (folder / "sources.json").write_text(json.dumps(sources))
     train(words, reward=brightness)
     assert len(metrics(folder)) == 2
+
+
+def test_an_older_run_is_not_given_the_base_model_of_its_first_resume(tiny_model, tmp_path):
+    words = lora_words(tiny_model, tmp_path / "run")
+    train([*words, "train.iterations=1"], reward=brightness)
+    (tmp_path / "run" / "sources.json").unlink()
+    train(words, reward=brightness)
+    assert "base model" not in json.loads((tmp_path / "run" / "sources.json").read_text())
 
 
 def test_a_base_model_that_has_changed_before_any_iteration_is_a_new_run(tiny_model, tmp_path):
