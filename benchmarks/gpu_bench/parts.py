@@ -101,7 +101,8 @@ def read_report(path: Path) -> dict[str, Any]:
         for kind in ("failure", "error"):
             problem = case.find(kind) if problem is None else problem
         if problem is not None:
-            failed[name] = (problem.get("message") or "")[:500]
+            # a page is for others, whose checkout lies elsewhere
+            failed[name] = (problem.get("message") or "").replace(f"{ROOT}{os.sep}", "")[:500]
         elif reason is not None:
             skipped[name] = reason.get("message") or ""
         else:

@@ -226,14 +226,15 @@ def test_a_record_of_other_code_or_another_card_is_not_gone_on_with(tmp_path):
 def test_outcomes_of_tests_are_read_by_name(tmp_path):
     report = tmp_path / "report.xml"
     report.write_text(
-        '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure message="1 != 2"/></testcase>'
+        '<testsuites><testsuite><testcase name="a"/><testcase name="b">'
+        f'<failure message="{parts.ROOT / "b.py"}: 1 != 2"/></testcase>'
         '<testcase name="c"><skipped message="TF32 is CUDA\'s"/></testcase></testsuite></testsuites>'
     )
-    outcome = {"passed": ["a"], "failed": {"b": "1 != 2"}, "skipped": {"c": "TF32 is CUDA's"}}
+    outcome = {"passed": ["a"], "failed": {"b": "b.py: 1 != 2"}, "skipped": {"c": "TF32 is CUDA's"}}
     assert parts.read_report(report) == outcome
     text = page.page(facts(), {"tests: x": {"state": "failed", **outcome}}, ["tests: x"])
     assert "| tests: x | failed: 1 passed, 1 failed, 1 skipped |" in text
-    assert "- tests: x: c: TF32 is CUDA's" in text and "- tests: x: b: 1 != 2" in text
+    assert "- tests: x: c: TF32 is CUDA's" in text and "- tests: x: b: b.py: 1 != 2" in text
 
 
 @pytest.mark.parametrize(
