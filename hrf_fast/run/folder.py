@@ -166,11 +166,11 @@ class RunFolder:
         sweep(self.checkpoints)
         self.rewind(done)
         write_atomically(path, to_yaml(self.config).encode())
-        if done and not (self.path / SOURCES).exists():
+        if done == 0 or not (self.path / SOURCES).exists():
             # what an older run's adapters were trained beside is not known any more
-            sources = {name: source for name, source in sources.items() if name != BASE}
-        if sources and (done == 0 or not (self.path / SOURCES).exists()):
-            write_atomically(self.path / SOURCES, json.dumps(sources, indent=1).encode())
+            known = {name: source for name, source in sources.items() if done == 0 or name != BASE}
+            if known:
+                write_atomically(self.path / SOURCES, json.dumps(known, indent=1).encode())
         return edited if done else []
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
