@@ -51,7 +51,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         offload=compute.offload,
         device=device,
     )
-    if name is None and (config.lora.rank or config.remedies.needs_reference):
+    if name is None:
         policy.network.base_digest = digest(policy.network.unet.state_dict())
     if config.lora.rank and name is None:
         add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)

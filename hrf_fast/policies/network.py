@@ -49,7 +49,7 @@ class Network(nn.Module):
     """
 
     base_digest = ""
-    """The digest of the pretrained weights, where training needs them throughout; empty where it does not."""
+    """The digest of the pretrained weights; empty for others."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ from hrf_fast.run.files import EVENT, PANEL, append_line, is_leftover, read_log,
 from hrf_fast.weights import read_tensors
 
 SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
-# in sources.json: the pretrained weights, which a checkpoint of adapters does not hold
+# in sources.json: the pretrained weights, which no checkpoint holds
 BASE = "base model"
 # memory of the W&B writer
 WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
@@ -68,8 +68,8 @@ def check_base(run: Path, name: str, base: str) -> None:
     before = read_sources(run).get(BASE)
     if base and before and before["sha256"] != base:
         raise ValueError(
-            f"model.name is {name!r}, whose weights are not those of {before['file']!r} when the run in {run} began, "
-            "and its adapters or remedies need them; restore them, or begin another run"
+            f"model.name is {name!r}, whose weights are not those of {before['file']!r} when the run in {run} began; "
+            "restore them, or begin another run"
         )
 
 
@@ -167,7 +167,7 @@ class RunFolder:
         self.rewind(done)
         write_atomically(path, to_yaml(self.config).encode())
         if done == 0 or not (self.path / SOURCES).exists():
-            # what an older run's adapters were trained beside is not known any more
+            # what an older run began with is not known any more
             known = {name: source for name, source in sources.items() if done == 0 or name != BASE}
             if known:
                 write_atomically(self.path / SOURCES, json.dumps(known, indent=1).encode())
