@@ -134,7 +134,8 @@ class RunFolder:
             sources: the user's code by name, as `source_of` gives it.
 
         Returns:
-            A line for each of the user's sources that has changed since the run began.
+            A line for each of the user's sources that has changed since the run began, and one for iterations whose
+            lines metrics.jsonl has lost.
 
         Raises:
             ValueError: more iterations are done than asked for, a finished run has lost its checkpoints, the weights
@@ -171,7 +172,15 @@ class RunFolder:
             known = {name: source for name, source in sources.items() if done == 0 or name != BASE}
             if known:
                 write_atomically(self.path / SOURCES, json.dumps(known, indent=1).encode())
-        return edited if done else []
+        return [*edited, *self._gaps(done)] if done else []
+
+    def _gaps(self, done: int) -> list[str]:
+        """A line where metrics.jsonl lacks iterations that a checkpoint has."""
+        missing = sorted(set(range(done)) - {record["iteration"] for record in self.iterations()})
+        if not missing:
+            return []
+        gap = f"{len(missing)} of the {done} iterations that are done, first {missing[0]}"
+        return [f"{self.path / 'metrics.jsonl'} lacks {gap}: the weights have them, but no report shows them"]
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Options of the folder's config.yaml that the configuration has otherwise."""

@@ -227,6 +227,19 @@ def test_a_torn_last_line_is_not_read(tmp_path):
     assert read_log(path) == [{"iteration": 0}]
 
 
+def test_iterations_that_the_log_has_lost_are_noted(config, tmp_path):
+    begin(config)
+    with Run(config) as run:
+        for iteration in (0, 3):
+            log(run, iteration)
+    with Run(config) as run:
+        assert run.folder.begin(1, {}) == []
+        assert run.folder.begin(4, {}) == [
+            f"{tmp_path / 'run' / 'metrics.jsonl'} lacks 3 of the 4 iterations that are done, first 1: the weights have "
+            "them, but no report shows them"
+        ]
+
+
 @pytest.mark.parametrize("line", ["garbage", "{}", "[1]", '{"iteration": "x"}'])
 def test_a_damaged_log_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
