@@ -85,6 +85,13 @@ class Study:
         """Where its lines are kept by default."""
         return Path("benchmarks") / "results" / f"study-{self.name}.jsonl"
 
+    def shown_rate(self, rate: float) -> str:
+        """A learning rate, and whether it is at an end of those tried, so that one beyond might do better."""
+        if len(self.learning_rates) == 1:
+            return f"{rate:g}"
+        ends = {min(self.learning_rates): " (lowest)", max(self.learning_rates): " (highest)"}
+        return f"{rate:g}{ends.get(rate, '')}"
+
     def job(self, case: str, arm: str, seed: int, learning_rate: float | None = None) -> Job:
         """One run; a learning rate is given where the study tunes it.
 

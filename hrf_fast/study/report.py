@@ -78,7 +78,7 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
         if not arms:
             text += ["No run is finished.", ""]
             continue
-        text += [*_markdown(ends(arms, tuned=bool(rates))), ""]
+        text += [*_markdown(ends(arms, study.shown_rate if rates else None)), ""]
         comparison = comparisons(arms, study.reference, measures(study.keep, target))
         if len(comparison.rows) > 1:
             text += [*_markdown(comparison), ""]
@@ -101,7 +101,12 @@ def _origin(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "Gains and shares are of a run's panels against its own pretrained panel. Brackets are 95 % intervals over "
         "training seeds (Student t); differences are paired by seed, p is a paired t-test's, and Holm's correction is "
-        "over the arms of a row's measure. Between panels a path is linear.",
+        "over the arms of a row's measure. Between panels a path is linear."
+        + (
+            " A learning rate is marked where it is the lowest or highest of those tried."
+            if study.learning_rates
+            else ""
+        ),
     ]
 
 
@@ -109,13 +114,17 @@ def _all(lines: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     return [line[name] for line in lines]
 
 
-def ends(arms: Mapping[str, Lines], *, tuned: bool) -> Table:
-    """Tabulate where the runs of each arm end."""
+def ends(arms: Mapping[str, Lines], shown_rate: Callable[[float], str] | None = None) -> Table:
+    """Tabulate where the runs of each arm end.
+
+    Args:
+        shown_rate: says an arm's learning rate, where the study has chosen it.
+    """
     rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *_QUALITY.values(), "evaluations"]]
     for arm, by_seed in arms.items():
         lines = list(by_seed.values())
         last = [path_of(line)[end_of(line)] for line in lines]
-        rate = f"{lines[0]['learning_rate']:g}" if tuned else ""
+        rate = shown_rate(lines[0]["learning_rate"]) if shown_rate else ""
         pairs = [(line["panels"][0], line["panels"][end_of(line)]) for line in lines]
         quality = []
         for name in _QUALITY:

@@ -64,7 +64,7 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
                 record = {**choice, "commit": code_commit()}
                 if record not in results.read()[0]:
                     results.append(record)
-                _say(f"{choice['case']}, {choice['arm']}: learning rate {choice['learning_rate']:g}")
+                _say(f"{choice['case']}, {choice['arm']}: learning rate {study.shown_rate(choice['learning_rate'])}")
                 rates[choice["case"], choice["arm"]] = choice["learning_rate"]
         lines = workers.train(study.jobs(rates))
     failed = [f"{case}-{arm}-{seed}" for (case, arm, seed, _), line in lines.items() if "error" in line]

@@ -235,8 +235,8 @@ def test_iterations_that_the_log_has_lost_are_noted(config, tmp_path):
     with Run(config) as run:
         assert run.folder.begin(1, {}) == []
         assert run.folder.begin(4, {}) == [
-            f"{tmp_path / 'run' / 'metrics.jsonl'} lacks 3 of the 4 iterations that are done, first 1: the weights have "
-            "them, but no report shows them"
+            f"{tmp_path / 'run' / 'metrics.jsonl'} lacks 3 of the 4 iterations that are done, first 1: the weights "
+            "have them, but no report shows them"
         ]
 
 

@@ -310,6 +310,15 @@ def test_the_rate_of_the_highest_gain_within_the_floor_is_chosen(write_study):
     assert job.name == "tiny-ddpo-1-2e-05" and job.config.optimizer.learning_rate == 2e-5
 
 
+@pytest.mark.parametrize(
+    "rates, shown",
+    [([1e-5, 4e-5, 2e-5], ["1e-05 (lowest)", "2e-05", "4e-05 (highest)"]), ([1e-5], ["1e-05", "2e-05", "4e-05"])],
+)
+def test_a_learning_rate_at_an_end_of_those_tried_is_marked(write_study, rates, shown):
+    study = read_study(write_study(tune={"seeds": [7], "learning_rates": rates}))
+    assert [study.shown_rate(rate) for rate in (1e-5, 2e-5, 4e-5)] == shown
+
+
 def test_a_report_from_lines(write_study, tmp_path):
     study, results = read_study(write_study(seeds=[1, 2, 3])), Results(tmp_path / "study-tiny.jsonl")
     with pytest.raises(ValueError, match="no finished run"):
@@ -366,7 +375,7 @@ def test_cases_stand_two_in_a_row_on_one_scale_of_shares_in_per_cent(monkeypatch
 def test_an_arm_ends_with_the_models_that_its_runs_restored():
     path = [(0, 0.0, 10.0), (100, 1.0, 9.0), (200, 2.0, 5.0)]
     restored = {1: line(*path) | {"learning_rate": 1.0, "model": 1}, 2: line(*path) | {"learning_rate": 1.0}}
-    _, (_, seeds, gain, kept, *_, evaluations) = ends({"hrf": restored}, tuned=False).rows
+    _, (_, seeds, gain, kept, *_, evaluations) = ends({"hrf": restored}).rows
     # gains of 1 and 2 and shares of .9 and .5; what was spent counts whole
     assert (seeds, evaluations) == ("2", "200") and gain.startswith("+1.5") and kept.startswith("70")
     # the plot's mean goes on while both have panels, and ends at the row of the table
