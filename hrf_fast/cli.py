@@ -27,7 +27,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
-    from hrf_fast.commands import draw
+    from hrf_fast.commands.sample import draw
 
     draw(**_given(arguments))
     print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
@@ -35,21 +35,21 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
-    from hrf_fast.commands import evaluate as evaluate_run
+    from hrf_fast.commands.evaluate import evaluate as evaluate_run
 
     print(f"written to {evaluate_run(arguments.run, arguments.overrides, everything=arguments.all)}")
 
 
 def blend(arguments: argparse.Namespace) -> None:
     """Find the best model on the line from a run's pretrained model through its tuned one and beyond; RUN/blend."""
-    from hrf_fast.blending import blend as blend_run
+    from hrf_fast.commands.blend import blend as blend_run
 
     print("\n".join([*blend_run(**_given(arguments)), f"written to {arguments.run / 'blend'}"]))
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint as a diffusers folder."""
-    from hrf_fast.commands import export as export_checkpoint
+    from hrf_fast.commands.export import export as export_checkpoint
 
     export_checkpoint(arguments.checkpoint, arguments.out, merge=arguments.merge)
     print(f"written to {arguments.out}")

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from hrf_fast.blending import blend
 from hrf_fast.cli import main
+from hrf_fast.commands.blend import blend
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.evaluation.blend import Line, check_pretrained, choose, read_front, steps_to, summary

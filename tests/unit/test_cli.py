@@ -207,6 +207,8 @@ def test_weights_of_another_architecture_are_not_put_into_the_model(finished, tm
     config = load_config(["--config", str(run / "config.yaml")])
     config.model.name = "fashion"
     (run / "config.yaml").write_text(to_yaml(config))
+    # a run from before its base model was remembered
+    (run / "sources.json").unlink()
     checkpoint = run / "checkpoints" / "iteration-000002"
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
@@ -240,7 +242,7 @@ def test_evaluate_wants_a_finished_run(finished, tmp_path, capsys):
     ],
 )
 def test_another_model_than_the_runs_is_refused_before_anything_is_loaded(finished, capsys, monkeypatch, command, word):
-    monkeypatch.setattr("hrf_fast.commands.build_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("hrf_fast.commands.runs.build_policy", lambda *_: pytest.fail("loaded"))
     assert main([command, str(finished), word]) == 1
     option, _, value = word.partition("=")
     error = capsys.readouterr().err

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands import draw, evaluate, export
+from hrf_fast.commands.evaluate import evaluate
+from hrf_fast.commands.export import export
+from hrf_fast.commands.sample import draw
 from hrf_fast.config.load import load_config
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.panel import Panel

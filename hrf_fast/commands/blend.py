@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands import ADAPTERS, run_config, run_policy, tuned_config
+from hrf_fast.commands.runs import ADAPTERS, run_config, run_policy, tuned_config
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device

@@ -1,0 +1,102 @@
+"""Runs: the configuration of a run that a command is about, and the models that are in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrf_fast.assembly.model import build_policy
+from hrf_fast.config.load import differences, load_config
+from hrf_fast.config.options import Config
+from hrf_fast.config.paths import with_absolute_paths
+from hrf_fast.config.run_options import ComputeConfig
+from hrf_fast.engines.base import trained_weights
+from hrf_fast.policies.base import Policy
+from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
+from hrf_fast.run.finished import finished_run
+from hrf_fast.run.folder import check_base
+
+# options that say what a run's tuned model is
+BASE_MODEL = ("model.name", "model.revision", "model.variant")
+ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to, or None for a path that is no checkpoint's.
+
+    Raises:
+        ValueError: a checkpoint that is in no run's folder, or the folder of all checkpoints of a run.
+    """
+    # from inside a run's folder too
+    path = checkpoint.absolute()
+    if checkpoints := list_checkpoints(path):
+        raise ValueError(f"{checkpoint} holds the checkpoints of a run; name one of them, such as {checkpoints[0]}")
+    if not (path / WEIGHTS).is_file():
+        return None
+    run = path.parents[1]
+    if not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"{checkpoint} is a checkpoint, but {run} has no config.yaml, which says what model it is of; put it back "
+            "into RUN/checkpoints"
+        )
+    return run
+
+
+def run_config(run: Path, words: tuple[str, ...] = ()) -> Config:
+    return load_config(["--config", str(run / "config.yaml"), *words])
+
+
+def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Config:
+    """A finished run's configuration with options changed by `words`, but for the `fixed` ones.
+
+    Raises:
+        ValueError: the run has not finished, or a fixed option is another than the run's.
+    """
+    config = run_config(finished_run(run), tuple(words))
+    changed = differences(with_absolute_paths(run_config(run)), with_absolute_paths(config))
+    for option in fixed:
+        if option in changed:
+            before, now = changed[option]
+            hint = f"; if that model has moved, write its new place into {run / 'config.yaml'}"
+            raise ValueError(
+                f"{option} is {now!r}, but the tuned model of {run} is of {before!r}; leave {option} out"
+                + (hint if option == "model.name" else "")
+            )
+    return config
+
+
+def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:
+    """The policy of `build_policy` for a run, whose pretrained weights are those that it was trained beside.
+
+    Raises:
+        ValueError: see `check_base`.
+    """
+    policy = build_policy(config, name)
+    if policy.network.base_digest:
+        check_base(run, config.model.name, policy.network.base_digest)
+    return policy
+
+
+def with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
+    """The configuration with fields of its sample section replaced, in fp32 on `device`.
+
+    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have. Frozen weights
+    are in fp32 with it.
+    """
+    names = {"sampler": "scheduler"}
+    for name, value in sampler.items():
+        setattr(config.sample, names.get(name, name), value)
+    config.run.device, config.compute, config.lora.base_precision = device, ComputeConfig(), "fp32"
+    return config
+
+
+def load_weights(policy: Policy, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into a policy, averaged ones if there are any; see `read_weights`."""
+    trained = trained_weights(policy.network)
+    weights = read_weights(checkpoint, {name: tuple(weight.shape) for name, weight in trained.items()})
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weight.copy_(weights[name])
