@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,7 +179,8 @@ def _merge(config: Any, layer: Any) -> Any:
 
     for section, selector in (("window", "schedule"), ("reward", "name"), ("prompts", "source")):
         new, old = layer.get(section), config.get(section)
-        if new and old and selector in new and new[selector] != old.get(selector):
+        # a file that names none has options of the default
+        if new and old and selector in new and new[selector] != {**_defaults()[section], **old}[selector]:
             old.kwargs = {}
     return OmegaConf.unsafe_merge(config, layer)
 
@@ -187,7 +189,16 @@ def to_yaml(config: Config) -> str:
     """The whole configuration as a valid `--config` file."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    """A value whose texts OmegaConf reads as they are, `${` too, which would refer to another option."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value) if isinstance(value, str) else value
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

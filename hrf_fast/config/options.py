@@ -194,7 +194,7 @@ class OptimizerConfig:
     learning_rate: float = option(5e-6, above=0)
     """Peak learning rate."""
     learning_rate_schedule: str = option("constant", choices=LEARNING_RATE_SCHEDULES)
-    """Learning rate after the warm-up; cosine falls to zero at the last iteration."""
+    """Learning rate after the warm-up; cosine falls towards zero, half way at half of the iterations."""
     warmup_iterations: int = option(0, at_least=0)
     """Iterations of linear warm-up."""
     burn_in_iterations: int = option(0, at_least=0)

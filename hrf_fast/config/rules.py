@@ -53,6 +53,11 @@ def check_config(config: Config) -> None:
     check_stop(config)
     if bool(config.reward.name) == bool(config.reward.terms):
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
+    if config.reward.terms and config.reward.kwargs:
+        raise ValueError(
+            f"reward.kwargs is {config.reward.kwargs} but reward.terms have kwargs of their own; move them there, or "
+            "leave it out"
+        )
 
 
 def _check_sample(sample: SampleConfig) -> None:
@@ -95,6 +100,13 @@ def _check_lora(config: Config) -> None:
 def _check_remedies(config: Config) -> None:
     """Check that every option of section remedies does something."""
     remedies, steps = config.remedies, config.sample.num_inference_steps
+    if remedies.kl_weight_end is not None and (
+        remedies.kl_weight_end == remedies.kl_weight or config.train.iterations == 1
+    ):
+        raise ValueError(
+            f"remedies.kl_weight_end is {remedies.kl_weight_end:g} but remedies.kl_weight {remedies.kl_weight:g} and "
+            f"train.iterations {config.train.iterations}, so the weight never changes; leave it out"
+        )
     if remedies.reference_steps is not None:
         option = f"remedies.reference_steps is {remedies.reference_steps}"
         if not remedies.reference_penalty:
@@ -168,6 +180,11 @@ def _check_order(config: Config) -> None:
         raise ValueError(
             f"train.gradient_noise is true but train.groups_per_step is {train.groups_per_step}: signal and noise come "
             "from two halves of a step's groups; use an even number, or train.gradient_noise=false"
+        )
+    if train.gradient_noise and train.step_share < 1:
+        raise ValueError(
+            f"train.gradient_noise is true but train.step_share is {train.step_share:g}: both halves leave out the "
+            "same steps, which would count as signal; use train.step_share=1, or train.gradient_noise=false"
         )
     if train.gradient_noise and config.engine.deepspeed is not None:
         raise ValueError(

@@ -59,6 +59,8 @@ def _check_fields(part: Any, values: dict[Any, Any], path: str, source: str) -> 
 
 
 def _check_value(kind: Any, value: Any, path: str, source: str) -> None:
+    if value == "???":
+        raise ValueError(f"{source}: {path} is ???, which stands for a value that is to be set; set it")
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     # an interpolation is OmegaConf's to resolve
     if (value is None and types.NoneType in kinds) or (isinstance(value, str) and "${" in value):
@@ -120,7 +122,7 @@ def _converts(kind: Any, value: Any) -> bool:
         return True
     try:
         kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
     return not isinstance(value, bool) and (kind is float or not isinstance(value, float))
 

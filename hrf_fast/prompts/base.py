@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +46,8 @@ def as_prompt(item: Any, where: str, negative: str) -> tuple[Prompt, float]:
         raise ValueError(f"{where} has the prompt {text!r}, with half of a character; write the file again as UTF-8")
     if own_negative is not None and not isinstance(own_negative, str):
         raise ValueError(f"{where} has the negative prompt {own_negative!r}; use one text")
-    # written so that NaN fails
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+    # written so that NaN fails, and an int that is no float
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
         raise ValueError(f"{where} has the weight {weight!r}; use a finite number of at least 0")
     if not isinstance(metadata, Mapping) or not _is_json(metadata):
         raise ValueError(f"{where} has the metadata {metadata!r}; use a mapping of what JSON can hold")

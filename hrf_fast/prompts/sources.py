@@ -46,7 +46,7 @@ def load_prompts(
     if path.is_file():
         if kwargs:
             raise ValueError(f"prompts.kwargs is {kwargs}, but {option} is {value!r}, a list without arguments")
-        items = list(_json_lines(path) if path.suffix == ".jsonl" else _lines(path))
+        items = list(_json_lines(path) if path.suffix.lower() == ".jsonl" else _lines(path))
         return _list(option, value, items, negative), None if value in LISTS else source_of_file(path)
     if ":" not in value:
         raise ValueError(
@@ -98,19 +98,19 @@ def _list(option: str, value: str, items: list[tuple[Any, str]], negative: str) 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The prompts of a text file with their places; comments and empty lines are none."""
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    # a prompt may hold line separators of Unicode, at which splitlines would break it
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield line.strip(), f"{path}, line {number}"
 
 
 def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    # JSON may hold line separators of Unicode, at which splitlines would break a line
     for number, line in enumerate(_text(path).split("\n"), start=1):
         where = f"{path}, line {number}"
         if line.strip():
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f'{where} is no JSON ({error}); write {{"prompt": "a cat"}} on each line') from error
             yield item, where
 

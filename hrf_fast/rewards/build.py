@@ -6,6 +6,7 @@ come out (B of them, real, finite). Nothing is normalised here: rewards keep the
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class _BuiltTerm:
         arguments: list[Any] = [images, texts if len(texts) == len(prompts) else None]
         # our wrapper of a user's function has the parameter, or has not
         if takes_metadata(self.reward, {}, follow_wrapped=False):
-            arguments.append(tuple(dict(prompt.metadata) if prompt else {} for prompt in prompts))
+            arguments.append(tuple(copy.deepcopy(dict(prompt.metadata)) if prompt else {} for prompt in prompts))
         return self.reward(*arguments)
 
 
@@ -157,6 +158,8 @@ class CombinedReward:
                 means[term.key] = values.mean()
                 # fp64 where a term is
                 total = total + term.weight * values
+        if not total.isfinite().all():
+            raise NotFiniteError(f"reward {self.name!r}: the sum is not finite in {total.dtype}; use smaller weights")
         return Rewards(total, means)
 
 
@@ -202,6 +205,8 @@ def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
             # torch takes no negative strides, which scores[::-1] has, and no other byte order than the machine's
             rewards = rewards.astype(rewards.dtype.newbyteorder("="), order="C")
         values = torch.as_tensor(rewards)
+        if values.layout is not torch.strided or values.is_nested or values.is_meta:
+            raise TypeError("it is sparse, nested or without values")
     except Exception as error:
         raise RewardError(
             f"reward {name!r} returned a {type(rewards).__name__} that is not an array of numbers; {expected} "

@@ -65,8 +65,11 @@ def attribute(
             {"attributes": {"accessories": "sunglasses"}}. The mean over them is the reward.
         model: the shipped model whose classifier looks.
     """
-    option, network = f"{option_prefix}target", load_shipped(model, device)
+    option = f"{option_prefix}target"
     fixed = [target] if isinstance(target, str) else target
+    if fixed is not None and not (isinstance(fixed, Sequence) and all(isinstance(item, str) for item in fixed)):
+        raise ValueError(f"{option} is {target!r}; give an attribute such as accessories=sunglasses, or a list of them")
+    network = load_shipped(model, device)
 
     def reward(images: Tensor, prompts: Sequence[str] | None, metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         log_probs = network.log_probs(images)

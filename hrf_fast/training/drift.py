@@ -18,21 +18,22 @@ from hrf_fast.windows.base import Window
 def policy_drift(components: Components, rolled_out: Rollout, windows: Sequence[Window], step: int) -> float:
     """The drift of an optimizer step, equal on all ranks.
 
-    The last group's call in the middle of its window is made again, without gradient. It is not counted, as the calls
+    The step in the middle of the last group's window is made again, without gradient. It is not counted, as the calls
     of panels are not.
 
     Args:
         windows: of all groups of the iteration; step: the number of the optimizer step.
 
     Returns:
-        Largest |log ratio| of that call's samples and steps under the new weights, in nats per pixel; inf where a ratio
+        Largest |log ratio| of that step's samples under the new weights, in nats per pixel; inf where a ratio
         is NaN.
     """
     group, drift = components.groups.of_step(step)[-1], 0.0
     with components.policy.uncounted(), components.engine.gathered():
         if group in rolled_out.trajectories:
-            calls = components.calls.replay({group: windows[group]})
-            ratios = replay_ratios(components.policy, rolled_out.trajectories, [calls[len(calls) // 2]])
+            middle = (windows[group].start + windows[group].stop) // 2
+            calls = components.calls.replay({group: Window(middle, middle + 1)})
+            ratios = replay_ratios(components.policy, rolled_out.trajectories, calls)
             drift = float(ratios.log().abs().max())
     return comm.largest(drift)
 

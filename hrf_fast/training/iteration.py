@@ -109,6 +109,13 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     engine.set_learning_rate(rules.learning_rate(iteration))
     with engine.gathered():
         windows, groups = begin(components, run, iteration)
+    reference = rules.reference(iteration)
+    if reference.mean and all(window.start >= reference.mean_steps for window in windows):
+        run.note_once(
+            f"iteration {iteration}: remedies.reference_penalty is of the first {reference.mean_steps} steps, and "
+            "every window starts after them, so it does nothing; set remedies.reference_steps to more",
+            key="reference penalty",
+        )
     outcome = Outcome(windows)
     rounds = components.groups.rounds(components.calls.order)
     for steps in rounds:

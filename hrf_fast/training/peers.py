@@ -87,16 +87,17 @@ def apply_advantages(
     """
     what = f"train.advantages {qualified_name(advantages)}"
     with user_code(what):
-        answer = advantages(rewards, prompts)
+        # it may write into its rewards
+        answer = advantages({group: values.clone() for group, values in rewards.items()}, prompts)
     if not isinstance(answer, Mapping) or answer.keys() != rewards.keys():
         raise ValueError(f"{what} returned {answer!r}; return the advantages of groups {list(rewards)} by group")
     for group, values in answer.items():
         # written so that NaN fails
         if not (isinstance(values, Tensor) and values.shape == rewards[group].shape and bool(values.isfinite().all())):
             raise ValueError(
-                f"{what} returned {values!r} for group {group}; return {len(rewards[group])} finite numbers"
+                f"{what} returned {values!r} for group {group}; return a tensor of {len(rewards[group])} finite numbers"
             )
-    return {group: values.float() for group, values in answer.items()}
+    return {group: values.detach().float() for group, values in answer.items()}
 
 
 class Peers:

@@ -74,9 +74,9 @@ class StartProbe:
             raise ValueError(f"{option} probes starts, for which groups need anchors; let its needs_anchors be True")
         if len(candidates) != groups:
             raise ValueError(f"{option} probes {candidates!r} for {groups} groups; give one list of starts per group")
-        wrong = [start for starts in candidates for start in starts if not 0 <= start < steps]
+        wrong = [start for starts in candidates for start in starts if start not in range(steps)]
         if wrong:
-            raise ValueError(f"{option} probes start {wrong[0]}; use starts from 0 to {steps - 1}")
+            raise ValueError(f"{option} probes start {wrong[0]!r}; use whole numbers from 0 to {steps - 1}")
 
 
 @dataclass(frozen=True)

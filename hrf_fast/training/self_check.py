@@ -14,7 +14,7 @@ from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Group
-from hrf_fast.training.optimizer_step import replay_ratios
+from hrf_fast.training.optimizer_step import replay_ratios, window_share
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 
@@ -50,9 +50,9 @@ def self_check(components: Components) -> str:
 def _verdict(components: Components, error: float, joined: bool) -> str:
     policy, plan, clips = components.policy, components.calls, components.rules.clips
     steps, stop = len(policy.sampler), policy.sampler.stochastic_steps
-    # the least window is the last stochastic step, but for a schedule of interior ones, which says how wide they are
-    least = min(steps - stop + 1, getattr(components.schedule, "width", steps))
-    smallest = clips.clip_range * (least / steps if clips.scale_by_window else 1.0)
+    # of a schedule that does not say so, a user's, the last stochastic step
+    shortest = getattr(components.schedule, "shortest", Window(stop - 1, stop))
+    smallest = clips.clip_range * (window_share(shortest, stop, steps) if clips.scale_by_window else 1.0)
     inside = error < smallest / 10
     if error == 0:
         verdict = "passed: replayed log-probs equal the rollout's exactly"

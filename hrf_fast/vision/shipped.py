@@ -159,5 +159,5 @@ def _read_classifier(name: str) -> tuple[Path, dict[str, Any]]:
 def _shipped_folder(name: str) -> Path:
     if name not in SHIPPED:
         shipped = ", ".join(SHIPPED)
-        raise ValueError(f"{name!r}{nearest(name, SHIPPED)} does not ship with the package; use one of {shipped}")
+        raise ValueError(f"{name!r}{nearest(str(name), SHIPPED)} does not ship with the package; use one of {shipped}")
     return ASSETS / DATA.get(name, name)

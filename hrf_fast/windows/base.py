@@ -55,7 +55,8 @@ class Probe(Protocol):
 class WindowSchedule(Protocol):
     """Chooses one window per group; `needs_anchors` is False where groups start from pure noise (DDPO).
 
-    A schedule that remembers has two more methods: `state()` gives what a checkpoint keeps as JSON-able values, and
+    `shortest`, where there is one, is the window of least share of the T steps, by which clips are scaled. A schedule
+    that remembers has two more methods: `state()` gives what a checkpoint keeps as JSON-able values, and
     `load_state(state)` restores it.
     """
 

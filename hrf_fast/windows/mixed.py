@@ -24,7 +24,7 @@ class Mixed:
     needs_anchors = False
 
     def __init__(self, starts_at: Callable[[int], Sequence[int]], width: int) -> None:
-        self.starts_at, self.width = starts_at, width
+        self.starts_at, self.width, self.shortest = starts_at, width, Window(0, width)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         starts = self.starts_at(iteration)

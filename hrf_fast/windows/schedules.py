@@ -100,12 +100,12 @@ def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
 
 
 class _Uniform:
-    """Starts drawn uniformly from a list that depends on the iteration."""
+    """Starts drawn uniformly from a list that depends on the iteration; `latest` is the last of all."""
 
     needs_anchors = True
 
-    def __init__(self, starts_at: Callable[[int], Sequence[int]], stop: int) -> None:
-        self.starts_at, self.stop = starts_at, stop
+    def __init__(self, starts_at: Callable[[int], Sequence[int]], stop: int, *, latest: int) -> None:
+        self.starts_at, self.stop, self.shortest = starts_at, stop, Window(latest, stop)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         return [Window(start, self.stop) for start in _draw(self.starts_at(iteration), num_groups, generator)]
@@ -130,10 +130,10 @@ class Full:
                 "leave it at 0"
             )
         self.needs_anchors = renoised
-        self.window = Window(start, stop)
+        self.shortest = Window(start, stop)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
-        return [self.window] * num_groups
+        return [self.shortest] * num_groups
 
 
 @register_schedule("clusters")
@@ -166,7 +166,8 @@ def clusters(
                 stop=stop,
             )
         )
-    return _Uniform(lambda iteration: starts[iteration // iterations_per_cluster % len(starts)], stop)
+    latest = max(map(max, starts))
+    return _Uniform(lambda iteration: starts[iteration // iterations_per_cluster % len(starts)], stop, latest=latest)
 
 
 def _cluster_steps(cluster: Any, option: str, total: int) -> list[int]:
@@ -179,7 +180,9 @@ def _cluster_steps(cluster: Any, option: str, total: int) -> list[int]:
             return list(numbers)
         if not explicit and len(numbers) == 2:
             if kinds == {int}:
-                return list(range(*numbers))
+                first, end = numbers
+                # of a number that was mistyped no more than is refused
+                return list(range(first, min(end, total + 1))) if 0 <= first < total else [first]
             if kinds <= {int, float} and 0 <= numbers[0] < numbers[1] <= 1:
                 return list(range(*(round(share * total) for share in numbers)))
     raise ValueError(
@@ -191,7 +194,7 @@ def _cluster_steps(cluster: Any, option: str, total: int) -> list[int]:
 @register_schedule("random")
 def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
     """Uniform over every start that leaves a step to train: HRF without a hierarchy, a control for studies."""
-    return _Uniform(lambda iteration: range(stop), stop)
+    return _Uniform(lambda iteration: range(stop), stop, latest=stop - 1)
 
 
 @register_schedule("sliding")
@@ -200,7 +203,9 @@ def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 
     check_count("window.kwargs.iterations_per_start", iterations_per_start)
     check_count("window.kwargs.stride", stride)
     starts = range(0, stop, stride)
-    return _Uniform(lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop)
+    return _Uniform(
+        lambda iteration: [starts[iteration // iterations_per_start % len(starts)]], stop, latest=starts[-1]
+    )
 
 
 @register_schedule("progressive")
@@ -224,7 +229,7 @@ def progressive(
     def starts(iteration: int) -> Sequence[int]:
         return [total - min(total, first + iteration * (total - first + 1) // iterations)]
 
-    return _Uniform(starts, stop)
+    return _Uniform(starts, stop, latest=total - first)
 
 
 @register_schedule("interior")
@@ -253,7 +258,7 @@ class Interior:
                 f"window.kwargs.starts is {starts!r}; use starts from 0 to {stop - width}, so that windows of {width} "
                 f"steps end before the deterministic end at {stop}"
             )
-        self.starts, self.width = chosen, width
+        self.starts, self.width, self.shortest = chosen, width, Window(0, width)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         return [Window(start, start + self.width) for start in _draw(self.starts, num_groups, generator)]

@@ -46,6 +46,52 @@ def test_another_schedule_or_reward_starts_with_its_own_options(tmp_path):
     assert load_config(kept).window.kwargs == {"clusters": [[0, 5]], "iterations_per_cluster": 2}
 
 
+def test_options_of_a_file_that_names_no_schedule_are_those_of_the_default(tmp_path):
+    (tmp_path / "a.yaml").write_text("window: {kwargs: {clusters: [[0, 5]]}}\nreward: {kwargs: {quality: 50}}\n")
+    (tmp_path / "b.yaml").write_text(
+        "base: a.yaml\nwindow: {schedule: clusters}\nreward: {name: jpeg_compressibility}\n"
+    )
+    config = load_config(["--config", str(tmp_path / "b.yaml")])
+    assert config.window.kwargs == {"clusters": [[0, 5]]} and config.reward.kwargs == {"quality": 50}
+    (tmp_path / "c.yaml").write_text("base: a.yaml\nwindow: {schedule: random}\n")
+    assert load_config(["--config", str(tmp_path / "c.yaml")]).window.kwargs == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["a${b}", "${a.b}", "a\\${b}", "a\\\\${b}", "${", "$", "\\", "a: b", "'", "${oc.env:HOME}"]
+)
+def test_any_text_survives_the_file_of_a_run(tmp_path, text):
+    config = load_config([])
+    config.reward.kwargs = {"text": text, "texts": [text], text: {text: 1}}
+    config.prompts.negative = text
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    again = load_config(["--config", str(tmp_path / "run.yaml")], {"the test": {"prompts": {"source": "animals"}}})
+    assert again.reward.kwargs == config.reward.kwargs and again.prompts.negative == text
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.name=???", r"model\.name is \?\?\?, which stands for a value that is to be set"),
+        ("train.iterations=.inf", r"train\.iterations is inf"),
+        ("train.iterations=1e400", r"train\.iterations is inf"),
+        ("optimizer.learning_rate=" + "9" * 400, r"optimizer\.learning_rate is 9+; use"),
+        ("compute.threads=3000000000", r"compute\.threads is 3000000000"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_what_stands_for_no_number_is_refused_by_name(word, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([word])
+
+
+def test_options_of_a_reward_beside_terms_are_refused():
+    words = ["reward.name=null", "reward.terms=[{name: jpeg_compressibility}]"]
+    load_config(words)
+    with pytest.raises(ValueError, match=r"reward\.kwargs is \{'quality': 50\} but reward\.terms have kwargs"):
+        load_config([*words, "reward.kwargs.quality=50"])
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_options_of_a_new_schedule_or_reward_may_come_before_or_after_its_name(tmp_path, order):
     (tmp_path / "a.yaml").write_text("window: {schedule: clusters, kwargs: {clusters: [[0, 5]]}}\n")

@@ -37,6 +37,15 @@ def test_a_step_that_wrecks_the_model_ends_the_run_before_the_next_panel(tiny_ru
     assert max(record["drift"] for record in metrics(tmp_path / "run")) > 4
 
 
+def test_the_drift_is_that_of_one_step_whatever_shares_its_call(tiny_run, tmp_path):
+    drifts = []
+    for images in (0, 2, 100):
+        words = [f"compute.images_per_call={images}", "train.order=collect", f"run.folder={tmp_path / str(images)}"]
+        train([*tiny_run, *words, "window.schedule=full", "train.iterations=1", "evaluation.every=0"])
+        drifts.append(metrics(tmp_path / str(images))[0]["drift"])
+    assert drifts == pytest.approx([drifts[0]] * 3, rel=1e-2)
+
+
 @pytest.mark.parametrize(("drift", "limit", "raises"), [(0.2, 0.1, True), (0.1, 0.1, False), (9.0, 0.0, False)])
 def test_the_limit_by_hand(drift, limit, raises):
     if raises:

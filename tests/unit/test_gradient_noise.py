@@ -89,6 +89,10 @@ def test_noise_above_the_signal_is_said_after_eight_iterations():
     ("words", "value"),
     [
         (["train.groups_per_step=1"], "train.groups_per_step is 1"),
+        (
+            ["train.groups_per_step=2", "train.step_share=0.5"],
+            "train.step_share is 0.5: both halves leave",
+        ),
         (["train.groups_per_step=2", "engine.deepspeed=configs/deepspeed/zero2.json"], "engine.deepspeed is"),
     ],
 )

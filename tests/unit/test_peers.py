@@ -100,12 +100,23 @@ def test_a_factory_of_the_users_gets_the_options_that_it_names(tmp_path, monkeyp
     assert found[0].tolist() == [-1, 1] and found[3].tolist() == [-0.25, 0.25] and found[3].dtype == torch.float32
     with pytest.raises(ValueError, match="train.advantages my_advantages:short.* groups .0, 3. by group"):
         apply_advantages(build("short"), rewards, {})
-    with pytest.raises(ValueError, match="train.advantages .*nan.* for group 0; return 2 finite numbers"):
+    with pytest.raises(ValueError, match="train.advantages .*nan.* for group 0; return a tensor of 2 finite numbers"):
         apply_advantages(build("wrong"), {0: rewards[0]}, {})
     with pytest.raises(UserCodeError, match="KeyError: 'here'"):
         apply_advantages(build("fails"), rewards, {})
     with pytest.raises(ValueError, match="train.advantages my_advantages:nothing must return a callable"):
         build("nothing")
+
+
+def test_advantages_may_write_into_their_rewards_and_keep_a_graph():
+    rewards = {0: torch.tensor([1.0, 3.0])}
+
+    def centred(rewards, prompts):
+        rewards[0] -= rewards[0].mean()
+        return {0: rewards[0] * torch.ones(2, requires_grad=True)}
+
+    found = apply_advantages(centred, rewards, {0: ""})
+    assert found[0].tolist() == [-1, 1] and not found[0].requires_grad and rewards[0].tolist() == [1, 3]
 
 
 def test_an_unknown_name_answers_with_those_there_are(monkeypatch):

@@ -84,6 +84,8 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
         ("a.jsonl", b'{"prompt": "a", "weight": -1}', "line 1 has the weight -1"),
         ("a.jsonl", b'{"prompt": "a", "weight": NaN}', "line 1 has the weight nan"),
         ("a.jsonl", b'{"prompt": "a", "weight": Infinity}', "line 1 has the weight inf"),
+        ("a.jsonl", b'{"prompt": "a", "weight": 1' + b"0" * 400 + b"}", "line 1 has the weight 10+; use a finite"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
         ("a.jsonl", b'{"prompt": "a", "weight": "1"}', "line 1 has the weight '1'"),
         ("a.jsonl", b'{"prompt": "a", "weight": 0}', "every weight is 0"),
     ],

@@ -221,10 +221,20 @@ def test_a_run_without_remedies_logs_no_kl_of_a_reference(tiny_model, tmp_path):
 
 
 def test_a_ramp_belongs_to_its_number_of_iterations(tiny_model, tmp_path):
-    words = reference_words(tiny_model, tmp_path / "run", "remedies.kl_weight_end=1", "train.iterations=1")
+    words = reference_words(tiny_model, tmp_path / "run", "remedies.kl_weight_end=1", "train.iterations=2")
     train(words, reward=brightness)
     with pytest.raises(ValueError, match=r"train\.iterations"):
-        train([*words, "train.iterations=2"], reward=brightness)
+        train([*words, "train.iterations=3"], reward=brightness)
+
+
+def test_a_penalty_of_steps_that_no_window_has_is_noted(tiny_model, tmp_path, capsys):
+    # T 6: a third is 2 steps
+    for clusters, said in (("[[2, 5]]", True), ("[[1, 2]]", False)):
+        more = ("window.schedule=clusters", f"window.kwargs.clusters={clusters}", "remedies.reference_penalty=1")
+        words = reference_words(tiny_model, tmp_path / f"run{said}", *more, "train.iterations=1")
+        train(words, reward=brightness)
+        output = capsys.readouterr()
+        assert ("reference_penalty is of the first 2 steps, and every window" in output.out + output.err) == said
 
 
 # --- plans and refusals -----------------------------------------------------------------------------------------------
@@ -254,6 +264,8 @@ def test_a_plan_counts_the_copy_and_the_outputs(tiny_model, not_measured):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["remedies.kl_weight_end=0"], r"remedies\.kl_weight_end is 0 but remedies\.kl_weight 0 .* never changes"),
+        (["remedies.kl_weight_end=5", "train.iterations=1"], r"remedies\.kl_weight_end is 5 .*train\.iterations 1"),
         (["remedies.kl_weight=-1"], r"remedies\.kl_weight is -1"),
         (["remedies.reference_steps=3"], r"remedies\.reference_steps is 3 but remedies\.reference_penalty is 0"),
         (

@@ -15,7 +15,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import (
+    NotFiniteError,
     RewardError,
     RewardTerm,
     build_reward,
@@ -272,6 +274,8 @@ def test_numbers_of_any_kind_lose_their_gradient_and_become_fp32_unless_they_are
         (None, "returned a NoneType that is not an array of numbers"),
         (([1.0, 2.0], {}), r"returned a tuple that is not an array of numbers.*no info dict"),
         (torch.tensor([1j, 2.0]), "returned torch.complex64"),
+        (torch.tensor([1.0, 2.0]).to_sparse(), "returned a Tensor that is not an array of numbers"),
+        (torch.empty(2, device="meta"), "returned a Tensor that is not an array of numbers"),
         (
             [float("nan"), 1e39],
             r"returned 2 of 2 values that are NaN or infinite, first at index 0 \(nan\), 1 \(inf\)",
@@ -517,6 +521,22 @@ def test_an_object_that_is_called_is_named_after_its_class():
             return images.mean((1, 2, 3))
 
     assert list(build_reward(Brightness())(images_of(0.5)).terms) == ["Brightness"]
+
+
+def test_a_sum_that_overflows_is_refused_as_a_value_that_is_not_finite():
+    term = RewardTerm("jpeg_compressibility", weight=1e38)
+    with pytest.raises(NotFiniteError, match="the sum is not finite in torch.float32; use smaller weights"):
+        build_reward([term, RewardTerm("jpeg_compressibility", weight=3.4e38)])(images_of(0, 1).repeat(1, 1, 64, 64))
+
+
+def test_a_reward_that_changes_the_metadata_of_a_prompt_changes_its_own_only():
+    prompt = Prompt("a", metadata={"attributes": {"hair": "red"}})
+
+    def takes(images, prompts, metadata):
+        return [len(data["attributes"].pop("hair")) for data in metadata]
+
+    for _ in range(2):
+        assert build_reward(takes)(images_of(0.5), [prompt]).total.tolist() == [3]
 
 
 @pytest.mark.parametrize("name", ["metadata", "prompt_metadata"])

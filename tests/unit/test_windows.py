@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hrf_fast.training.optimizer_step import window_share
 from hrf_fast.windows.base import Window, check_estimate
 from hrf_fast.windows.schedules import SCHEDULES, build_schedule, check_starts
 
@@ -95,6 +96,28 @@ def test_no_window_of_a_full_cycle_is_empty_or_holds_a_deterministic_step(T, sto
         windows = draw(schedule, iteration, num_groups=3, seed=iteration, probe=random_probe)
         assert len(windows) == 3
         assert all(0 <= window.start < window.stop == stop for window in windows)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "shortest"),
+    [
+        ("full", {}, (0, 39)),
+        ("full", {"renoised": True, "start": 5}, (5, 39)),
+        ("clusters", {}, (38, 39)),
+        ("clusters", {"clusters": [[0, 5], {"steps": [7, 6]}]}, (7, 39)),
+        ("random", {}, (38, 39)),
+        ("sliding", {"stride": 25}, (25, 39)),
+        ("progressive", {}, (12, 39)),
+        ("interior", {"width": 3}, (0, 3)),
+        ("mixgrpo", {"width": 3}, (0, 3)),
+        ("flow_grpo_fast", {}, (0, 2)),
+    ],
+)
+def test_a_schedule_knows_its_window_of_least_share(name, kwargs, shortest):
+    schedule = make(name, kwargs)
+    assert (schedule.shortest.start, schedule.shortest.stop) == shortest
+    drawn = [window for i in range(200) for window in draw(schedule, i, num_groups=4, seed=i)]
+    assert min(window_share(window, 39, 40) for window in drawn) == window_share(schedule.shortest, 39, 40)
 
 
 @pytest.mark.parametrize("name", ["full", "clusters", "random", "sliding", "progressive"])
@@ -190,6 +213,8 @@ def test_bounds_may_be_shares_of_the_steps(bounds, steps):
     ("clusters", "message"),
     [
         ([[0, 20], [20, 41]], r"window\.kwargs\.clusters\[1\].* 40 .*sample\.num_inference_steps is 40.*0 to 38"),
+        ([[0, 99999999999]], r"window\.kwargs\.clusters\[0\].* 40 .*0 to 38"),
+        ([[-99999999999, 20]], r"window\.kwargs\.clusters\[0\].* -99999999999 .*0 to 38"),
         ([[-1, 20]], r"window\.kwargs\.clusters\[0\].* -1 .*0 to 38"),
         ([{"steps": [3, 99]}], r"window\.kwargs\.clusters\[0\].* 99 .*0 to 38"),
         ([[5, 5]], r"window\.kwargs\.clusters\[0\] is empty"),
