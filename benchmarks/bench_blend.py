@@ -111,7 +111,8 @@ def picture(blends: Blends, keep: float) -> bytes:
     for method, by_seed in blends.items():
         lines = [list(blend["front"].values()) for blend in by_seed.values()]
         runs = [Series(method, [p["gain"][0] for p in line], [p["share"] for p in line]) for line in lines]
-        columns = list(zip(*lines, strict=False))
+        common = set.intersection(*(set(blend["front"]) for blend in by_seed.values()))
+        columns = [[blend["front"][alpha] for blend in by_seed.values()] for alpha in sorted(common)]
         gains, shares = ([estimate([get(p) for p in column]).mean for column in columns] for get in (_gain, _share))
         arms.append((method, runs, Series(method, gains, shares)))
     return paths([("blends", arms)], x_label="gain in reward", y_label="Vendi Score kept", level=keep)

@@ -66,7 +66,9 @@ def make_parsers(
     models = "fashion or another shipped name, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
     command.add_argument("--out", type=path, default="samples.png", help="picture to write")
-    command.add_argument("--count", type=int, default=64, help="images, at least 1")
+    command.add_argument(
+        "--count", type=int, default=64, help="images, at least 1; fewer where prompts do not divide them"
+    )
     steps = "denoising steps; a run's own, else 40"
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
     scheduler = "a run's own, else ddim; a flow-matching model has the last three"

@@ -29,8 +29,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
     from hrf_fast.commands.sample import draw
 
-    draw(**_given(arguments))
-    print(f"{arguments.out}: {arguments.count} images of {arguments.model}")
+    print(f"{arguments.out}: {draw(**_given(arguments))} images of {arguments.model}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

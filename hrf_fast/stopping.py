@@ -218,8 +218,9 @@ class Watch:
         norm, factor = record.get("grad_norm"), self._stop.max_norm_factor
         if norm is None or not factor:
             return
-        median = statistics.median(self._norms) if len(self._norms) >= NORMS[0] else norm
-        self._spikes = 0 if norm <= factor * median else self._spikes + 1
+        known = len(self._norms) >= NORMS[0]
+        median = statistics.median(self._norms) if known else norm
+        self._spikes = self._spikes + 1 if known and norm > factor * median else 0
         self._norms.append(norm)
         if self._spikes >= SPIKES:
             text = f"grad_norm is {norm:.3g}, over {factor:g} times its median {median:.3g} (stop.max_norm_factor) for "

@@ -58,7 +58,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         )
     policy = run_policy(run, config, str(run / "model"))
     adapters = bool(adapted_layers(policy.network.unet))
-    pretrained = None if adapters else build_policy(replace(config, lora=LoraConfig())).network
+    pretrained = None if adapters else run_policy(run, replace(config, lora=LoraConfig())).network
     line = blends.Line(policy.network, pretrained)
     _claim_blend(folder, run, config)
     front = blends.Front(folder / "front.jsonl", line, policy, build_config_reward(config, device), append=append_line)

@@ -44,7 +44,10 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
     before: Mapping[str, Tensor] = {}
     pretrained: Tensor | None = None
     if network is not None and panel.size < LEAST:
-        print(f"evaluation.panel_size is {panel.size}: metrics of neighbours, which need {LEAST} images, are left out")
+        print(
+            f"evaluation.panel_size is {panel.size}: metrics of neighbours and shares kept, which need {LEAST} images, "
+            "are left out"
+        )
         network = None
     fidelity = importlib.util.find_spec("torchmetrics") is not None
     if network is not None and not fidelity:

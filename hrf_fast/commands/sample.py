@@ -32,12 +32,12 @@ def draw(
     prompts: Sequence[str] = (),
     negatives: Sequence[str] = (),
     **sampler: Any,
-) -> None:
-    """Write a grid of images of a model, a run or one of its checkpoints.
+) -> int:
+    """Write a grid of images of a model, a run or one of its checkpoints; returns how many.
 
     Args:
         variant: of the weight files of a model's folder or a hub id.
-        prompts: of equally many images each; none for those of the run's panel.
+        prompts: of equally many images each, `count` at most; none for those of the run's panel.
         negatives: one for all prompts, or one for each.
         sampler: scheduler, steps, eta and guidance; None for a run's own, or the defaults of `load_policy`.
 
@@ -50,9 +50,10 @@ def draw(
     set_precision_flags(choose_device(device), deterministic=True)
     policy = _policy(model, device, variant, {name: value for name, value in sampler.items() if value is not None})
     panel = _prompted(Panel(count, seed, images_per_call), model, policy, prompts, negatives)
-    each = [panel.prompt(image) for image in range(count)]
+    each = [panel.prompt(image) for image in range(panel.size)]
     images = policy.decode(sample(policy, panel.noise(policy), each, images_per_call=images_per_call)).cpu()
     save_grid(images, out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
+    return panel.size
 
 
 def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
@@ -76,7 +77,8 @@ def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], 
     if prompts:
         each = negatives if len(negatives) == len(prompts) else [*negatives, ""][:1] * len(prompts)
         asked = tuple(Prompt(text, negative) for text, negative in zip(prompts, each, strict=True))
-        return replace(panel, prompts=asked, images_per_prompt=-(-panel.size // len(asked)))
+        each_of = panel.size // len(asked)
+        return replace(panel, size=each_of * len(asked), prompts=asked, images_per_prompt=each_of)
     path = Path(model).expanduser()
     run = run_of(path) or path
     if not (run / "config.yaml").is_file():

@@ -18,7 +18,8 @@ from hrf_fast.config.load import differences, load_config
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.card import METHODS
-from hrf_fast.run.files import EVENT, PANEL, read_log
+from hrf_fast.run.files import EVENT, INTERVALS, PANEL, read_log
+from hrf_fast.run.finished import ends_of
 
 # names of metrics.jsonl that a report reads
 METRICS = {
@@ -116,6 +117,17 @@ def _read(folder: Path) -> RunLog:
             f"{folder} has no panel of the pretrained model in evaluations.jsonl, the first thing that training makes; "
             "wait for it, or start the run with `hrf train`"
         )
+    measured = [(len(panel["rewards"]), [name for name in INTERVALS if name in panel]) for panel in panels]
+    if measured.count(measured[0]) < len(panels) or panels[0].get("vendi", [1.0])[0] <= 0:
+        raise ValueError(
+            f"{folder / 'evaluations.jsonl'} has panels of other images or metrics than the first one, or no diversity "
+            "to begin with; mend or delete those lines"
+        )
+    events, ends = read_log(folder / "events.jsonl", EVENT), ends_of(folder)
+    if not metrics and ends:
+        raise ValueError(
+            f"{folder} ended before its first iteration, as its events.jsonl says: there is nothing to report"
+        )
     if not metrics:
         raise ValueError(
             f"{folder} has no finished iteration in metrics.jsonl; wait for the first, "
@@ -123,8 +135,7 @@ def _read(folder: Path) -> RunLog:
         )
     done, budget = metrics[-1]["iteration"] + 1, config.stop.max_evaluations
     complete = done >= config.train.iterations or 0 < budget <= metrics[-1]["evaluations"]
-    events = read_log(folder / "events.jsonl", EVENT)
-    ends = [event for event in events if event["event"] == "end" and event["iteration"] == done]
+    ends = [end for end in ends if end["iteration"] == done]
     # a run that is being extended still has the model/ of its earlier end
     complete = bool(ends) or (complete and panels[-1]["iteration"] == done)
     finished = (folder / "model").is_dir() and complete

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -73,7 +74,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -82,13 +83,11 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             _fsync(path)
         if folder.exists():
             # a folder can't be renamed onto a full one
-            old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-            aside.rename(folder)
-            shutil.rmtree(old)
-        else:
-            aside.rename(folder)
+        aside.rename(folder)
+        # after a crash between the two it is all that there was
+        shutil.rmtree(old, ignore_errors=True)
         _fsync(folder.parent)
     except SafetensorError as error:
         # what a full disk is called by safetensors
@@ -167,7 +166,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
+    return isinstance(value, list) and all(_is_number(number) and math.isfinite(number) for number in value)
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {

@@ -146,7 +146,8 @@ class RunFolder:
                 f"train.iterations is {self.config.train.iterations} but {self.path} has done {done}; "
                 "use at least that many, or another run.folder"
             )
-        if done == 0 and (self.path / "model").exists():
+        # a run may end at the pretrained model, before its first iteration
+        if done == 0 and (self.path / "model").exists() and not self._ended_at_start():
             raise ValueError(
                 f"run.folder {self.path} holds a tuned model but no checkpoint to go on from; choose another "
                 "run.folder, or delete the folder to train again"
@@ -173,6 +174,9 @@ class RunFolder:
             if known:
                 write_atomically(self.path / SOURCES, json.dumps(known, indent=1).encode())
         return [*edited, *self._gaps(done)] if done else []
+
+    def _ended_at_start(self) -> bool:
+        return not self.iterations() and any(e["event"] == "end" and e["iteration"] == 0 for e in self.events())
 
     def _gaps(self, done: int) -> list[str]:
         """A line where metrics.jsonl lacks iterations that a checkpoint has."""

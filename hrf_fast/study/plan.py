@@ -17,6 +17,9 @@ from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.config.run_options import RunConfig
 from hrf_fast.evaluation.panel import choose_network
+from hrf_fast.registry import load_user_function
+from hrf_fast.run.files import sha256
+from hrf_fast.user_code import source_of
 from hrf_fast.windows.schedules import build_schedule
 
 RATE = "optimizer.learning_rate"
@@ -49,7 +52,31 @@ class Job:
         """Hash of the options that are not at their defaults, less those that say where and how a run happens."""
         config = replace(self.config, run=RunConfig(seed=self.seed))
         values = {option: repr(value) for option, (_, value) in differences(Config(), config).items()}
+        values |= self._sources()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _sources(self) -> dict[str, str]:
+        """SHA-256 of the user's code and prompt files, by what names them; empty where there are none.
+
+        Raises:
+            ValueError: code that can't be loaded.
+        """
+        config = self.config
+        sources: dict[str, str] = {}
+        functions: dict[str, list[str | None]] = {
+            "reward.name": [config.reward.name],
+            "reward.terms": [term.name for term in config.reward.terms],
+            "window.schedule": [config.window.schedule],
+            "train.advantages": [config.train.advantages],
+        }
+        for option, names in functions.items():
+            for name in names:
+                if name and ":" in name and (source := source_of(load_user_function(name, option))):
+                    sources[f"{option} {name}"] = source["sha256"]
+        for name in (config.prompts.source, config.evaluation.prompts):
+            if name and (path := Path(name).expanduser()).is_file():
+                sources[f"prompts {name}"] = sha256(path)
+        return sources
 
     def to_yaml(self, folder: Path) -> str:
         """The configuration of the run in `folder`, as a `--config` file."""
@@ -148,6 +175,12 @@ class Study:
             for job in jobs:
                 _check_schedule(job)
             for job in jobs[1:]:
+                one, two = (_panel_prompts(config) for config in (jobs[0].config, job.config))
+                if one != two:
+                    raise ValueError(
+                        f"{self.path}: the prompts of panels are {one!r} in arm {jobs[0].arm} and {two!r} in arm "
+                        f"{job.arm}, so that they can't be compared; set one evaluation.prompts in options or cases"
+                    )
                 unequal = differences(jobs[0].config, job.config)
                 for option, (one, two) in unequal.items():
                     if FACTS[option].panel:
@@ -161,6 +194,13 @@ class Study:
                     f"{self.path}, case {case}: evaluation.network is {network!r}, which has no features for "
                     f"model.name {model!r}, but a study compares Vendi Scores; use a shipped name, a hub id or a folder"
                 )
+
+
+def _panel_prompts(config: Config) -> tuple[Any, ...]:
+    """What decides about the prompts of panels."""
+    if config.evaluation.prompts is not None:
+        return config.evaluation.prompts, config.prompts.negative
+    return config.prompts.source, config.prompts.kwargs, config.prompts.negative
 
 
 def _check_schedule(job: Job) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ def read_study(path: Path) -> Study:
     Raises:
         ValueError: no such file, no YAML, an unknown or missing key, or a value that can't be; names file and key.
     """
+    from omegaconf import OmegaConf
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        # as configurations are read: 1e-4 is a number, and a name that comes twice is an error
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path} can't be read as a study: {reason}; name a file as in configs/study/") from error
@@ -44,7 +49,7 @@ def read_study(path: Path) -> Study:
         files=tuple(_files(path, values["config"])),
         options=_sections(path, "options", values.get("options") or {}),
         seeds=_seeds(path, "seeds", values["seeds"]),
-        cases=_named(path, "cases", values.get("cases") or {path.stem: {}}),
+        cases=_named(path, "cases", values.get("cases") or {re.sub(r"[^\w+.]", "_", path.stem): {}}),
         arms=_named(path, "arms", values["arms"]),
         reference=values["reference"],
         keep=values.get("keep", 0.9),

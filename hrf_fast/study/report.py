@@ -14,7 +14,7 @@ from hrf_fast.run.files import write_atomically
 from hrf_fast.study.comparison import Compared, Lines, Measure, compare, measures
 from hrf_fast.study.plan import Study
 from hrf_fast.study.results import Results, code_commit, key, select
-from hrf_fast.study.run import choices
+from hrf_fast.study.run import choices, failures
 from hrf_fast.study.statistics import Estimate, end_of, estimate, holm, path_of
 
 _QUALITY = {
@@ -52,7 +52,7 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
     rates = {(c["case"], c["arm"]): c["learning_rate"] for c in choices(study, tuning)}
     jobs = study.jobs(rates)
     lines, more = select(records, jobs, {commit, *also})
-    notes += [*tuned_notes, *(note for note in more if note not in tuned_notes)]
+    notes += [*tuned_notes, *(note for note in more if note not in tuned_notes), *failures(study.tuning_jobs(), tuning)]
     for job in jobs:
         line = lines.get(key(job), {"error": "not run yet"})
         if "error" in line:

@@ -7,7 +7,9 @@ file and are named, never used silently; a half-written line is passed over.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import subprocess
 import time
@@ -21,13 +23,23 @@ from filelock import FileLock
 
 import hrf_fast.version
 from hrf_fast.cpu import cpu_name
-from hrf_fast.run.files import append_line
+from hrf_fast.run.files import INTERVALS, append_line
 from hrf_fast.study.plan import Job
 
 # what trains; the study and the report only read what training wrote
 _CODE = ("hrf_fast", "kernels", ":(exclude)hrf_fast/study", ":(exclude)hrf_fast/report")
-_RUN = {"case", "arm", "seed", "learning_rate", "configuration", "commit"}
-_CHOICE = {"case", "arm", "learning_rate", "choice"}
+Key = tuple[str, str, int, float]
+_NUMBER = (int, float)
+_RUN: dict[str, Any] = {
+    "case": str,
+    "arm": str,
+    "seed": int,
+    "learning_rate": _NUMBER,
+    "configuration": str,
+    "commit": str,
+}
+_WHOLE: dict[str, Any] = {**_RUN, "machine": dict, "date": str, "seconds": _NUMBER, "reason": str, "panels": list}
+_CHOICE: dict[str, Any] = {"case": str, "arm": str, "learning_rate": _NUMBER, "choice": dict, "commit": str}
 
 
 def code_commit() -> str:
@@ -70,6 +82,13 @@ class Results:
     """The file of a study's lines; several processes may append to it."""
 
     def __init__(self, path: Path) -> None:
+        """Open a file; its report and plot are beside it, under its name.
+
+        Raises:
+            ValueError: it has the name of the report or of the plot.
+        """
+        if path.suffix in (".md", ".png"):
+            raise ValueError(f"--results is {path}, where the report or its plot goes; use a name with .jsonl")
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
@@ -97,25 +116,30 @@ class Results:
                 continue
             try:
                 record = json.loads(line)
-                is_run = record.keys() >= _RUN and ("error" in record or _whole(record["panels"]))
-                if not (is_run or record.keys() >= _CHOICE):
-                    raise ValueError
+                kinds = _CHOICE if "choice" in record else _RUN if "error" in record else _WHOLE
+                if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+                    raise TypeError
+                if kinds is _WHOLE:
+                    _check_panels(record)
                 records.append(record)
             except (ValueError, TypeError, AttributeError, LookupError):
                 notes.append(f"{self.path}, line {number} is half-written or no record of a study: it is ignored")
         return records, notes
 
 
-def _whole(panels: Any) -> bool:
-    """Whether panels have what a path is made of, or raise for what they lack."""
-    return (
-        all(isinstance(panel[name][0], (int, float)) for panel in panels for name in ("reward", "vendi"))
-        and all(isinstance(panel["evaluations"], (int, float)) for panel in panels)
-        and bool(panels)
-    )
+def _check_panels(record: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or LookupError where a line's panels lack what a path is made of."""
+    panels = record["panels"]
+    for panel in panels:
+        intervals = [panel["reward"], panel["vendi"], *(panel[name] for name in INTERVALS if name in panel)]
+        if not all(map(math.isfinite, [panel["iteration"], panel["evaluations"], *itertools.chain(*intervals)])):
+            raise ValueError
+    last = panels[-1]["iteration"]
+    if panels[0]["vendi"][0] <= 0 or record.get("model", last) not in [panel["iteration"] for panel in panels]:
+        raise ValueError
 
 
-def key(record: dict[str, Any] | Job) -> tuple[str, str, int, float]:
+def key(record: dict[str, Any] | Job) -> Key:
     """Case, arm, seed and learning rate of a line or a run."""
     if isinstance(record, Job):
         return record.case, record.arm, record.seed, record.learning_rate
@@ -124,7 +148,7 @@ def key(record: dict[str, Any] | Job) -> tuple[str, str, int, float]:
 
 def select(
     records: Sequence[dict[str, Any]], jobs: Sequence[Job], commits: Collection[str]
-) -> tuple[dict[tuple[str, str, int, float], dict[str, Any]], list[str]]:
+) -> tuple[dict[Key, dict[str, Any]], list[str]]:
     """The line of each run: its first whole one, else its last failure.
 
     Args:
@@ -134,7 +158,7 @@ def select(
         Lines by `key`, and a note for each kind of line that was kept apart.
     """
     wanted = {key(job): job.configuration for job in jobs}
-    lines: dict[tuple[str, str, int, float], dict[str, Any]] = {}
+    lines: dict[Key, dict[str, Any]] = {}
     apart: Counter[str] = Counter()
     for record in records:
         if "choice" in record or key(record) not in wanted:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from tqdm import tqdm
 from hrf_fast.run.files import PANEL, read_log, write_atomically
 from hrf_fast.run.finished import model_iteration
 from hrf_fast.run.interrupts import Interrupts
+from hrf_fast.run.lock import lock_folder
 from hrf_fast.study.plan import Job, Study
-from hrf_fast.study.results import Results, code_commit, facts, key, select
+from hrf_fast.study.results import Key, Results, code_commit, facts, key, select
 from hrf_fast.study.statistics import end_of, path_of
 
 # how often finished processes are looked for, in seconds
@@ -60,13 +61,18 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
         rates: dict[tuple[str, str], float] = {}
         if tuning:
             lines = workers.train(tuning)
+            _check_counted(tuning, lines)
+            for note in failures(tuning, lines):
+                _say(note)
             for choice in choices(study, lines):
                 record = {**choice, "commit": code_commit()}
                 if record not in results.read()[0]:
                     results.append(record)
                 _say(f"{choice['case']}, {choice['arm']}: learning rate {study.shown_rate(choice['learning_rate'])}")
                 rates[choice["case"], choice["arm"]] = choice["learning_rate"]
-        lines = workers.train(study.jobs(rates))
+        compared = study.jobs(rates)
+        lines = workers.train(compared)
+        _check_counted(compared, lines)
     failed = [f"{case}-{arm}-{seed}" for (case, arm, seed, _), line in lines.items() if "error" in line]
     untuned = [f"{case}-{arm}" for case in study.cases for arm in study.arms if tuning and (case, arm) not in rates]
     if failed or untuned:
@@ -75,6 +81,22 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
             f"{len(failed)} runs failed: {', '.join(failed) or 'none'}{without}. {results.path} has their errors, "
             f"{out} their logs; the same command tries them again"
         )
+
+
+def _check_counted(jobs: Sequence[Job], lines: Mapping[Key, Any]) -> None:
+    """Raise ValueError where runs have no line that counts, as after an edit of the code between two of them."""
+    if lost := [job.name for job in jobs if key(job) not in lines]:
+        raise ValueError(
+            f"the code has changed while the study ran, and the lines of {', '.join(lost)} do not count beside the "
+            "others; the same command trains what the code as it is now lacks"
+        )
+
+
+def failures(tuning: Sequence[Job], lines: Mapping[Key, dict[str, Any]]) -> list[str]:
+    """A note for each tuning run of a case that has any which had no part in the choice of a learning rate."""
+    begun = {case for case, *_ in lines}
+    outcomes = ((job, lines.get(key(job), {"error": "not run yet"})) for job in tuning if job.case in begun)
+    return [f"{job.name} was out of the choice: {line['error']}" for job, line in outcomes if "error" in line]
 
 
 def _begun(path: Path) -> dict[str, Any]:
@@ -95,7 +117,7 @@ def _begun(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def choices(study: Study, lines: dict[tuple[str, str, int, float], dict[str, Any]]) -> list[dict[str, Any]]:
+def choices(study: Study, lines: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
     """The learning rate of each arm and case: the one of the highest gain among panels that keep the floor.
 
     A run's gain is that of its best panel whose diversity is at least `study.keep`, the pretrained one with gain 0
@@ -134,7 +156,7 @@ class Workers:
         self._running: dict[subprocess.Popen[bytes], tuple[Job, str]] = {}
         self._noted: set[str] = set()
 
-    def train(self, jobs: Sequence[Job]) -> dict[tuple[str, str, int, float], dict[str, Any]]:
+    def train(self, jobs: Sequence[Job]) -> dict[Key, dict[str, Any]]:
         """Train the runs that have no whole line; returns the line of each."""
         lines = self._lines(jobs)
         pending = [job for job in jobs if "error" in lines.get(key(job), {"error": ""})]
@@ -156,7 +178,7 @@ class Workers:
             raise
         return self._lines(jobs)
 
-    def _lines(self, jobs: Sequence[Job]) -> dict[tuple[str, str, int, float], dict[str, Any]]:
+    def _lines(self, jobs: Sequence[Job]) -> dict[Key, dict[str, Any]]:
         records, notes = self.results.read()
         lines, more = select(records, jobs, self.commits)
         for note in {*notes, *more} - self._noted:
@@ -169,13 +191,12 @@ class Workers:
         folder, begun = self.out / job.name, self.out / f"{job.name}.json"
         commit = code_commit()
         before = _begun(begun)
-        if folder.exists():
-            if before["commit"] in self.commits and before.get("configuration") == job.configuration:
-                commit = before["commit"]
-            else:
-                aside = _free(self.out / f"{job.name}@{before['commit']}")
-                folder.rename(aside)
-                _say(f"{folder} is of other code or another configuration: it is {aside.name} now")
+        if folder.exists() and before != {"commit": commit, "configuration": job.configuration}:
+            # whoever trains there still would go on in the new folder
+            lock_folder(folder).release()
+            aside = _free(self.out / f"{job.name}@{before['commit']}")
+            folder.rename(aside)
+            _say(f"{folder} is of other code or another configuration: it is {aside.name} now")
         write_atomically(begun, json.dumps({"commit": commit, "configuration": job.configuration}).encode())
         config = self.out / f"{job.name}.yaml"
         write_atomically(config, job.to_yaml(folder).encode())

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -82,7 +83,8 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     record = {
         "iteration": iteration,
         **numbers,
-        "drift": outcome.drift,
+        # JSON has no infinity
+        "drift": min(outcome.drift, sys.float_info.max),
         **_counters(components, iteration),
         "skipped_steps": outcome.skipped,
     }

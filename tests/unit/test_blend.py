@@ -222,6 +222,9 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     save_file(changed, other / UNET.removeprefix("model/"))
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
+    assert f"model.name is '{other}', whose weights are not those of '{tiny_model}'" in refused(copy, "--step", "1")
+    # a run from before its base model was remembered
+    (copy / "sources.json").unlink()
     assert "model.name is not the model that the run began with" in refused(copy, "--step", "1")
     assert "another model" in refused(copy, f"model.name={tiny_model}")
     settings = copy / "blend" / "settings.json"

@@ -108,6 +108,10 @@ def test_sample_draws_a_prompt_of_the_command_line_and_a_run_its_panel(finished,
     model = [str(text_model("sd1")), "--count=4", "--steps=3"]
     cat = draw("cat.png", *model, "--prompt=a cat")
     assert cat.shape == (2 * 64 + 2 * 12, 2 * 64, 3)
+    # an image of each, and not two of the first ones
+    capsys.readouterr()
+    draw("three.png", *model, "--prompt=a", "--prompt=b", "--prompt=c")
+    assert "three.png: 3 images of" in capsys.readouterr().out
     band = Grid(4, 4).caption_height(128)
     guided = draw("guided.png", *model, "--prompt=a cat", "--negative=a dog", "--guidance=4")
     assert (guided[:band] == cat[:band]).all() and (guided[band:] != cat[band:]).any()

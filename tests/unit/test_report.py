@@ -352,6 +352,9 @@ def test_logs_that_lack_something_name_the_folder_and_the_way_out(tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="run has no finished iteration in metrics.jsonl; wait .*, or resume the run"):
         write_report([run])
+    (run / "events.jsonl").write_text('{"iteration": 0, "event": "end", "text": "", "figures": {"model": 0}}\n')
+    with pytest.raises(ValueError, match="run ended before its first iteration, as its events.jsonl says"):
+        write_report([run])
     (run / "evaluations.jsonl").write_text(panels.split("\n", 1)[1])
     with pytest.raises(ValueError, match="run has no panel of the pretrained model in .*; wait for it, or start"):
         write_report([run])
@@ -363,10 +366,33 @@ def test_logs_that_lack_something_name_the_folder_and_the_way_out(tmp_path):
         write_report([run])
 
 
+@pytest.mark.parametrize("damage", ["rewards", "vendi", "zero", "model"])
+def test_logs_that_do_not_go_together_name_the_file(tmp_path, damage):
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    if damage == "rewards":
+        lines[-1]["rewards"].pop()
+    elif damage == "vendi":
+        del lines[-1]["vendi"]
+    elif damage == "zero":
+        lines[0]["vendi"] = [0.0, 0.0, 0.0]
+    else:
+        (run / "events.jsonl").write_text('{"iteration": 0, "event": "end", "text": "", "figures": {}}\n')
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    name = "events.jsonl has an end whose" if damage == "model" else "evaluations.jsonl has panels of other images"
+    with pytest.raises(ValueError, match=f"run/{name}.*; mend or delete"):
+        write_report([run])
+
+
 @pytest.mark.parametrize(
     ("name", "line", "reason"),
     [
         ("evaluations.jsonl", b'{"iteration": 1}', "it lacks 'evaluations'"),
+        (
+            "evaluations.jsonl",
+            b'{"iteration": 1, "evaluations": 1, "reward": [NaN, 1, 2], "rewards": [1]}',
+            r"its 'reward' is '\[nan, 1, 2\]', no interval",
+        ),
         (
             "evaluations.jsonl",
             b'{"iteration": 1, "evaluations": 1, "reward": [1, 2], "rewards": [1]}',

@@ -183,6 +183,13 @@ WRITES = {
 }
 
 
+def test_a_folder_that_a_crash_has_left_aside_goes_with_the_next_write(tmp_path):
+    # killed between two renames: the old one is aside, and there is no new one
+    (tmp_path / ".model.old").mkdir()
+    replace_folder(tmp_path / "model", lambda folder: (folder / "x").write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (tmp_path / "model" / "x").read_text() == "new"
+
+
 @pytest.mark.parametrize("name", WRITES)
 def test_what_can_not_be_written_is_named_with_the_way_out(tmp_path, small_files, name):
     with pytest.raises(

@@ -12,10 +12,11 @@ from hrf_fast.config.run_options import StopConfig
 from hrf_fast.evaluation.diversity import Interval, vendi_of
 from hrf_fast.evaluation.kept import DRAWS, halves, kept_interval, panel_halves
 from hrf_fast.evaluation.panel import Panel
+from hrf_fast.report.page import write_report
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
 from hrf_fast.stopping import Watch, above_floors, by_merit, check_first_panel, check_floors
-from tests.runs import checkpoint_weights, equal, panels, train, weights, with_folder
+from tests.runs import checkpoint_weights, equal, metrics, panels, train, weights, with_folder
 
 
 def line(iteration, rewards=(1.0, 2.0), **kept):
@@ -163,6 +164,9 @@ def test_a_gradient_norm_is_judged_by_the_median_of_the_runs_own():
     found = updates(Watch(StopConfig(), seed=0), *({"grad_norm": norm} for norm in norms))
     assert found == [[]] * 14 + [["grad_norm"]]
     assert updates(Watch(StopConfig(), seed=0), *({"grad_norm": norm} for norm in norms[5:])) == [[]] * 10
+    # a factor below 1 has the same ten to know first
+    strict = updates(Watch(StopConfig(max_norm_factor=0.5), seed=0), *[{"grad_norm": 1.0}] * 13)
+    assert strict == [[]] * 12 + [["grad_norm"]]
 
 
 def test_skipped_steps_are_an_event_and_no_end():
@@ -324,6 +328,17 @@ def test_a_floor_under_precision_needs_a_network_and_no_classes():
     check_floors(StopConfig(quality="precision", quality_floor=0.8), {"vendi", "precision"})
     with pytest.raises(ValueError, match="quality_floor is 0.8, a share of the pretrained model's precision"):
         check_floors(StopConfig(quality="precision", quality_floor=0.8), set())
+
+
+def test_a_run_that_ends_at_the_pretrained_model_goes_on_where_its_rule_changes(tiny_run, tmp_path):
+    words = [*tiny_run, "stop.target_reward=-1e9"]
+    for _ in range(2):
+        # by the same command it ends again
+        assert "stop.target_reward" in train(words).reason and not metrics(tmp_path / "run")
+    with pytest.raises(ValueError, match="ended before its first iteration"):
+        write_report([tmp_path / "run"])
+    train([*words, "stop.target_reward=1e9"])
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("options", [[], ["optimizer.ema_decay=0.5"]])

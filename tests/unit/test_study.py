@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,12 +15,13 @@ from PIL import Image
 
 from hrf_fast.cli import main
 from hrf_fast.report import plots
+from hrf_fast.run.lock import lock_folder
 from hrf_fast.study import statistics
 from hrf_fast.study.comparison import compare, measures
 from hrf_fast.study.reading import read_study
 from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.run import Workers, _begun, choices, reason_in
+from hrf_fast.study.run import Workers, _begun, _check_counted, choices, failures, reason_in
 from hrf_fast.study.statistics import Point
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +211,10 @@ def test_layers_merge_as_files_do(write_study):
         ({"arms": {"ddpo": {}, "b": {"train": {"group_size": 1}}}}, "arm b: train.group_size is 1"),
         ({"arms": {"ddpo": {"window": {"schedule": "ful"}}}}, "arm ddpo: .*'ful'"),
         ({"arms": {"ddpo": {}, "b": {"evaluation": {"panel_size": 4}}}}, "evaluation.panel_size is 16 in arm ddpo"),
+        (
+            {"arms": {"ddpo": {}, "b": {"prompts": {"source": "animals"}}}},
+            r"the prompts of panels are \(None, .* in arm ddpo and \('animals', .* in arm b",
+        ),
         ({"options": {"evaluation": {"network": "none"}}}, "evaluation.network is 'none'"),
         ({"config": "none.yaml"}, "none.yaml does not exist"),
     ],
@@ -246,17 +252,38 @@ def test_lines_that_do_not_count_are_named_and_stay(write_study, tmp_path):
     assert key(jobs[1]) in select(records, jobs, {"c1", "c0"})[0]
 
 
-@pytest.mark.parametrize("panels", [[], [{}], [{"evaluations": 0, "reward": [1.0], "vendi": []}], {"reward": 1}, 3])
-def test_a_line_without_whole_panels_is_named(write_study, tmp_path, panels):
-    results = Results(tmp_path / "lines.jsonl")
-    results.append({**facts(read_study(write_study()).jobs({})[0], "c1"), "panels": panels})
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            {"panels": value}
+            for value in ([], [{}], [{"evaluations": 0, "reward": [1.0], "vendi": []}], {"reward": 1}, 3)
+        ),
+        *({"panels": panels((0, reward, vendi))} for reward, vendi in ((float("nan"), 9.0), (0.0, 0.0))),
+        {"panels": [{**panels((0, 0.0, 9.0))[0], "reward": ["0", "0", "0"]}]},
+        {"panels": [{**panels((0, 0.0, 9.0))[0], "inception": None}]},
+        *({name: None} for name in ("machine", "date", "seconds", "reason", "configuration")),
+        {"seed": [1]},
+        {"commit": ["c1"]},
+        {"model": 7},
+    ],
+    ids=lambda damage: json.dumps(damage)[:40],
+)
+def test_a_line_that_is_not_whole_is_named(write_study, tmp_path, damage):
+    results, job = Results(tmp_path / "lines.jsonl"), read_study(write_study()).jobs({})[0]
+    results.append({**finished(job, (0, 0.0, 9.0)), **damage})
+    results.append(finished(job, (0, 0.0, 9.0)))
+    results.append({"case": "tiny", "arm": "hrf", "learning_rate": 1e-5, "choice": {}})
     records, notes = results.read()
-    assert not records and "line 1 is half-written" in notes[0]
+    assert len(records) == 1 and "line 1 is half-written" in notes[0] and "line 3 is" in notes[1]
 
 
 def test_paths_that_a_study_cannot_use_are_named(tmp_path):
     with pytest.raises(ValueError, match="a folder; use a file"):
         Results(tmp_path).read()
+    for name in ("study.md", "study.png"):
+        with pytest.raises(ValueError, match=f"--results is .*{name}, where the report or its plot goes"):
+            Results(tmp_path / name)
     begun = tmp_path / "tiny-hrf-1.json"
     assert _begun(begun) == {"commit": "unknown"}
     for text in ('{"comm', '["commit"]', '{"commit": "c"}'):
@@ -317,6 +344,70 @@ def test_the_rate_of_the_highest_gain_within_the_floor_is_chosen(write_study):
 def test_a_learning_rate_at_an_end_of_those_tried_is_marked(write_study, rates, shown):
     study = read_study(write_study(tune={"seeds": [7], "learning_rates": rates}))
     assert [study.shown_rate(rate) for rate in (1e-5, 2e-5, 4e-5)] == shown
+
+
+def test_a_tuning_run_that_failed_is_named_and_one_that_does_not_count_ends_the_study(write_study, tmp_path):
+    study = read_study(write_study(tune={"seeds": [7], "learning_rates": [1e-5, 2e-5]}))
+    results, (good, bad, *rest) = Results(tmp_path / "lines.jsonl"), study.tuning_jobs()
+    for job in (good, *rest, *study.jobs({("tiny", arm): 1e-5 for arm in study.arms})):
+        results.append(finished(job, (0, 0.0, 10.0), (10, 1.0, 10.0)))
+    results.append({**facts(bad, "c1"), "error": "diverged"})
+    assert "- tiny-ddpo-7-2e-05 was out of the choice: diverged" in write_report(study, results)
+    lines, _ = select(results.read()[0], study.tuning_jobs(), {"c1"})
+    _check_counted(study.tuning_jobs(), lines)
+    del lines[key(good)]
+    assert failures(study.tuning_jobs(), lines)[0] == "tiny-ddpo-7-1e-05 was out of the choice: not run yet"
+    with pytest.raises(
+        ValueError, match="the code has changed while the study ran, and the lines of tiny-ddpo-7-1e-05 do"
+    ):
+        _check_counted(study.tuning_jobs(), lines)
+
+
+def test_a_run_is_of_the_users_code_and_prompts_as_they_are(write_study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, prompts = tmp_path / "study_rewards.py", tmp_path / "prompts.txt"
+    code.write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    prompts.write_text("a cat\n")
+    options = {"reward": {"name": "study_rewards:bright"}, "evaluation": {"prompts": str(prompts)}}
+    job = read_study(write_study(options=options)).jobs({})[0]
+    hashes = [job.configuration]
+    for file in (code, prompts):
+        file.write_text(file.read_text() + "\n# edited\n")
+        hashes.append(job.configuration)
+    assert len(set(hashes)) == 3
+    code.unlink()
+    del sys.modules["study_rewards"]
+    with pytest.raises(ValueError, match="reward.name .*study_rewards"):
+        read_study(write_study(options=options)).jobs({})[0].configuration  # noqa: B018
+
+
+def test_a_study_is_read_as_configurations_are(write_study, tmp_path):
+    path = write_study().rename(tmp_path / "my-study 2.yaml")
+    path.write_text(path.read_text() + "options: {reward: {kwargs: {weight: 1e-3}}}\n")
+    study = read_study(path)
+    assert study.options["reward"]["kwargs"] == {"weight": 1e-3} and list(study.cases) == ["my_study_2"]
+    path.write_text(path.read_text() + "seeds: [3]\n")
+    with pytest.raises(ValueError, match="duplicate key"):
+        read_study(path)
+
+
+def test_a_folder_of_other_code_is_renamed_unless_somebody_trains_there(write_study, tmp_path, monkeypatch):
+    job = read_study(write_study()).jobs({})[0]
+    workers = Workers(tmp_path, Results(tmp_path / "lines.jsonl"), 1, {"older"}, None)
+    started = SimpleNamespace(Popen=lambda *args, **kwargs: object(), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("hrf_fast.study.run.subprocess", started)
+    folder = tmp_path / job.name
+    folder.mkdir()
+    # lines of these commits count, but a run is of one
+    (tmp_path / f"{job.name}.json").write_text(json.dumps({"commit": "older", "configuration": job.configuration}))
+    held = lock_folder(folder)
+    with pytest.raises(ValueError, match="is in use by process"):
+        workers._start(job)
+    held.release()
+    workers._start(job)
+    assert not folder.exists() and (tmp_path / f"{job.name}@older").is_dir()
+    assert [commit for _, commit in workers._running.values()] == [code_commit()]
 
 
 def test_a_report_from_lines(write_study, tmp_path):
