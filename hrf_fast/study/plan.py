@@ -55,6 +55,13 @@ class Job:
         values |= self._sources()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def panel_prompts(self) -> tuple[Any, ...]:
+        """The options that say which prompts a panel has."""
+        prompts, of_panel = self.config.prompts, self.config.evaluation.prompts
+        source = (prompts.source, prompts.kwargs) if of_panel is None else (of_panel,)
+        return (*source, prompts.negative)
+
     def _sources(self) -> dict[str, str]:
         """SHA-256 of the user's code and prompt files, by what names them; empty where there are none.
 
@@ -175,7 +182,7 @@ class Study:
             for job in jobs:
                 _check_schedule(job)
             for job in jobs[1:]:
-                one, two = (_panel_prompts(config) for config in (jobs[0].config, job.config))
+                one, two = jobs[0].panel_prompts, job.panel_prompts
                 if one != two:
                     raise ValueError(
                         f"{self.path}: the prompts of panels are {one!r} in arm {jobs[0].arm} and {two!r} in arm "
@@ -194,13 +201,6 @@ class Study:
                     f"{self.path}, case {case}: evaluation.network is {network!r}, which has no features for "
                     f"model.name {model!r}, but a study compares Vendi Scores; use a shipped name, a hub id or a folder"
                 )
-
-
-def _panel_prompts(config: Config) -> tuple[Any, ...]:
-    """What decides about the prompts of panels."""
-    if config.evaluation.prompts is not None:
-        return config.evaluation.prompts, config.prompts.negative
-    return config.prompts.source, config.prompts.kwargs, config.prompts.negative
 
 
 def _check_schedule(job: Job) -> None:

@@ -85,10 +85,10 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
 
 def _check_counted(jobs: Sequence[Job], lines: Mapping[Key, Any]) -> None:
     """Raise ValueError where runs have no line that counts, as after an edit of the code between two of them."""
-    if lost := [job.name for job in jobs if key(job) not in lines]:
+    if uncounted := [job.name for job in jobs if key(job) not in lines]:
         raise ValueError(
-            f"the code has changed while the study ran, and the lines of {', '.join(lost)} do not count beside the "
-            "others; the same command trains what the code as it is now lacks"
+            f"the code has changed while the study ran, and the lines of {', '.join(uncounted)} do not count beside "
+            "the others; the same command trains what the code as it is now lacks"
         )
 
 

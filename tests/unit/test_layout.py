@@ -90,7 +90,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_those_who_build_or_plan_take_the_whole_configuration():
-    allowed = ("assembly", "train", "commands", "blending", "config", "run", "memory")
+    allowed = ("assembly", "train", "commands", "config", "run", "memory")
     takers = {
         f"{module_name(path)}.{function.name}"
         for path in MODULES
