@@ -179,9 +179,11 @@ def _merge(config: Any, layer: Any) -> Any:
 
     for section, selector in (("window", "schedule"), ("reward", "name"), ("prompts", "source")):
         new, old = layer.get(section), config.get(section)
-        # a file that names none has options of the default
-        if new and old and selector in new and new[selector] != {**_defaults()[section], **old}[selector]:
-            old.kwargs = {}
+        if new and old and selector in new:
+            # a file that names none has options of the default
+            before = old[selector] if selector in old else _defaults()[section][selector]
+            if new[selector] != before:
+                old.kwargs = {}
     return OmegaConf.unsafe_merge(config, layer)
 
 

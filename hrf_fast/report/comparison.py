@@ -117,11 +117,15 @@ def _read(folder: Path) -> RunLog:
             f"{folder} has no panel of the pretrained model in evaluations.jsonl, the first thing that training makes; "
             "wait for it, or start the run with `hrf train`"
         )
-    measured = [(len(panel["rewards"]), [name for name in INTERVALS if name in panel]) for panel in panels]
-    if measured.count(measured[0]) < len(panels) or panels[0].get("vendi", [1.0])[0] <= 0:
+    first = panels[0]
+    measured = {name for name in INTERVALS if name in first}
+    if (
+        any(len(panel["rewards"]) != len(first["rewards"]) or measured - panel.keys() for panel in panels)
+        or first.get("vendi", [1.0])[0] <= 0
+    ):
         raise ValueError(
-            f"{folder / 'evaluations.jsonl'} has panels of other images or metrics than the first one, or no diversity "
-            "to begin with; mend or delete those lines"
+            f"{folder / 'evaluations.jsonl'} has panels of other images than the first one or without its metrics, "
+            "or no diversity to begin with; mend or delete those lines"
         )
     events, ends = read_log(folder / "events.jsonl", EVENT), ends_of(folder)
     if not metrics and ends:

@@ -16,6 +16,7 @@ folder/
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def check_base(run: Path, name: str, base: str) -> None:
     if base and before and before["sha256"] != base:
         raise ValueError(
             f"model.name is {name!r}, whose weights are not those of {before['file']!r} when the run in {run} began; "
-            "restore them, or begin another run"
+            f"restore them, or begin another run. Where all weights were trained, a checkpoint has them, and {BASE!r} "
+            f"can be taken out of {run / SOURCES}"
         )
 
 
@@ -152,6 +154,9 @@ class RunFolder:
                 f"run.folder {self.path} holds a tuned model but no checkpoint to go on from; choose another "
                 "run.folder, or delete the folder to train again"
             )
+        if done == 0:
+            # of such an end: until the next one there is no tuned model
+            shutil.rmtree(self.path / "model", ignore_errors=True)
         path = self.path / "config.yaml"
         if done and BASE in sources:
             check_base(self.path, self.config.model.name, sources[BASE]["sha256"])

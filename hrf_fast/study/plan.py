@@ -75,14 +75,15 @@ class Job:
             "reward.terms": [term.name for term in config.reward.terms],
             "window.schedule": [config.window.schedule],
             "train.advantages": [config.train.advantages],
+            "prompts.source": [config.prompts.source],
+            "evaluation.prompts": [config.evaluation.prompts],
         }
         for option, names in functions.items():
-            for name in names:
-                if name and ":" in name and (source := source_of(load_user_function(name, option))):
+            for name in filter(None, names):
+                if Path(name).expanduser().is_file():
+                    sources[f"{option} {name}"] = sha256(Path(name).expanduser())
+                elif ":" in name and (source := source_of(load_user_function(name, option))):
                     sources[f"{option} {name}"] = source["sha256"]
-        for name in (config.prompts.source, config.evaluation.prompts):
-            if name and (path := Path(name).expanduser()).is_file():
-                sources[f"prompts {name}"] = sha256(path)
         return sources
 
     def to_yaml(self, folder: Path) -> str:

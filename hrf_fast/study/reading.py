@@ -26,11 +26,12 @@ def read_study(path: Path) -> Study:
         ValueError: no such file, no YAML, an unknown or missing key, or a value that can't be; names file and key.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         # as configurations are read: 1e-4 is a number, and a name that comes twice is an error
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path} can't be read as a study: {reason}; name a file as in configs/study/") from error
     if not isinstance(values, dict):

@@ -153,7 +153,8 @@ class Workers:
 
     def __init__(self, out: Path, results: Results, slots: int, commits: Collection[str], bar: tqdm) -> None:
         self.out, self.results, self.slots, self.commits, self.bar = out, results, slots, commits, bar
-        self._running: dict[subprocess.Popen[bytes], tuple[Job, str]] = {}
+        # each with the facts of its line, as they are when it starts
+        self._running: dict[subprocess.Popen[bytes], tuple[Job, dict[str, Any]]] = {}
         self._noted: set[str] = set()
 
     def train(self, jobs: Sequence[Job]) -> dict[Key, dict[str, Any]]:
@@ -168,9 +169,9 @@ class Workers:
                 self.bar.set_description(", ".join(job.name for job, _ in self._running.values()), refresh=False)
                 time.sleep(_POLL)
                 for process in [process for process in self._running if process.poll() is not None]:
-                    job, commit = self._running.pop(process)
+                    job, begun = self._running.pop(process)
                     outcome = self._outcome(job, process.returncode)
-                    self.results.append({**facts(job, commit), **outcome})
+                    self.results.append({**facts(job, begun["commit"]), **begun, **outcome})
                     _say(f"{job.name}: {_summary(outcome)}")
                     self.bar.update()
         except BaseException:
@@ -188,16 +189,16 @@ class Workers:
 
     def _start(self, job: Job) -> None:
         """Start or resume a run; a folder of other code or of another configuration is renamed first."""
-        folder, begun = self.out / job.name, self.out / f"{job.name}.json"
-        commit = code_commit()
-        before = _begun(begun)
-        if folder.exists() and before != {"commit": commit, "configuration": job.configuration}:
+        folder, record = self.out / job.name, self.out / f"{job.name}.json"
+        begun = {"commit": code_commit(), "configuration": job.configuration}
+        before = _begun(record)
+        if folder.exists() and before != begun:
             # whoever trains there still would go on in the new folder
             lock_folder(folder).release()
             aside = _free(self.out / f"{job.name}@{before['commit']}")
             folder.rename(aside)
             _say(f"{folder} is of other code or another configuration: it is {aside.name} now")
-        write_atomically(begun, json.dumps({"commit": commit, "configuration": job.configuration}).encode())
+        write_atomically(record, json.dumps(begun).encode())
         config = self.out / f"{job.name}.yaml"
         write_atomically(config, job.to_yaml(folder).encode())
         threads = max(1, (os.cpu_count() or 1) // self.slots)
@@ -211,7 +212,7 @@ class Workers:
                 # Ctrl-C reaches this process only, which then asks each run once: asked twice, a run saves nothing
                 start_new_session=True,
             )
-        self._running[process] = job, commit
+        self._running[process] = job, begun
 
     def _outcome(self, job: Job, code: int) -> dict[str, Any]:
         """Read what a finished process has left: reason, time and panels, or its error."""

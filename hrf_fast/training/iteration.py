@@ -114,8 +114,9 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     reference = rules.reference(iteration)
     if reference.mean and all(window.start >= reference.mean_steps for window in windows):
         run.note_once(
-            f"iteration {iteration}: remedies.reference_penalty is of the first {reference.mean_steps} steps, and "
-            "every window starts after them, so it does nothing; set remedies.reference_steps to more",
+            f"iteration {iteration}: every window starts after the first {reference.mean_steps} steps, which "
+            "remedies.reference_penalty is of, so it does nothing here; where that is so in all iterations, set "
+            "remedies.reference_steps to more",
             key="reference penalty",
         )
     outcome = Outcome(windows)

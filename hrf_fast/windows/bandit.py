@@ -41,6 +41,7 @@ class Bandit:
         exploration: float,
     ) -> None:
         self.candidates, self.stop, self.beta = list(candidates), stop, beta
+        self.shortest = Window(self.candidates[-2], stop)
         self.estimate, self.pulls, self.discount, self.exploration = estimate, pulls, discount, exploration
         arms = len(self.candidates) - 1
         if estimate not in ("exact", "x0"):

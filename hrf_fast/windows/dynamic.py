@@ -73,6 +73,8 @@ class Search:
 
     def __init__(self, candidates: Sequence[int], stop: int, *, beta: float, estimate: str) -> None:
         self.candidates, self.stop, self.beta, self.estimate = list(candidates), stop, beta, estimate
+        # the last candidate ends a difference and begins none
+        self.shortest = Window(self.candidates[-2], stop)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         measured = probe([self.candidates] * num_groups, estimate=self.estimate)

@@ -53,6 +53,9 @@ def test_options_of_a_file_that_names_no_schedule_are_those_of_the_default(tmp_p
     )
     config = load_config(["--config", str(tmp_path / "b.yaml")])
     assert config.window.kwargs == {"clusters": [[0, 5]]} and config.reward.kwargs == {"quality": 50}
+    (tmp_path / "d.yaml").write_text("window: {anchor_steps: '${sample.num_inference_steps}'}\n")
+    (tmp_path / "e.yaml").write_text("base: d.yaml\nwindow: {schedule: full}\n")
+    assert load_config(["--config", str(tmp_path / "e.yaml")]).window.anchor_steps == 40
     (tmp_path / "c.yaml").write_text("base: a.yaml\nwindow: {schedule: random}\n")
     assert load_config(["--config", str(tmp_path / "c.yaml")]).window.kwargs == {}
 

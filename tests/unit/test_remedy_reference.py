@@ -234,7 +234,8 @@ def test_a_penalty_of_steps_that_no_window_has_is_noted(tiny_model, tmp_path, ca
         words = reference_words(tiny_model, tmp_path / f"run{said}", *more, "train.iterations=1")
         train(words, reward=brightness)
         output = capsys.readouterr()
-        assert ("reference_penalty is of the first 2 steps, and every window" in output.out + output.err) == said
+        text = "every window starts after the first 2 steps, which remedies.reference_penalty is of"
+        assert (text in output.out + output.err) == said
 
 
 # --- plans and refusals -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hrf_fast.evaluation.panel import Panel
 from hrf_fast.report.page import write_report
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
+from hrf_fast.run.finished import finished_run
 from hrf_fast.stopping import Watch, above_floors, by_merit, check_first_panel, check_floors
 from tests.runs import checkpoint_weights, equal, metrics, panels, train, weights, with_folder
 
@@ -337,8 +338,14 @@ def test_a_run_that_ends_at_the_pretrained_model_goes_on_where_its_rule_changes(
         assert "stop.target_reward" in train(words).reason and not metrics(tmp_path / "run")
     with pytest.raises(ValueError, match="ended before its first iteration"):
         write_report([tmp_path / "run"])
-    train([*words, "stop.target_reward=1e9"])
-    assert len(metrics(tmp_path / "run")) == 2
+
+    class Looks(hrf_fast.Listener):
+        def iteration(self, record):
+            with pytest.raises(ValueError, match="no model/ yet"):
+                finished_run(tmp_path / "run")
+
+    hrf_fast.train(load_config([*words, "stop.target_reward=1e9"]), listeners=[Looks()])
+    assert len(metrics(tmp_path / "run")) == 2 and finished_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("options", [[], ["optimizer.ema_decay=0.5"]])

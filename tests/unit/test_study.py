@@ -21,7 +21,7 @@ from hrf_fast.study.comparison import compare, measures
 from hrf_fast.study.reading import read_study
 from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.run import Workers, _begun, _check_counted, choices, failures, reason_in
+from hrf_fast.study.run import Workers, _begun, _check_counted, choices, failures, reason_in, run_study
 from hrf_fast.study.statistics import Point
 
 ROOT = Path(__file__).parents[2]
@@ -363,6 +363,43 @@ def test_a_tuning_run_that_failed_is_named_and_one_that_does_not_count_ends_the_
         _check_counted(study.tuning_jobs(), lines)
 
 
+@pytest.mark.parametrize("without", ["tuning", "compared"])
+def test_a_study_whose_code_was_edited_ends_with_an_error(write_study, tmp_path, monkeypatch, capsys, without):
+    study = read_study(write_study(tune={"seeds": [7], "learning_rates": [1e-5, 2e-5]}))
+
+    def train(workers, jobs):
+        lines = {key(job): finished(job, (0, 0.0, 10.0), (10, 1.0, 10.0)) for job in jobs}
+        if jobs[0].tuning == (without == "tuning"):
+            del lines[key(jobs[0])]
+        lines[key(jobs[1])] = {"error": "diverged"}
+        return lines
+
+    monkeypatch.setattr(Workers, "train", train)
+    first = "tiny-ddpo-7-1e-05" if without == "tuning" else "tiny-ddpo-1"
+    with pytest.raises(ValueError, match=f"the code has changed while the study ran, and the lines of {first}"):
+        run_study(study, out=tmp_path / "out", results=Results(tmp_path / "lines.jsonl"), jobs=1)
+    said = "tiny-ddpo-7-2e-05 was out of the choice: diverged" in capsys.readouterr().err
+    assert said == (without == "compared")
+
+
+class Ended:
+    returncode = 0
+
+    def poll(self):
+        return 0
+
+
+def test_a_line_is_of_the_code_that_its_run_began_with(write_study, tmp_path, monkeypatch):
+    job, results = read_study(write_study()).jobs({})[0], Results(tmp_path / "lines.jsonl")
+    bar = SimpleNamespace(update=lambda *_: None, set_description=lambda *_, **__: None)
+    begun = {"commit": "c0", "configuration": "as it began"}
+    monkeypatch.setattr(Workers, "_outcome", lambda *_: {"error": "x"})
+    monkeypatch.setattr(Workers, "_start", lambda workers, job: workers._running.update({Ended(): (job, begun)}))
+    Workers(tmp_path, results, 1, set(), bar).train([job])
+    ((record,), _) = results.read()
+    assert {name: record[name] for name in begun} == begun
+
+
 def test_a_run_is_of_the_users_code_and_prompts_as_they_are(write_study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -407,7 +444,7 @@ def test_a_folder_of_other_code_is_renamed_unless_somebody_trains_there(write_st
     held.release()
     workers._start(job)
     assert not folder.exists() and (tmp_path / f"{job.name}@older").is_dir()
-    assert [commit for _, commit in workers._running.values()] == [code_commit()]
+    assert [begun["commit"] for _, begun in workers._running.values()] == [code_commit()]
 
 
 def test_a_report_from_lines(write_study, tmp_path):
