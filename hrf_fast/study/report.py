@@ -48,11 +48,12 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
     commit, current = "", code_commit()
     for record in records:
         commit = record["commit"] if commit != current else commit
-    tuning, tuned_notes = select(records, study.tuning_jobs(), {commit, *also})
+    tuning_jobs = study.tuning_jobs()
+    tuning, tuned_notes = select(records, tuning_jobs, {commit, *also})
     rates = {(c["case"], c["arm"]): c["learning_rate"] for c in choices(study, tuning)}
     jobs = study.jobs(rates)
     lines, more = select(records, jobs, {commit, *also})
-    notes += [*tuned_notes, *(note for note in more if note not in tuned_notes), *failures(study.tuning_jobs(), tuning)]
+    notes += [*tuned_notes, *(note for note in more if note not in tuned_notes), *failures(tuning_jobs, tuning)]
     for job in jobs:
         line = lines.get(key(job), {"error": "not run yet"})
         if "error" in line:

@@ -67,6 +67,7 @@ def test_a_run_writes_everything_it_promises(tiny_run, tmp_path, capsys):
         "metrics.jsonl",
         "evaluations.jsonl",
         "events.jsonl",
+        "sources.json",
         "samples",
         "checkpoints",
         "model",
