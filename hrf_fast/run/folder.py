@@ -35,6 +35,7 @@ from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import has_trained, sweep
 from hrf_fast.run.files import EVENT, PANEL, append_line, is_leftover, read_log, read_object, write_atomically
+from hrf_fast.run.finished import ends_of
 from hrf_fast.weights import read_tensors
 
 SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
@@ -181,7 +182,7 @@ class RunFolder:
         return [*edited, *self._gaps(done)] if done else []
 
     def _ended_at_start(self) -> bool:
-        return not self.iterations() and any(e["event"] == "end" and e["iteration"] == 0 for e in self.events())
+        return not self.iterations() and any(end["iteration"] == 0 for end in ends_of(self.path))
 
     def _gaps(self, done: int) -> list[str]:
         """A line where metrics.jsonl lacks iterations that a checkpoint has."""
