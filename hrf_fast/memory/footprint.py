@@ -74,6 +74,7 @@ def measure_model(
     device: str,
     guided: tuple[bool, bool] = (False, False),
     image_size: int | None = None,
+    channels_last: bool = False,
     prepare: Callable[[nn.Module, str], None] | None = None,
 ) -> dict[tuple[str, bool], Footprint]:
     """Count a model's activations without its weights, for (precision, with gradient checkpointing).
@@ -81,7 +82,8 @@ def measure_model(
     Args:
         device: cuda or cpu, whose autocast rules differ.
         guided: whether there is guidance where nothing is trained, and in an update.
-        image_size: model.image_size; prepare: makes of a denoiser what is trained in a precision: adds adapters.
+        image_size: model.image_size; channels_last: compute.channels_last.
+        prepare: makes of a denoiser what is trained in a precision: adds adapters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -106,7 +108,8 @@ def measure_model(
                     for module in network.modules():
                         if isinstance(module, nn.LayerNorm):
                             module.register_forward_pre_hook(_cast_as_on_cuda)
-                counted = Network(network.unet, precision, call=network.call, device=device)
+                options: dict[str, Any] = {"channels_last": channels_last, "device": device}
+                counted = Network(network.unet, precision, call=network.call, **options)
                 for checkpointing in (False, True):
                     counted.checkpoint_activations(checkpointing)
                     footprints[precision, checkpointing] = _footprint(counted, shape, conditions, image)

@@ -192,7 +192,12 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     counts = count_calls(config, sampler.stochastic_steps, branches=branches)
     try:
         footprints = measure_model(
-            files, device=device, guided=conditions, image_size=model.image_size, prepare=_adapters(config)
+            files,
+            device=device,
+            guided=conditions,
+            image_size=model.image_size,
+            channels_last=compute.channels_last,
+            prepare=_adapters(config),
         )
     except WrongTarget:
         raise

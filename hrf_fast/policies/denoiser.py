@@ -58,14 +58,14 @@ class DenoiserPolicy:
         self.scheduler, self.precision = scheduler, precision
         self.guidance_scale = guidance_scale
         shape = shape or shape_of("", "", unet.config)
-        self.network = Network(unet, precision, channels_last=channels_last, call=shape.call)
-        self._with_gradient: Callable[..., Tensor] = self.network
-        self._reference: Network | None = None
         self.device = next(unet.parameters()).device
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)
         except ValueError as error:
             raise ValueError(f"HRF_KERNELS is {kernels!r}: {error}") from error
+        self.network = Network(unet, precision, channels_last=channels_last, call=shape.call, kernels=self.kernels)
+        self._with_gradient: Callable[..., Tensor] = self.network
+        self._reference: Network | None = None
         self.sampler = sampler.to(self.device)
         self.compiled = "none"
         self.calls = NetworkCalls()

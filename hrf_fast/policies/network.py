@@ -14,7 +14,7 @@ from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.distributed import comm
 from hrf_fast.policies.calling import Call, call_unet
 from hrf_fast.policies.compilation import canonical
-from hrf_fast.policies.normalisation import keep_halves
+from hrf_fast.policies.normalisation import keep_channels_last, keep_halves
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the reentrant form loses gradients under ZeRO-3
@@ -59,11 +59,13 @@ class Network(nn.Module):
         channels_last: bool = False,
         call: Call = call_unet,
         device: str | None = None,
+        kernels: str = "eager",
     ) -> None:
         """Wrap a denoiser that `call` knows the arguments of.
 
         Args:
             device: cuda or cpu; where the weights are by default. A plan's stand in for weights on CUDA.
+            kernels: triton or eager, of the group norms where channels come last on CUDA.
 
         Raises:
             ValueError: an unknown precision.
@@ -76,8 +78,11 @@ class Network(nn.Module):
         self.unet, self.dtype = unet, None if precision == "fp32" else DTYPES[precision]
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.dtype is not None:
-            keep_halves(unet, self.dtype, lean=(device or next(unet.parameters()).device.type) != "cpu")
+        device = device or next(unet.parameters()).device.type
+        if channels_last and device == "cuda":
+            keep_channels_last(unet, self.dtype, kernels)
+        elif self.dtype is not None:
+            keep_halves(unet, self.dtype, lean=device != "cpu")
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Keep only the inputs of the denoiser's blocks and run each block again in the backward; or stop doing so."""

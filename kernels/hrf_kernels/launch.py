@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 # up to here a sample fits the registers of one program, which then needs no second pass over it; 16384 elements spill,
 # and half as many where the size is no multiple of 16, so that each element is masked and addressed by itself
@@ -68,20 +69,49 @@ def launch(
     threads: int = 128,
     max_registers: int = 0,
     **meta: Any,
-) -> None:
+) -> Any:
     """Launch on the tensors' own device. Multiply and add stay separate: fused, the same step has two log-probs.
 
     Args:
         max_registers: of a thread on NVIDIA, where the compiler aims too low by itself and spills; 0 leaves it to it.
+
+    Returns:
+        The compiled kernel; None in the interpreter.
     """
-    warp = 32
-    if not triton.knobs.runtime.interpret:
+    # asking takes as long as a launch, and on NVIDIA's cards there is one answer
+    warp, nvidia = 32, device.type == "cuda" and torch.version.hip is None
+    if not nvidia and not triton.knobs.runtime.interpret:
         target = triton.runtime.driver.active.get_current_target()
-        warp = target.warp_size
-        if target.backend == "cuda" and max_registers:
-            meta["maxnreg"] = max_registers
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **meta, num_warps=threads // warp, enable_fp_fusion=False)
+        warp, nvidia = target.warp_size, target.backend == "cuda"
+    if nvidia and max_registers:
+        meta["maxnreg"] = max_registers
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        return kernel[grid](*arguments, **meta, num_warps=threads // warp, enable_fp_fusion=False)
+
+
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+def relaunch(
+    key: tuple[Any, ...], kernel: Any, grid: tuple[int, int, int], device: torch.device, *arguments: Any, threads: int
+) -> None:
+    """Launch as `launch` does, the next time without asking what to compile, which takes most of a launch's time.
+
+    Args:
+        key: of the kernel and all that it is compiled for but addresses: types, sizes and options.
+        arguments: in the kernel's order, its constants at the end.
+    """
+    if device.type == "cuda":
+        # Triton compiles for addresses that are a multiple of 16, as those of torch are
+        aligned = not any(isinstance(value, Tensor) and value.data_ptr() % 16 for value in arguments)
+        key = (*key, device.index, aligned)
+        if (compiled := _COMPILED.get(key)) and device.index == torch.cuda.current_device() and aligned:
+            compiled[grid](*arguments)
+            return
+    compiled = launch(kernel, grid, device, *arguments, threads=threads)
+    if device.type == "cuda":
+        _COMPILED[key] = compiled
 
 
 def check_device(device: torch.device) -> None:

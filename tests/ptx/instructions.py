@@ -104,6 +104,9 @@ for _type in ("s32", "s64"):
     _define(f"mul.lo.{_type}", _type, f"{_type} {_type}", np.multiply)
     _define(f"mad.lo.{_type}", _type, f"{_type} {_type} {_type}", lambda a, b, c: a * b + c)
 _define("neg.s32", "s32", "s32", np.negative)
+_define("min.s32", "s32", "s32 s32", np.minimum)
+# towards zero, where numpy's own goes down
+_define("div.s32", "s32", "s32 s32", lambda a, b: np.trunc(a / b.astype(np.float64)))
 for _kind, _wide in {"s": np.int64, "u": np.uint64}.items():
     _type, _result = f"{_kind}32", f"{_kind}64"
     _define(f"mul.wide.{_type}", _result, f"{_type} {_type}", lambda a, b, wide=_wide: np.multiply(a, b, dtype=wide))
@@ -126,6 +129,7 @@ for _name, _compute in _FLOAT.items():
 for _name, _compute in {"neg": np.negative, "abs": np.abs, "sqrt.rn": np.sqrt}.items():
     _define(f"{_name}.f32", "f32", "f32", _compute)
 # rounded to nearest here; real hardware may be 2 ulps off
+_define("div.full.f32", "f32", "f32 f32", np.divide)
 _define("ex2.approx.f32", "f32", "f32", lambda x: np.exp2(x.astype(np.float64)))
 
 

@@ -25,6 +25,7 @@ THREADS_AT_ONCE = 16384
 """Of a batch: the fastest of 2048 to 65536 for a kernel of some hundred instructions."""
 
 _PARAMETER = re.compile(r"ld\.param\.([bus](?:32|64))")
+_MATRIX = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
 _ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.(b(?:8|16|32|64))")
 
 Run = Callable[[Batch], None]
@@ -134,6 +135,8 @@ class Program:
             run = self._parameter(parameter[1], operands)
         elif access := _ACCESS.fullmatch(opcode):
             run = self._access(*access.groups(default="1"), operands)
+        elif matrix := _MATRIX.fullmatch(opcode):
+            run = self._matrices(matrix[1], int(matrix[2]), operands)
         elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
             run = self._shuffle(opcode, operands)
         elif opcode in ("mov.b32", "mov.b64") and any(isinstance(operand, tuple) for operand in operands):
@@ -206,6 +209,38 @@ class Program:
             table[index] = np.stack([_of_active(source(batch), batch) for source in sources], axis=1)
 
         return store
+
+    def _matrices(self, root: str, count: int, operands: tuple[Operand, ...]) -> Run:
+        """ldmatrix, stmatrix: lanes 8·i to 8·i + 7 have the addresses of matrix i's rows, of 4 bytes for each lane."""
+        of, kind, read = self.operands, TYPES["b32"], root == "ld"
+        _expect(len(operands) == 2, "the number of operands")
+        address, values = operands[::-1] if read else operands
+        values = values if isinstance(values, tuple) else (values,)
+        _expect(isinstance(address, Address) and len(values) == count, "the address or the vector")
+        base = of.source(address.base, TYPES["u32"])
+        sinks, sources = (
+            ([of.sink(x, kind) for x in values], []) if read else ([], [of.source(x, kind) for x in values])
+        )
+
+        def run(batch: Batch) -> None:
+            batch.require_whole_warps()
+            starts = np.broadcast_to(base(batch), batch.count).astype(np.uint64) + np.uint64(address.offset)
+            here = batch.everyone[batch.here]
+            first, lane = here // WARP * WARP, here % WARP
+            for matrix in range(count):
+                row = starts[first + 8 * matrix + lane // 4]
+                if (row % np.uint64(16)).any():
+                    raise PtxError(f"a row of {root}matrix does not start at a multiple of 16")
+                found = row + (4 * (lane % 4)).astype(np.uint64)
+                table, index = rows(batch.memory["shared"], found, here, kind, 1, not read)
+                if read:
+                    column = np.zeros(batch.count, kind)
+                    column[batch.here] = table[index][:, 0]
+                    sinks[matrix](batch, column)
+                else:
+                    table[index, 0] = _of_active(sources[matrix](batch), batch)
+
+        return run
 
     def _shuffle(self, opcode: str, operands: tuple[Operand, ...]) -> Run:
         """Each thread gets the value of the lane with the number (idx), or that differs in these bits (bfly)."""

@@ -61,6 +61,11 @@ def test_products_of_32_bits_have_64(kind):
         np.testing.assert_array_equal(evaluate("mul.hi.u32 %o, %a, %b;", narrow, a, b), high)
     else:
         np.testing.assert_array_equal(evaluate("neg.s32 %o, %a;", narrow, a), wrap((-x for x in a.tolist()), narrow))
+        np.testing.assert_array_equal(evaluate("min.s32 %o, %a, %b;", narrow, a, b), np.minimum(a, b))
+        quotients = [abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1) for x, y in pairs_of(a, b) if y]
+        np.testing.assert_array_equal(
+            evaluate("div.s32 %o, %a, %b;", narrow, a[b != 0], b[b != 0]), wrap(quotients, narrow)
+        )
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -133,6 +138,7 @@ def test_float_arithmetic_is_numpys():
             "div.rn.f32 %o, %a, %b;": X / Y,
             "max.f32 %o, %a, %b;": np.fmax(X, Y),
             "sqrt.rn.f32 %o, %a;": np.sqrt(X),
+            "div.full.f32 %o, %a, %b;": X / Y,
             "ex2.approx.f32 %o, %a;": np.exp2(X.astype(np.float64)).astype(np.float32),
         }.items():
             np.testing.assert_array_equal(evaluate(text, np.float32, X, Y), expected, err_msg=text)

@@ -163,6 +163,21 @@ def test_shuffles_read_from_the_lane_of_their_mode(text, source):
     np.testing.assert_array_equal(result, np.concatenate([source, source + 32]) + 500)
 
 
+def test_matrices_go_by_rows_of_sixteen_bytes_between_lanes_and_shared_memory():
+    # lanes 0 to 7 name the rows in reverse, and each lane has a quarter of a row
+    body = """
+        and.b32 %r3, %r0, 7; sub.s32 %r3, 7, %r3; shl.b32 %r3, %r3, 4; add.s32 %r2, %r0, 500;
+        stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r3], {%r2}; bar.sync 0;
+        shl.b32 %r4, %r0, 2; ld.shared.b32 %r9, [%r4];
+    """
+    rows = np.arange(32).reshape(8, 4)[::-1].ravel() + 500
+    np.testing.assert_array_equal(per_thread(body, shared=128), rows)
+    again = f"{body} bar.sync 0; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r9}}, [%r3];"
+    np.testing.assert_array_equal(per_thread(again, shared=128), np.arange(32) + 500)
+    with pytest.raises(PtxError, match="multiple of 16"):
+        per_thread("shl.b32 %r3, %r0, 2; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r3];", shared=128)
+
+
 def test_a_part_of_a_warp_is_refused_where_all_of_it_has_to_come():
     body = "mov.b32 %r9, 0; setp.lt.u32 %p1, %r0, {}; @%p1 shfl.sync.bfly.b32 %r9, %r0, 1, 31, -1;"
     with pytest.raises(PtxError, match="lane 16"):

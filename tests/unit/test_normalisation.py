@@ -8,13 +8,16 @@ from torch import nn
 
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.load import load_policy
-from hrf_fast.policies.normalisation import HalfGroupNorm, keep_halves
+from hrf_fast.policies.network import Network
+from hrf_fast.policies.normalisation import ChannelsLastGroupNorm, HalfGroupNorm, keep_channels_last, keep_halves
 
 INPUTS = {
     "contiguous": torch.randn(3, 8, 5, 4),
     "channels_last": torch.randn(3, 8, 5, 4).contiguous(memory_format=torch.channels_last),
     "a transposed sequence": torch.randn(3, 7, 8).transpose(1, 2),
     "a sample of one pixel": torch.randn(1, 8, 1, 1),
+    # an image of tokens: the first stride is that of no batch
+    "a batch of one": torch.empty_strided((1, 8, 5, 4), (8, 1, 32, 8)).normal_(),
 }
 
 
@@ -59,9 +62,9 @@ def test_the_input_is_kept_as_it_came_or_in_fp32(lean, size):
     _, halved = norms(lean=lean)
     inputs = INPUTS["contiguous"].bfloat16()
     run(halved, inputs, halved.parameters(), saved)
-    # the input and the weights, and a mean and a deviation for each group
+    # the input, weight and bias, and a mean and a deviation for each group
     kept = sum(tensor.numel() * tensor.element_size() for tensor in saved)
-    assert kept == size * inputs.numel() + 4 * 8 + 2 * 4 * 3 * 4
+    assert kept == size * inputs.numel() + 2 * 4 * 8 + 2 * 4 * 3 * 4
 
 
 def test_frozen_weights_have_no_gradient():
@@ -85,3 +88,65 @@ def test_a_network_in_half_precision_has_them_under_its_names(tiny_model, precis
     latents = torch.randn(2, 3, 16, 16)
     outputs = [each.predict(latents, 10, Condition()).model_output for each in (policy, copied)]
     assert torch.equal(*outputs)
+
+
+# --- channels last on a GPU -------------------------------------------------------------------------------------------
+
+
+def of_channels_last(dtype, *, silu):
+    plain, _ = norms()
+    last = copy.deepcopy(plain)
+    keep_channels_last(last, dtype, "eager")
+    last.silu = silu
+    return plain, last
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("silu", [False, True], ids=["norm", "norm and silu"])
+def test_a_norm_and_the_activation_behind_it_are_those_of_torch(kind, dtype, silu):
+    plain, last = of_channels_last(dtype, silu=silu)
+    inputs, saved = INPUTS[kind].to(dtype or torch.float32), []
+
+    def reference(values):
+        output = plain(values.float())
+        return (nn.functional.silu(output) if silu else output).to(values.dtype)
+
+    expected = run(reference, inputs, plain.parameters(), [])
+    for theirs, ours in zip(expected, run(last, inputs, last.parameters(), saved), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    # of a norm and its activation the input alone
+    assert sum(tensor.numel() == inputs.numel() for tensor in saved if tensor.numel() > 32) <= 1
+
+
+def test_a_unet_in_that_order_computes_what_it_did_and_keeps_less(tiny_model):
+    outputs, gradients, kept = [], [], []
+    for device in ("cpu", "cuda"):
+        policy = load_policy(str(tiny_model))
+        network = Network(policy.unet, "fp32", channels_last=True, call=policy.network.call, device=device)
+        names, saved = list(network.state_dict()), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):  # noqa: B023
+            output = network(torch.linspace(-1, 1, 3 * 3 * 256).reshape(3, 3, 16, 16), 10.0)
+        output.square().mean().backward()
+        outputs.append(output), kept.append(sum({x.data_ptr(): x.numel() for x in saved}.values()))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+        last = [module for module in network.modules() if isinstance(module, ChannelsLastGroupNorm)]
+    # all but those of attention have an activation
+    assert 0 < sum(not module.silu for module in last) < len(last) and names == list(network.state_dict())
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_block_that_scales_by_time_keeps_its_activation():
+    from diffusers.models.resnet import ResnetBlock2D
+
+    blocks = [
+        ResnetBlock2D(in_channels=8, temb_channels=4, groups=2, time_embedding_norm=kind)
+        for kind in ("default", "scale_shift")
+    ]
+    for block in blocks:
+        keep_channels_last(block, None, "eager")
+    assert [(block.norm1.silu, block.norm2.silu) for block in blocks] == [(True, True), (False, False)]
+    assert type(blocks[1].nonlinearity) is nn.SiLU
