@@ -29,7 +29,8 @@ if __name__ == "__main__":
 from benchmarks.kernel_bench.assembly import Reading, read
 from benchmarks.kernel_bench.compile_only import collect
 from benchmarks.tables import markdown_table, write_between
-from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step
+from hrf_kernels import StepCoefficients, clipped_surrogate, gaussian_log_prob, gaussian_step, norm_kernels
+from hrf_kernels.norm import group_norm
 from hrf_kernels.step import step_kernel
 from hrf_kernels.surrogate import finalize_kernel, gradient_kernel, one_program_kernel, scale_kernel, sums_kernel
 
@@ -46,9 +47,15 @@ RAGGED = ((3, 33, 33), (1, 90, 91), (3, 101, 101))
 # the plainest kernels, and those with every option at once
 OPTIONS = ("plain", "all")
 KERNELS = (step_kernel, sums_kernel, finalize_kernel, one_program_kernel, gradient_kernel, scale_kernel)
+# channels, height and width, and groups: whole blocks, and channels that are no multiple of 16
+ALIGNED_NORM, RAGGED_NORM = ((128, 64, 64), 32), ((24, 33, 33), 3)
+NORM_KERNELS = (
+    *(norm_kernels.moments_kernel, norm_kernels.group_moments_kernel, norm_kernels.normalise_kernel),
+    *(norm_kernels.gradient_sums_kernel, norm_kernels.group_sums_kernel, norm_kernels.input_gradient_kernel),
+)
 SAMPLES = {
     *("model_output", "unconditional", "reference", "latents", "next_latents"),
-    *("gradient", "unconditional_gradient"),
+    *("gradient", "unconditional_gradient", "inputs", "output", "result"),
 }
 MAX_REGISTERS = 128
 MARKERS = ("<!-- compile matrix: begin -->", "<!-- compile matrix: end -->")
@@ -68,7 +75,7 @@ class Row:
 
     @property
     def aligned(self) -> bool:
-        return self.shape in ALIGNED
+        return self.shape in (*ALIGNED, ALIGNED_NORM[0])
 
     @property
     def narrowest(self) -> int | None:
@@ -108,11 +115,19 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, options: str) -> None
     surrogate.loss.sum().backward()
 
 
+def launch_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, options: str) -> None:
+    """A group norm of two samples, forward and backward; with all options SiLU behind it."""
+    inputs = torch.zeros(2, *shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.ones(2, shape[0], requires_grad=True)
+    group_norm(inputs, weights[0], weights[1], groups, silu=options == "all").sum().backward()
+
+
 def matrix(
     targets: Iterable[str] = TARGETS,
     *,
     dtypes: Iterable[str] = DTYPES,
     shapes: Iterable[tuple[int, ...]] = ALIGNED + RAGGED,
+    norms: Iterable[tuple[tuple[int, ...], int]] = (ALIGNED_NORM, RAGGED_NORM),
     options: Iterable[str] = OPTIONS,
     progress: bool = False,
 ) -> list[Row]:
@@ -128,10 +143,13 @@ def matrix(
             if name not in known:
                 raise ValueError(f"{name!r} is not known; use one of {', '.join(known)}")
     rows = []
-    cases = list(itertools.product(targets, dtypes, shapes, options))
-    for target, dtype, shape, choice in tqdm(cases, unit="case", disable=not progress):
-        with collect(TARGETS[target], KERNELS) as compiled:
-            launch_all(shape, DTYPES[dtype], choice)
+    cases = list(itertools.product(targets, dtypes, [*((shape, 0) for shape in shapes), *norms], options))
+    for target, dtype, (shape, groups), choice in tqdm(cases, unit="case", disable=not progress):
+        with collect(TARGETS[target], NORM_KERNELS if groups else KERNELS) as compiled:
+            if groups:
+                launch_norm(shape, groups, DTYPES[dtype], choice)
+            else:
+                launch_all(shape, DTYPES[dtype], choice)
         rows += [Row(target, dtype, shape, choice, _name(kernel), read(kernel)) for kernel in compiled]
     return rows
 

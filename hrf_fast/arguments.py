@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = ("kernels", "training", "memory", "search", "signal", "peer", "blend", "gpu")
+BENCHMARKS = ("kernels", "call", "training", "memory", "search", "signal", "peer", "blend", "gpu")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -33,7 +33,8 @@ class ComputeConfig:
     offload: bool = option(False, resumable=True)
     """Keep a text-to-image model's text encoders and decoder in the CPU's memory while they are not used (CUDA)."""
     channels_last: bool = option(False)
-    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only."""
+    """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only. On CUDA its group
+    norms are Triton's, with the SiLU behind them."""
     threads: int = option(0, at_least=0, at_most=4096)
     """Threads of torch on a CPU; 0 leaves the number to torch. Another number rounds otherwise."""
     auto_tune: bool = option(False, resumable=True)

@@ -11,6 +11,7 @@ from hrf_fast.policies import compilation
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.compilation import canonical, obstacle
 from hrf_fast.policies.load import load_policy
+from hrf_fast.policies.network import Network
 from hrf_fast.policies.normalisation import HalfGroupNorm
 from hrf_fast.run.files import read_log
 from hrf_fast.train import train
@@ -158,6 +159,23 @@ def test_half_precision_compiles_to_one_graph_with_the_gradient_of_eager(smalles
             policy.predict(latents, 10, Condition()).model_output.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.unet.parameters()]))
     assert torch.equal(*gradients) and len(made) == 1
+
+
+def test_norms_of_channels_last_compile_to_one_graph_with_the_gradient_of_eager(tiny_model, monkeypatch):
+    made = []
+    monkeypatch.setattr(compilation, "BACKEND", lambda *inputs: made.append(1) or aot_eager(*inputs))
+    gradients = []
+    for mode in ("none", "unet"):
+        policy = load_policy(str(tiny_model))
+        policy.network = Network(policy.unet, "bf16", channels_last=True, call=policy.network.call, device="cuda")
+        policy._with_gradient = policy.network
+        if mode != "none":
+            policy.compile(mode)
+        for count in (2, 3):
+            latents = torch.linspace(-1, 1, count * 768).reshape(count, 3, 16, 16)
+            policy.predict(latents, 10, Condition()).model_output.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.unet.parameters()]))
+    assert len(made) == 1 and (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
 
 
 @pytest.mark.slow
