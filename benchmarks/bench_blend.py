@@ -4,7 +4,8 @@
     hrf bench blend runs/study-fashion_flow/fashion_flow-{ddpo,hrf}-?
 
 Reads RUN/blend; nothing is sampled. Runs whose folders differ in the number at the end alone are the seeds of one
-method, and the others are compared with the first method, paired by that number. Three tables: means over seeds along
+method (a learning rate behind it, as folders of a study have, is left out), and the others are compared with the first
+method, paired by that number. Three tables: means over seeds along
 α, on the panel that each α was chosen on; the chosen α and the tuned model on each run's second panel; and the methods
 along the line, as `hrf study report` compares them along training. Writes blend.json, blend.md and blend.png.
 """
@@ -30,6 +31,8 @@ from hrf_fast.study.comparison import measures
 from hrf_fast.study.report import comparisons
 from hrf_fast.study.statistics import estimate
 
+# a learning rate has a point or an exponent
+_NAME = re.compile(r"(.*?)[-_]?(\d+)(?:-(?:\d+(?:\.\d+)?e-\d+|\d*\.\d+))?")
 Blends = dict[str, dict[int, dict[str, Any]]]
 """By method and seed: `front`, summaries by α on the first panel, and `result`, what blend.json holds."""
 
@@ -44,7 +47,7 @@ def read_blends(runs: Sequence[Path]) -> Blends:
     blends: Blends = {}
     settings: dict[str, Any] = {}
     for run in runs:
-        name = re.fullmatch(r"(.*?)[-_]?(\d+)", run.resolve().name)
+        name = _NAME.fullmatch(run.resolve().name)
         if name is None:
             raise ValueError(f"{run} has no number at its end, which says the seed; rename it, such as {run.name}-1")
         if int(name[2]) in blends.get(name[1], {}):

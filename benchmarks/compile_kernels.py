@@ -47,8 +47,8 @@ RAGGED = ((3, 33, 33), (1, 90, 91), (3, 101, 101))
 # the plainest kernels, and those with every option at once
 OPTIONS = ("plain", "all")
 KERNELS = (step_kernel, sums_kernel, finalize_kernel, one_program_kernel, gradient_kernel, scale_kernel)
-# channels, height and width, and groups: whole blocks, and channels that are no multiple of 16
-ALIGNED_NORM, RAGGED_NORM = ((128, 64, 64), 32), ((24, 33, 33), 3)
+# channels, height and width, and groups: whole blocks, channels that are no multiple of 16, a group of many
+ALIGNED_NORM, RAGGED_NORM, ONE_GROUP = ((128, 64, 64), 32), ((24, 33, 33), 3), ((1024, 64, 64), 1)
 NORM_KERNELS = (
     *(norm_kernels.moments_kernel, norm_kernels.group_moments_kernel, norm_kernels.normalise_kernel),
     *(norm_kernels.gradient_sums_kernel, norm_kernels.group_sums_kernel, norm_kernels.input_gradient_kernel),
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def aligned(self) -> bool:
-        return self.shape in (*ALIGNED, ALIGNED_NORM[0])
+        return self.shape in (*ALIGNED, ALIGNED_NORM[0], ONE_GROUP[0])
 
     @property
     def narrowest(self) -> int | None:
@@ -127,7 +127,7 @@ def matrix(
     *,
     dtypes: Iterable[str] = DTYPES,
     shapes: Iterable[tuple[int, ...]] = ALIGNED + RAGGED,
-    norms: Iterable[tuple[tuple[int, ...], int]] = (ALIGNED_NORM, RAGGED_NORM),
+    norms: Iterable[tuple[tuple[int, ...], int]] = (ALIGNED_NORM, RAGGED_NORM, ONE_GROUP),
     options: Iterable[str] = OPTIONS,
     progress: bool = False,
 ) -> list[Row]:

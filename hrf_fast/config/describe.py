@@ -24,8 +24,8 @@ with the options that it began with, but for those that may change. Runs are com
 the panel are equal.
 """
 _ENVIRONMENT = {
-    "HRF_KERNELS": "for debugging, the implementation of log-probs and their gradients: triton (fused), eager (plain "
-    "torch), or auto, which is triton on a GPU that has it.",
+    "HRF_KERNELS": "for debugging, the implementation of log-probs, their gradients, and group norms where channels "
+    "come last on CUDA: triton (fused), eager (plain torch), or auto, which is triton on a GPU that has it.",
     "HRF_TRACEBACK": "1 shows the traceback of an error.",
 }
 

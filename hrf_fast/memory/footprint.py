@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -108,7 +109,9 @@ def measure_model(
                     for module in network.modules():
                         if isinstance(module, nn.LayerNorm):
                             module.register_forward_pre_hook(_cast_as_on_cuda)
+                # fake tensors are allocated as the kernels do it, and nothing is launched
                 options: dict[str, Any] = {"channels_last": channels_last, "device": device}
+                options["kernels"] = "triton" if find_spec("triton") else "eager"
                 counted = Network(network.unet, precision, call=network.call, **options)
                 for checkpointing in (False, True):
                     counted.checkpoint_activations(checkpointing)

@@ -70,7 +70,7 @@ def load_policy(
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
 
-    The environment variable HRF_KERNELS chooses what computes log-probs and their gradients, as `choose_backend` does:
+    The environment variable HRF_KERNELS chooses what computes log-probs and group norms, as `choose_backend` does:
     triton (fused), eager (plain torch), or auto.
 
     Raises:

@@ -15,6 +15,7 @@ from hrf_fast.distributed import comm
 from hrf_fast.policies.calling import Call, call_unet
 from hrf_fast.policies.compilation import canonical
 from hrf_fast.policies.normalisation import keep_channels_last, keep_halves
+from hrf_kernels import choose_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the reentrant form loses gradients under ZeRO-3
@@ -59,13 +60,13 @@ class Network(nn.Module):
         channels_last: bool = False,
         call: Call = call_unet,
         device: str | None = None,
-        kernels: str = "eager",
+        kernels: str | None = None,
     ) -> None:
         """Wrap a denoiser that `call` knows the arguments of.
 
         Args:
             device: cuda or cpu; where the weights are by default. A plan's stand in for weights on CUDA.
-            kernels: triton or eager, of the group norms where channels come last on CUDA.
+            kernels: triton or eager, of the group norms where channels come last on CUDA; None for what can run.
 
         Raises:
             ValueError: an unknown precision.
@@ -76,11 +77,14 @@ class Network(nn.Module):
             raise ValueError(f"compute.precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.channels_last, self.compiled = channels_last, False
         self.unet, self.dtype = unet, None if precision == "fp32" else DTYPES[precision]
-        if channels_last:
-            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        device = device or next(unet.parameters()).device.type
+        for parameter in unet.parameters() if channels_last else ():
+            # not unet.to(…), which can't exchange the fake ones of a plan
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        weights = next(unet.parameters()).device
+        device = device or weights.type
         if channels_last and device == "cuda":
-            keep_channels_last(unet, self.dtype, kernels)
+            keep_channels_last(unet, self.dtype, kernels or choose_backend("auto", weights)[0])
         elif self.dtype is not None:
             keep_halves(unet, self.dtype, lean=device != "cpu")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 
@@ -88,8 +89,19 @@ def keep_channels_last(network: nn.Module, dtype: torch.dtype | None, kernels: s
         # with a scale and a shift by time the second norm's activation is behind those
         if type(module) is ResnetBlock2D and module.time_embedding_norm == "default":
             _activate(module, [module.norm1, module.norm2], "nonlinearity")
+        if type(module) is Transformer2DModel and module.use_linear_projection:
+            # which makes its tokens contiguous as an image, and so all that comes after it
+            module.register_forward_hook(_restore_order)
     if isinstance(getattr(network, "conv_norm_out", None), nn.GroupNorm):
         _activate(network, [network.conv_norm_out], "conv_act")
+
+
+def _restore_order(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A block's one output, [B, C, H, W], in channels-last memory."""
+    if isinstance(outputs, tuple):
+        return tuple(output.contiguous(memory_format=torch.channels_last) for output in outputs)
+    outputs.sample = outputs.sample.contiguous(memory_format=torch.channels_last)
+    return outputs
 
 
 def _activate(block: nn.Module, norms: list[Any], activation: str) -> None:

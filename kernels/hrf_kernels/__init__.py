@@ -6,7 +6,8 @@
 
 Each has the signature and meaning of its namesake in reference.py, plus `backend`: "triton" for the fused kernels,
 "eager" for plain torch with its gradient written out, "auto" for the first where tensors are on a GPU and Triton is
-installed, else the second. This is the only place that chooses.
+installed, else the second. `choose_backend` is the only place that chooses. Group norms of channels-last memory are in
+norm.py, for Triton alone.
 """
 
 from __future__ import annotations

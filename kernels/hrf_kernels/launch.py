@@ -90,28 +90,36 @@ def launch(
         return kernel[grid](*arguments, **meta, num_warps=threads // warp, enable_fp_fusion=False)
 
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+_COMPILED: dict[tuple[Any, ...] | None, Any] = {}
 
 
 def relaunch(
-    key: tuple[Any, ...], kernel: Any, grid: tuple[int, int, int], device: torch.device, *arguments: Any, threads: int
+    kernel: Any, grid: tuple[int, int, int], device: torch.device, *arguments: Any, threads: int = 128
 ) -> None:
-    """Launch as `launch` does, the next time without asking what to compile, which takes most of a launch's time.
+    """Launch as `launch` does, but on NVIDIA a second time without Triton's look-ups, most of a launch's time.
 
     Args:
-        key: of the kernel and all that it is compiled for but addresses: types, sizes and options.
         arguments: in the kernel's order, its constants at the end.
     """
-    if device.type == "cuda":
-        # Triton compiles for addresses that are a multiple of 16, as those of torch are
-        aligned = not any(isinstance(value, Tensor) and value.data_ptr() % 16 for value in arguments)
-        key = (*key, device.index, aligned)
-        if (compiled := _COMPILED.get(key)) and device.index == torch.cuda.current_device() and aligned:
-            compiled[grid](*arguments)
-            return
+    key = None
+    # for other addresses Triton compiles another kernel, as for other types and numbers
+    if remembers(device) and not any(isinstance(value, Tensor) and value.data_ptr() % 16 for value in arguments):
+        kinds = [value.dtype if isinstance(value, Tensor) else value for value in arguments]
+        key = (kernel.__name__, device.index, threads, *kinds)
+    if compiled := _COMPILED.get(key):
+        compiled[grid](*arguments)
+        return
     compiled = launch(kernel, grid, device, *arguments, threads=threads)
-    if device.type == "cuda":
+    if key:
         _COMPILED[key] = compiled
+
+
+def remembers(device: torch.device) -> bool:
+    """Whether compiled kernels are launched again as they are: on the current device, if it is NVIDIA's.
+
+    For AMD Triton compiles by the sizes of tensors too.
+    """
+    return device.type == "cuda" and torch.version.hip is None and device.index == torch.cuda.current_device()
 
 
 def check_device(device: torch.device) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hrf_kernels.launch import check_device, relaunch
 from hrf_kernels.norm_kernels import (
@@ -29,12 +29,12 @@ from hrf_kernels.norm_kernels import (
 # elements of a block, 16 of each thread
 _BLOCK, _THREADS = 4096, 256
 _BLOCK_CHANNELS = 128
-# of a sample: a group's program reads the sums of all
-_CHUNKS = 64
+# chunks of a sample, and elements of their sums that one program of a group reads: more would spill
+_CHUNKS, _SUMS = 64, 4096
 # blocks of an elementwise program
 _BLOCKS = 4
-# offsets in a sample have 32 bits
-_LARGEST_SAMPLE = 2**31 - 2**16
+# offsets in a sample have 32 bits, and chunks are CUDA's grid axis y
+_LARGEST_SAMPLE, _LARGEST_GRID = 2**31 - 2**16, 65_535
 
 
 def group_norm(
@@ -58,7 +58,8 @@ def group_norm(
         As `inputs` in shape, channels-last in memory; differentiable once.
 
     Raises:
-        ValueError: channels that are no multiple of groups, too large a sample, or no GPU for Triton.
+        ValueError: channels that are no multiple of groups, over 4096 channels in a group, too large a sample, tensors
+            on different devices, or no GPU for Triton.
     """
     channels = inputs.shape[1]
     if groups < 1 or channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
@@ -66,13 +67,17 @@ def group_norm(
             f"{channels} channels, {groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not "
             "fit: the channels must be a multiple of the groups, weight and bias [channels]"
         )
-    if inputs[:1].numel() > _LARGEST_SAMPLE:
-        raise ValueError(f"a sample has {inputs[:1].numel()} elements; the kernel takes at most {_LARGEST_SAMPLE}")
-    if inputs.device.type != "cuda":
-        check_device(inputs.device)
+    if not inputs.device == weight.device == bias.device:
+        raise ValueError(
+            f"inputs are on {inputs.device}, weight on {weight.device} and bias on {bias.device}; move them"
+        )
     if not inputs.numel():
-        return torch.empty_like(inputs, dtype=dtype)
-    result: Tensor = _GroupNorm.apply(inputs, weight, bias, groups, eps, silu, dtype or inputs.dtype)
+        return inputs.to(dtype or inputs.dtype, copy=True)
+    # a plan is made of fake tensors, for which nothing is launched
+    if inputs.device.type != "cuda" and not isinstance(inputs, FakeTensor):
+        check_device(inputs.device)
+    weights = weight.contiguous(), bias.contiguous()
+    result: Tensor = _GroupNorm.apply(inputs, *weights, groups, float(eps), silu, dtype or inputs.dtype)
     return result
 
 
@@ -81,69 +86,63 @@ class _GroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
     ) -> Tensor:
-        values = _channels_last(inputs)
-        plan = _plan(math.prod(values.shape[1:-1]), values.shape[-1], groups)
-        start = partial(_launch, plan, (values.dtype, dtype, weight.dtype, eps, silu), values)
-        moments, statistics = plan.of_chunks(values), plan.of_groups(values)
-        start(moments_kernel, plan.chunks, (values, moments, *plan.sizes[:2], plan.rows), plan.blocks)
-        start(
-            group_moments_kernel, None,
-            (moments, statistics, *plan.sizes, plan.rows, plan.chunks, eps), plan.group_blocks,
+        plan, inputs = _plan(math.prod(inputs.shape[2:]), inputs.shape[1], groups), _channels_last(inputs)
+        moments, statistics = plan.of_chunks(inputs), plan.of_groups(inputs)
+        _launch(
+            moments_kernel, plan.over(inputs, plan.chunks), inputs, moments, *plan.sizes[:2], plan.rows, *plan.blocks
+        )
+        _launch(
+            group_moments_kernel, plan.over_groups(inputs),
+            moments, statistics, *plan.sizes, plan.rows, plan.chunks, eps, *plan.group_blocks,
         )  # fmt: skip
-        output = torch.empty_like(values, dtype=dtype)
-        start(
-            normalise_kernel, plan.parts,
-            (values, output, statistics, weight, bias, *plan.sizes, plan.part, silu), plan.blocks,
+        output = torch.empty_strided(inputs.shape, inputs.stride(), dtype=dtype, device=inputs.device)
+        _launch(
+            normalise_kernel, plan.over(inputs, plan.parts),
+            inputs, output, statistics, weight, bias, *plan.sizes, plan.part, silu, *plan.blocks,
         )  # fmt: skip
-        ctx.save_for_backward(values, weight, bias, statistics)
+        ctx.save_for_backward(inputs, weight, bias, statistics)
         ctx.plan, ctx.silu = plan, silu
-        return output.movedim(-1, 1)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight, bias, statistics = ctx.saved_tensors
+        inputs, weight, bias, statistics = ctx.saved_tensors
         plan, gradient = ctx.plan, _channels_last(gradients[0])
-        start = partial(_launch, plan, (values.dtype, gradient.dtype, weight.dtype, ctx.silu), values)
-        sums = plan.of_chunks(values)
-        start(
-            gradient_sums_kernel, plan.chunks,
-            (values, gradient, sums, statistics, weight, bias, *plan.sizes, plan.rows, ctx.silu), plan.blocks,
+        sums = plan.of_chunks(inputs)
+        _launch(
+            gradient_sums_kernel, plan.over(inputs, plan.chunks),
+            inputs, gradient, sums, statistics, weight, bias, *plan.sizes, plan.rows, ctx.silu, *plan.blocks,
         )  # fmt: skip
-        of_channels, of_groups = (
-            torch.empty(2, len(values), plan.channels, device=values.device),
-            plan.of_groups(values),
-        )
-        start(
-            group_sums_kernel, None,
-            (sums, weight, of_channels, of_groups, *plan.sizes[1:], plan.chunks, plan.pixels * plan.group_size),
-            plan.group_blocks,
+        of_channels, of_groups = plan.fp32(inputs, plan.channels), plan.of_groups(inputs)
+        _launch(
+            group_sums_kernel, plan.over_groups(inputs),
+            sums, weight, of_channels, of_groups,
+            *plan.sizes[1:], plan.chunks, plan.pixels * plan.group_size, *plan.group_blocks,
         )  # fmt: skip
         result = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            result = torch.empty_like(values)
-            start(
-                input_gradient_kernel, plan.parts,
-                (values, gradient, result, statistics, weight, bias, of_groups, *plan.sizes, plan.part, ctx.silu),
-                plan.blocks,
+            result = torch.empty_strided(inputs.shape, inputs.stride(), dtype=inputs.dtype, device=inputs.device)
+            _launch(
+                input_gradient_kernel, plan.over(inputs, plan.parts),
+                inputs, gradient, result, statistics, weight, bias, of_groups,
+                *plan.sizes, plan.part, ctx.silu, *plan.blocks,
             )  # fmt: skip
-            result = result.movedim(-1, 1)
         if any(ctx.needs_input_grad[1:3]):
-            of_bias, of_weight = of_channels.sum(1).to(weight.dtype).unbind()
+            of_bias, of_weight = of_channels.sum(1).unbind()
+            of_bias, of_weight = of_bias.to(bias.dtype), of_weight.to(weight.dtype)
         return result, of_weight, of_bias, None, None, None, None
 
 
-def _launch(
-    plan: _Plan, kind: tuple[Any, ...], values: Tensor, kernel: Any, chunks: int | None, arguments: Any, blocks: Any
-) -> None:
-    """A kernel over (samples, chunks, blocks of channels), or (samples, groups) without chunks."""
-    batch = len(values)
-    grid = (batch, plan.groups, 1) if chunks is None else (batch, chunks, plan.columns)
-    threads = _THREADS if chunks else 128
-    relaunch((kernel.__name__, plan, *kind), kernel, grid, values.device, *arguments, *blocks, threads=threads)
+def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any) -> None:
+    first: Tensor = arguments[0]
+    if not isinstance(first, FakeTensor):
+        # a program of a group has few numbers
+        threads = 128 if kernel in (group_moments_kernel, group_sums_kernel) else _THREADS
+        relaunch(kernel, grid, first.device, *arguments, threads=threads)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Plan:
     """How a sample of [pixels, channels] is cut; the batch has no part in it."""
 
@@ -159,37 +158,52 @@ class _Plan:
     part: int
     """Pixels of a chunk that one program computes by itself; `parts` of them."""
     parts: int
+    group_blocks: tuple[int, int]
+    """Chunks and channels of a group, each the next power of two."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         return self.pixels, self.channels, self.group_size
 
-    @property
-    def columns(self) -> int:
-        return triton.cdiv(self.channels, self.blocks[1])
+    def over(self, inputs: Tensor, chunks: int) -> tuple[int, int, int]:
+        """A program for each sample, chunk of pixels and block of channels."""
+        return len(inputs), chunks, triton.cdiv(self.channels, self.blocks[1])
 
-    @property
-    def group_blocks(self) -> tuple[int, int]:
-        return triton.next_power_of_2(self.chunks), triton.next_power_of_2(self.group_size)
+    def over_groups(self, inputs: Tensor) -> tuple[int, int, int]:
+        return len(inputs), self.groups, 1
 
-    def of_chunks(self, values: Tensor) -> Tensor:
-        return torch.empty(2, len(values), self.chunks, self.channels, device=values.device)
+    def of_chunks(self, inputs: Tensor) -> Tensor:
+        return self.fp32(inputs, self.chunks, self.channels)
 
-    def of_groups(self, values: Tensor) -> Tensor:
-        return torch.empty(2, len(values), self.groups, device=values.device)
+    def of_groups(self, inputs: Tensor) -> Tensor:
+        return self.fp32(inputs, self.groups)
+
+    def fp32(self, inputs: Tensor, *sizes: int) -> Tensor:
+        """Room for a pair of numbers of each sample."""
+        return torch.empty(2, len(inputs), *sizes, device=inputs.device, dtype=torch.float32)
 
 
 @functools.cache
 def _plan(pixels: int, channels: int, groups: int) -> _Plan:
+    group_size = channels // groups
+    if triton.next_power_of_2(group_size) > _SUMS:
+        raise ValueError(f"a group has {group_size} channels; the kernels take at most {_SUMS}: use more groups")
     # the largest power of two that divides the channels leaves none over
     width = max(16, min(_BLOCK_CHANNELS, channels & -channels))
     height = _BLOCK // width
-    rows = height * triton.cdiv(triton.cdiv(pixels, _CHUNKS), height)
-    part = _BLOCKS * height
-    cut = rows, triton.cdiv(pixels, rows), part, triton.cdiv(pixels, part)
-    return _Plan(pixels, channels, groups, channels // groups, (height, width), *cut)
+    rows = height * triton.cdiv(pixels, height * min(_CHUNKS, _SUMS // triton.next_power_of_2(group_size)))
+    part, chunks = _BLOCKS * height, triton.cdiv(pixels, rows)
+    parts = triton.cdiv(pixels, part)
+    if pixels * channels > _LARGEST_SAMPLE or parts > _LARGEST_GRID:
+        raise ValueError(
+            f"a sample has {pixels} pixels of {channels} channels; the kernels take at most {_LARGEST_SAMPLE} elements "
+            f"and {_LARGEST_GRID * part} pixels"
+        )
+    group_blocks = triton.next_power_of_2(chunks), triton.next_power_of_2(group_size)
+    return _Plan(pixels, channels, groups, group_size, (height, width), rows, chunks, part, parts, group_blocks)
 
 
 def _channels_last(values: Tensor) -> Tensor:
-    """[B, …, C], contiguous."""
-    return values.movedim(1, -1).contiguous()
+    """[B, C, …] whose memory is that of [B, …, C]."""
+    last = values.movedim(1, -1)
+    return values if last.is_contiguous() else last.contiguous().movedim(-1, 1)

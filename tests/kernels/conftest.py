@@ -81,6 +81,9 @@ class _NanFilled:
     def empty_like(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._fill(torch.empty_like(*args, **kwargs))
 
+    def empty_strided(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._fill(torch.empty_strided(*args, **kwargs))
+
     def _fill(self, fresh: torch.Tensor) -> torch.Tensor:
         if fresh.dtype == torch.bool:
             fresh.view(torch.uint8).fill_(255)
@@ -91,7 +94,7 @@ class _NanFilled:
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan(monkeypatch):
     """An element that a backend forgot to write fails its test."""
-    from hrf_kernels import eager, fused
+    from hrf_kernels import eager, fused, norm
 
-    for module in (eager, fused):
+    for module in (eager, fused, norm):
         monkeypatch.setattr(module, "torch", _NanFilled())

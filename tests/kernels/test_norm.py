@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hrf_kernels.norm import group_norm
 from tests.kernels.conftest import CAPABILITIES, INTERPRETED
@@ -51,15 +52,54 @@ def test_the_result_has_the_order_and_the_type_that_are_asked_for():
     assert output.dtype == BF16 and output.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_frozen_weights_have_no_gradient_and_half_ones_a_half_one():
+def test_frozen_weights_have_no_gradient_and_each_gradient_has_its_type():
     inputs, weight, bias, _ = draw((2, 24, 5, 7), BF16)
     inputs.requires_grad_()
     group_norm(inputs, weight, bias, 3).sum().backward()
     assert inputs.grad is not None and weight.grad is None
-    weight, bias = weight.to(BF16).requires_grad_(), bias.to(BF16).requires_grad_()
+    weight, bias = weight.to(BF16).requires_grad_(), bias.to(FP16).requires_grad_()
     group_norm(inputs.detach(), weight, bias, 3).sum().backward()
     # of each channel 2 × 35 ones
-    assert weight.grad.dtype == BF16 and torch.equal(bias.grad, torch.full((24,), 70.0, dtype=BF16))
+    assert weight.grad.dtype == BF16 and torch.equal(bias.grad, torch.full((24,), 70.0, dtype=FP16))
+
+
+def test_weights_in_strides_and_another_default_type_have_the_same_numbers(monkeypatch):
+    inputs, weight, bias, _ = draw((2, 24, 5, 7), FP32)
+    expected = group_norm(inputs, weight, bias, 3)
+    pairs = torch.stack([weight, bias], 1)
+    assert torch.equal(group_norm(inputs, pairs[:, 0], pairs[:, 1], 3), expected)
+    torch.set_default_dtype(BF16)
+    try:
+        assert torch.equal(group_norm(inputs, weight, bias, 3), expected)
+    finally:
+        torch.set_default_dtype(FP32)
+
+
+def test_the_output_may_be_changed_in_place_and_an_empty_batch_has_a_gradient():
+    inputs, weight, bias, _ = draw((2, 24, 5, 7), FP32)
+    inputs.requires_grad_()
+    changed = group_norm(inputs, weight, bias, 3).mul_(2)
+    assert torch.equal(changed, 2 * group_norm(inputs, weight, bias, 3))
+    empty = group_norm(inputs[:0], weight, bias, 3, dtype=BF16)
+    assert empty.shape == (0, 24, 5, 7) and empty.dtype == BF16 and empty.requires_grad
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing that could be launched again")
+def test_a_kernel_is_launched_again_for_equal_types_numbers_and_addresses_only(machine, monkeypatch):
+    monkeypatch.setattr("hrf_kernels.launch.remembers", lambda device: True)
+    monkeypatch.setattr("hrf_kernels.launch._COMPILED", compiled := {})
+    inputs, weight, bias, upstream = draw((2, 24, 5, 7), FP32)
+    cases = [(inputs, weight, bias), (inputs, weight, bias.half()), (inputs.bfloat16(), weight, bias)]
+    for case in [*cases, *cases[::-1]]:
+        before = len(compiled)
+        found = differentiate(ours(3, True), *case, upstream)
+        # a gradient in half precision is rounded
+        assert max(distances(found, exact(3, True, *case, upstream))) < 4e-3
+    # the second time each one is there
+    assert len(compiled) == before
+    moved = torch.empty(inputs.numel() + 1)[1:].copy_(inputs.movedim(1, -1).flatten()).view(2, 5, 7, 24).movedim(-1, 1)
+    assert moved.data_ptr() % 16
+    assert torch.equal(group_norm(moved, weight, bias, 3), group_norm(inputs, weight, bias, 3))
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(24, 5), (24, 0), (16, 4)])
@@ -71,13 +111,17 @@ def test_what_does_not_fit_is_refused(channels, groups):
         group_norm(inputs, weight, bias, groups)
 
 
-def test_an_empty_batch_is_empty():
-    inputs, weight, bias, _ = draw((2, 24, 5, 7), FP32)
-    assert group_norm(inputs[:0], weight, bias, 3).shape == (0, 24, 5, 7)
+def test_a_group_or_a_sample_that_is_too_large_is_refused():
+    inputs, weight, bias, _ = draw((1, 4100, 1, 1), FP32)
+    with pytest.raises(ValueError, match="4100 channels; the kernels take at most 4096: use more groups"):
+        group_norm(inputs, weight, bias, 1)
+    # nothing is launched for fake tensors
+    with FakeTensorMode(), pytest.raises(ValueError, match="pixels of 16 channels; the kernels take at most"):
+        group_norm(torch.empty(1, 16, 2**28), torch.empty(16), torch.empty(16), 4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the Triton interpreter counts nothing: run without it")
-def test_forward_and_backward_read_the_inputs_twice_each_and_take_three_launches_each(machine):
+def test_forward_and_backward_take_three_launches_each_and_read_the_inputs_in_two_of_them(machine):
     inputs, weight, bias, upstream = draw((2, 128, 16, 16), BF16)
     differentiate(ours(32, True), inputs, weight, bias, upstream)
     size = inputs.numel() * inputs.element_size()

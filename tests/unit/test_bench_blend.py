@@ -56,6 +56,15 @@ def test_means_over_seeds_by_hand(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "blend.json").read_text())["hrf"]["2"]["result"]["alpha"] == 2
 
 
+def test_a_learning_rate_behind_the_seed_is_no_seed(runs, tmp_path, capsys):
+    main([*map(str, runs), "--out", str(tmp_path / "out")])
+    expected = capsys.readouterr().out
+    for rate, run in zip(("2.5e-05", "1e-05", "0.000225", "2.5e-05"), runs, strict=True):
+        run.rename(run.with_name(f"{run.name}-{rate}"))
+    main([*(str(run) for run in sorted(tmp_path.glob("*-*-*"))), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out == expected
+
+
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     (runs[1] / "blend" / "settings.json").write_text(json.dumps({"reward": {"name": "other"}}))
     with pytest.raises(ValueError, match="ddpo-2 is a blend of another reward than .*ddpo-1"):

@@ -150,3 +150,24 @@ def test_a_block_that_scales_by_time_keeps_its_activation():
         keep_channels_last(block, None, "eager")
     assert [(block.norm1.silu, block.norm2.silu) for block in blocks] == [(True, True), (False, False)]
     assert type(blocks[1].nonlinearity) is nn.SiLU
+
+
+def test_tokens_of_a_linear_projection_leave_the_order_to_the_norms_behind_them(monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    sizes = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 8}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    unet = UNet2DConditionModel(sample_size=16, use_linear_projection=True, **sizes, **blocks)
+    keep_channels_last(unet, None, "eager")
+    unet.to(memory_format=torch.channels_last)
+    orders = []
+    for module in unet.modules():
+        if isinstance(module, ChannelsLastGroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: orders.append(inputs[0].movedim(1, -1).is_contiguous()))
+    latents = torch.randn(2, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+    for more in ({}, {"return_dict": False}):
+        unet(latents, 3, torch.randn(2, 5, 8), **more)
+    assert len(orders) > 20 and all(orders)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,13 @@ def test_what_each_mode_holds_by_hand():
     # the published order joins the groups of a whole iteration in its rollouts, and the steps of a group in its
     # replays: of 8 that fit into 64 images a window has 3
     assert made.rollout_images(64) == 16 and made.activations("replay", "fp32", 64) == 1 + 3 * 8 * 120
+
+
+def test_a_plan_of_channels_last_counts_what_the_kernels_of_a_gpu_keep(tiny_model):
+    config = load_config([f"model.name={tiny_model}", "sample.num_inference_steps=4", "train.group_size=2"])
+    last = replace(config, compute=replace(config.compute, channels_last=True))
+    usual, less = (plan(each, gpus=1, memory=10**10).footprints["bf16", False] for each in (config, last))
+    assert less.kept.per_image < 0.95 * usual.kept.per_image and less.sampling.per_image < usual.sampling.per_image
 
 
 def test_the_fastest_mode_that_fits_and_its_largest_calls_are_chosen():
