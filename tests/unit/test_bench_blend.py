@@ -56,7 +56,10 @@ def test_means_over_seeds_by_hand(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "blend.json").read_text())["hrf"]["2"]["result"]["alpha"] == 2
 
 
-def test_a_learning_rate_behind_the_seed_is_no_seed(runs, tmp_path, capsys):
+def test_a_learning_rate_behind_the_seed_is_no_seed_and_how_often_panels_were_made_no_setting(runs, tmp_path, capsys):
+    for every, run in enumerate(runs):
+        settings = {"reward": {"name": "r"}, "evaluation": {"every": every, "seed": 1}}
+        (run / "blend" / "settings.json").write_text(json.dumps(settings))
     main([*map(str, runs), "--out", str(tmp_path / "out")])
     expected = capsys.readouterr().out
     for rate, run in zip(("2.5e-05", "1e-05", "0.000225", "2.5e-05"), runs, strict=True):
