@@ -55,6 +55,15 @@ def _of_channels(weight, bias, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _of_group(sample, group, channels, group_size, chunks, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(channels of a group [BLOCK_G], chunks [BLOCK_S], offsets of both in [B, chunks, channels], which exist)."""
+    chunk, member = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_G)
+    channel = group * group_size + member
+    mask = (chunk < chunks)[:, None] & (member < group_size)[None, :]
+    return channel, chunk, (sample * chunks + chunk[:, None]) * channels + channel[None, :], mask
+
+
+@triton.jit
 def _store_pair(pairs, index, size, first, second, mask):
     """Two numbers at `index` of [2, size]."""
     tl.store(pairs + index, first, mask=mask)
@@ -99,9 +108,7 @@ def group_moments_kernel(
 ):  # fmt: skip
     """Mean and 1/sqrt(variance + eps) of each group [2, B, groups], of chunks (Chan et al. 1979). Grid (B, groups)."""
     sample, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    chunk, member = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_G)
-    mask = (chunk < chunks)[:, None] & (member < group_size)[None, :]
-    offsets = (sample * chunks + chunk[:, None]) * channels + (group * group_size + member)[None, :]
+    _, chunk, offsets, mask = _of_group(sample, group, channels, group_size, chunks, BLOCK_S, BLOCK_G)
     counts = tl.where(mask, tl.minimum(rows, pixels - chunk * rows).to(tl.float32)[:, None], 0.0)
     each = tl.load(moments + offsets, mask=mask, other=0.0)
     size = tl.zeros([], tl.float32) + pixels * group_size
@@ -162,11 +169,8 @@ def group_sums_kernel(
 ):  # fmt: skip
     """Over all chunks Σdz and Σdz·x̂ of each channel [2, B, channels], Σdz·w and Σdz·w·x̂ by size [2, B, groups]."""
     sample, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    chunk, member = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_G)
-    inside = member < group_size
-    channel = group * group_size + member
-    mask = (chunk < chunks)[:, None] & inside[None, :]
-    offsets = (sample * chunks + chunk[:, None]) * channels + channel[None, :]
+    channel, _, offsets, mask = _of_group(sample, group, channels, group_size, chunks, BLOCK_S, BLOCK_G)
+    inside = channel < (group + 1) * group_size
     total = tl.sum(tl.load(sums + offsets, mask=mask, other=0.0), 0)
     batch = tl.num_programs(0).to(tl.int64)
     product = tl.sum(tl.load(sums + batch * chunks * channels + offsets, mask=mask, other=0.0), 0)
