@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from hrf_fast.engines.plain import PlainEngine
@@ -169,3 +170,23 @@ def tiny_words(model, folder) -> list[str]:
 def tiny_run(tiny_model, tmp_path):
     """`tiny_words` of a run in tmp_path/run."""
     return tiny_words(tiny_model, tmp_path / "run")
+
+
+@pytest.fixture
+def write_study(tmp_path):
+    """Writes a study of two arms and two seeds, with changes to it, and gives its path."""
+
+    def write(**changes):
+        values = {
+            "config": str(Path(__file__).parents[1] / "configs" / "smoke_cpu.yaml"),
+            "seeds": [1, 2],
+            "arms": {"ddpo": {"window": {"schedule": "full"}}, "hrf": {}},
+            "reference": "ddpo",
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(
+            yaml.safe_dump({k: v for k, v in {**values, **changes}.items() if v is not None}, sort_keys=False)
+        )
+        return path
+
+    return write

@@ -148,17 +148,22 @@ def read_log(path: Path, needs: Mapping[str, str] | None = None) -> list[dict[st
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             record = json.loads(line.decode())
-            if not isinstance(record, dict):
-                raise TypeError("it is no mapping")
-            for name, kind in {"iteration": "count", **(needs or {})}.items():
-                if name not in record and not kind.endswith("?"):
-                    raise TypeError(f"it lacks {name!r}")
-                if name in record and not KINDS[kind.removesuffix("?")](record[name]):
-                    raise TypeError(f"its {name!r} is {str(record[name])[:40]!r}, no {kind.removesuffix('?')}")
+            check_record(record, needs)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a record of a run ({error}); mend or delete it") from error
         records.append(record)
     return records
+
+
+def check_record(record: Any, needs: Mapping[str, str] | None = None) -> None:
+    """Raise TypeError where a value is no record with `iteration` and what it `needs`, as `read_log` takes them."""
+    if not isinstance(record, dict):
+        raise TypeError("it is no mapping")
+    for name, kind in {"iteration": "count", **(needs or {})}.items():
+        if name not in record and not kind.endswith("?"):
+            raise TypeError(f"it lacks {name!r}")
+        if name in record and not KINDS[kind.removesuffix("?")](record[name]):
+            raise TypeError(f"its {name!r} is {str(record[name])[:40]!r}, no {kind.removesuffix('?')}")
 
 
 def _is_number(value: Any) -> bool:

@@ -26,6 +26,17 @@ RATE = "optimizer.learning_rate"
 
 
 @dataclass(frozen=True)
+class BlendOf:
+    """An arm that trains nothing: blends of another arm's runs."""
+
+    arm: str
+    keep: float
+    most: float
+    step: float
+    """As `hrf blend` takes the three."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One run of a study."""
 
@@ -37,6 +48,7 @@ class Job:
     tuning: bool
     """Whether it is there to choose the arm's learning rate only."""
     rate_in_name: bool
+    blend: BlendOf | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -48,11 +60,18 @@ class Job:
         return f"{self.case}-{self.arm}-{self.seed}" + (f"-{self.learning_rate:g}" if self.rate_in_name else "")
 
     @property
+    def training(self) -> Job:
+        """The run itself, of a blend the one that it is of."""
+        return replace(self, arm=self.blend.arm, blend=None) if self.blend else self
+
+    @property
     def configuration(self) -> str:
         """Hash of the options that are not at their defaults, less those that say where and how a run happens."""
         config = replace(self.config, run=RunConfig(seed=self.seed))
         values = {option: repr(value) for option, (_, value) in differences(Config(), config).items()}
         values |= self._sources()
+        if self.blend:
+            values["blend"] = repr(self.blend)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -102,6 +121,9 @@ class Study:
     seeds: tuple[int, ...]
     cases: dict[str, dict[str, Any]]
     arms: dict[str, dict[str, Any]]
+    """Options by arm; an arm of blends has those of the arm that it blends."""
+    blends: dict[str, BlendOf]
+    """By arm."""
     reference: str
     """The arm that the others are compared with."""
     keep: float
@@ -146,7 +168,7 @@ class Study:
             config = load_config(words, layers)
         except ValueError as error:
             raise ValueError(f"case {case}, arm {arm}: {error}") from error
-        return Job(case, arm, seed, config, seed in self.tuning_seeds, bool(self.learning_rates))
+        return Job(case, arm, seed, config, seed in self.tuning_seeds, bool(self.learning_rates), self.blends.get(arm))
 
     def tuning_jobs(self) -> list[Job]:
         """The runs that choose learning rates; none where the study tunes nothing."""

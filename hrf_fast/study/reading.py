@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hrf_fast.config.run_options import LARGEST_SEED
+from hrf_fast.evaluation.blend import steps_to
 from hrf_fast.registry import nearest
-from hrf_fast.study.plan import RATE, Study
+from hrf_fast.study.plan import RATE, BlendOf, Study
 
 _KEYS = ("config", "options", "seeds", "cases", "arms", "reference", "keep", "tune", "commits")
 _REQUIRED = ("config", "seeds", "arms", "reference")
@@ -45,15 +47,20 @@ def read_study(path: Path) -> Study:
     tune = values.get("tune") or {}
     if not isinstance(tune, dict) or (tune and set(tune) != {"seeds", "learning_rates"}):
         raise ValueError(f"{path}: tune is {tune!r}; write {{seeds: [...], learning_rates: [...]}}")
+    keep = values.get("keep", 0.9)
+    if not _is_number(keep) or not 0 < keep <= 1:
+        raise ValueError(f"{path}: keep is {keep!r}; use a share above 0 and at most 1, such as 0.9")
+    arms, blends = _arms(path, values["arms"], keep)
     study = Study(
         path=path,
         files=tuple(_files(path, values["config"])),
         options=_sections(path, "options", values.get("options") or {}),
         seeds=_seeds(path, "seeds", values["seeds"]),
         cases=_named(path, "cases", values.get("cases") or {re.sub(r"[^\w+.]", "_", path.stem): {}}),
-        arms=_named(path, "arms", values["arms"]),
+        arms=arms,
+        blends=blends,
         reference=values["reference"],
-        keep=values.get("keep", 0.9),
+        keep=keep,
         commits=_commits(path, values.get("commits") or []),
         tuning_seeds=_seeds(path, "tune.seeds", tune["seeds"]) if tune else (),
         learning_rates=_rates(path, tune["learning_rates"]) if tune else (),
@@ -63,8 +70,6 @@ def read_study(path: Path) -> Study:
             f"{path}: reference is {study.reference!r}{nearest(str(study.reference), study.arms)}; name one of the "
             f"arms, {', '.join(study.arms)}"
         )
-    if not _is_number(study.keep) or not 0 < study.keep <= 1:
-        raise ValueError(f"{path}: keep is {study.keep!r}; use a share above 0 and at most 1, such as 0.9")
     if shared := sorted(set(study.seeds) & set(study.tuning_seeds)):
         raise ValueError(
             f"{path}: seeds and tune.seeds share {shared}; a rate looks best on the seeds that chose it: tune on others"
@@ -83,6 +88,35 @@ def _files(path: Path, value: Any) -> list[Path]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: config is {value!r}; name a YAML file or a list of them, relative to the study's")
     return [path.parent / Path(name).expanduser() for name in names]
+
+
+def _arms(path: Path, value: Any, keep: float) -> tuple[dict[str, dict[str, Any]], dict[str, BlendOf]]:
+    """Layers by arm, of blends those of the arm that they are of, and what is blended by arm."""
+    layers = value if isinstance(value, dict) else {}
+    blends = {name: layer for name, layer in layers.items() if isinstance(layer, dict) and "blend" in layer}
+    arms = _named(path, "arms", {name: {} if name in blends else layer for name, layer in layers.items()} or value)
+    trained = [name for name in arms if name not in blends]
+    read: dict[str, BlendOf] = {}
+    for name, layer in blends.items():
+        blend, known = layer["blend"], [field.name for field in fields(BlendOf) if field.name != "keep"]
+        example = "{blend: {arm: ddpo, most: 1.5, step: 0.25}}"
+        if set(layer) != {"blend"} or not isinstance(blend, dict) or set(blend) != set(known):
+            raise ValueError(f"{path}: arms.{name} is {layer!r}, but blends have {', '.join(known)} alone: {example}")
+        if blend["arm"] not in trained:
+            raise ValueError(
+                f"{path}: arms.{name} blends {blend['arm']!r}{nearest(str(blend['arm']), trained)}; name an arm that "
+                f"is trained, {', '.join(trained) or 'which this study lacks'}"
+            )
+        if twin := next((other for other, its in read.items() if its.arm == blend["arm"]), None):
+            raise ValueError(f"{path}: arms.{name} and {twin} both blend {blend['arm']}, in one folder; leave one out")
+        if not _is_number(blend["most"]) or not _is_number(blend["step"]):
+            raise ValueError(f"{path}: arms.{name} is {layer!r}; most and step are numbers: {example}")
+        try:
+            steps_to(blend["most"], blend["step"])
+        except ValueError as error:
+            raise ValueError(f"{path}: arms.{name}: {str(error).replace('--', '')}") from None
+        read[name] = BlendOf(blend["arm"], float(keep), float(blend["most"]), float(blend["step"]))
+    return {name: arms[read[name].arm] if name in read else layer for name, layer in arms.items()}, read
 
 
 def _named(path: Path, key: str, value: Any) -> dict[str, dict[str, Any]]:

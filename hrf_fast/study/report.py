@@ -15,7 +15,7 @@ from hrf_fast.study.comparison import Compared, Lines, Measure, compare, measure
 from hrf_fast.study.plan import Study
 from hrf_fast.study.results import Results, code_commit, key, select
 from hrf_fast.study.run import choices, failures
-from hrf_fast.study.statistics import Estimate, end_of, estimate, holm, path_of
+from hrf_fast.study.statistics import Estimate, end_of, estimate, holm, path_of, reported
 
 _QUALITY = {
     "inception": "Inception Score, share",
@@ -124,9 +124,9 @@ def ends(arms: Mapping[str, Lines], shown_rate: Callable[[float], str] | None = 
     rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *_QUALITY.values(), "evaluations"]]
     for arm, by_seed in arms.items():
         lines = list(by_seed.values())
-        last = [path_of(line)[end_of(line)] for line in lines]
+        pairs = [reported(line) for line in lines]
+        last = [path_of({"panels": pair})[-1] for pair in pairs]
         rate = shown_rate(lines[0]["learning_rate"]) if shown_rate else ""
-        pairs = [(line["panels"][0], line["panels"][end_of(line)]) for line in lines]
         quality = []
         for name in _QUALITY:
             shares = [end[name][0] / first[name][0] for first, end in pairs if name in first and name in end]
@@ -196,7 +196,9 @@ def _series(arm: str, by_seed: Lines) -> tuple[list[Series], Series]:
     row of the table. Where runs are of different lengths, its last segment therefore joins panels of different
     iterations. What a run did after the checkpoint that it restored is in its own path alone.
     """
-    all_paths, last = [path_of(line) for line in by_seed.values()], [end_of(line) for line in by_seed.values()]
+    all_paths = [path_of(line) for line in by_seed.values()]
+    # a line of blends goes on behind the chosen one
+    last = [len(line["panels"]) - 1 if "alpha" in line else end_of(line) for line in by_seed.values()]
     series = [Series(arm, [point.gain for point in path], [point.kept for point in path]) for path in all_paths]
     to_end = [path[: end + 1] for path, end in zip(all_paths, last, strict=True)]
     columns = list(zip(*to_end, strict=False))

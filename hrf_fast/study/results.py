@@ -7,9 +7,7 @@ file and are named, never used silently; a half-written line is passed over.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 import os
 import subprocess
 import time
@@ -23,7 +21,7 @@ from filelock import FileLock
 
 import hrf_fast.version
 from hrf_fast.cpu import cpu_name
-from hrf_fast.run.files import INTERVALS, append_line
+from hrf_fast.run.files import PANEL, append_line, check_record
 from hrf_fast.study.plan import Job
 
 # what trains; the study and the report only read what training wrote
@@ -39,6 +37,8 @@ _RUN: dict[str, Any] = {
     "commit": str,
 }
 _WHOLE: dict[str, Any] = {**_RUN, "machine": dict, "date": str, "seconds": _NUMBER, "reason": str, "panels": list}
+# a path is made of Vendi Scores; rewards of single images are in some panels only
+_PANEL = {**PANEL, "rewards": "list of numbers?", "vendi": "interval"}
 _CHOICE: dict[str, Any] = {"case": str, "arm": str, "learning_rate": _NUMBER, "choice": dict, "commit": str}
 
 
@@ -129,13 +129,15 @@ class Results:
 
 def _check_panels(record: dict[str, Any]) -> None:
     """Raise ValueError, TypeError or LookupError where a line's panels lack what a path is made of."""
-    panels = record["panels"]
-    for panel in panels:
-        intervals = [panel["reward"], panel["vendi"], *(panel[name] for name in INTERVALS if name in panel)]
-        if not all(map(math.isfinite, [panel["iteration"], panel["evaluations"], *itertools.chain(*intervals)])):
-            raise ValueError
+    panels, second = record["panels"], record.get("second_panel", [])
+    for panel in [*panels, *second]:
+        check_record(panel, _PANEL)
     last = panels[-1]["iteration"]
     if panels[0]["vendi"][0] <= 0 or record.get("model", last) not in [panel["iteration"] for panel in panels]:
+        raise ValueError
+    if "alpha" in record and (
+        len(second) != 2 or second[0]["vendi"][0] <= 0 or record["alpha"] not in [panel["alpha"] for panel in panels]
+    ):
         raise ValueError
 
 

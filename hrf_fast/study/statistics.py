@@ -51,9 +51,16 @@ def path_of(line: Mapping[str, Any]) -> list[Point]:
 
 
 def end_of(line: Mapping[str, Any]) -> int:
-    """Index of the tuned model's panel: the last, or that of the checkpoint that the run restored."""
+    """Index of the tuned model's panel: the last, or that of the checkpoint that the run restored, or of its blend."""
+    if "alpha" in line:
+        return [panel["alpha"] for panel in line["panels"]].index(line["alpha"])
     iterations = [panel.get("iteration") for panel in line["panels"]]
     return iterations.index(line["model"]) if "model" in line else len(iterations) - 1
+
+
+def reported(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pretrained model's panel and the tuned one's; of a blend those of the panel that did not choose it."""
+    return line.get("second_panel") or [line["panels"][0], line["panels"][end_of(line)]]
 
 
 def gain_at_diversity(path: Sequence[Point], floor: float) -> float:
@@ -99,7 +106,8 @@ def seconds_to_gain(line: Mapping[str, Any], gain: float, floor: float) -> float
         return None
     for one, two in zip(panels, panels[1:], strict=False):
         if one["evaluations"] <= evaluations <= two["evaluations"]:
-            share = (evaluations - one["evaluations"]) / (two["evaluations"] - one["evaluations"])
+            # panels of blends all have the evaluations of their run
+            share = (evaluations - one["evaluations"]) / (two["evaluations"] - one["evaluations"] or 1)
             return float(one["seconds"] + share * (two["seconds"] - one["seconds"]))
     return None
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from PIL import Image
 
 from hrf_fast.cli import main
@@ -18,11 +17,13 @@ from hrf_fast.report import plots
 from hrf_fast.run.lock import lock_folder
 from hrf_fast.study import statistics
 from hrf_fast.study.comparison import compare, measures
+from hrf_fast.study.outcome import reason_in
 from hrf_fast.study.reading import read_study
 from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
-from hrf_fast.study.run import Workers, _begun, _check_counted, choices, failures, reason_in, run_study
+from hrf_fast.study.run import _check_counted, choices, failures, run_study
 from hrf_fast.study.statistics import Point
+from hrf_fast.study.workers import Workers, _begun
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,24 +38,6 @@ def panels(*points):
 
 def line(*points, arm="hrf"):
     return {"arm": arm, "panels": panels(*points)}
-
-
-@pytest.fixture
-def write_study(tmp_path):
-    def write(**changes):
-        values = {
-            "config": str(ROOT / "configs" / "smoke_cpu.yaml"),
-            "seeds": [1, 2],
-            "arms": {"ddpo": {"window": {"schedule": "full"}}, "hrf": {}},
-            "reference": "ddpo",
-        }
-        path = tmp_path / "tiny.yaml"
-        path.write_text(
-            yaml.safe_dump({k: v for k, v in {**values, **changes}.items() if v is not None}, sort_keys=False)
-        )
-        return path
-
-    return write
 
 
 # ---- statistics
@@ -391,7 +374,7 @@ class Ended:
 
 def test_a_line_is_of_the_code_that_its_run_began_with(write_study, tmp_path, monkeypatch):
     job, results = read_study(write_study()).jobs({})[0], Results(tmp_path / "lines.jsonl")
-    bar = SimpleNamespace(update=lambda *_: None, set_description=lambda *_, **__: None)
+    bar = SimpleNamespace(total=0, update=lambda *_: None, set_description=lambda *_, **__: None)
     begun = {"commit": "c0", "configuration": "as it began"}
     monkeypatch.setattr(Workers, "_outcome", lambda *_: {"error": "x"})
     monkeypatch.setattr(Workers, "_start", lambda workers, job: workers._running.update({Ended(): (job, begun)}))
@@ -433,7 +416,7 @@ def test_a_folder_of_other_code_is_renamed_unless_somebody_trains_there(write_st
     job = read_study(write_study()).jobs({})[0]
     workers = Workers(tmp_path, Results(tmp_path / "lines.jsonl"), 1, {"older"}, None)
     started = SimpleNamespace(Popen=lambda *args, **kwargs: object(), DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr("hrf_fast.study.run.subprocess", started)
+    monkeypatch.setattr("hrf_fast.study.workers.subprocess", started)
     folder = tmp_path / job.name
     folder.mkdir()
     # lines of these commits count, but a run is of one

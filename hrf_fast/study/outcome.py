@@ -1,0 +1,81 @@
+"""Outcome: what a finished run, or the blends of one, has left in its folder, as its line of the results keeps it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hrf_fast.evaluation.blend import read_front, steps_to
+from hrf_fast.run.files import PANEL, read_log, read_object
+from hrf_fast.run.finished import model_iteration
+from hrf_fast.study.plan import BlendOf
+
+
+def trained(folder: Path, log: Sequence[str]) -> dict[str, Any]:
+    """Seconds, reason of the end, iteration of the tuned model, and panels.
+
+    Args:
+        log: lines of the run's log, which says why it has ended.
+
+    Raises:
+        ValueError: the log says nothing of an end, or a damaged file.
+    """
+    reason = reason_in(log)
+    if reason is None:
+        raise ValueError("the run says nothing of its end")
+    panels, model, seconds = read_log(folder / "evaluations.jsonl", PANEL), model_iteration(folder), _seconds(folder)
+    for number, panel in enumerate(panels):
+        # of training before it
+        panel["seconds"] = round(sum(seconds[: panel["iteration"]]), 1)
+        panel.pop("prompts", None)
+        # for gains that are paired image by image
+        if 0 < number < len(panels) - 1 and panel["iteration"] != model:
+            del panel["rewards"]
+    return {"seconds": round(sum(seconds), 1), "reason": reason, "model": model, "panels": panels}
+
+
+def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
+    """Seconds, reason, iteration of the tuned model, panels along α, `alpha`, the chosen one, and `second_panel`.
+
+    Each panel has the evaluations of the run until its end. The second panel, which did not choose, has the pretrained
+    model and the chosen blend.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    chosen = read_object(folder / "blend" / "blend.json", "delete it, and the blend is made again")
+    records = read_front(folder / "blend" / "front.jsonl")
+    alphas = steps_to(blend.most, blend.step)
+    evaluations = read_log(folder / "evaluations.jsonl", PANEL)[-1]["evaluations"]
+    model, seconds = model_iteration(folder), round(sum(_seconds(folder)), 1)
+
+    def panel(record: dict[str, Any]) -> dict[str, Any]:
+        figures = {name: value for name, value in record.items() if name not in ("prompts", "rewards")}
+        # for gains that are paired image by image
+        rewards = {"rewards": record["rewards"]} if record["alpha"] in (0, chosen["alpha"]) else {}
+        iteration = model if record["alpha"] else 0
+        return {**figures, **rewards, "iteration": iteration, "evaluations": evaluations, "seconds": seconds}
+
+    first = [record for record in records if record["seed"] == records[0]["seed"] and record["alpha"] in alphas]
+    other = {record["alpha"]: record for record in records if record["seed"] != records[0]["seed"]}
+    return {
+        "seconds": seconds,
+        "reason": f"alpha {chosen['alpha']:g} of {folder.name} chosen",
+        "model": model if chosen["alpha"] else 0,
+        "alpha": chosen["alpha"],
+        "panels": [panel(record) for record in sorted(first, key=lambda record: float(record["alpha"]))],
+        "second_panel": [panel(other[alpha]) for alpha in (0, chosen["alpha"])],
+    }
+
+
+def reason_in(log: Sequence[str]) -> str | None:
+    """Why a run has ended, from the lines of its log; a reward may have printed before that on its line."""
+    reasons = [match[1] for line in log if (match := re.search(r"done, (.*): .* \(hrf report", line))]
+    return reasons[-1] if reasons else None
+
+
+def _seconds(folder: Path) -> list[float]:
+    """Seconds of each iteration, without panels and checkpoints."""
+    return [float(sum(line["seconds"].values())) for line in read_log(folder / "metrics.jsonl")]
