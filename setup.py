@@ -16,14 +16,14 @@ EXTRAS = {
     # completes commands and options in a shell
     "completion": ["argcomplete"],
     # where a CUDA GPU is: fused kernels, sharding, 8-bit optimizers, attention
-    "gpu": ["triton>=3.0", "deepspeed>=0.19.8", "bitsandbytes>=0.44", "xformers"],
+    "gpu": ["triton>=3.4", "deepspeed>=0.19.8", "bitsandbytes>=0.44", "xformers"],
     "test": [
         # sharding is tested on CPU ranks; its sdist needs no torch to build
         "deepspeed>=0.19.8",
         "accelerate>=1.0",
         "argcomplete",
         # its compiler and interpreter test the kernels without a GPU
-        "triton>=3.0; platform_system == 'Linux'",
+        "triton>=3.4; platform_system == 'Linux'",
         "tensorboard",
         "torchmetrics",
         "vendi-score",
@@ -53,7 +53,8 @@ setup(
     package_dir={"hrf_kernels": "kernels/hrf_kernels"},
     package_data={"hrf_fast.assets": ["**/*"], "hrf_fast.report": ["*.j2"]},
     install_requires=[
-        "torch>=2.4",
+        # the first whose triton has the knobs that launches read
+        "torch>=2.8",
         "numpy",
         "diffusers>=0.30",
         # text encoders, and networks that look at images; 5.4 has image processors that need no torchvision

@@ -87,7 +87,7 @@ def _safely(look: Callable[[], str]) -> str:
 
 def _import_torch() -> Any:
     if find_spec("torch") is None:
-        raise Unavailable('missing: pip install "torch>=2.4"')
+        raise Unavailable('missing: pip install "torch>=2.8"')
     import torch
 
     return torch

@@ -62,7 +62,7 @@ def train(
 
 def train_components(config: Config, components: Components, listeners: Sequence[Listener] = ()) -> RunResult:
     """Train what `build_components` made, inside `comm.job()`; for callers that watch the parts while they train."""
-    with Run(config, listeners) as run, closing(components.rewarder):
+    with closing(components.rewarder), Run(config, listeners) as run:
         budget = Budget(config.train.iterations, config.stop.max_evaluations)
         with run.saving_on_error(components.engine):
             done = _resume(components, run, budget)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hrf_fast.config.load import differences
 from hrf_fast.config.options import Config
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.devices import choose_device, set_precision_flags
@@ -15,8 +16,14 @@ from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
-from hrf_fast.policies.option_checks import check_given
 from hrf_fast.weights import digest
+
+# what `load_policy` makes of a model by name
+_OF_LOADING = {
+    *(f"model.{name}" for name in ("revision", "variant", "decoder", "image_size")),
+    *(f"sample.{name}" for name in ("scheduler", "eta", "noise_level")),
+    *(f"compute.{name}" for name in ("attention", "channels_last", "offload")),
+}
 
 
 def build_policy(config: Config, name: str | None = None) -> Policy:
@@ -30,10 +37,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         tuned, name = Path(name), None
     compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
-    if device.type == "cuda":
-        # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
-        torch.cuda.set_device(device)
-    set_precision_flags(device, deterministic=compute.deterministic)
+    set_up(device, config)
     policy = load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
@@ -60,10 +64,40 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     return policy
 
 
+def set_up(device: torch.device, config: Config) -> None:
+    """Make a device the current one, and let it compute as compute.deterministic asks."""
+    if device.type == "cuda":
+        # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
+        torch.cuda.set_device(device)
+    set_precision_flags(device, deterministic=config.compute.deterministic)
+
+
 def check_policy(policy: Policy, config: Config) -> Policy:
-    """A policy of the user's own class, held to the configuration; arguments and errors as `check_given`."""
-    sample, rank = config.sample, config.lora.rank
-    return check_given(policy, sample.num_inference_steps, sample.guidance_scale, config.compute.precision, rank)
+    """A policy of the user's own class, unless options that it was made without say otherwise.
+
+    Raises:
+        ValueError: another number of steps, precision, guidance or device than the configuration's, adapters, or
+            another option that only a model which is loaded by name follows.
+    """
+    sample, device = config.sample, choose_device(config.run.device)
+    set_up(device, config)
+    values = {
+        "sample.num_inference_steps": (sample.num_inference_steps, len(policy.sampler)),
+        "sample.guidance_scale": (sample.guidance_scale, policy.guidance_scale),
+        "compute.precision": (config.compute.precision, policy.precision),
+        "lora.rank": (config.lora.rank, 0),
+        "run.device": (device, policy.device),
+    }
+    for option, (value, of_policy) in values.items():
+        if value != of_policy:
+            raise ValueError(f"{option} is {value} but the policy that was given has {of_policy}; make the two equal")
+    for option, (neutral, value) in differences(Config(), config).items():
+        if option in _OF_LOADING:
+            raise ValueError(
+                f"{option} is {value!r}, which a policy that was given does not follow; leave it at {neutral!r}, and "
+                "make the policy so"
+            )
+    return policy
 
 
 def build_engine(policy: Policy, config: Config) -> Engine:

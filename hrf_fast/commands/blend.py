@@ -22,6 +22,7 @@ from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
 from hrf_fast.run.files import PANEL, append_line, read_log, read_object, sha256, write_atomically
 from hrf_fast.run.finished import finished_run, model_iteration
+from hrf_fast.run.lock import blending
 
 
 def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0, most: float, step: float) -> list[str]:
@@ -37,7 +38,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
 
     Raises:
         ValueError: an unfinished run, another pretrained model than the run's, a front of other settings, or a panel
-            without a network for the Vendi Score, or for the Inception Score where `quality` asks for it.
+            without a network for the Vendi Score, or for the Inception Score where `quality` asks for it; or another
+            process blends the run.
     """
     alphas, folder = blends.steps_to(most, step), finished_run(run) / "blend"
     blends.check_floors(keep, quality)
@@ -60,36 +62,39 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     adapters = bool(adapted_layers(policy.network.unet))
     pretrained = None if adapters else run_policy(run, replace(config, lora=LoraConfig())).network
     line = blends.Line(policy.network, pretrained)
-    _claim_blend(folder, run, config)
-    front = blends.Front(folder / "front.jsonl", line, policy, build_config_reward(config, device), append=append_line)
-    panels = read_log(run / "evaluations.jsonl", PANEL)
-    changed = differences(config, run_config(run))
-    if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
-        front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
-    elif not (folder / "front.jsonl").exists():
-        blends.check_pretrained(panels[0]["rewards"], _own_rewards(run, config))
-    records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
-    chosen = blends.choose(records, keep, quality)["alpha"]
-    # the choice has looked at the first panel, whose figures flatter it
-    other = panel.with_next_seed()
-    base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
-    write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
-    result = {
-        "alpha": chosen,
-        "keep": keep,
-        "quality": quality,
-        "panels": [blends.summary(record, base) for record in (base, *others)],
-    }
-    write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
-    # of an earlier choice
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    if chosen:
-        line.move(chosen)
-        evaluation = replace(config.evaluation, seed=other.seed)
-        tuned = model_iteration(run)
-        table = [{**base, "iteration": 0}, {**others[-1], "iteration": tuned}]
-        described = replace(config, evaluation=evaluation)
-        save_model(folder / "model", policy, described, table, tuned, alpha=chosen)
+    folder.mkdir(exist_ok=True)
+    with blending(folder):
+        _claim_blend(folder, run, config)
+        reward = build_config_reward(config, device)
+        front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
+        panels = read_log(run / "evaluations.jsonl", PANEL)
+        changed = differences(config, run_config(run))
+        if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
+            front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
+        elif not (folder / "front.jsonl").exists():
+            blends.check_pretrained(panels[0]["rewards"], _own_rewards(run, config))
+        records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
+        chosen = blends.choose(records, keep, quality)["alpha"]
+        # the choice has looked at the first panel, whose figures flatter it
+        other = panel.with_next_seed()
+        base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
+        write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
+        result = {
+            "alpha": chosen,
+            "keep": keep,
+            "quality": quality,
+            "panels": [blends.summary(record, base) for record in (base, *others)],
+        }
+        write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
+        # of an earlier choice
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        if chosen:
+            line.move(chosen)
+            evaluation = replace(config.evaluation, seed=other.seed)
+            tuned = model_iteration(run)
+            table = [{**base, "iteration": 0}, {**others[-1], "iteration": tuned}]
+            described = replace(config, evaluation=evaluation)
+            save_model(folder / "model", policy, described, table, tuned, alpha=chosen)
     return blends.describe(result)
 
 
@@ -118,5 +123,4 @@ def _claim_blend(folder: Path, run: Path, config: Config) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{folder} holds blends of another {name}; move it away, or use its own ({path} has it)")
-    folder.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(now, indent=1).encode())

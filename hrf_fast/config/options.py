@@ -173,7 +173,7 @@ class TrainConfig:
     that fall, as in PCPO."""
     gradient_noise: bool = option(False)
     """Measure the gradient's signal and noise of every optimizer step, from its groups in two halves: no extra network
-    calls, one more gradient in memory. Needs an even number of groups per step and the plain engine."""
+    calls, two more gradients in memory. Needs an even number of groups per step and the plain engine."""
     step_share: float = option(1.0, above=0, at_most=1)
     """Share of the window's steps that an update learns from, every 1/share-th from a random one on, each weighted by
     1/share: the gradient's expectation is that of all steps."""

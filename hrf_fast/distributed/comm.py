@@ -26,6 +26,8 @@ Value = TypeVar("Value")
 _TIMEOUT = timedelta(hours=2)
 # for all ranks to come to the start
 _JOIN = timedelta(minutes=10)
+# how many blocks of `agreed` this process is in
+_agreeing = 0
 
 
 def rank() -> int:
@@ -128,6 +130,7 @@ def gather(value: Value) -> list[Value]:
     """Every rank's value, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
+    _check_outside()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -137,6 +140,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The tensors [N, …] of all ranks, of one shape, as [ranks·N, …]."""
     if world_size() == 1:
         return rows
+    _check_outside()
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
@@ -151,6 +155,7 @@ def broadcast(value: Value) -> Value:
     """The main rank's value."""
     if world_size() == 1:
         return value
+    _check_outside()
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
@@ -167,10 +172,23 @@ def broadcast_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
         yield name, value
 
 
+@torch.no_grad()
+def take_main(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by the main rank's, of the same shape and type."""
+    if world_size() == 1:
+        return
+    _check_outside()
+    for tensor in tensors:
+        value = tensor.detach().contiguous()
+        dist.broadcast(value, 0)
+        tensor.copy_(value)
+
+
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, by one flat all_reduce."""
     if world_size() == 1:
         return
+    _check_outside()
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
@@ -190,15 +208,25 @@ def main_says(ask: Callable[[], Value]) -> Value:
 @contextmanager
 def agreed() -> Iterator[None]:
     """A block without collectives that every rank passes or none: the first rank's error is raised on all."""
+    global _agreeing
     failure: Exception | None = None
+    _agreeing += 1
     try:
         yield
     except Exception as error:
         if world_size() == 1:
             raise
         failure = error
+    finally:
+        _agreeing -= 1
     if world_size() == 1:
         return
     for number, packed in enumerate(gather(None if failure is None else failures.pack(failure))):
         if packed is not None:
             raise on_all_ranks(failures.unpack(packed, number)) from failure
+
+
+def _check_outside() -> None:
+    """Refuse a collective within `agreed`: where one rank fails, the others would wait in it."""
+    if _agreeing:
+        raise AssertionError("a collective within comm.agreed(), where one rank's error leaves the others waiting")

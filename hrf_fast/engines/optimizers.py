@@ -134,8 +134,11 @@ def restore_optimizer(
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value.item() if value.dtype == torch.int64 else value
+    # how it computes is this machine's: a checkpoint may come from one without a GPU
+    (now,) = optimizer.param_groups
+    here = {name: now[name] for name in ("fused", "foreach", "capturable") if name in now}
     # JSON has no tuples
-    groups = [group | {"betas": tuple(group["betas"])} for group in groups]
+    groups = [group | {"betas": tuple(group["betas"])} | here for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():

@@ -263,5 +263,5 @@ class DeepSpeedEngine:
 
 
 def _two_rows(value: Any) -> Any:
-    """The first two samples of a network's input; a batch of one would be another compiled graph."""
-    return value[:2].detach() if isinstance(value, Tensor) and value.dim() else value
+    """A copy of the first two samples of a network's input; a batch of one would be another compiled graph."""
+    return value[:2].detach().clone() if isinstance(value, Tensor) and value.dim() else value

@@ -127,12 +127,12 @@ def steps_to(most: float, step: float) -> list[float]:
     """The α of a front: 0, then 1, then the other multiples of `step` up to `most`.
 
     Raises:
-        ValueError: a step that is not in (0, 1], or a `most` under 1.
+        ValueError: a step that is not in [0.01, 1], or a `most` that is not in [1, 100].
     """
-    if not 0 < step <= 1:
-        raise ValueError(f"--step is {step:g}; use a number above 0 and at most 1, such as 0.2")
-    if not 1 <= most < float("inf"):
-        raise ValueError(f"--most is {most:g}; use at least 1, which is the tuned model itself")
+    if not 0.01 <= step <= 1:
+        raise ValueError(f"--step is {step:g}; use a number from 0.01 to 1, such as 0.2")
+    if not 1 <= most <= 100:
+        raise ValueError(f"--most is {most:g}; use from 1, which is the tuned model itself, to 100")
     # as written in decimals, so that a rerun finds its lines
     multiples = [round(step * count, 6) for count in range(int(most / step + 1e-9) + 1)]
     return list(dict.fromkeys([0.0, 1.0, *multiples]))

@@ -105,8 +105,16 @@ class Panel:
         """Sample the panel and compute its metrics, on all ranks together."""
         # a reward that draws random numbers draws the same for every panel
         seed_everything(self.seed, 0)
-        images = self.images(policy)
-        return comm.main_says(lambda: self._measure(images, reward))
+        latents = self._sample(policy)
+        measured: PanelMetrics | None = None
+        with comm.agreed():
+            if comm.is_main():
+                measured = self._measure(policy.decode(latents), reward)
+        # the images of a large panel are gigabytes, and only the main rank shows them
+        without_images = comm.broadcast(measured and replace(measured, images=measured.images[:0]))
+        result = measured or without_images
+        assert result is not None
+        return result
 
     def images(self, policy: Policy) -> Tensor:
         """The panel's images [N, 3, H, W] in [0, 1]; each rank denoises its share."""

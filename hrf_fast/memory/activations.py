@@ -77,7 +77,7 @@ def _fitting(plan: Plan, policy: Policy) -> Activations:
 
     source = "compute.memory_budget" if compute.memory_budget else "free"
     of = f"of {show_bytes(plan.memory)} ({source}, 10 % of it in reserve)"
-    if "keep" in plan.modes and need("keep") <= usable:
+    if "keep" in plan.modes(name) and need("keep") <= usable:
         return Activations(math.inf, reason=f"activations: keep, {show_bytes(need('keep'))} {of}")
     if need("replay") <= usable:
         pairs = _pairs_that_fit(plan, precision, usable - need("replay"))
@@ -107,7 +107,7 @@ def _fitting(plan: Plan, policy: Policy) -> Activations:
 def _pairs_that_fit(plan: Plan, precision: str, spare: float) -> int:
     """Samples × steps whose graphs fit into `spare` bytes beside a replay; 0 where steps can't be kept in part."""
     # ranks in lockstep must make equally many forwards: all of a window is kept, or none
-    if "keep" not in plan.modes or plan.engine.startswith("zero2"):
+    if "keep" not in plan.modes(plan.engine) or plan.engine.startswith("zero2"):
         return 0
     images = plan.rollout_images(plan.config.compute.images_per_call)
     return int(spare * images / plan.footprints[precision, False].kept(images))

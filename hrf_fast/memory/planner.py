@@ -61,10 +61,9 @@ class Plan:
         """For what does not depend on precision or checkpointing."""
         return next(iter(self.footprints.values()))
 
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """Modes that the configuration's order of updates has."""
-        return MODES if may_keep(self.config) and not self.engine.startswith("zero3") else MODES[1:]
+    def modes(self, engine: str) -> tuple[str, ...]:
+        """Modes that the configuration's order of updates has on an engine."""
+        return MODES if may_keep(self.config) and not engine.startswith("zero3") else MODES[1:]
 
     def states(self, engine: str, precision: str | None = None) -> States:
         """Bytes that stay, for the configuration's precision or another one."""
@@ -155,7 +154,7 @@ class Plan:
 
     def best(self, engine: str, precision: str) -> Choice | None:
         """The fastest mode that the trainer has and that fits, or None."""
-        return next((choice for mode in self.modes if (choice := self.choose(engine, precision, mode))), None)
+        return next((choice for mode in self.modes(engine) if (choice := self.choose(engine, precision, mode))), None)
 
 
 def may_keep(config: Config) -> bool:
@@ -212,7 +211,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     copies = {precision: copied_bytes(files, precision) for precision in PRECISIONS if copied}
     result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen, copies)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
-        ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes}
+        ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes(e)}
         least = min(ways, key=lambda way: ways[way])
         need = ways[least] / (1 - RESERVE)
         raise ValueError(

@@ -48,12 +48,16 @@ def stated(evaluations: float) -> Rate:
 def measured(plan: Plan) -> Rate:
     """Time calls of the sizes of a plan's run on this machine's device, with random weights."""
     config, device = plan.config, choose_device(plan.config.run.device)
+    if device.type == "cuda":
+        # which a clock waits for
+        torch.cuda.set_device(device)
     set_precision_flags(device, deterministic=config.compute.deterministic)
     files, compute = read_model(config.model.name, config.model.revision, weights=False), config.compute
-    bare, shape = untrained_network(files)
+    bare, shape = untrained_network(files, config.model.image_size)
     if config.lora.rank:
         add_adapters(bare.unet, **vars(config.lora))
-    network = Network(bare.unet.to(device).eval(), compute.precision, channels_last=compute.channels_last)
+    unet = bare.unet.to(device).eval()
+    network = Network(unet, compute.precision, channels_last=compute.channels_last, call=bare.call)
     sampled, trained = plan.rollout_images(compute.images_per_call), plan.update_images(compute.images_per_call)
 
     def condition(images: int) -> Condition:
@@ -64,6 +68,7 @@ def measured(plan: Plan) -> Rate:
     both = seconds(update_call(network, shape, condition(trained), trained)) / trained
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     source = f"measured here ({name}) on calls of {sampled} and {trained} images"
+    source += ", not compiled" if compute.compile != "none" else ""
     return Rate(forward, max(0.0, both - forward), source)
 
 

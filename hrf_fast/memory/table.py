@@ -66,11 +66,13 @@ def _steps(count: int) -> str:
 
 
 def _fits(plan: Plan) -> list[list[str]]:
-    """yes, or the images_per_call that would fit, or no."""
+    """yes, or the images_per_call that would fit, or no, or - for a mode that the trainer lacks there."""
     rows = [["fits", *(f"{p} {m}" for p in PRECISIONS for m in MODES)]]
     for engine in ENGINES:
-        choices = [plan.choose(engine, p, m) for p in PRECISIONS for m in MODES]
-        rows.append([_TITLES[engine], *(_fit(plan, choice) for choice in choices)])
+        cells = [
+            _fit(plan, plan.choose(engine, p, m)) if m in plan.modes(engine) else "-" for p in PRECISIONS for m in MODES
+        ]
+        rows.append([_TITLES[engine], *cells])
     return rows
 
 
@@ -101,7 +103,7 @@ def mode_of(plan: Plan) -> str:
     compute, usable = plan.config.compute, plan.memory * (1 - RESERVE)
     if compute.activations != "auto":
         return compute.activations
-    needs = {m: plan.need(plan.engine, compute.precision, m, compute.images_per_call) for m in plan.modes}
+    needs = {m: plan.need(plan.engine, compute.precision, m, compute.images_per_call) for m in plan.modes(plan.engine)}
     return next((mode for mode, need in needs.items() if need <= usable), "checkpoint")
 
 

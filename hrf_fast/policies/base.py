@@ -81,7 +81,7 @@ class Prediction(NamedTuple):
 
     @property
     def combined(self) -> Tensor:
-        """The output under guidance, in fp32 as in the kernels: unconditional + scale·(conditional − unconditional)."""
+        """The output, under guidance unconditional + scale·(conditional − unconditional), in fp32 as in the kernels."""
         if self.unconditional_output is None:
             return self.model_output
         unconditional = self.unconditional_output.float()

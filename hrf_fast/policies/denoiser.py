@@ -132,12 +132,13 @@ class DenoiserPolicy:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Panels and checks are no part of what training costs: calls inside are not counted."""
+        """Panels and checks are no part of what training costs: calls inside are neither counted nor timed."""
         calls, self.calls = self.calls, NetworkCalls()
+        stopwatch, self.stopwatch = self.stopwatch, Stopwatch(self.device)
         try:
             yield
         finally:
-            self.calls = calls
+            self.calls, self.stopwatch = calls, stopwatch
 
     def blocks(self) -> list[nn.Module]:
         """The down, mid and up blocks of a UNet, or the blocks of a transformer."""

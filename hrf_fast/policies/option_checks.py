@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hrf_fast.config.options import FACTS
-from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.files import ModelFiles
 
@@ -54,22 +53,3 @@ def check_options(
             f"sample.guidance_scale is {guidance_scale} but model.name is {files.name!r}, a FLUX that was distilled "
             "without guidance (guidance_embeds: false, as FLUX.1-schnell); leave it at 1, or use FLUX.1-dev"
         )
-
-
-def check_given(policy: Policy, num_inference_steps: int, guidance_scale: float, precision: str, rank: int) -> Policy:
-    """The policy, unless options that it was made without say otherwise.
-
-    Raises:
-        ValueError: another number of steps, precision or guidance than the configuration's, or adapters, which are
-            added to models that are loaded by name only.
-    """
-    values = {
-        "sample.num_inference_steps": (num_inference_steps, len(policy.sampler)),
-        "sample.guidance_scale": (guidance_scale, policy.guidance_scale),
-        "compute.precision": (precision, policy.precision),
-        "lora.rank": (rank, 0),
-    }
-    for option, (value, of_policy) in values.items():
-        if value != of_policy:
-            raise ValueError(f"{option} is {value} but the policy that was given has {of_policy}; make the two equal")
-    return policy

@@ -80,8 +80,9 @@ class TextToImagePolicy(DenoiserPolicy):
         check_finite(latents)
         latents = self._unscaled(latents.float())
         with resident(self.decoder, self.device, self._offload), torch.autocast(latents.device.type, enabled=False):
-            images = torch.cat([self.decoder.decode(part).sample for part in latents.split(self._decoded_at_once)])
-        return (images / 2 + 0.5).clamp(0, 1)
+            parts = [self.decoder.decode(part).sample for part in latents.split(self._decoded_at_once)]
+            # in place: the images of a large panel are gigabytes
+            return torch.cat([part.div_(2).add_(0.5).clamp_(0, 1) for part in parts])
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] in the decoder's own units."""

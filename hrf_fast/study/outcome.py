@@ -44,6 +44,7 @@ def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
 
     Raises:
         ValueError: a damaged file.
+        KeyError: an α is missing, as where somebody else has blended the run meanwhile.
     """
     chosen = read_object(folder / "blend" / "blend.json", "delete it, and the blend is made again")
     records = read_front(folder / "blend" / "front.jsonl")
@@ -58,14 +59,14 @@ def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
         iteration = model if record["alpha"] else 0
         return {**figures, **rewards, "iteration": iteration, "evaluations": evaluations, "seconds": seconds}
 
-    first = [record for record in records if record["seed"] == records[0]["seed"] and record["alpha"] in alphas]
+    first = {record["alpha"]: record for record in records if record["seed"] == records[0]["seed"]}
     other = {record["alpha"]: record for record in records if record["seed"] != records[0]["seed"]}
     return {
         "seconds": seconds,
         "reason": f"alpha {chosen['alpha']:g} of {folder.name} chosen",
         "model": model if chosen["alpha"] else 0,
         "alpha": chosen["alpha"],
-        "panels": [panel(record) for record in sorted(first, key=lambda record: float(record["alpha"]))],
+        "panels": [panel(first[alpha]) for alpha in sorted(alphas)],
         "second_panel": [panel(other[alpha]) for alpha in (0, chosen["alpha"])],
     }
 

@@ -201,7 +201,8 @@ class Study:
             ValueError: names case, arm, option, value and the way out.
         """
         for case in self.cases:
-            jobs = [self.job(case, arm, self.seeds[0], *self.learning_rates[:1]) for arm in self.arms]
+            trained = [arm for arm in self.arms if arm not in self.blends]
+            jobs = [self.job(case, arm, self.seeds[0], *self.learning_rates[:1]) for arm in trained]
             for job in jobs:
                 _check_schedule(job)
             for job in jobs[1:]:

@@ -75,7 +75,8 @@ def read_study(path: Path) -> Study:
             f"{path}: seeds and tune.seeds share {shared}; a rate looks best on the seeds that chose it: tune on others"
         )
     if study.learning_rates:
-        for name, layer in {"options": study.options, **study.cases, **study.arms}.items():
+        trained = {name: layer for name, layer in study.arms.items() if name not in study.blends}
+        for name, layer in {"options": study.options, **study.cases, **trained}.items():
             if isinstance(layer.get("optimizer"), dict) and "learning_rate" in layer["optimizer"]:
                 raise ValueError(
                     f"{path}: {name} sets {RATE}, which tune.learning_rates chooses; leave one of the two out"

@@ -95,9 +95,10 @@ def write_report(study: Study, results: Results, *, target: float | None = None,
 
 def _origin(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say what was run, of which code and where, and how to read the tables."""
+    commits = {*_all(lines, "commit"), *(line["run_commit"] for line in lines if "run_commit" in line)}
     machines = {f"{m['gpu'] or m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in _all(lines, "machine")}
     return [
-        f"{study.path.name}: {len(lines)} runs, commit {', '.join(sorted(set(_all(lines, 'commit'))))}, "
+        f"{study.path.name}: {len(lines)} runs, commit {', '.join(sorted(commits))}, "
         f"{min(_all(lines, 'date'))} to {max(_all(lines, 'date'))}; {'; '.join(sorted(machines))}.",
         "",
         "Gains and shares are of a run's panels against its own pretrained panel. Brackets are 95 % intervals over "
@@ -106,6 +107,11 @@ def _origin(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         + (
             " A learning rate is marked where it is the lowest or highest of those tried."
             if study.learning_rates
+            else ""
+        )
+        + (
+            " An arm of blends ends with the chosen one, on the panel that did not choose it; its path is along alpha."
+            if any("alpha" in line for line in lines)
             else ""
         ),
     ]
@@ -193,8 +199,9 @@ def _series(arm: str, by_seed: Lines) -> tuple[list[Series], Series]:
     """The path of each seed, and their mean.
 
     The mean path goes as far as all runs have panels, and then to the mean of their tuned models, which is the arm's
-    row of the table. Where runs are of different lengths, its last segment therefore joins panels of different
-    iterations. What a run did after the checkpoint that it restored is in its own path alone.
+    row of the table; along blends it goes on to the largest α. Where runs are of different lengths, its last segment
+    therefore joins panels of different iterations. What a run did after the checkpoint that it restored is in its own
+    path alone.
     """
     all_paths = [path_of(line) for line in by_seed.values()]
     # a line of blends goes on behind the chosen one

@@ -12,7 +12,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,14 @@ class Results:
                 if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
                     raise TypeError
                 if kinds is _WHOLE:
-                    _check_panels(record)
+                    check_panels(record)
                 records.append(record)
             except (ValueError, TypeError, AttributeError, LookupError):
                 notes.append(f"{self.path}, line {number} is half-written or no record of a study: it is ignored")
         return records, notes
 
 
-def _check_panels(record: dict[str, Any]) -> None:
+def check_panels(record: Mapping[str, Any]) -> None:
     """Raise ValueError, TypeError or LookupError where a line's panels lack what a path is made of."""
     panels, second = record["panels"], record.get("second_panel", [])
     for panel in [*panels, *second]:
@@ -167,8 +167,9 @@ def select(
             continue
         if record["configuration"] != wanted[key(record)]:
             apart["of another configuration"] += 1
-        elif record["commit"] not in commits:
-            apart[f"of commit {record['commit']} (--also-commit {record['commit']} counts them)"] += 1
+        elif others := {record["commit"], record.get("run_commit", record["commit"])} - set(commits):
+            # of blends, that of their run too
+            apart[f"of commit {', '.join(sorted(others))} (--also-commit counts those of a commit)"] += 1
         elif "error" in lines.get(key(record), {"error": ""}):
             lines[key(record)] = record
     return lines, [f"{count} lines {what} are kept apart" for what, count in apart.items()]

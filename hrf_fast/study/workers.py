@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from hrf_fast.run.files import write_atomically
 from hrf_fast.run.finished import finished_run
-from hrf_fast.run.lock import lock_folder
+from hrf_fast.run.lock import blending, lock_folder
 from hrf_fast.study.outcome import blended, trained
 from hrf_fast.study.plan import Job
-from hrf_fast.study.results import Key, Results, code_commit, facts, key, select
+from hrf_fast.study.results import Key, Results, check_panels, code_commit, facts, key, select
 from hrf_fast.study.statistics import path_of, reported
 
 # how often finished processes are looked for, in seconds
@@ -52,7 +52,11 @@ class Workers:
             lacking = {name: run for name, run in lacking.items() if name not in runs}
             self.bar.total += len(lacking)
             self._work(list(lacking.values()))
-            self._work(blends)
+            ready = [job for job in blends if self._is_finished(job.training)]
+            for job in blends:
+                if job not in ready:
+                    self._fail(job)
+            self._work(ready)
         except BaseException:
             self._stop()
             raise
@@ -71,6 +75,14 @@ class Workers:
                 self.results.append({**facts(job, begun["commit"]), **begun, **outcome})
                 say(f"{job.name}: {_summary(outcome)}")
                 self.bar.update()
+
+    def _fail(self, job: Job) -> None:
+        """Leave the line of blends whose run has failed."""
+        run = job.training.name
+        error = f"its run, {run}, has failed; see {self.out / f'{run}.log'}"
+        self.results.append({**facts(job, code_commit()), "error": error})
+        say(f"{job.name}: failed: {error}")
+        self.bar.update()
 
     def _is_finished(self, run: Job) -> bool:
         """Whether the run has a folder with a tuned model, of code and options whose lines count."""
@@ -101,6 +113,10 @@ class Workers:
             words = ["train", "--config", str(config)]
         else:
             run, most, step = self.out / job.training.name, job.blend.most, job.blend.step
+            if (run / "blend").exists():
+                # of a study that was killed, a process may go on there
+                with blending(run / "blend"):
+                    pass
             begun["run_commit"] = _begun(self.out / f"{job.training.name}.json")["commit"]
             words = ["blend", str(run), "--keep", str(job.blend.keep), "--most", str(most), "--step", str(step)]
         threads = max(1, (os.cpu_count() or 1) // self.slots)
@@ -136,10 +152,13 @@ class Workers:
             return {"error": _error(code, log, path)}
         try:
             if job.blend is None:
-                return trained(self.out / job.name, log)
-            return blended(self.out / job.training.name, job.blend)
-        except ValueError as error:
-            return {"error": f"{error}; see {path}"}
+                outcome = trained(self.out / job.name, log)
+            else:
+                outcome = blended(self.out / job.training.name, job.blend)
+            check_panels(outcome)
+        except (ValueError, TypeError, LookupError) as error:
+            return {"error": f"{type(error).__name__}: {error}; see {path}"}
+        return outcome
 
     def _stop(self) -> None:
         """Ask every run to save a checkpoint and stop, and wait; a second signal does not let them save."""

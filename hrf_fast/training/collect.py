@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_generator, noise_key
 from hrf_fast.policies.sample import sample, sample_deterministic
 from hrf_fast.registry import qualified_name
@@ -61,9 +62,17 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
             windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
         if changes:
             run.note_once(note_of(what, changes), key=what)
-        _check_windows(
-            windows, groups.per_iteration, policy.sampler.stochastic_steps, what, anchored=schedule.needs_anchors
-        )
+        with comm.agreed():
+            _check_windows(
+                windows, groups.per_iteration, policy.sampler.stochastic_steps, what, anchored=schedule.needs_anchors
+            )
+        if any(others != windows for others in comm.gather(windows)):
+            raise comm.on_all_ranks(
+                ValueError(
+                    f"{what} returned other windows on one rank than on another; draw from `generator`, which is "
+                    "alike on all of them"
+                )
+            )
         windows = with_noise(windows, components.rules.shared_noise)
     own_groups = {
         number: Group(
@@ -86,14 +95,19 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
 def collect(
     components: Components, run: Run, groups: Sequence[Group], iteration: int
 ) -> tuple[Rollout, list[Future[dict[int, GroupRewards]]]]:
-    """Roll out groups of this rank; the rewards of one pack are computed while the next one denoises."""
+    """Roll out groups of this rank; the rewards of one pack are computed while the next one denoises.
+
+    Raises:
+        FloatingPointError: images are not finite.
+    """
     plan = components.calls
     windows = {group.number: group.window for group in groups}
     by_number = {group.number: group for group in groups}
     keep_from = plan.keep_from(windows.values())
     rolled_out, rewards = Rollout(), []
     for pack in plan.packs(windows):
-        with run.phase("rollout"):
+        # images that are not finite end the run on all ranks together, so that it may restore its best
+        with run.phase("rollout"), comm.agreed():
             part = rollout(
                 components.policy,
                 [by_number[number] for number in pack],

@@ -123,8 +123,7 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
     rounds = components.groups.rounds(components.calls.order)
     for steps in rounds:
         rank_groups = [groups[number] for number in components.groups.own(steps)]
-        # images that are not finite end the run on all ranks together, so that it may restore its best
-        with engine.gathered(), comm.agreed():
+        with engine.gathered():
             rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)

@@ -76,8 +76,9 @@ def _step(
     calls: Sequence[Call] = plan.update(rolled_out.calls, {group: windows[group] for group in rank_groups})
     pairs, factor, thinning = groups.size * sum(len(windows[g]) for g in groups.of_step(step)), 1.0, None
     if components.rules.thinning.active:
-        flat = [group for group in groups.of_step(step) if not advantages[group].any()]
-        thin = components.rules.thinning.thin
+        thin, flat = components.rules.thinning.thin, list[int]()
+        if components.rules.thinning.skip_flat:
+            flat = [group for group in groups.of_step(step) if not advantages[group].any()]
         thinning = partial(thin, offset=offset, steps_per_call=plan.steps_per_call, flat=flat)
         calls, factor = thinning(calls)
         pairs = sum(

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hrf_kernels.checks import FLOATS
 from hrf_kernels.launch import check_device, relaunch
 from hrf_kernels.norm_kernels import (
     gradient_sums_kernel,
@@ -58,6 +59,7 @@ def group_norm(
         As `inputs` in shape, channels-last in memory; differentiable once.
 
     Raises:
+        TypeError: a type other than fp32, bf16 and fp16.
         ValueError: channels that are no multiple of groups, over 4096 channels in a group, too large a sample, tensors
             on different devices, or no GPU for Triton.
     """
@@ -67,6 +69,9 @@ def group_norm(
             f"{channels} channels, {groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not "
             "fit: the channels must be a multiple of the groups, weight and bias [channels]"
         )
+    for tensor in (inputs, weight, bias):
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"a tensor is {tensor.dtype}; use float32, bfloat16 or float16")
     if not inputs.device == weight.device == bias.device:
         raise ValueError(
             f"inputs are on {inputs.device}, weight on {weight.device} and bias on {bias.device}; move them"

@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+import itertools
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -83,6 +85,22 @@ def run(words: Sequence[str]) -> int:
     from hrf_fast.train import main
 
     return main(words)
+
+
+def wrecked_on_one_rank(words: Sequence[str]) -> int:
+    """`run`, whose second rank has images that are not finite in the first of its two packs of iteration 1."""
+    from hrf_fast.distributed import comm
+    from hrf_fast.training import collect
+
+    made, rollout = itertools.count(), collect.rollout
+
+    def fails_once(*arguments: Any, **options: Any) -> Any:
+        if next(made) == 2 and comm.rank() == 1:
+            raise FloatingPointError("the images are not finite on this rank alone")
+        return rollout(*arguments, **options)
+
+    with mock.patch.object(collect, "rollout", fails_once):
+        return run(words)
 
 
 class FourGroups(NamedTuple):
@@ -182,8 +200,9 @@ def not_finite(words: Sequence[str]) -> list:
 
 
 def collectives() -> list:
-    """gather, gather_rows, broadcast, average, main_says and what agreed raises."""
+    """gather, gather_rows, broadcast, average, main_says, what agreed raises, and an engine's weights."""
     from hrf_fast.distributed import comm
+    from hrf_fast.engines.plain import PlainEngine
 
     rank = comm.rank()
     tensors = [torch.full((2,), float(rank)), torch.tensor([[10.0 * rank]])]
@@ -202,4 +221,14 @@ def collectives() -> list:
         comm.main_says(lambda: [][0])
     except IndexError as error:
         seen.append(str(error))
+    # a network that each rank has made for itself
+    torch.manual_seed(rank)
+    network = torch.nn.BatchNorm2d(3).requires_grad_(False)
+    network.running_mean.normal_()
+    layer = torch.nn.Conv2d(3, 3, 3).to(memory_format=torch.channels_last)
+    PlainEngine(torch.nn.Sequential(network, layer), weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, max_grad_norm=0.0)
+    weights = comm.gather([*network.running_mean.tolist(), *layer.weight.flatten().tolist()])
+    torch.manual_seed(0)
+    torch.nn.BatchNorm2d(3).running_mean.normal_()
+    seen.append([len(set(map(tuple, weights))), weights[0] == [*network.running_mean.tolist(), *weights[0][3:]]])
     return seen

@@ -132,6 +132,9 @@ def results(tiny_model, tmp_path_factory, request):
     # weights that the first step wrecks: both ranks find images that are not finite in the second rollout
     wrecked = ["optimizer.learning_rate=1e30", "stop.max_drift=0", "evaluation.every=0", "train.iterations=3"]
     two["restored wrecked"] = run("restored-wrecked", *best[1:3], *wrecked)
+    # and one rank alone, while the other is at its second pack
+    four = ["train.groups_per_iteration=4", "train.groups_per_step=4", "evaluation.every=0", "train.iterations=3"]
+    two["restored one rank"] = ("wrecked_on_one_rank", run("restored-one-rank", *best[1:3], *four)[1])
     two["collectives"] = ("collectives",)
     two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(engines)[:5]}
     # half of a run, then the rest of it, on the same engine
@@ -152,6 +155,7 @@ def results(tiny_model, tmp_path_factory, request):
     if not every:
         names = {f"{kind} {name}" for kind in ("gradient", "weights") for name in QUICK}
         names |= {"gradient zero2 micro", "not finite zero2", "collectives", "restored zero2", "restored wrecked"}
+        names |= {"restored one rank"}
         kinds = ("resume zero2", "resume zero3 lora")
         two = {name: case for name, case in two.items() if name in names or name.startswith(kinds)}
         one = {name: one[name] for name in ("gradient", "gradient micro", "weights", "weights lora")}
@@ -193,9 +197,10 @@ def test_the_best_checkpoint_of_a_sharded_run_is_its_model_bit_for_bit(results, 
         assert not equal(weights(run), checkpoint_weights(run / "checkpoints" / "iteration-000002", "ema.safetensors"))
 
 
-def test_a_run_whose_images_are_not_finite_restores_its_best_on_all_ranks(results):
+@pytest.mark.parametrize("name", ["wrecked", "one-rank"])
+def test_a_run_whose_images_are_not_finite_restores_its_best_on_all_ranks(results, name):
     _, folder = results
-    run = folder / "restored-wrecked"
+    run = folder / f"restored-{name}"
     assert [panel["iteration"] for panel in panels(run)] == [0]
     assert equal(weights(run), checkpoint_weights(run / "checkpoints" / "iteration-000000"))
     assert "the images are not finite" in (run / "events.jsonl").read_text()
@@ -352,4 +357,5 @@ def test_collectives(results):
         [("a", 5.0)],
         "rank 1: only here",
         "list index out of range",
+        [1, True],
     ]

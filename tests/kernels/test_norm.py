@@ -111,6 +111,13 @@ def test_what_does_not_fit_is_refused(channels, groups):
         group_norm(inputs, weight, bias, groups)
 
 
+def test_a_type_that_the_kernels_do_not_compute_in_is_refused():
+    inputs, weight, bias, _ = draw((1, 24, 2, 2), FP32)
+    for given in ((inputs.double(), weight, bias), (inputs, weight.double(), bias), (inputs, weight, bias.int())):
+        with pytest.raises(TypeError, match="use float32, bfloat16 or float16"):
+            group_norm(*given, 3)
+
+
 def test_a_group_or_a_sample_that_is_too_large_is_refused():
     inputs, weight, bias, _ = draw((1, 4100, 1, 1), FP32)
     with pytest.raises(ValueError, match="4100 channels; the kernels take at most 4096: use more groups"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.policies.sample import sample
 from hrf_fast.rewards import build_reward
@@ -188,6 +189,13 @@ def test_what_is_no_list_of_windows_is_refused_under_the_schedules_name(answer, 
     components = make_components(lambda num_groups, probe: answer)
     with pytest.raises(ValueError, match=rf"window\.schedule {__name__}:Schedule .*{message}"):
         begin(components, Phases(), iteration=0)
+
+
+def test_windows_that_another_rank_has_otherwise_are_refused_on_all(monkeypatch):
+    monkeypatch.setattr("hrf_fast.distributed.comm.gather", lambda windows: [windows, [Window(1, 5)] * 4])
+    with pytest.raises(ValueError, match="returned other windows on one rank than on another") as caught:
+        begin(make_components(full, needs_anchors=False), Phases(), iteration=0)
+    assert comm.said_by_main(caught.value)
 
 
 def test_a_late_window_from_pure_noise_is_refused():

@@ -6,8 +6,19 @@ import pickle
 
 import pytest
 
+from hrf_fast.distributed import comm
 from hrf_fast.distributed.failures import pack, unpack
 from hrf_fast.rewards import RewardError
+
+
+def test_a_collective_where_a_rank_may_fail_alone_is_refused(monkeypatch):
+    for collective in (lambda: comm.gather(1), lambda: comm.broadcast(1), lambda: comm.main_says(int)):
+        with comm.agreed():
+            monkeypatch.setattr(comm, "world_size", lambda: 2)
+            with pytest.raises(AssertionError, match="a collective within comm.agreed"):
+                collective()
+            monkeypatch.undo()
+    assert comm.gather(1) == [1] and comm.main_says(lambda: 2) == 2
 
 
 class TwoArguments(ValueError):

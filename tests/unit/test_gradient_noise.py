@@ -34,7 +34,7 @@ def test_signal_and_noise_by_hand():
 @pytest.mark.parametrize("order", ["collect", "on_policy"])
 def test_a_step_measures_the_gradients_of_its_groups(order):
     policy = make_policy()
-    plan = CallPlan(4, 8, order, kept_pairs=float("inf") if order == "on_policy" else 0, halves=True)
+    plan = CallPlan(4, 8, order, halves=True)
     groups = [make_group(policy, Window(1, 3), number=number, anchor=torch.zeros(3, 16, 16)) for number in range(4)]
     rolled_out = Rollout()
     for pack in plan.packs({group.number: group.window for group in groups}):

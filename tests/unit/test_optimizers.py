@@ -143,6 +143,20 @@ def test_the_state_resumes_exactly(name, tmp_path):
     assert_resumes_exactly(name, tmp_path)
 
 
+def test_a_fused_optimizer_stays_fused_behind_a_checkpoint_of_one_that_was_not(tmp_path):
+    settings = {"weight_decay": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.0}
+    policies = make_policy(), make_policy(seed=1)
+    plain, fused = (
+        PlainEngine(policy.network, **settings, optimizer=name)
+        for policy, name in zip(policies, ("adamw", "fused_adamw"), strict=True)
+    )
+    train_one_step(policies[0], plain.optimizer, 0)
+    save_checkpoint(tmp_path, plain, {"iteration": 1}, keep=1)
+    load_newest(tmp_path, fused, warn=pytest.fail)
+    assert fused.optimizer.param_groups[0]["fused"] is True
+    train_one_step(policies[1], fused.optimizer, 1)
+
+
 def test_8_bit_state_resumes_exactly(bitsandbytes, tmp_path):
     assert_resumes_exactly("adamw_8bit", tmp_path)
 

@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from hrf_fast.cli import main
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
-from hrf_fast.memory import planner
+from hrf_fast.memory import planner, table
 from hrf_fast.memory.counts import count_calls
 from hrf_fast.memory.footprint import Footprint, Line, measure_model
 from hrf_fast.memory.planner import Plan, plan
@@ -154,7 +154,15 @@ def test_the_fastest_mode_that_fits_and_its_largest_calls_are_chosen():
     made = make_plan((16000 + 320 + 16 * 300 + 3 + 320) / 0.9 + 1, "train.order=on_policy", "train.group_size=16")
     choice = made.choose("plain", "fp32", "keep")
     assert choice and (choice.mode, choice.images_per_call) == ("keep", 0)
-    assert made.modes[0] == "keep" and make_plan(10**9).modes[0] == "replay"
+    assert made.modes("plain")[0] == "keep" and make_plan(10**9).modes("plain")[0] == "replay"
+
+
+def test_a_mode_that_an_engine_lacks_is_not_said_to_fit():
+    made = make_plan(10**9, "train.order=on_policy")
+    assert [made.best(engine, "fp32").mode for engine in ("plain", "zero3")] == ["keep", "replay"]
+    footprints = {("fp16", saves): made.footprints["fp32", saves] for saves in (False, True)}
+    cells = {row[0]: row[1:4] for row in table._fits(replace(made, footprints=made.footprints | footprints))}
+    assert cells["plain, ZeRO-0"] == ["yes"] * 3 and cells["ZeRO-3"] == ["-", "yes", "yes"]
 
 
 def test_smaller_calls_are_found_where_those_of_the_configuration_do_not_fit():

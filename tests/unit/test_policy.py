@@ -226,8 +226,9 @@ def test_calls_inside_uncounted_are_not_counted(tiny_model):
     latents = torch.zeros(2, 3, 16, 16)
     with policy.uncounted(), torch.no_grad():
         policy.predict(latents, 1, Condition())
-    assert policy.calls == NetworkCalls()
+    assert policy.calls == NetworkCalls() and policy.stopwatch.restart() == 0
     policy.predict(latents, 1, Condition())
+    assert policy.stopwatch.restart() > 0
     # one call of two images; a backward is counted where it is made
     assert policy.calls == NetworkCalls(batches=1, forwards=2, backwards=0)
     # 5 forwards and 2 for each of 3 backwards

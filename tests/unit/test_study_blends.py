@@ -1,17 +1,19 @@
 """Blends as arms of a study: what is refused, their lines by hand, and what is trained for them."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 
 from hrf_fast.cli import main
+from hrf_fast.run.lock import blending
 from hrf_fast.study.comparison import compare, measures
 from hrf_fast.study.outcome import blended
 from hrf_fast.study.plan import BlendOf
 from hrf_fast.study.reading import read_study
-from hrf_fast.study.report import ends
-from hrf_fast.study.results import Results, facts
+from hrf_fast.study.report import _series, ends
+from hrf_fast.study.results import Results, facts, select
 from hrf_fast.study.statistics import end_of, path_of, seconds_to_gain
 from hrf_fast.study.workers import Workers
 from tests.unit.test_study import TINY, Ended, finished
@@ -91,8 +93,10 @@ def test_blends_are_compared_as_trainings_are(folder):
     [
         ({**BLEND, "arm": "dpo"}, "arms.b blends 'dpo' .did you mean 'ddpo'.*; name an arm that is trained, ddpo"),
         ({**BLEND, "arm": "b"}, "arms.b blends 'b'"),
-        ({**BLEND, "step": 0}, r"arms.b: step is 0; use a number above 0"),
-        ({**BLEND, "most": 0.5}, r"arms.b: most is 0.5; use at least 1"),
+        ({**BLEND, "step": 0}, r"arms.b: step is 0; use a number from 0.01 to 1"),
+        ({**BLEND, "step": 1e-9}, r"arms.b: step is 1e-09; use a number from 0.01 to 1"),
+        ({**BLEND, "most": 0.5}, r"arms.b: most is 0.5; use from 1"),
+        ({**BLEND, "most": 1e300}, r"arms.b: most is 1e\+300; use from 1"),
         ({**BLEND, "most": "1"}, "most and step are numbers"),
         ({"arm": "ddpo"}, "blends have arm, most, step alone"),
         ({**BLEND, "keep": 0.9}, "blends have arm, most, step alone"),
@@ -104,6 +108,15 @@ def test_what_is_no_blend_is_refused(write_study, blend, words):
         read_study(write_study(arms={"ddpo": FULL, "b": {"blend": blend}}))
 
 
+def test_an_error_names_the_arm_that_is_trained(write_study):
+    arms = {"b": {"blend": BLEND}, "ddpo": {"window": {"schedule": "ful"}}}
+    with pytest.raises(ValueError, match="arm ddpo: window.schedule is 'ful'"):
+        read_study(write_study(arms=arms)).check()
+    arms = {"b": {"blend": BLEND}, "ddpo": {"optimizer": {"learning_rate": 1e-4}}}
+    with pytest.raises(ValueError, match="ddpo sets optimizer.learning_rate"):
+        read_study(write_study(arms=arms, tune={"seeds": [3], "learning_rates": [1e-5]}))
+
+
 def test_a_blend_has_its_runs_options_alone_and_a_run_one_arm_of_blends(write_study):
     with pytest.raises(ValueError, match="blends have arm, most, step alone"):
         read_study(write_study(arms={"ddpo": FULL, "b": {"blend": BLEND, **FULL}}))
@@ -112,9 +125,11 @@ def test_a_blend_has_its_runs_options_alone_and_a_run_one_arm_of_blends(write_st
     study = read_study(write_study(arms=ARMS))
     ddpo, blend, _ = study.jobs({})[:3]
     assert list(study.arms) == list(ARMS) and blend.config == ddpo.config and blend.training == ddpo
-    assert blend.configuration != ddpo.configuration
-    other = read_study(write_study(arms={**ARMS, "ddpo_blend": {"blend": {**BLEND, "most": 2.0}}}))
-    assert other.jobs({})[1].configuration != blend.configuration
+    hashes = {ddpo.configuration, blend.configuration}
+    for changed, keep in (({"most": 2.0}, 0.9), ({"step": 0.25}, 0.9), ({}, 0.8)):
+        other = read_study(write_study(arms={**ARMS, "ddpo_blend": {"blend": {**BLEND, **changed}}}, keep=keep))
+        hashes.add(other.jobs({})[1].configuration)
+    assert len(hashes) == 5
 
 
 class Stub(Workers):
@@ -163,7 +178,10 @@ def test_a_run_that_failed_is_not_tried_again_for_its_blend_and_one_without_a_fo
     results = Results(tmp_path / "lines.jsonl")
     workers = Stub(tmp_path / "out", results, failing=["tiny-ddpo-1"])
     workers.train(study.jobs({}))
-    assert workers.done == ["tiny-ddpo-1", "tiny-hrf-1", "tiny-ddpo_blend-1"]
+    # nor is a process begun to say so
+    assert workers.done == ["tiny-ddpo-1", "tiny-hrf-1"]
+    errors = {record["arm"]: record["error"] for record in results.read()[0] if "error" in record}
+    assert errors["ddpo_blend"] == f"its run, tiny-ddpo-1, has failed; see {workers.out / 'tiny-ddpo-1.log'}"
     # another machine has the lines of the runs, and no folders
     lines = Results(tmp_path / "others.jsonl")
     for job in study.jobs({}):
@@ -174,7 +192,70 @@ def test_a_run_that_failed_is_not_tried_again_for_its_blend_and_one_without_a_fo
     assert elsewhere.done == ["tiny-ddpo-1", "tiny-ddpo_blend-1"]
 
 
-@pytest.mark.parametrize("damage", [{"alpha": 9}, {"second_panel": []}, {"second_panel": [{}, {}]}, {"alpha": None}])
+def test_a_run_of_code_whose_lines_do_not_count_is_made_again_and_its_blends_too(write_study, tmp_path):
+    study, results = read_study(write_study(arms=ARMS, seeds=[1])), Results(tmp_path / "lines.jsonl")
+    ddpo, blend, _ = study.jobs({})
+    workers = Stub(tmp_path / "out", results)
+    workers.train([ddpo])
+    begun = {"commit": "c1", "configuration": ddpo.configuration}
+    for record in ({**begun, "commit": "c0"}, {**begun, "configuration": "other"}):
+        (workers.out / "tiny-ddpo-1.json").write_text(json.dumps(record))
+        assert not workers._is_finished(ddpo)
+    (workers.out / "tiny-ddpo-1.json").write_text(json.dumps(begun))
+    assert workers._is_finished(ddpo)
+    # code that counts has blended a run of code that does not
+    line = {**finished(blend, (0, 0.0, 10.0)), "run_commit": "c0"}
+    lines, (note,) = select([line], [blend], {"c1"})
+    assert not lines and "of commit c0" in note and select([line], [blend], {"c1", "c0"})[0]
+
+
+def test_a_process_blends_as_the_study_says_unless_another_is_at_it(write_study, tmp_path, monkeypatch):
+    study = read_study(write_study(arms=ARMS, keep=0.8))
+    blend, words = study.jobs({})[1], []
+    started = SimpleNamespace(Popen=lambda given, **_: words.append(given), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("hrf_fast.study.workers.subprocess", started)
+    workers = Workers(tmp_path, Results(tmp_path / "lines.jsonl"), 1, {"c1"}, None)
+    run = tmp_path / "tiny-ddpo-1"
+    (run / "blend").mkdir(parents=True)
+    (tmp_path / "tiny-ddpo-1.json").write_text(json.dumps({"commit": "c1", "configuration": "x"}))
+    workers._start(blend)
+    assert words[0][3:] == ["blend", str(run), "--keep", "0.8", "--most", "1.5", "--step", "0.5"]
+    assert [begun["run_commit"] for _, begun in workers._running.values()] == ["c1"]
+    with blending(run / "blend"), pytest.raises(ValueError, match=r"blend is in use by process .* can't blend one run"):
+        workers._start(blend)
+
+
+def test_a_line_whose_blend_is_the_pretrained_model_ends_there_and_its_mean_path_goes_on(folder):
+    (folder / "blend" / "blend.json").write_text(json.dumps({"alpha": 0}))
+    line = blended(folder, BlendOf("ddpo", 0.9, 1.5, 0.5))
+    assert line["model"] == 0 and [panel["iteration"] for panel in line["panels"]] == [0, 2, 2, 2]
+    (row,) = ends({"ddpo_blend": {1: line}}).rows[1:]
+    assert row[2:4] == ["+0", "100.0 %"]
+    _, mean = _series("ddpo_blend", {1: line, 2: line})
+    assert list(mean.x) == pytest.approx([0, 0.3, 0.4, 0.5])
+
+
+def test_what_another_process_has_added_is_in_a_line_once_and_what_lacks_is_an_error(
+    folder, tmp_path, write_study
+):
+    front = folder / "blend" / "front.jsonl"
+    front.write_text(front.read_text() + json.dumps(record(0.5, 0.3, 0.95)) + "\n")
+    assert [panel["alpha"] for panel in blended(folder, BlendOf("ddpo", 0.9, 1.5, 0.5))["panels"]] == [0, 0.5, 1, 1.5]
+    workers = Workers(tmp_path, Results(tmp_path / "lines.jsonl"), 1, set(), None)
+    job = read_study(write_study(arms=ARMS)).jobs({})[1]
+    (tmp_path / f"{job.name}.log").touch()
+    assert workers._outcome(job, 0)["alpha"] == 0.5
+    (folder / "blend" / "blend.json").write_text(json.dumps({"alpha": 0.75}))
+    assert "KeyError: 0.75" in workers._outcome(job, 0)["error"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"alpha": 9}, {"alpha": None}, {"second_panel": []}, {"second_panel": [{}, {}]}),
+        {"second_panel": [{**record(0, 0, 0, seed=8), "iteration": 0, "evaluations": 1}] * 2},
+    ],
+)
 def test_a_line_of_blends_that_is_not_whole_is_named(write_study, tmp_path, folder, damage):
     job = read_study(write_study(arms=ARMS)).jobs({})[1]
     results = Results(tmp_path / "lines.jsonl")

@@ -90,7 +90,11 @@ def test_a_policy_of_ones_own_is_trained_and_its_reference_stays():
 
 
 @pytest.mark.parametrize(
-    "word", ["sample.num_inference_steps=9", "sample.guidance_scale=2", "compute.precision=bf16", "lora.rank=4"]
+    "word",
+    [
+        *("sample.num_inference_steps=9", "sample.guidance_scale=2", "compute.precision=bf16", "lora.rank=4"),
+        *("sample.eta=0.3", "compute.channels_last=True", "model.image_size=512", "compute.offload=True"),
+    ],
 )
 def test_options_that_contradict_the_policy_that_was_given_are_refused(word, tmp_path):
     option, value = word.split("=")
