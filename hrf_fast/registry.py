@@ -1,4 +1,4 @@
-"""Names for the things that a config chooses (schedules, rewards), and the only place that runs user code.
+"""Names for the things that a config chooses (schedules, rewards), and the only place that imports user code.
 
 A name that does not exist answers with the nearest one; an option that does not exist with those that do.
 """

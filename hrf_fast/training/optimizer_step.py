@@ -6,7 +6,7 @@ A window step's prediction comes from the rollout, which has kept its graph, or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from hrf_fast.training.calls import Call, Piece
 from hrf_fast.training.gradient_noise import GradientHalves
 from hrf_fast.training.metrics import StepStats
 from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
-from hrf_fast.training.trajectory import Trajectory
+from hrf_fast.training.trajectory import Trajectory, cat
 from hrf_fast.windows.base import Window
 from hrf_kernels import Surrogate, clipped_surrogate
 
@@ -106,7 +106,7 @@ def call_surrogate(
 ) -> Surrogate:
     """The clipped loss of a call's samples and steps, step by step within a piece, under the current weights."""
     rows = [_rows(piece, call.steps, trajectories[piece.group], advantages[piece.group]) for piece in call.pieces]
-    latents, next_latents, old_log_prob, advantage = (_cat(tensors) for tensors in zip(*rows, strict=True))
+    latents, next_latents, old_log_prob, advantage = (cat(tensors) for tensors in zip(*rows, strict=True))
     prediction = call.prediction
     advantage_clip: float | Tensor = clips.advantage_clip
     # one step: the scalar form of the rollout, so that the arithmetic and hence the ratio is equal to the bit
@@ -165,7 +165,7 @@ def _reference_output(trajectories: Mapping[int, Trajectory], call: Call, predic
         assert trajectory.reference is not None, "the rollout was not asked for the pretrained model's outputs"
         first, last = (step - trajectory.window.start for step in (call.steps.start, call.steps.stop))
         parts.append(trajectory.reference[first:last, piece.samples].flatten(0, 1))
-    known = _cat(parts)
+    known = cat(parts)
     # several steps are of one piece, so that the last rows are those of the last steps
     return (
         known if len(known) == call.images else torch.cat([known, prediction.detach().float().combined[len(known) :]])
@@ -191,10 +191,6 @@ def window_share(window: Window, stochastic: int, total: int) -> float:
         stochastic: steps that can be trained; the deterministic ones after them belong to a window that reaches them.
     """
     return ((total if window.stop == stochastic else window.stop) - window.start) / total
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def replay_ratios(

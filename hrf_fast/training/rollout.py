@@ -18,7 +18,7 @@ from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.sample import advance, follow, renoised, starting_noise
 from hrf_fast.training.calls import Call, CallPlan, Piece
 from hrf_fast.training.groups import Group
-from hrf_fast.training.trajectory import Trajectory
+from hrf_fast.training.trajectory import Trajectory, cat
 from hrf_kernels import gaussian_mean
 
 
@@ -74,7 +74,7 @@ def rollout(
     trained = []
     for call in plan.rollout({group.number: group.window for group in pack}, len(policy.sampler)):
         step = call.steps.start
-        latents = _cat([current.get(piece, starts[piece.group][piece.samples]) for piece in call.pieces])
+        latents = cat([current.get(piece, starts[piece.group][piece.samples]) for piece in call.pieces])
         condition = Condition.join([groups[piece.group].condition[piece.samples] for piece in call.pieces])
         noise = NoiseKey.join([groups[piece.group].noise[piece.samples] for piece in call.pieces])
         keep = call.trained and keep_from is not None and step >= keep_from
@@ -107,7 +107,7 @@ def rollout(
     for group in pack:
         parts = [part for piece, part in images.items() if piece.group == group.number]
         reference = references[group.number] if len(references[group.number]) else None
-        trajectories[group.number] = Trajectory(group, *stored[group.number], _cat(parts), reference)
+        trajectories[group.number] = Trajectory(group, *stored[group.number], cat(parts), reference)
     return Rollout(trajectories, trained, {number: _decoded(policy, clean) for number, clean in estimates.items()})
 
 
@@ -139,7 +139,3 @@ def _reference_storage(group: Group, start: Tensor, reference_steps: int) -> Ten
 def _decoded(policy: Policy, latents: Tensor) -> Tensor:
     """Images [S, B, 3, H, W] of latents [S, B, *latent_shape], decoded a step at a time."""
     return torch.stack([policy.decode(step) for step in latents])
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))

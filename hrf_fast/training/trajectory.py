@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hrf_fast.training.groups import Group
@@ -27,3 +29,8 @@ class Trajectory:
     @property
     def window(self) -> Window:
         return self.group.window
+
+
+def cat(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of several; of a single one itself, without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))

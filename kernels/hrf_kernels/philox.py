@@ -1,7 +1,8 @@
 """Philox-4x32-10 noise in plain torch (Salmon et al., SC 2011): counter-based, so it needs no generator state.
 
 The counter is (element // 4, step, sample_id, 0) and the key is the seed: a sample's noise depends on nothing but
-(seed, sample_id, step), not on the batch it sits in, the device or what was drawn before.
+(seed, sample_id, step), not on the batch it sits in or what was drawn before, nor, but for the rounding of logarithm
+and cosine, on the device.
 """
 
 import math

@@ -235,9 +235,7 @@ def test_a_line_whose_blend_is_the_pretrained_model_ends_there_and_its_mean_path
     assert list(mean.x) == pytest.approx([0, 0.3, 0.4, 0.5])
 
 
-def test_what_another_process_has_added_is_in_a_line_once_and_what_lacks_is_an_error(
-    folder, tmp_path, write_study
-):
+def test_what_another_process_has_added_is_in_a_line_once_and_what_lacks_is_an_error(folder, tmp_path, write_study):
     front = folder / "blend" / "front.jsonl"
     front.write_text(front.read_text() + json.dumps(record(0.5, 0.3, 0.95)) + "\n")
     assert [panel["alpha"] for panel in blended(folder, BlendOf("ddpo", 0.9, 1.5, 0.5))["panels"]] == [0, 0.5, 1, 1.5]
