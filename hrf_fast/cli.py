@@ -29,7 +29,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Write a grid of images of a model."""
     from hrf_fast.commands.sample import draw
 
-    print(f"{arguments.out}: {draw(**_given(arguments))} images of {arguments.model}")
+    print(draw(**_given(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

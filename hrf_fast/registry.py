@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Generic, TypeVar
 
@@ -131,8 +131,13 @@ def qualified_name(thing: Any) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any], **given: Any) -> T:
+def call_factory(
+    factory: Callable[..., T], option: str, kwargs: dict[str, Any], *, made: Sequence[str] = (), **given: Any
+) -> T:
     """Call `factory(**given, **kwargs)` after checking the user's `kwargs` against its signature.
+
+    Args:
+        made: arguments of what the factory makes: one that needs the first of them is no factory.
 
     Raises:
         ValueError: an option that the factory does not have, or one it needs and did not get.
@@ -150,6 +155,11 @@ def call_factory(factory: Callable[..., T], option: str, kwargs: dict[str, Any],
             parameter.KEYWORD_ONLY,
             parameter.POSITIONAL_OR_KEYWORD,
         )
+        if required and name in made[:1]:
+            raise ValueError(
+                f"{qualified_name(factory)} takes ({', '.join(made)}) itself; name a factory, a function without them "
+                "that returns it (docs/windows.md has both kinds)"
+            )
         if required and name in accepted and name not in kwargs:
             raise ValueError(f"{option}.{name} is missing; this choice needs it")
     with _before_the_run(f"building {qualified_name(factory)}"):

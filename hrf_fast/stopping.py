@@ -30,7 +30,8 @@ class Event:
     iteration: int
     """Iterations done when it happened."""
     event: str
-    """diversity, quality, target, patience, ratio_max, clip_fraction, approx_kl, grad_norm, not_finite, error, end."""
+    """diversity, quality, target, patience, ratio_max, clip_fraction, approx_kl, grad_norm, not_finite, error, changed
+    or end."""
     text: str
     figures: dict[str, float] = field(default_factory=dict)
 

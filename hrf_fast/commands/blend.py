@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
 from hrf_fast.run.files import PANEL, append_line, read_log, read_object, sha256, write_atomically
 from hrf_fast.run.finished import finished_run, model_iteration
+from hrf_fast.run.folder import edited
 from hrf_fast.run.lock import blending
 
 
@@ -50,7 +52,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     if panel.network is None:
         raise ValueError(
             f"evaluation.network is {config.evaluation.network}, which gives no Vendi Score here; name a network, such "
-            "as openai/clip-vit-base-patch32"
+            "as fashion, which ships, or openai/clip-vit-base-patch32"
         )
     if quality and "inception" not in panel.shares:
         raise ValueError(
@@ -64,13 +66,15 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     line = blends.Line(policy.network, pretrained)
     folder.mkdir(exist_ok=True)
     with blending(folder):
-        _claim_blend(folder, run, config)
         reward = build_config_reward(config, device)
+        _claim_blend(folder, run, config, reward.sources)
         front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
         panels = read_log(run / "evaluations.jsonl", PANEL)
         changed = differences(config, run_config(run))
         if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
-            front.at(0.0, panel, accept=lambda rewards: blends.check_pretrained(panels[0]["rewards"], rewards))
+            files = list(edited(run, reward.sources).values())
+            check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=files)
+            front.at(0.0, panel, accept=check)
         elif not (folder / "front.jsonl").exists():
             blends.check_pretrained(panels[0]["rewards"], _own_rewards(run, config))
         records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
@@ -108,8 +112,11 @@ def _own_rewards(run: Path, config: Config) -> Sequence[float]:
     return panel.evaluate(build_policy(before), build_config_reward(before, device)).rewards
 
 
-def _claim_blend(folder: Path, run: Path, config: Config) -> None:
+def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, Mapping[str, str] | None]) -> None:
     """Begin RUN/blend, or go on in it where panels would be equal.
+
+    Args:
+        sources: of the reward, as `source_of` gives them.
 
     Raises:
         ValueError: it holds panels of other settings or of another tuned model; says which. Or its settings.json is
@@ -118,6 +125,8 @@ def _claim_blend(folder: Path, run: Path, config: Config) -> None:
     weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
     sections = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
     now = {"precision": config.compute.precision, **sections, "weights": weights}
+    if code := {name: source["sha256"] for name, source in sources.items() if source}:
+        now["code of the reward"] = code
     path = folder / "settings.json"
     before = read_object(path, f"restore it, or move {folder} away to begin again") if path.exists() else now
     for name, value in now.items():

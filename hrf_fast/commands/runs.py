@@ -45,6 +45,23 @@ def run_of(checkpoint: Path) -> Path | None:
     return run
 
 
+def model_of_run(path: Path) -> tuple[Path, Path] | None:
+    """A run and the model that a path means: of RUN or RUN/model, of RUN/blend or RUN/blend/model; else None.
+
+    Raises:
+        ValueError: the run has no such model.
+    """
+    # from inside a run's folder too
+    path = path.absolute()
+    folder = path.parent if path.name == "model" else path
+    run = folder.parent if folder.name == "blend" else folder
+    if not (run / "config.yaml").is_file():
+        return None
+    if folder != run and not (folder / "model").is_dir():
+        raise ValueError(f"{folder} has no model/, since no blend was chosen; `hrf blend {run}` says why, or makes one")
+    return finished_run(run), folder / "model"
+
+
 def run_config(run: Path, words: tuple[str, ...] = ()) -> Config:
     return load_config(["--config", str(run / "config.yaml"), *words])
 

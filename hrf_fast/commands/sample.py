@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
-from hrf_fast.commands.runs import load_weights, run_config, run_of, run_policy, with_sampler
+from hrf_fast.commands.runs import load_weights, model_of_run, run_config, run_of, run_policy, with_sampler
 from hrf_fast.config.options import FLOW_SAMPLERS
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.evaluation.grids import save_grid
@@ -17,7 +17,6 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
-from hrf_fast.run.finished import finished_run
 
 
 def draw(
@@ -32,8 +31,8 @@ def draw(
     prompts: Sequence[str] = (),
     negatives: Sequence[str] = (),
     **sampler: Any,
-) -> int:
-    """Write a grid of images of a model, a run or one of its checkpoints; returns how many.
+) -> str:
+    """Write a grid of images of a model, a run or one of its checkpoints; returns a line about it.
 
     Args:
         variant: of the weight files of a model's folder or a hub id.
@@ -53,7 +52,7 @@ def draw(
     each = [panel.prompt(image) for image in range(panel.size)]
     images = policy.decode(sample(policy, panel.noise(policy), each, images_per_call=images_per_call)).cpu()
     save_grid(images, out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
-    return panel.size
+    return f"{out}: {panel.size} images of {model} in {len(policy.sampler)} steps"
 
 
 def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
@@ -80,8 +79,8 @@ def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], 
         each_of = panel.size // len(asked)
         return replace(panel, size=each_of * len(asked), prompts=asked, images_per_prompt=each_of)
     path = Path(model).expanduser()
-    run = run_of(path) or path
-    if not (run / "config.yaml").is_file():
+    run = run_of(path) or next(iter(model_of_run(path) or ()), None)
+    if run is None:
         raise ValueError(f'{model} draws what a prompt says; give one or several, as --prompt "a cat"')
     config = run_config(run)
     of_run = build_prompted_panel(config, build_prompts(config)[0])
@@ -92,16 +91,17 @@ def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], 
 def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
     """A model by name, or a run's tuned model or checkpoint under the sampler that it was trained with."""
     path = Path(model).expanduser()
-    run = run_of(path)
-    folder = run or path
-    config = run_config(folder) if (folder / "config.yaml").is_file() else None
+    run, of_run = run_of(path), None
+    if run is None and (of_run := model_of_run(path)):
+        run = of_run[0]
+    config = run_config(run) if run else None
     _check_noise(sampler, sampler.get("sampler") or ("ddim" if config is None else config.sample.scheduler))
-    if config is None:
+    if run is None or config is None:
         return load_policy(model, variant=variant, **sampler, device=choose_device(device))
     if variant is not None:
         raise ValueError(f"--variant is {variant!r}, but {model} is of a run, whose weights have none; leave it out")
-    if run is None:
-        return run_policy(finished_run(path), with_sampler(config, device, sampler), str(path / "model"))
+    if of_run:
+        return run_policy(run, with_sampler(config, device, sampler), str(of_run[1]))
     policy = run_policy(run, with_sampler(config, device, sampler))
     load_weights(policy, path)
     return policy

@@ -22,6 +22,11 @@ Written by `python -m hrf_fast.config.describe > docs/options.md`; a test holds 
 Set an option on the command line as `section.option=value`, or in a YAML file that `--config` names. A run resumes only
 with the options that it began with, but for those that may change. Runs are compared only where the options that change
 the panel are equal.
+
+Later layers go over earlier ones, option by option: the defaults, each `--config` in its order, then all words of the
+command line as one layer. A file may name others to start from, `base: other.yaml` or a list, relative to itself.
+Lists are taken whole; `kwargs` are merged key by key, cleared by `{}`, and begin empty with another schedule, reward or
+source.
 """
 _ENVIRONMENT = {
     "HRF_KERNELS": "for debugging, the implementation of log-probs, their gradients, and group norms where channels "

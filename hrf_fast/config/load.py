@@ -174,9 +174,12 @@ def _text(path: Path) -> str:
 
 
 def _merge(config: Any, layer: Any) -> Any:
-    """`layer` over `config`, which is used up; another schedule or reward starts with its own options."""
+    """`layer` over `config`, which is used up; {} clears kwargs, and so does another schedule or reward."""
     from omegaconf import OmegaConf
 
+    for section, new in layer.items():
+        if new and new.get("kwargs") == {} and config.get(section):
+            config[section].kwargs = {}
     for section, selector in (("window", "schedule"), ("reward", "name"), ("prompts", "source")):
         new, old = layer.get(section), config.get(section)
         if new and old and selector in new:

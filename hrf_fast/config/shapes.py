@@ -52,9 +52,10 @@ def _check_fields(part: Any, values: dict[Any, Any], path: str, source: str) -> 
     kinds = typing.get_type_hints(part)
     for name, value in values.items():
         if name not in kinds:
-            raise ValueError(
-                f"{source}: no option {path}.{name}{nearest(str(name), kinds)}; {path} takes {', '.join(kinds)}"
-            )
+            # the very name in another section is nearer than a like one in this
+            there = [f"{section}.{name}" for section, other in SECTIONS.items() if name in typing.get_type_hints(other)]
+            hint = f" (did you mean {' or '.join(there)}?)" if there else nearest(str(name), kinds)
+            raise ValueError(f"{source}: no option {path}.{name}{hint}; {path} takes {', '.join(kinds)}")
         _check_value(kinds[name], value, f"{path}.{name}", source)
 
 

@@ -138,11 +138,12 @@ def steps_to(most: float, step: float) -> list[float]:
     return list(dict.fromkeys([0.0, 1.0, *multiples]))
 
 
-def check_pretrained(before: Sequence[float], now: Sequence[float]) -> None:
+def check_pretrained(before: Sequence[float], now: Sequence[float], edited: Sequence[str] = ()) -> None:
     """Refuse a pretrained model that is not the one that the run began with.
 
     Args:
         before: rewards of the run's first panel; now: of the same noises at α = 0.
+        edited: files of the reward that have changed since.
 
     Raises:
         ValueError: they differ as those of different images do.
@@ -151,6 +152,11 @@ def check_pretrained(before: Sequence[float], now: Sequence[float]) -> None:
     first, second = (torch.tensor(list(values)[:count], dtype=torch.float64) for values in (before, now))
     spread, change = float(first.std()), float((second - first).abs().mean())
     if change > _SAME_MODEL * spread + 1e-4 * float(first.abs().max()):
+        if edited:
+            raise ValueError(
+                f"{', '.join(edited)} has changed since the run began, and with it the rewards of its first panel; "
+                "restore the file, or train again"
+            )
         raise ValueError(
             "model.name is not the model that the run began with: from equal noise the rewards of its images differ by "
             f"{change:.3g} on average, and images among each other by {spread:.3g}; restore the model"

@@ -31,6 +31,7 @@ from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.rewards import CombinedReward
+from hrf_fast.rewards.registry import NotFiniteError
 from hrf_fast.vision.base import FeatureClassifier, FeatureNetwork
 from hrf_fast.vision.load import load_feature_network
 
@@ -197,7 +198,13 @@ class Panel:
 
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         prompts = [self.prompt(image) for image in range(self.size)]
-        rewards = reward(images, prompts).total.cpu()
+        try:
+            rewards = reward(images, prompts).total.cpu()
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f"{error}. These are a panel's images, and stop.on_nan=skip is about training alone: return a finite "
+                "number for such images"
+            ) from error
         vendi = inception = per_prompt = looks = None
         attributes: dict[str, dict[str, float]] = {}
         log_probs: dict[str, Tensor] = {}

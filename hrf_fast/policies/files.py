@@ -17,6 +17,7 @@ from hrf_fast.hub import files_in, find_folder
 from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3
 from hrf_fast.policies.checks import check_text_to_image, check_unconditional
 from hrf_fast.policies.component import INDEXES, VARIANT, Component, read_json, stems, weight_files
+from hrf_fast.policies.lora import LORA_WEIGHTS
 from hrf_fast.policies.schedulers import check_scheduler
 from hrf_fast.policies.transformer_checks import check_transformer
 
@@ -227,6 +228,11 @@ def _component(name: str, folder: Path, pipeline: str, part: str, kind: str) -> 
                     "as diffusers' save_pretrained writes it"
                 )
             return Component(candidate, values, kind or str(says))
+    if (folder / LORA_WEIGHTS).is_file():
+        raise ValueError(
+            f"model.name is {str(folder)!r}, which holds adapters and no model; `hrf sample` draws with those of a "
+            "RUN or a RUN/blend, and `hrf export --merge` makes a whole model of a checkpoint"
+        )
     raise ValueError(
         f"model.name is {str(folder)!r}, which holds no {part}/{config} (nor {config}); "
         f"give a diffusers pipeline folder with {part}/ and its other parts"

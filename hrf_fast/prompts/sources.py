@@ -46,6 +46,10 @@ def load_prompts(
     if path.is_file():
         if kwargs:
             raise ValueError(f"prompts.kwargs is {kwargs}, but {option} is {value!r}, a list without arguments")
+        if path.suffix.lower() == ".json":
+            raise ValueError(
+                f"{option} is {value!r}; write JSON lines (.jsonl), or a text file with a prompt on each line"
+            )
         items = list(_json_lines(path) if path.suffix.lower() == ".jsonl" else _lines(path))
         return _list(option, value, items, negative), None if value in LISTS else source_of_file(path)
     if ":" not in value:

@@ -20,6 +20,7 @@ from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.card import METHODS
 from hrf_fast.run.files import EVENT, INTERVALS, PANEL, read_log
 from hrf_fast.run.finished import ends_of
+from hrf_fast.run.folder import edited, read_sources
 
 # names of metrics.jsonl that a report reads
 METRICS = {
@@ -157,6 +158,12 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
         raise ValueError(
             f"{both}, their panels are of different images or metrics: {listed}. Report each run alone, or train again "
             "with these options equal"
+        )
+    rewards = {name: source for name, source in read_sources(first.folder).items() if name.startswith("reward ")}
+    if changed := edited(other.folder, rewards):
+        ((name, file), *_) = changed.items()
+        raise ValueError(
+            f"{both}, {name} had other code in each ({file}). Report each run alone, or train again with one file"
         )
     prompts = [log.panels[0].get("prompts") for log in (first, other)]
     if prompts[0] != prompts[1]:

@@ -137,6 +137,11 @@ class EventLog:
         self._failure = text if self.keeps_pretrained else None
         return self._failure
 
+    def resumed(self, lines: Sequence[str]) -> None:
+        """Write what a resumed run has otherwise than before: edited code, lost lines."""
+        if lines:
+            self._write([Event(self._done, "changed", "; ".join(lines))])
+
     def end(self, reason: str, model: int) -> None:
         """Write why the run has ended, and of how many iterations its tuned model is."""
         self._write([Event(self._done, "end", reason, {"model": model})])
@@ -148,7 +153,7 @@ class EventLog:
                 continue
             self._known.add(_key(record))
             self._folder.append(EVENTS, record)
-            if event.event not in ("end", "error"):
+            if event.event not in ("end", "error", "changed"):
                 self._note(f"after {event.iteration} iterations: {event.text}")
 
     def best(self) -> dict[str, Any] | None:

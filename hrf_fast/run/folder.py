@@ -76,6 +76,20 @@ def check_base(run: Path, name: str, base: str) -> None:
         )
 
 
+def edited(run: Path, sources: Mapping[str, Mapping[str, str] | None]) -> dict[str, str]:
+    """The user's files, by what names them, that are not what they were when a run began.
+
+    Args:
+        sources: as they are now, as `source_of` gives them.
+    """
+    before = read_sources(run)
+    return {
+        name: source["file"]
+        for name, source in sources.items()
+        if source and name in before and before[name]["sha256"] != source["sha256"]
+    }
+
+
 class RunFolder:
     """One training run's folder."""
 
@@ -161,13 +175,13 @@ class RunFolder:
         path = self.path / "config.yaml"
         if done and BASE in sources:
             check_base(self.path, self.config.model.name, sources[BASE]["sha256"])
-        edited = self._edited(sources)
-        if edited and done and self.config.run.edited_code == "refuse":
+        changed = self._edited(sources)
+        if changed and done and self.config.run.edited_code == "refuse":
             raise ValueError(
-                f"{edited[0]}, and run.edited_code is refuse; restore the file, choose another run.folder, or set "
+                f"{changed[0]}, and run.edited_code is refuse; restore the file, choose another run.folder, or set "
                 "run.edited_code=note"
             )
-        if done == 0 and path.exists() and (edited or self._changes()):
+        if done == 0 and path.exists() and (changed or self._changes()):
             # the panel of a configuration that never trained, and the W&B run that shows it
             for name in ("evaluations.jsonl", EVENTS, PRETRAINED, WANDB_ID, WANDB_SENT):
                 (self.path / name).unlink(missing_ok=True)
@@ -179,7 +193,7 @@ class RunFolder:
             known = {name: source for name, source in sources.items() if done == 0 or name != BASE}
             if known:
                 write_atomically(self.path / SOURCES, json.dumps(known, indent=1).encode())
-        return [*edited, *self._gaps(done)] if done else []
+        return [*changed, *self._gaps(done)] if done else []
 
     def _ended_at_start(self) -> bool:
         return not self.iterations() and any(end["iteration"] == 0 for end in ends_of(self.path))
@@ -199,12 +213,9 @@ class RunFolder:
 
     def _edited(self, sources: Mapping[str, dict[str, str]]) -> list[str]:
         """A line for each of the user's sources that is not what it was when the run began."""
-        before = read_sources(self.path)
         return [
-            f"{name} has changed since the run began ({source['file']}): what came before and what comes now can't be "
-            "compared"
-            for name, source in sources.items()
-            if name in before and before[name]["sha256"] != source["sha256"]
+            f"{name} has changed since the run began ({file}): what came before and what comes now can't be compared"
+            for name, file in edited(self.path, sources).items()
         ]
 
     def _may_change(self, option: str) -> bool:

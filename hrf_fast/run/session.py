@@ -100,9 +100,11 @@ class Run:
         self._saved = done or None
 
         def begin() -> None:
-            for line in self.folder.begin(done, sources or {}):
-                self.note(line)
+            lines = self.folder.begin(done, sources or {})
             self._events.begin(done)
+            for line in lines:
+                self.note(line)
+            self._events.resumed(lines)
             self._audience.begin(build_writers(self.folder))
 
         comm.main_says(begin)

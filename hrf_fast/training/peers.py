@@ -67,7 +67,7 @@ def build_advantages(name: str, **options: Any) -> Advantages:
                 f"{option} is {options[key]} but train.advantages is {name}, which has no argument {key}; use "
                 f"{neutral}, or train.advantages={readers}"
             )
-    advantages = call_factory(factory, "train.advantages", {}, **wanted)
+    advantages = call_factory(factory, "train.advantages", {}, made=("rewards", "prompts"), **wanted)
     if not callable(advantages) or hasattr(advantages, "state") != hasattr(advantages, "load_state"):
         raise ValueError(
             f"train.advantages {name} must return a callable (rewards, prompts), with both state() and "

@@ -50,7 +50,9 @@ def build_schedule(
         factory, name = name, qualified_name(name)
     else:
         factory = load_user_function(name, "window.schedule") if ":" in name else SCHEDULES[name]
-    schedule = call_factory(factory, "window.kwargs", kwargs, num_inference_steps=num_inference_steps, stop=stop)
+    made = ("iteration", "num_groups", "generator", "probe")
+    of_the_run = {"num_inference_steps": num_inference_steps, "stop": stop}
+    schedule = call_factory(factory, "window.kwargs", kwargs, made=made, **of_the_run)
     if not callable(schedule) or not {"generator", "probe"} <= set(inspect.signature(schedule).parameters):
         raise ValueError(f"window.schedule {name} must return a callable (iteration, num_groups, *, generator, probe)")
     if not isinstance(getattr(schedule, "needs_anchors", None), bool):

@@ -133,6 +133,8 @@ def test_a_changed_pretrained_model_shows_in_its_rewards():
     # the spread of 1, 2, 3 is 1, and they differ by 2/3 on average
     with pytest.raises(ValueError, match=r"model.name is not the model .* 0\.667 on average, .* by 1;"):
         check_pretrained([1.0, 2.0, 3.0], [2.0, 1.0, 3.0])
+    with pytest.raises(ValueError, match=r"my_rewards.py has changed since the run began, and with it the rewards"):
+        check_pretrained([1.0, 2.0, 3.0], [2.0, 1.0, 3.0], ["my_rewards.py"])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def test_the_other_panel_of_the_largest_seed_is_that_of_seed_0(copy):
     assert [line["seed"] for line in read_front(copy / "blend" / "front.jsonl")] == [2**32 - 1] * 2 + [0] * 2
 
 
-def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path, monkeypatch):
+def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers_and_is_drawn(tmp_path, monkeypatch, capsys):
     # whatever the reward says of random adapters
     monkeypatch.setattr(blends, "choose", lambda records, keep, quality: max(records, key=lambda line: line["alpha"]))
     words = run_words(
@@ -201,6 +203,14 @@ def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers(tmp_path, monkey
         torch.testing.assert_close(weight, tuned[name] * (2 if ".lora_B." in name else 1))
     pipeline = StableDiffusionPipeline.from_pretrained(text_model("sd1"))
     pipeline.load_lora_weights(tmp_path / "run" / "blend" / "model")
+    # under the run's sampler and prompts
+    for name, model in (("a", "blend"), ("b", "blend/model"), ("c", "")):
+        assert main(["sample", str(tmp_path / "run" / model), "--out", str(tmp_path / f"{name}.png"), "--count=2"]) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    moved = shutil.copytree(tmp_path / "run" / "model", tmp_path / "moved")
+    assert main(["sample", str(moved), "--out", str(tmp_path / "d.png"), "--prompt=a cat"]) == 1
+    assert "holds adapters and no model" in capsys.readouterr().err
 
 
 def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
@@ -228,6 +238,10 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     assert "model.name is not the model that the run began with" in refused(copy, "--step", "1")
     assert "another model" in refused(copy, f"model.name={tiny_model}")
     settings = copy / "blend" / "settings.json"
+    whole = json.loads(settings.read_text())
+    assert list(whole["code of the reward"]) == [f"reward {REWARD}"]
+    settings.write_text(json.dumps({**whole, "code of the reward": {f"reward {REWARD}": "of another file"}}))
+    assert "holds blends of another code of the reward" in refused(copy, "--step", "1")
     settings.write_text(settings.read_text()[:-9])
     assert f"{settings} is damaged (" in refused(copy, "--step", "1")
     shutil.rmtree(copy / "blend")

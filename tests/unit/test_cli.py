@@ -161,11 +161,15 @@ def test_a_run_is_evaluated_and_reported(finished, capsys):
     assert result["pretrained"]["rewards"][:6] == pytest.approx(first["rewards"], abs=1e-3)
 
 
-def test_a_run_and_its_last_checkpoint_draw_the_same_grid(finished, tmp_path):
+def test_a_run_its_model_and_its_last_checkpoint_draw_the_same_grid(finished, tmp_path, capsys):
     checkpoint = finished / "checkpoints" / "iteration-000002"
-    for model, name in ((finished, "run.png"), (checkpoint, "checkpoint.png")):
+    # the folder of the model has a run's sampler only in the run
+    for model, name in ((finished, "run.png"), (checkpoint, "checkpoint.png"), (finished / "model", "model.png")):
         assert main(["sample", str(model), "--out", str(tmp_path / name), "--count", "2"]) == 0
-    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "checkpoint.png").read_bytes()
+    run, *others = ((tmp_path / f"{name}.png").read_bytes() for name in ("run", "checkpoint", "model"))
+    assert others == [run, run]
+    steps = load_config(["--config", str(finished / "config.yaml")]).sample.num_inference_steps
+    assert f"model in {steps} steps" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_exported_as_a_folder_that_diffusers_loads(finished, tmp_path):

@@ -167,6 +167,7 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         (["run.seed=1", "reward.terms={name: x}"], r"^reward.terms=\{name: x\}: reward.terms is .* list: write .*=\["),
         (["reward.terms.0.weight=2"], r"^reward.terms.0.weight=2: one item of reward.terms can't .*=\[\{name: …\}"),
         (["reward.terms[0].weigth=2"], r"no option reward.terms\[0\].weigth \(did you mean 'weight'\?\)"),
+        (["train.shared_noise=true"], r"no option train.shared_noise \(did you mean window.shared_noise\?\)"),
         (["reward.kwargs=[1]"], r"^reward.kwargs=\[1\]: reward.kwargs is \[1\]; it is a mapping"),
         (["reward.terms=[3]"], r"^reward.terms=\[3\]: reward.terms\[0\] is 3; write \{name: …, weight: …, kwargs: …\}"),
         (["reward.terms=[{nam: x}]"], r"^reward.terms=.*: no option reward.terms\[0\].nam \(did you mean 'name'\?\)"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hrf_fast.registry import Registry, call_factory, load_user_function, nearest, qualified_name, state_of
+from hrf_fast.windows.schedules import build_schedule
 
 
 @pytest.fixture
@@ -25,6 +26,14 @@ def registry():
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_factory_should_return_is_no_factory():
+    def late(iteration, num_groups, *, generator, probe):
+        return []
+
+    with pytest.raises(ValueError, match=r"late takes \(iteration, num_groups, generator, probe\) itself; name a fact"):
+        build_schedule(late, {}, num_inference_steps=4, stop=3)
 
 
 def test_the_nearest_name_is_offered_if_one_is_near():

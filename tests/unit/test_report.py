@@ -329,6 +329,10 @@ def test_runs_whose_panels_differ_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"a and .*b can't be compared.*: evaluation.seed is 1234 and 7\. Report each"):
         write_report([first, other])
+    for folder, code in ((first, "1"), (write_run(tmp_path / "d"), "2")):
+        (folder / "sources.json").write_text(json.dumps({"reward r:f": {"file": "r.py", "sha256": code}}))
+    with pytest.raises(ValueError, match=r"reward r:f had other code in each \(r.py\)"):
+        summary_lines([first, tmp_path / "d"])
     far = write_run(tmp_path / "c", start=[5.0, 6.0, 7.0, 8.0])
     with pytest.raises(ValueError, match=r"same weights: .* 6.5, outside the first's \[0.5, 2.5\]"):
         summary_lines([first, far])

@@ -12,6 +12,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.errors import UserCodeError
 from hrf_fast.rewards import RewardError, check_names
 from hrf_fast.run.checkpoint import list_checkpoints
+from hrf_fast.run.files import read_log
 from hrf_fast.train import main
 from hrf_fast.windows.base import Window
 from tests.runs import assert_equal_training, metrics, panels, scheduled, train, with_folder
@@ -200,6 +201,9 @@ def test_an_edited_reward_is_said_at_a_resume_and_refused_by_option(words, tmp_p
     assert str(tmp_path / "my_rewards.py") in error and len(metrics(tmp_path / "run")) == 1
     assert main(words) == 0
     assert len(notes(capsys, "reward my_rewards:bright has changed since the run began")) == 1
+    # and a report says so ever after
+    changed = [event for event in read_log(tmp_path / "run" / "events.jsonl") if event["event"] == "changed"]
+    assert [event["iteration"] for event in changed] == [1] and "my_rewards:bright has changed" in changed[0]["text"]
     # what the run began with is no change
     write(text)
     assert main([*words, "train.iterations=3", "run.edited_code=refuse"]) == 0
