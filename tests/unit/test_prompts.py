@@ -71,6 +71,7 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
     [
         ("a.txt", b"# only\n\n", "holds no prompt"),
         ("a.jsonl", b"", "holds no prompt"),
+        ("a.json", b'["a cat"]', "write JSON lines .*, or a text file"),
         ("a.txt", b"a cat\n\xff\n", "not UTF-8 text .byte 6"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
         ("a.jsonl", b"[1, 2, 3]", "line 1 is .1, 2, 3."),

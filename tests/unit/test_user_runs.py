@@ -108,6 +108,15 @@ def test_a_reward_that_fails_in_the_probe_of_a_schedule_is_named_as_a_reward(wor
         train(words, reward=failing, schedule=schedule)
 
 
+def test_a_panel_with_a_value_that_is_not_finite_ends_the_run_whatever_is_skipped(words):
+    def no_number(images, prompts):
+        # panels have three images, and the two groups two each
+        return bright(images) * (float("nan") if len(images) == 3 else 1)
+
+    with pytest.raises(RewardError, match="3 of 3 values that are NaN .* a panel's images, and stop.on_nan=skip is ab"):
+        train([*words, "stop.on_nan=skip"], reward=no_number)
+
+
 # --- global state -----------------------------------------------------------------------------------------------------
 
 
