@@ -132,7 +132,7 @@ def test_a_blend_has_its_runs_options_alone_and_a_run_one_arm_of_blends(write_st
     assert len(hashes) == 5
 
 
-class Stub(Workers):
+class Instant(Workers):
     """Workers whose processes are over at once; runs leave a folder, blends nothing."""
 
     def __init__(self, out, results, failing=()):
@@ -159,7 +159,7 @@ PANELS = [{"iteration": n, "evaluations": n, "reward": [n] * 3, "vendi": [10 - n
 def test_runs_come_before_their_blends_and_are_not_made_twice(write_study, tmp_path):
     tune = {"seeds": [9], "learning_rates": [1e-5, 2e-5]}
     study = read_study(write_study(arms=ARMS, tune=tune, seeds=[1]))
-    workers = Stub(tmp_path / "out", Results(tmp_path / "lines.jsonl"))
+    workers = Instant(tmp_path / "out", Results(tmp_path / "lines.jsonl"))
     lines = workers.train(study.tuning_jobs())
     assert len(lines) == 6 and all("blend" in name for name in workers.done[4:]) and len(workers.done) == 6
     # the blends' own rate, at which their arm has no run: one is made, and it counts for nothing else
@@ -176,7 +176,7 @@ def test_runs_come_before_their_blends_and_are_not_made_twice(write_study, tmp_p
 def test_a_run_that_failed_is_not_tried_again_for_its_blend_and_one_without_a_folder_is(write_study, tmp_path):
     study = read_study(write_study(arms=ARMS, seeds=[1]))
     results = Results(tmp_path / "lines.jsonl")
-    workers = Stub(tmp_path / "out", results, failing=["tiny-ddpo-1"])
+    workers = Instant(tmp_path / "out", results, failing=["tiny-ddpo-1"])
     workers.train(study.jobs({}))
     # nor is a process begun to say so
     assert workers.done == ["tiny-ddpo-1", "tiny-hrf-1"]
@@ -187,7 +187,7 @@ def test_a_run_that_failed_is_not_tried_again_for_its_blend_and_one_without_a_fo
     for job in study.jobs({}):
         if not job.blend:
             lines.append(finished(job, (0, 0.0, 10.0), (1, 1.0, 9.0)))
-    elsewhere = Stub(tmp_path / "elsewhere", lines)
+    elsewhere = Instant(tmp_path / "elsewhere", lines)
     elsewhere.train(study.jobs({}))
     assert elsewhere.done == ["tiny-ddpo-1", "tiny-ddpo_blend-1"]
 
@@ -195,7 +195,7 @@ def test_a_run_that_failed_is_not_tried_again_for_its_blend_and_one_without_a_fo
 def test_a_run_of_code_whose_lines_do_not_count_is_made_again_and_its_blends_too(write_study, tmp_path):
     study, results = read_study(write_study(arms=ARMS, seeds=[1])), Results(tmp_path / "lines.jsonl")
     ddpo, blend, _ = study.jobs({})
-    workers = Stub(tmp_path / "out", results)
+    workers = Instant(tmp_path / "out", results)
     workers.train([ddpo])
     begun = {"commit": "c1", "configuration": ddpo.configuration}
     for record in ({**begun, "commit": "c0"}, {**begun, "configuration": "other"}):
