@@ -73,7 +73,7 @@ def test_an_installed_package_that_can_t_be_found_is_broken(monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     found = table()
     assert found["wandb"] == "broken: 1.2 is installed but can't be imported; pip install --force-reinstall wandb"
-    assert found["torch"] == found["GPU"] == found["training"] == 'missing: pip install "torch>=2.4"'
+    assert found["torch"] == found["GPU"] == found["training"] == 'missing: pip install "torch>=2.8"'
 
 
 def test_triton_and_xformers_need_a_gpu_to_be_of_use(monkeypatch):
