@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation import blend as blends
+from hrf_fast.policies.base import Policy
 from hrf_fast.policies.lora import adapted_layers
 from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
@@ -85,6 +87,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
         result = {
             "alpha": chosen,
+            "most": max(alphas),
             "keep": keep,
             "quality": quality,
             "panels": [blends.summary(record, base) for record in (base, *others)],
@@ -94,12 +97,16 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         shutil.rmtree(folder / "model", ignore_errors=True)
         if chosen:
             line.move(chosen)
-            evaluation = replace(config.evaluation, seed=other.seed)
-            tuned = model_iteration(run)
-            table = [{**base, "iteration": 0}, {**others[-1], "iteration": tuned}]
-            described = replace(config, evaluation=evaluation)
-            save_model(folder / "model", policy, described, table, tuned, alpha=chosen)
+            described = replace(config, evaluation=replace(config.evaluation, seed=other.seed))
+            _save(folder / "model", policy, described, run, [base, others[-1]])
     return blends.describe(result)
+
+
+def _save(folder: Path, policy: Policy, config: Config, run: Path, panels: Sequence[dict[str, Any]]) -> None:
+    """The policy as a model, with a card of two panels: the pretrained model's and the blend's."""
+    tuned = model_iteration(run)
+    table = [{**panel, "iteration": iteration} for panel, iteration in zip(panels, (0, tuned), strict=True)]
+    save_model(folder, policy, config, table, tuned, alpha=panels[1]["alpha"])
 
 
 def _own_rewards(run: Path, config: Config) -> Sequence[float]:

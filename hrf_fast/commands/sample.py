@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,32 @@ def draw(
         raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
-    policy = _policy(model, device, variant, {name: value for name, value in sampler.items() if value is not None})
-    panel = _prompted(Panel(count, seed, images_per_call), model, policy, prompts, negatives)
+    source = _source(model)
+    policy = _policy(source, device, variant, {name: value for name, value in sampler.items() if value is not None})
+    panel = _prompted(Panel(count, seed, images_per_call), source, policy, prompts, negatives)
     each = [panel.prompt(image) for image in range(panel.size)]
     images = policy.decode(sample(policy, panel.noise(policy), each, images_per_call=images_per_call)).cpu()
     save_grid(images, out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
     return f"{out}: {panel.size} images of {model} in {len(policy.sampler)} steps"
 
 
-def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
+@dataclass(frozen=True)
+class _Source:
+    """A model to draw of: one by name, or the model or a checkpoint of a run."""
+
+    name: str
+    run: Path | None = None
+    model: Path | None = None
+
+
+def _source(name: str) -> _Source:
+    path = Path(name).expanduser()
+    if run := run_of(path):
+        return _Source(name, run)
+    return _Source(name, *(model_of_run(path) or ()))
+
+
+def _prompted(panel: Panel, source: _Source, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
     """The panel with the prompts to draw: those given, else those of the run's own panel.
 
     Raises:
@@ -64,7 +81,7 @@ def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], 
     """
     if not policy.takes_prompts:
         if prompts or negatives:
-            raise ValueError(f"{'--prompt' if prompts else '--negative'} is given, but {model} takes no prompts")
+            raise ValueError(f"{'--prompt' if prompts else '--negative'} is given, but {source.name} takes no prompts")
         return panel
     if len(negatives) > 1 and len(negatives) != len(prompts):
         raise ValueError(
@@ -78,32 +95,29 @@ def _prompted(panel: Panel, model: str, policy: Policy, prompts: Sequence[str], 
         asked = tuple(Prompt(text, negative) for text, negative in zip(prompts, each, strict=True))
         each_of = panel.size // len(asked)
         return replace(panel, size=each_of * len(asked), prompts=asked, images_per_prompt=each_of)
-    path = Path(model).expanduser()
-    run = run_of(path) or next(iter(model_of_run(path) or ()), None)
-    if run is None:
-        raise ValueError(f'{model} draws what a prompt says; give one or several, as --prompt "a cat"')
-    config = run_config(run)
+    if source.run is None:
+        raise ValueError(f'{source.name} draws what a prompt says; give one or several, as --prompt "a cat"')
+    config = run_config(source.run)
     of_run = build_prompted_panel(config, build_prompts(config)[0])
     asked = tuple(replace(prompt, negative=(*negatives, prompt.negative)[0]) for prompt in of_run.prompts)
     return replace(panel, prompts=asked, images_per_prompt=of_run.images_per_prompt)
 
 
-def _policy(model: str, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
-    """A model by name, or a run's tuned model or checkpoint under the sampler that it was trained with."""
-    path = Path(model).expanduser()
-    run, of_run = run_of(path), None
-    if run is None and (of_run := model_of_run(path)):
-        run = of_run[0]
-    config = run_config(run) if run else None
-    _check_noise(sampler, sampler.get("sampler") or ("ddim" if config is None else config.sample.scheduler))
-    if run is None or config is None:
-        return load_policy(model, variant=variant, **sampler, device=choose_device(device))
+def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
+    """The policy of a source; of a run under the sampler that it was trained with."""
+    if source.run is None:
+        _check_noise(sampler, sampler.get("sampler") or "ddim")
+        return load_policy(source.name, variant=variant, **sampler, device=choose_device(device))
+    config = run_config(source.run)
+    _check_noise(sampler, sampler.get("sampler") or config.sample.scheduler)
     if variant is not None:
-        raise ValueError(f"--variant is {variant!r}, but {model} is of a run, whose weights have none; leave it out")
-    if of_run:
-        return run_policy(run, with_sampler(config, device, sampler), str(of_run[1]))
-    policy = run_policy(run, with_sampler(config, device, sampler))
-    load_weights(policy, path)
+        raise ValueError(
+            f"--variant is {variant!r}, but {source.name} is of a run, whose weights have none; leave it out"
+        )
+    name = str(source.model) if source.model else None
+    policy = run_policy(source.run, with_sampler(config, device, sampler), name)
+    if source.model is None:
+        load_weights(policy, Path(source.name).expanduser())
     return policy
 
 

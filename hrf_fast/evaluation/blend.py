@@ -204,7 +204,7 @@ def summary(record: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict[st
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """Lines about the panels of a result: alpha (chosen), keep, quality and panels, each a `summary`."""
+    """Lines about the panels of a result: alpha (chosen), most (tried), keep, quality and panels, each a `summary`."""
     lines = []
     for panel in result["panels"]:
         alpha = panel["alpha"]
@@ -221,4 +221,8 @@ def describe(result: Mapping[str, Any]) -> list[str]:
             f"no blend that keeps {result['keep']:.0%}{quality} has a higher reward than the pretrained model, so none "
             "is saved; lower the floor"
         )
+    elif result["panels"][-1]["gain"][0] <= 0:
+        lines.append("on this second panel the chosen blend gains nothing: what it had on the first one was chance")
+    if result["alpha"] == result["most"]:
+        lines.append(f"{result['most']:g} is the largest alpha that was tried, and a larger one may be better: --most")
     return lines

@@ -97,27 +97,32 @@ def _arms(path: Path, value: Any, keep: float) -> tuple[dict[str, dict[str, Any]
     blends = {name: layer for name, layer in layers.items() if isinstance(layer, dict) and "blend" in layer}
     arms = _named(path, "arms", {name: {} if name in blends else layer for name, layer in layers.items()} or value)
     trained = [name for name in arms if name not in blends]
-    read: dict[str, BlendOf] = {}
-    for name, layer in blends.items():
-        blend, known = layer["blend"], [field.name for field in fields(BlendOf) if field.name != "keep"]
-        example = "{blend: {arm: ddpo, most: 1.5, step: 0.25}}"
-        if set(layer) != {"blend"} or not isinstance(blend, dict) or set(blend) != set(known):
-            raise ValueError(f"{path}: arms.{name} is {layer!r}, but blends have {', '.join(known)} alone: {example}")
-        if blend["arm"] not in trained:
-            raise ValueError(
-                f"{path}: arms.{name} blends {blend['arm']!r}{nearest(str(blend['arm']), trained)}; name an arm that "
-                f"is trained, {', '.join(trained) or 'which this study lacks'}"
-            )
-        if twin := next((other for other, its in read.items() if its.arm == blend["arm"]), None):
-            raise ValueError(f"{path}: arms.{name} and {twin} both blend {blend['arm']}, in one folder; leave one out")
-        if not _is_number(blend["most"]) or not _is_number(blend["step"]):
-            raise ValueError(f"{path}: arms.{name} is {layer!r}; most and step are numbers: {example}")
-        try:
-            steps_to(blend["most"], blend["step"])
-        except ValueError as error:
-            raise ValueError(f"{path}: arms.{name}: {str(error).replace('--', '')}") from None
-        read[name] = BlendOf(blend["arm"], float(keep), float(blend["most"]), float(blend["step"]))
+    read = {name: _blend(f"{path}: arms.{name}", layer, trained, keep) for name, layer in blends.items()}
+    by_arm: dict[str, str] = {}
+    for name, blend in read.items():
+        if (twin := by_arm.setdefault(blend.arm, name)) != name:
+            raise ValueError(f"{path}: arms.{name} and {twin} both blend {blend.arm}, in one folder; leave one out")
     return {name: arms[read[name].arm] if name in read else layer for name, layer in arms.items()}, read
+
+
+def _blend(key: str, layer: dict[str, Any], trained: list[str], keep: float) -> BlendOf:
+    """An arm of blends, of one of the arms that are trained."""
+    blend, known = layer["blend"], [field.name for field in fields(BlendOf) if field.name != "keep"]
+    example = "{blend: {arm: ddpo, most: 1.5, step: 0.25}}"
+    if set(layer) != {"blend"} or not isinstance(blend, dict) or set(blend) != set(known):
+        raise ValueError(f"{key} is {layer!r}, but blends have {', '.join(known)} alone: {example}")
+    if blend["arm"] not in trained:
+        raise ValueError(
+            f"{key} blends {blend['arm']!r}{nearest(str(blend['arm']), trained)}; name an arm that is trained, "
+            f"{', '.join(trained) or 'which this study lacks'}"
+        )
+    if not _is_number(blend["most"]) or not _is_number(blend["step"]):
+        raise ValueError(f"{key} is {layer!r}; most and step are numbers: {example}")
+    try:
+        steps_to(blend["most"], blend["step"])
+    except ValueError as error:
+        raise ValueError(f"{key}: {str(error).replace('--', '')}") from None
+    return BlendOf(blend["arm"], float(keep), float(blend["most"]), float(blend["step"]))
 
 
 def _named(path: Path, key: str, value: Any) -> dict[str, dict[str, Any]]:

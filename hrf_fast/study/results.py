@@ -132,12 +132,13 @@ def check_panels(record: Mapping[str, Any]) -> None:
     panels, second = record["panels"], record.get("second_panel", [])
     for panel in [*panels, *second]:
         check_record(panel, _PANEL)
-    last = panels[-1]["iteration"]
-    if panels[0]["vendi"][0] <= 0 or record.get("model", last) not in [panel["iteration"] for panel in panels]:
+    # shares are of the first panel's, and of blends on the second panel of that one's first
+    if any(panel["vendi"][0] <= 0 for panel in [panels[0], *second[:1]]):
         raise ValueError
-    if "alpha" in record and (
-        len(second) != 2 or second[0]["vendi"][0] <= 0 or record["alpha"] not in [panel["alpha"] for panel in panels]
-    ):
+    model, of_blends = record.get("model", panels[-1]["iteration"]), "alpha" in record
+    if model not in [panel["iteration"] for panel in panels] or (of_blends and len(second) != 2):
+        raise ValueError
+    if of_blends and record["alpha"] not in [panel["alpha"] for panel in panels]:
         raise ValueError
 
 

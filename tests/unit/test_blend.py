@@ -12,7 +12,7 @@ from hrf_fast.cli import main
 from hrf_fast.commands.blend import blend
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
-from hrf_fast.evaluation.blend import Line, check_pretrained, choose, read_front, steps_to, summary
+from hrf_fast.evaluation.blend import Line, check_pretrained, choose, describe, read_front, steps_to, summary
 from hrf_fast.policies.lora import add_adapters, merged
 from tests.conftest import make_policy, make_unet, tiny_words
 from tests.runs import train, weights
@@ -116,6 +116,19 @@ def test_the_highest_reward_above_the_floor_is_chosen_by_hand():
     assert summary(front[2], front[0])["inception_share"] == 0.9
     figures = summary(front[2], front[0])
     assert figures["gain"] == [2, 2, 2] and figures["share"] == 0.95 and "rewards" not in figures
+
+
+def test_a_choice_at_the_end_of_the_range_and_one_that_was_chance_are_said():
+    def lines(alpha, gain):
+        ends = [
+            summary(record(0, 1.0, 20), record(0, 1.0, 20)),
+            summary(record(alpha, 1.0 + gain, 20), record(0, 1.0, 20)),
+        ]
+        return " ".join(describe({"alpha": alpha, "most": 2.0, "keep": 0.9, "quality": 0.0, "panels": ends}))
+
+    assert "largest alpha that was tried" in lines(2.0, 0.5) and "chance" not in lines(2.0, 0.5)
+    assert "gains nothing" in lines(1.5, -0.1) and "largest" not in lines(1.5, -0.1)
+    assert "is saved" not in lines(1.5, 0.1)
 
 
 def test_alphas():

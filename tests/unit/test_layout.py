@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hrf_fast"
 # from the top: a module imports from its own line or from lines below
 LAYERS = (
-    ("cli", "train", "blending", "commands", "study"),
+    ("cli", "train", "commands", "study"),
     ("assembly",),
     ("command", "arguments"),
     ("report",),
