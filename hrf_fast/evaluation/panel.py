@@ -57,6 +57,8 @@ class PanelMetrics:
     """Texts, each of equally many images, in the order of the images; empty for an unconditional model."""
     features: Tensor | None = None
     """[N, D] on the CPU, where there is a network."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each term of a sum of rewards; empty for a single reward."""
     halves: Mapping[str, Tensor] = field(default_factory=dict)
     """[1 + DRAWS] of every metric that has a share of the pretrained model's: `evaluation.kept`."""
 
@@ -74,6 +76,8 @@ class PanelMetrics:
         largest = max(map(abs, self.rewards))
         # six decimals, and six digits of rewards in smaller units
         decimals = max(6, 5 - math.floor(math.log10(largest))) if largest else 6
+        if self.terms:
+            metrics["terms"] = dict(self.terms)
         if self.attributes:
             metrics["attributes"] = {
                 name: {value: round(share, 4) for value, share in shares.items()}
@@ -199,12 +203,13 @@ class Panel:
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         prompts = [self.prompt(image) for image in range(self.size)]
         try:
-            rewards = reward(images, prompts).total.cpu()
+            total, means = reward(images, prompts)
         except NotFiniteError as error:
             raise NotFiniteError(
                 f"{error}. These are a panel's images, and stop.on_nan=skip is about training alone: return a finite "
                 "number for such images"
             ) from error
+        rewards, terms = total.cpu(), {name: float(mean) for name, mean in means.items()}
         vendi = inception = per_prompt = looks = None
         attributes: dict[str, dict[str, float]] = {}
         log_probs: dict[str, Tensor] = {}
@@ -237,6 +242,7 @@ class Panel:
             attributes=attributes,
             prompts=self.texts,
             features=on_cpu,
+            terms=terms if len(terms) > 1 else {},
             halves=halves,
         )
 

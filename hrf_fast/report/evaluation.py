@@ -18,7 +18,7 @@ EXPLAINED = "docs/stopping.md#metrics-of-hrf-evaluate"
 TITLES = {"vendi": "Vendi Score", "vendi_per_prompt": "Vendi Score per prompt", "inception": "Inception Score"}
 """Metrics by their title in the table, where that is not the name in evaluation.json."""
 BRIEF = ("reward", "vendi", "inception", "looks", "precision", "recall")
-"""Metrics that the table has without --all."""
+"""Metrics that the table has without --all; the terms of a sum are under its reward."""
 BRIEF_ATTRIBUTES = 2
 """Attributes that the table has without --all: those that changed most."""
 SCORES = ("vendi", "inception", "looks")
@@ -35,8 +35,9 @@ def evaluation_lines(record: Mapping[str, Any], *, everything: bool = False) -> 
     before, after = (_metrics(record[title]) for title in ("pretrained", "tuned"))
     rows = {name: [TITLES.get(name, name), *_cells(name, before, after, record)] for name in before}
     attributes = _attribute_rows(record)
-    brief = [*(rows[name] for name in BRIEF if name in rows), *attributes[:BRIEF_ATTRIBUTES]]
-    others = [*attributes[BRIEF_ATTRIBUTES:], *(row for name, row in rows.items() if name not in BRIEF)]
+    names = [name for first in BRIEF for name in rows if name == first or name.startswith(f"{first}/")]
+    brief = [*(rows[name] for name in names), *attributes[:BRIEF_ATTRIBUTES]]
+    others = [*attributes[BRIEF_ATTRIBUTES:], *(row for name, row in rows.items() if name not in names)]
     header = ["metric", "pretrained", "tuned", "difference or share kept"]
     more = f"; {len(others)} more metrics: --all" if others and not everything else ""
     return [
@@ -48,7 +49,8 @@ def evaluation_lines(record: Mapping[str, Any], *, everything: bool = False) -> 
 def _metrics(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     """Every metric of one model by its name, [value] or [value, low, high]."""
     panel = {name: model[name] for name in INTERVALS if name in model}
-    return {**panel, **model.get("detail", {}), **model["peer"]}
+    terms = {f"reward/{name}": [mean] for name, mean in model.get("terms", {}).items()}
+    return {**panel, **terms, **model.get("detail", {}), **model["peer"]}
 
 
 def _cells(

@@ -196,6 +196,7 @@ PANEL = {
     "looks": "interval?",
     "kept": "intervals?",
     "prompts": "list of texts?",
+    "terms": "mapping of numbers?",
 }
 """Names of evaluations.jsonl that are read again."""
 INTERVALS = tuple(name for name, kind in PANEL.items() if kind in ("interval", "interval?"))

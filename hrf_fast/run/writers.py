@@ -62,6 +62,7 @@ class Writer(Listener):
     def _panel(self, record: dict[str, Any], picture: Image.Image | None) -> None:
         values = {f"panel/{name}": record[name][0] for name in INTERVALS if name in record}
         values |= {f"panel/kept/{name}": interval[0] for name, interval in record.get("kept", {}).items()}
+        values |= {f"panel/reward/{name}": mean for name, mean in record.get("terms", {}).items()}
         self.send(record["iteration"], values, picture, panel=True)
 
 

@@ -60,6 +60,14 @@ def test_the_table_has_the_most_useful_rows_and_their_changes():
     assert lines[-1].endswith(f"What the metrics mean: {EXPLAINED}; 5 more metrics: --all")
 
 
+def test_the_terms_of_a_sum_are_below_its_reward():
+    figures = record(terms={"jpeg": -1.5, "sneaker": 2.0})
+    figures["pretrained"]["terms"] = {"jpeg": -2.0, "sneaker": 0.5}
+    table = rows(evaluation_lines(figures))
+    assert list(table)[:4] == ["reward", "reward/jpeg", "reward/sneaker", "Vendi Score"]
+    assert table["reward/jpeg"] == ["-2.000", "-1.500", "+0.5000"]
+
+
 def test_all_metrics_are_there_on_request_and_each_once():
     lines = evaluation_lines(record(), everything=True)
     table = rows(lines)

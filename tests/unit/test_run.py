@@ -8,12 +8,15 @@ import torch
 from PIL import Image
 
 from hrf_fast.config.load import load_config
+from hrf_fast.config.options import RewardTerm
 from hrf_fast.errors import Interrupted
 from hrf_fast.evaluation.diversity import Interval
-from hrf_fast.evaluation.panel import PanelMetrics
+from hrf_fast.evaluation.panel import Panel, PanelMetrics
+from hrf_fast.rewards import build_reward
 from hrf_fast.run.files import read_log
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.session import Run
+from tests.conftest import make_policy
 
 INTERVAL = Interval(1.0, 0.5, 1.5)
 
@@ -56,6 +59,17 @@ def test_a_panel_is_logged_with_its_evaluations_and_intervals(config, tmp_path):
 def test_rewards_of_a_panel_keep_six_digits_in_any_unit(rewards, logged):
     record = PanelMetrics(torch.rand(2, 3, 8, 8), rewards, INTERVAL, None, None).record()
     assert record["rewards"] == logged
+
+
+def test_a_panel_has_the_mean_of_each_term_of_a_sum_and_no_terms_of_one_reward():
+    names = ["jpeg_compressibility", "jpeg_incompressibility"]
+    terms = [RewardTerm(name, weight) for name, weight in zip(names, (1.0, 0.5), strict=True)]
+    record = Panel(3, 0, 64).evaluate(make_policy(), build_reward(terms)).record()
+    smaller, larger = (record["terms"][name] for name in names)
+    assert smaller < 0 and larger == -smaller
+    # -size + size / 2
+    assert record["reward"][0] == pytest.approx(smaller / 2) and len(record["rewards"]) == 3
+    assert "terms" not in Panel(3, 0, 64).evaluate(make_policy(), build_reward(names[0])).record()
 
 
 def test_phases_add_up_within_an_iteration_and_start_again_in_the_next(config, tmp_path, monkeypatch):
