@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -80,9 +80,14 @@ class Interrupts:
         name = signal.Signals(number).name
         if comm.world_size() > 1:
             if not again:
-                self.note(f"{name}: stopping as soon as all ranks are done with this")
+                self._say(f"{name}: stopping as soon as all ranks are done with this")
         elif again or not self._held:
             self._asked = False
             raise Interrupted(self._first)
         else:
-            self.note(f"{name}: stopping as soon as this is done (send it again to stop at once, and lose it)")
+            self._say(f"{name}: stopping as soon as this is done (send it again to stop at once, and lose it)")
+
+    def _say(self, line: str) -> None:
+        # Python's files refuse a print in the middle of another, which the signal may have come into
+        with suppress(RuntimeError):
+            self.note(line)

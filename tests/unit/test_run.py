@@ -1,5 +1,6 @@
 """A run's session: its logs and times, what signals and listeners do to it."""
 
+import io
 import signal
 import time
 
@@ -14,6 +15,7 @@ from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.panel import Panel, PanelMetrics
 from hrf_fast.rewards import build_reward
 from hrf_fast.run.files import read_log
+from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.session import Run
 from tests.conftest import make_policy
@@ -137,6 +139,25 @@ def test_a_signal_waits_from_unbroken_to_commit(config):
         run.commit({"iteration": 1})
         reached.append("never")
     assert reached == ["update"] and caught.value.number == signal.SIGTERM
+
+
+def test_a_signal_in_the_middle_of_a_print_waits_like_any_other():
+    class Screen(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if b"progress" in bytes(data):
+                signal.raise_signal(signal.SIGINT)
+            return len(data)
+
+    screen = io.TextIOWrapper(io.BufferedWriter(Screen()))
+    reached, interrupts = [], Interrupts(lambda line: print(line, file=screen, flush=True))
+    with interrupts, pytest.raises(Interrupted), interrupts.held():
+        # Python refuses the note: "reentrant call inside <_io.BufferedWriter>"
+        print("progress", file=screen, flush=True)
+        reached.append("update")
+    assert reached == ["update"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
