@@ -16,7 +16,7 @@ from hrf_fast.config.options import Config
 from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.memory.counts import CallCounts, count_calls
 from hrf_fast.memory.footprint import Footprint, measure_model
-from hrf_fast.memory.zero import ENGINES, States, engine_of, model_states
+from hrf_fast.memory.zero import ENGINES, FP32, States, engine_of, model_states
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
 from hrf_fast.policies.option_checks import check_options
@@ -138,7 +138,10 @@ class Plan:
         states = self.states(engine, precision)
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
-        most = max(self.activations(mode, precision, images_per_call), sampling, states.step)
+        # train.gradient_noise copies the gradients of the first half of the groups, and then those of all
+        copied = FP32 * sum(self.any_footprint.tensors) if self.config.train.gradient_noise else 0
+        update = self.activations(mode, precision, images_per_call) + copied
+        most = max(update, sampling, states.step + 2 * copied)
         most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
         return states.together + self.trajectories + most
 

@@ -157,6 +157,20 @@ def test_the_fastest_mode_that_fits_and_its_largest_calls_are_chosen():
     assert made.modes("plain")[0] == "keep" and make_plan(10**9).modes("plain")[0] == "replay"
 
 
+def test_the_gradients_of_both_halves_count_where_their_noise_is_measured():
+    words = "train.groups_per_step=2", "train.order=on_policy"
+    plain, noise = (make_plan(10**9, *words, *more) for more in ((), ("train.gradient_noise=true",)))
+    # a copy of 1000 weights' gradients beside the graphs of 16 images x 3 steps, which are less than two copies
+    graphs = plain.activations("keep", "fp32", 0)
+    assert (
+        graphs == 4800 + 6 + 160
+        and noise.need("plain", "fp32", "keep", 0) - plain.need("plain", "fp32", "keep", 0) == 4000
+    )
+    # and two beside nothing, after the backwards of few activations
+    less = [each.need("plain", "fp32", "checkpoint", 1) for each in (plain, noise)]
+    assert less[1] - less[0] == 8000 - 41
+
+
 def test_a_mode_that_an_engine_lacks_is_not_said_to_fit():
     made = make_plan(10**9, "train.order=on_policy")
     assert [made.best(engine, "fp32").mode for engine in ("plain", "zero3")] == ["keep", "replay"]
