@@ -10,6 +10,7 @@ import torch
 
 import hrf_fast
 from benchmarks.gpu_bench.page import MARKERS
+from hrf_fast.assembly.algorithm import build_config_advantages
 from hrf_fast.assembly.inputs import build_config_reward
 from hrf_fast.cli import parse
 from hrf_fast.config.load import load_config
@@ -60,7 +61,7 @@ def test_commands_exist_with_their_options(page, words, monkeypatch):
     program, *rest = words
     if program in LAUNCHERS:
         assert "hrf_fast/train.py" in rest
-        load_config(rest[rest.index("hrf_fast/train.py") + 1 :])
+        build_config_advantages(load_config(rest[rest.index("hrf_fast/train.py") + 1 :]))
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "python":
@@ -68,7 +69,8 @@ def test_commands_exist_with_their_options(page, words, monkeypatch):
         assert (ROOT / path).is_file()
     elif rest[:1] == ["train"]:
         if rest[1:] != ["--help"]:
-            load_config(rest[1:])
+            # which refuses options of another kind of advantages
+            build_config_advantages(load_config(rest[1:]))
     elif program == "hrf":
         arguments = parse(rest)
         files = [word for file in getattr(arguments, "config", []) for word in ("--config", file)]
@@ -76,6 +78,25 @@ def test_commands_exist_with_their_options(page, words, monkeypatch):
         if rest[0] == "bench":
             bench = importlib.import_module(f"benchmarks.bench_{arguments.what}")
             bench.parse(arguments.words)
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+HEADS = [
+    shlex.split(" ".join(found.split()))
+    for path in CONFIGS
+    for found in re.findall(r"^# +hrf train ((?:.*\\\n#)*.*)", path.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("words", HEADS, ids=" ".join)
+def test_commands_at_the_head_of_a_configuration_are_ones(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    mine = [word if word != "mine.yaml" else "configs/demo.yaml" for word in words]
+    build_config_advantages(load_config(mine))
+
+
+def test_heads_have_commands():
+    assert len(HEADS) > 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
