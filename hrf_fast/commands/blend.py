@@ -28,6 +28,9 @@ from hrf_fast.run.finished import finished_run, model_iteration
 from hrf_fast.run.folder import edited
 from hrf_fast.run.lock import blending
 
+# which may say what the panel shows
+_PROMPTS = ("prompts.source", "prompts.kwargs", "prompts.negative", "evaluation.prompts")
+
 
 def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0, most: float, step: float) -> list[str]:
     """Choose the best model on the line from a run's pretrained model through its tuned one, and save it in RUN/blend.
@@ -73,7 +76,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
         panels = read_log(run / "evaluations.jsonl", PANEL)
         changed = differences(config, run_config(run))
-        if not any(FACTS[option].panel for option in changed if option != "evaluation.network"):
+        others = [option for option in changed if option != "evaluation.network"]
+        if not any(FACTS[option].panel or option in _PROMPTS for option in others):
             files = list(edited(run, reward.sources).values())
             check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=files)
             front.at(0.0, panel, accept=check)
@@ -83,22 +87,23 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         chosen = blends.choose(records, keep, quality)["alpha"]
         # the choice has looked at the first panel, whose figures flatter it
         other = panel.with_next_seed()
-        base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
+        base, *figures = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
         write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
         result = {
             "alpha": chosen,
             "most": max(alphas),
             "keep": keep,
             "quality": quality,
-            "panels": [blends.summary(record, base) for record in (base, *others)],
+            "panels": [blends.summary(record, base) for record in (base, *figures)],
         }
-        write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
         # of an earlier choice
+        (folder / "blend.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "model", ignore_errors=True)
         if chosen:
             line.move(chosen)
             described = replace(config, evaluation=replace(config.evaluation, seed=other.seed))
-            _save(folder / "model", policy, described, run, [base, others[-1]])
+            _save(folder / "model", policy, described, run, [base, figures[-1]])
+        write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
     return blends.describe(result)
 
 
@@ -134,8 +139,10 @@ def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, 
     now = {"precision": config.compute.precision, **sections, "weights": weights}
     if code := {name: source["sha256"] for name, source in sources.items() if source}:
         now["code of the reward"] = code
-    path = folder / "settings.json"
-    before = read_object(path, f"restore it, or move {folder} away to begin again") if path.exists() else now
+    path, front = folder / "settings.json", folder / "front.jsonl"
+    # a try that was refused before its first panel holds nobody to its settings
+    begun = path.exists() and front.exists() and front.stat().st_size > 0
+    before = read_object(path, f"restore it, or move {folder} away to begin again") if begun else now
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{folder} holds blends of another {name}; move it away, or use its own ({path} has it)")

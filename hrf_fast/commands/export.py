@@ -36,4 +36,5 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
         policy.network.unet = merged(policy.network.unet)
     out.parent.mkdir(parents=True, exist_ok=True)
     iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
-    save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)
+    # the card's figures were measured in the run's own precision
+    save_model(out, policy, run_config(run), read_log(run / "evaluations.jsonl", PANEL), iterations)

@@ -53,9 +53,13 @@ def model_of_run(path: Path) -> tuple[Path, Path] | None:
     """
     # from inside a run's folder too
     path = path.absolute()
-    folder = path.parent if path.name == "model" else path
-    run = folder.parent if folder.name == "blend" else folder
-    if not (run / "config.yaml").is_file():
+    # a run's own folder may have any name, these two as well
+    meant = [(path, path)]
+    meant += [(path.parent, path.parent)] if path.name == "model" else []
+    meant += [(path.parent, path)] if path.name == "blend" else []
+    meant += [(path.parents[1], path.parent)] if path.parts[-2:] == ("blend", "model") else []
+    run, folder = next((each for each in meant if (each[0] / "config.yaml").is_file()), (None, path))
+    if run is None:
         return None
     if folder != run and not (folder / "model").is_dir():
         raise ValueError(f"{folder} has no model/, since no blend was chosen; `hrf blend {run}` says why, or makes one")

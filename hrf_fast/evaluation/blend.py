@@ -215,11 +215,11 @@ def describe(result: Mapping[str, Any]) -> list[str]:
             f"[{panel['gain'][1]:+.4g}, {panel['gain'][2]:+.4g}], {panel['share']:.1%} of the Vendi Score"
             + (f", {panel['inception_share']:.1%} of the Inception Score" if "inception_share" in panel else "")
         )
-    quality = f", and {result['quality']:.0%} of the Inception Score," if result["quality"] else ""
+    quality = f", and {100 * result['quality']:g}% of the Inception Score," if result["quality"] else ""
     if not result["alpha"]:
         lines.append(
-            f"no blend that keeps {result['keep']:.0%}{quality} has a higher reward than the pretrained model, so none "
-            "is saved; lower the floor"
+            f"no blend that keeps {100 * result['keep']:g}%{quality} has a higher reward than the pretrained model, so "
+            "none is saved; lower the floor"
         )
     elif result["panels"][-1]["gain"][0] <= 0:
         lines.append("on this second panel the chosen blend gains nothing: what it had on the first one was chance")

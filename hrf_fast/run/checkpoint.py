@@ -108,23 +108,29 @@ def load_newest(folder: Path, engine: Engine, *, warn: Callable[[str], None]) ->
         ValueError: there are checkpoints, but every one is broken; or it is of another architecture, lacks a tensor or
             holds a number that is not finite.
     """
-    return _load(lambda: [path for path in list_checkpoints(folder) if _iteration(path)], engine, warn)
+    return _load(lambda: [path for path in list_checkpoints(folder) if _iteration(path)], engine, warn, needed=True)
 
 
 def load_first_intact(
     folder: Path, iterations: Sequence[int], engine: Engine, *, warn: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Restore the first of some checkpoints that is there and intact, as `load_newest`; one that is gone is skipped."""
+    """Restore the first of some checkpoints that is there and intact, as `load_newest`; others are skipped."""
 
     def listed() -> list[Path]:
         paths = {_iteration(path): path for path in list_checkpoints(folder)}
         return [paths[iteration] for iteration in iterations if iteration in paths]
 
-    return _load(listed, engine, warn)
+    return _load(listed, engine, warn, needed=False)
 
 
-def _load(listed: Callable[[], list[Path]], engine: Engine, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """Restore the first of the listed checkpoints whose hashes are right; result and errors as `load_newest`."""
+def _load(
+    listed: Callable[[], list[Path]], engine: Engine, warn: Callable[[str], None], *, needed: bool
+) -> dict[str, Any] | None:
+    """Restore the first of the listed checkpoints whose hashes are right; result and errors as `load_newest`.
+
+    Args:
+        needed: where all that are listed are broken, raise; else there is None.
+    """
     shapes, averaging = engine.shapes(), engine.ema.decay > 0
     tensors: list[Mapping[str, Tensor]] = [{}, {}, {}]
 
@@ -138,7 +144,7 @@ def _load(listed: Callable[[], list[Path]], engine: Engine, warn: Callable[[str]
                 remembered = path / REMEMBERED
                 return {**state, "tensors": read_tensors(remembered, _RESTORE)} if remembered.is_file() else state
             warn(f"checkpoint {path} is skipped: {reason}")
-        if checkpoints:
+        if checkpoints and needed:
             raise ValueError(
                 f"no checkpoint in {checkpoints[0].parent} is intact; delete the folder to start again, or restore a "
                 "copy"

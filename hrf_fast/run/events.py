@@ -144,7 +144,10 @@ class EventLog:
 
     def end(self, reason: str, model: int) -> None:
         """Write why the run has ended, and of how many iterations its tuned model is."""
-        self._write([Event(self._done, "end", reason, {"model": model})])
+        end = Event(self._done, "end", reason, {"model": model})
+        # a run may end at one iteration several times: for another reason, or with another model restored
+        if [event for event in self._folder.events() if event["event"] == "end"][-1:] != [end.record()]:
+            self._append(end)
 
     def _write(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -152,9 +155,12 @@ class EventLog:
             if _key(record) in self._known:
                 continue
             self._known.add(_key(record))
-            self._folder.append(EVENTS, record)
-            if event.event not in ("end", "error", "changed"):
+            self._append(event)
+            if event.event not in ("error", "changed"):
                 self._note(f"after {event.iteration} iterations: {event.text}")
+
+    def _append(self, event: Event) -> None:
+        self._folder.append(EVENTS, event.record())
 
     def best(self) -> dict[str, Any] | None:
         """The panel whose checkpoint is the best: of highest reward above the floors; None before there is one.
@@ -175,5 +181,5 @@ class EventLog:
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """An event's identity; a run may end at one iteration for several reasons, one after the other."""
-    return record["iteration"], record["event"], record["text"] if record["event"] == "end" else ""
+    """An event's identity: a rule finds one thing at an iteration, but it may fail or be changed in several ways."""
+    return record["iteration"], record["event"], record["text"] if record["event"] in ("error", "changed") else ""

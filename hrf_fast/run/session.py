@@ -268,8 +268,8 @@ class Run:
             state = load_first_intact(self.folder.checkpoints, ranked, engine, warn=self.note)
             if state is None:
                 raise ValueError(
-                    f"stop.on_collapse is restore_best, but {self.folder.checkpoints} has no checkpoint after any of "
-                    f"{ranked} iterations; set stop.on_collapse=stop to have the last weights as the tuned model"
+                    f"stop.on_collapse is restore_best, but {self.folder.checkpoints} has no intact checkpoint after "
+                    f"any of {ranked} iterations; set stop.on_collapse=stop to have the last weights as the tuned model"
                 )
             model = state["iteration"]
             text = f"the tuned model is that after {model} iterations, the best above the floors"

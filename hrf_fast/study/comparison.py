@@ -52,19 +52,24 @@ def measures(keep: float, target: float | None) -> list[Measure]:
             "kept at gain {level}", "share", highest_common, lambda line, gain: diversity_at_gain(path_of(line), gain)
         ),
         Measure(
-            f"evaluations to gain {{level}} with {100 * keep:.0f} % kept",
+            f"evaluations to gain {{level}} with {percent(keep)} kept",
             "count",
             highest_within,
             lambda line, gain: evaluations_to_gain(path_of(line), gain, keep),
         ),
         Measure(
-            f"seconds to gain {{level}} with {100 * keep:.0f} % kept",
+            f"seconds to gain {{level}} with {percent(keep)} kept",
             "count",
             highest_within,
             lambda line, gain: seconds_to_gain(line, gain, keep),
         ),
         Measure("hypervolume", "area", lambda _: 0.0, lambda line, _: hypervolume(path_of(line))),
     ]
+
+
+def percent(share: float) -> str:
+    """A floor in per cent, as it was written."""
+    return f"{round(100 * share, 6):g} %"
 
 
 def _positive(gain: float) -> float | None:
@@ -93,7 +98,7 @@ def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
     level = measure.level([arms[seed] for arms in (arm, reference) for seed in seeds])
     if level is None:
         return Compared(measure.title.format(level="(none in common)"), len(seeds), None, None, None)
-    title = measure.title.format(level=f"{100 * level:.0f} %" if measure.kind == "gain" else f"{level:.4g}")
+    title = measure.title.format(level=percent(level) if measure.kind == "gain" else f"{level:.4g}")
     values = [{seed: measure.value(arms[seed], level) for seed in seeds} for arms in (arm, reference)]
     both = [seed for seed in seeds if values[0][seed] is not None and values[1][seed] is not None]
     if not both:

@@ -27,13 +27,15 @@ def trained(folder: Path, log: Sequence[str]) -> dict[str, Any]:
         raise ValueError("the run says nothing of its end")
     panels, model, seconds = read_log(folder / "evaluations.jsonl", PANEL), model_iteration(folder), _seconds(folder)
     for number, panel in enumerate(panels):
-        # of training before it
-        panel["seconds"] = round(sum(seconds[: panel["iteration"]]), 1)
+        before = [value for iteration, value in seconds.items() if iteration < panel["iteration"]]
+        # of training before it; a log that has lost lines does not know them
+        if len(before) == panel["iteration"]:
+            panel["seconds"] = round(sum(before), 1)
         panel.pop("prompts", None)
         # for gains that are paired image by image
         if 0 < number < len(panels) - 1 and panel["iteration"] != model:
             del panel["rewards"]
-    return {"seconds": round(sum(seconds), 1), "reason": reason, "model": model, "panels": panels}
+    return {"seconds": round(sum(seconds.values()), 1), "reason": reason, "model": model, "panels": panels}
 
 
 def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
     records = read_front(folder / "blend" / "front.jsonl")
     alphas = steps_to(blend.most, blend.step)
     evaluations = read_log(folder / "evaluations.jsonl", PANEL)[-1]["evaluations"]
-    model, seconds = model_iteration(folder), round(sum(_seconds(folder)), 1)
+    model, seconds = model_iteration(folder), round(sum(_seconds(folder).values()), 1)
 
     def panel(record: dict[str, Any]) -> dict[str, Any]:
         figures = {name: value for name, value in record.items() if name not in ("prompts", "rewards")}
@@ -77,6 +79,6 @@ def reason_in(log: Sequence[str]) -> str | None:
     return reasons[-1] if reasons else None
 
 
-def _seconds(folder: Path) -> list[float]:
-    """Seconds of each iteration, without panels and checkpoints."""
-    return [float(sum(line["seconds"].values())) for line in read_log(folder / "metrics.jsonl")]
+def _seconds(folder: Path) -> dict[int, float]:
+    """Seconds by iteration, without panels and checkpoints."""
+    return {line["iteration"]: float(sum(line["seconds"].values())) for line in read_log(folder / "metrics.jsonl")}

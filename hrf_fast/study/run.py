@@ -37,12 +37,13 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
-        lock.acquire()
+        # released at the end of the block below
+        held = lock.acquire()
     except Timeout:
         raise ValueError(f"another process runs a study in {out}; wait for it, or use another --out") from None
     tuning = study.tuning_jobs()
     total = len(tuning) + len(study.cases) * len(study.arms) * len(study.seeds)
-    with lock, tqdm(total=total, unit=" run", dynamic_ncols=True, disable=None) as bar, Interrupts(say):
+    with held, tqdm(total=total, unit=" run", dynamic_ncols=True, disable=None) as bar, Interrupts(say):
         workers = Workers(out, results, jobs, {code_commit(), *also}, bar)
         rates: dict[tuple[str, str], float] = {}
         if tuning:

@@ -136,9 +136,10 @@ class Workers:
         """Say beside a run's folder what it is begun with; one of other code or of other options is renamed first."""
         folder, record = self.out / job.name, self.out / f"{job.name}.json"
         before = _begun(record)
-        if folder.exists() and before != begun:
-            # whoever trains there still would go on in the new folder
+        if folder.exists():
+            # of a study that was killed, a process may train there still
             lock_folder(folder).release()
+        if folder.exists() and before != begun:
             aside = _free(self.out / f"{job.name}@{before['commit']}")
             folder.rename(aside)
             say(f"{folder} is of other code or another configuration: it is {aside.name} now")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hrf_fast.cli import main
 from hrf_fast.commands.blend import blend
+from hrf_fast.commands.runs import model_of_run
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.evaluation.blend import Line, check_pretrained, choose, describe, read_front, steps_to, summary
@@ -131,6 +132,14 @@ def test_a_choice_at_the_end_of_the_range_and_one_that_was_chance_are_said():
     assert "is saved" not in lines(1.5, 0.1)
 
 
+def test_a_run_may_have_the_name_of_a_folder_in_runs(copy, tmp_path):
+    for name in ("blend", "model"):
+        run = shutil.copytree(copy, tmp_path / "of" / name)
+        assert model_of_run(run) == model_of_run(run / "model") == (run, run / "model")
+        shutil.copytree(run / "model", run / "blend" / "model")
+        assert model_of_run(run / "blend") == model_of_run(run / "blend" / "model") == (run, run / "blend" / "model")
+
+
 def test_alphas():
     assert steps_to(2, 0.5) == [0, 1, 0.5, 1.5, 2]
     # 1 is no multiple of 0.3
@@ -249,6 +258,12 @@ def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     # a run from before its base model was remembered
     (copy / "sources.json").unlink()
     assert "model.name is not the model that the run began with" in refused(copy, "--step", "1")
+    # what was refused holds nobody to its settings: the reason stays the model, and a panel of another size is no other
+    words = (copy, "--step", "1", "evaluation.panel_size=5")
+    for each in (words, words[:3]):
+        assert "model.name is not the model that the run began with" in refused(*each)
+    # half of a panel's line, as a full disk leaves it
+    (copy / "blend" / "front.jsonl").write_text("{\n")
     assert "another model" in refused(copy, f"model.name={tiny_model}")
     settings = copy / "blend" / "settings.json"
     whole = json.loads(settings.read_text())

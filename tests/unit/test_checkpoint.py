@@ -9,7 +9,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hrf_fast.run.checkpoint import AVERAGES, OPTIMIZER, WEIGHTS, list_checkpoints, load_newest, save_checkpoint, sweep
+from hrf_fast.run.checkpoint import (
+    AVERAGES,
+    OPTIMIZER,
+    WEIGHTS,
+    list_checkpoints,
+    load_first_intact,
+    load_newest,
+    save_checkpoint,
+    sweep,
+)
 from hrf_fast.run.files import replace_folder, sha256, write_atomically
 from tests.conftest import make_engine, make_policy
 
@@ -106,6 +115,8 @@ def test_when_every_checkpoint_is_broken_the_run_is_refused_not_restarted(saved,
         (path / "manifest.json").write_text("[]" if damage == "manifest is no mapping" else "{}")
     with pytest.raises(ValueError, match="no checkpoint in .* is intact"):
         load_newest(folder, engine, warn=lambda text: None)
+    # of the best ones that says nothing about the newest
+    assert load_first_intact(folder, [1, 0], engine, warn=lambda text: None) is None
 
 
 def test_a_pickle_in_place_of_weights_is_refused_and_not_run(saved, tmp_path):

@@ -14,7 +14,9 @@ from hrf_fast.errors import Interrupted
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.panel import Panel, PanelMetrics
 from hrf_fast.rewards import build_reward
+from hrf_fast.run.events import EventLog
 from hrf_fast.run.files import read_log
+from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.session import Run
@@ -166,6 +168,17 @@ def test_outside_an_update_a_signal_stops_at_once_and_handlers_are_put_back(conf
     with pytest.raises(Interrupted), Run(config):
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_every_end_says_the_model_that_it_left(config):
+    folder = RunFolder(config)
+    folder.path.mkdir()
+    for reason, model in (("the end", 70), ("the end", 60), ("the end", 60), ("the end", 70)):
+        log = EventLog(folder, print)
+        log.begin(70)
+        log.end(reason, model)
+    # once for each change, and the last one is the model's
+    assert [event["figures"]["model"] for event in folder.events()] == [70, 60, 70]
 
 
 # --- listeners --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from hrf_fast.cli import main
 from hrf_fast.report import plots
 from hrf_fast.run.lock import lock_folder
 from hrf_fast.study import statistics
-from hrf_fast.study.comparison import compare, measures
-from hrf_fast.study.outcome import reason_in
+from hrf_fast.study.comparison import compare, measures, percent
+from hrf_fast.study.outcome import reason_in, trained
 from hrf_fast.study.reading import read_study
 from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
@@ -424,10 +424,38 @@ def test_a_folder_of_other_code_is_renamed_unless_somebody_trains_there(write_st
     held = lock_folder(folder)
     with pytest.raises(ValueError, match="is in use by process"):
         workers._start(job)
+    # nor does a run of the same code begin beside itself, whose study was killed
+    (tmp_path / f"{job.name}.json").write_text(
+        json.dumps({"commit": code_commit(), "configuration": job.configuration})
+    )
+    with pytest.raises(ValueError, match="is in use by process"):
+        workers._start(job)
+    (tmp_path / f"{job.name}.json").write_text(json.dumps({"commit": "older", "configuration": job.configuration}))
     held.release()
     workers._start(job)
     assert not folder.exists() and (tmp_path / f"{job.name}@older").is_dir()
     assert [begun["commit"] for _, begun in workers._running.values()] == [code_commit()]
+
+
+def test_seconds_before_a_panel_by_hand(tmp_path):
+    interval = [1.0, 0.5, 1.5]
+    panels = [{"iteration": n, "evaluations": n, "reward": interval, "rewards": [1.0]} for n in (0, 2, 4)]
+    lines = [{"iteration": n, "seconds": {"rollout": 10.0 * (n + 1), "update": 0.0}} for n in range(4)]
+
+    def seconds(lines):
+        for name, records in (("evaluations", panels), ("metrics", lines)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return [
+            panel.get("seconds") for panel in trained(tmp_path, ["done, the end: reward 1 (hrf report run)"])["panels"]
+        ]
+
+    assert seconds(lines) == [0.0, 30.0, 100.0]
+    # a log that has lost a line does not know them
+    assert seconds(lines[1:]) == [0.0, None, None]
+
+
+def test_floors_have_the_digits_that_they_were_written_with():
+    assert [percent(share) for share in (0.9, 0.975, 0.995)] == ["90 %", "97.5 %", "99.5 %"]
 
 
 def test_a_report_from_lines(write_study, tmp_path):
