@@ -125,10 +125,13 @@ def paths(panels: Sequence[tuple[str, Arms]], *, x_label: str, y_label: str, lev
 
 
 def _planes(panels: Sequence[tuple[str, Arms]], *, x_label: str, y_label: str, level: float) -> bytes:
-    """`paths` with a small plane for each arm, in rows of four; all have the same axes."""
+    """`paths` with a small plane for each arm, in rows of four; those of a panel have one x axis."""
     planes = [(title, arms[0][2], *arm) for title, arms in panels for arm in arms]
-    figure, grid = _grid(len(planes), 4, 0.4 * HEIGHT, sharex=True)
+    figure, grid = _grid(len(planes), 4, 0.4 * HEIGHT, sharex=len(panels) == 1)
+    leading: dict[str, Axes] = {}
     for axes, (title, first, name, runs, mean) in zip(grid, planes, strict=True):
+        if leading.setdefault(title, axes) is not axes:
+            axes.sharex(leading[title])
         axes.plot(first.x, first.y, color="#999999", linewidth=2.4)
         _arm(axes, runs, mean, _look(0), width=1.6, end=4)
         axes.set_title(_label(name if len(panels) == 1 else f"{title}, {name}"), fontsize=FONT - 1)
