@@ -511,6 +511,17 @@ def test_cases_stand_two_in_a_row_on_one_scale_of_shares_in_per_cent(monkeypatch
     assert "80 %" in ticks and all(text.endswith(" %") for text in ticks)
 
 
+def test_small_planes_of_one_case_share_its_gains_and_no_other_cases(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    arms = {
+        top: [(f"arm {n}", [], plots.Series("a", [0.0, top * n], [1.0, 0.9])) for n in range(1, 10)] for top in (1, 50)
+    }
+    figure = plots.paths([("kilobytes", arms[1]), ("nats", arms[50])], x_label="gain", y_label="kept", level=0.9)
+    limits = [axes.get_xlim() for axes in figure.axes if axes.get_visible()]
+    assert len(limits) == 18 and len({*limits[:9]}) == len({*limits[9:]}) == 1
+    assert limits[0][1] < 10 < 400 < limits[9][1]
+
+
 def test_an_arm_ends_with_the_models_that_its_runs_restored():
     path = [(0, 0.0, 10.0), (100, 1.0, 9.0), (200, 2.0, 5.0)]
     restored = {1: line(*path) | {"learning_rate": 1.0, "model": 1}, 2: line(*path) | {"learning_rate": 1.0}}
