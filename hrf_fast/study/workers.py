@@ -139,10 +139,10 @@ class Workers:
         if folder.exists():
             # of a study that was killed, a process may train there still
             lock_folder(folder).release()
-        if folder.exists() and before != begun:
-            aside = _free(self.out / f"{job.name}@{before['commit']}")
-            folder.rename(aside)
-            say(f"{folder} is of other code or another configuration: it is {aside.name} now")
+            if before != begun:
+                aside = _free(self.out / f"{job.name}@{before['commit']}")
+                folder.rename(aside)
+                say(f"{folder} is of other code or another configuration: it is {aside.name} now")
         write_atomically(record, json.dumps(begun).encode())
 
     def _outcome(self, job: Job, code: int) -> dict[str, Any]:
