@@ -76,8 +76,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
         panels = read_log(run / "evaluations.jsonl", PANEL)
         changed = differences(config, run_config(run))
-        others = [option for option in changed if option != "evaluation.network"]
-        if not any(FACTS[option].panel or option in _PROMPTS for option in others):
+        apart = [option for option in changed if option != "evaluation.network"]
+        if not any(FACTS[option].panel or option in _PROMPTS for option in apart):
             files = list(edited(run, reward.sources).values())
             check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=files)
             front.at(0.0, panel, accept=check)
@@ -87,14 +87,14 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         chosen = blends.choose(records, keep, quality)["alpha"]
         # the choice has looked at the first panel, whose figures flatter it
         other = panel.with_next_seed()
-        base, *figures = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
+        base, *others = (front.at(alpha, other) for alpha in dict.fromkeys((0.0, 1.0, chosen)))
         write_atomically(folder / "front.png", blend_front(records, chosen=chosen, keep=keep))
         result = {
             "alpha": chosen,
             "most": max(alphas),
             "keep": keep,
             "quality": quality,
-            "panels": [blends.summary(record, base) for record in (base, *figures)],
+            "panels": [blends.summary(record, base) for record in (base, *others)],
         }
         # of an earlier choice
         (folder / "blend.json").unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         if chosen:
             line.move(chosen)
             described = replace(config, evaluation=replace(config.evaluation, seed=other.seed))
-            _save(folder / "model", policy, described, run, [base, figures[-1]])
+            _save(folder / "model", policy, described, run, [base, others[-1]])
         write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
     return blends.describe(result)
 

@@ -25,8 +25,8 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/iteration-…")
     if out.exists():
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
-    config = with_sampler(run_config(run), "cpu", {})
-    policy = run_policy(run, config)
+    config = run_config(run)
+    policy = run_policy(run, with_sampler(config, "cpu", {}))
     load_weights(policy, checkpoint)
     if merge:
         if not (policy.takes_prompts and config.lora.rank):
@@ -37,4 +37,4 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
     # the card's figures were measured in the run's own precision
-    save_model(out, policy, run_config(run), read_log(run / "evaluations.jsonl", PANEL), iterations)
+    save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,14 @@ def with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config
     All of `compute` is the default: a run on a GPU may have trained by what `device` does not have. Frozen weights
     are in fp32 with it.
     """
-    names = {"sampler": "scheduler"}
-    for name, value in sampler.items():
-        setattr(config.sample, names.get(name, name), value)
-    config.run.device, config.compute, config.lora.base_precision = device, ComputeConfig(), "fp32"
-    return config
+    fields = {"scheduler" if name == "sampler" else name: value for name, value in sampler.items()}
+    return replace(
+        config,
+        sample=replace(config.sample, **fields),
+        run=replace(config.run, device=device),
+        compute=ComputeConfig(),
+        lora=replace(config.lora, base_precision="fp32"),
+    )
 
 
 def load_weights(policy: Policy, checkpoint: Path) -> None:

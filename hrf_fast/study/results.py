@@ -118,12 +118,14 @@ class Results:
                 record = json.loads(line)
                 kinds = _CHOICE if "choice" in record else _RUN if "error" in record else _WHOLE
                 if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
-                    raise TypeError
+                    raise TypeError(f"not all of {', '.join(kinds)}")
                 if kinds is _WHOLE:
                     check_panels(record)
                 records.append(record)
-            except (ValueError, TypeError, AttributeError, LookupError):
-                notes.append(f"{self.path}, line {number} is half-written or no record of a study: it is ignored")
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
+                notes.append(
+                    f"{self.path}, line {number} is half-written or no record of a study: it is ignored ({error})"
+                )
         return records, notes
 
 
@@ -134,12 +136,14 @@ def check_panels(record: Mapping[str, Any]) -> None:
         check_record(panel, _PANEL)
     # shares are of the first panel's, and of blends on the second panel of that one's first
     if any(panel["vendi"][0] <= 0 for panel in [panels[0], *second[:1]]):
-        raise ValueError
+        raise ValueError("a first panel has a Vendi Score of 0 or less")
     model, of_blends = record.get("model", panels[-1]["iteration"]), "alpha" in record
-    if model not in [panel["iteration"] for panel in panels] or (of_blends and len(second) != 2):
-        raise ValueError
+    if model not in [panel["iteration"] for panel in panels]:
+        raise ValueError(f"no panel is of iteration {model}, which the tuned model is of")
+    if of_blends and len(second) != 2:
+        raise ValueError(f"a blend has 2 second panels, and here are {len(second)}")
     if of_blends and record["alpha"] not in [panel["alpha"] for panel in panels]:
-        raise ValueError
+        raise ValueError(f"no panel is of the chosen alpha, {record['alpha']:g}")
 
 
 def key(record: dict[str, Any] | Job) -> Key:

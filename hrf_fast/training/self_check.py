@@ -73,7 +73,12 @@ def _verdict(components: Components, error: float, joined: bool) -> str:
             "compute.precision=fp32" if policy.precision != "fp32" else "",
             f"a train.clip_range of at least {least_clip:.2g}" if math.isfinite(error) else "",
         ]
-        line += f"; the clip will act on rounding noise: use {' or '.join(filter(None, ways_out))}"
+        if math.isfinite(error):
+            line += "; the clip will act on rounding noise"
+        else:
+            line += "; no gradient will be finite"
+            ways_out.append("weights that `hrf sample` draws finite images of")
+        line += f": use {' or '.join(filter(None, ways_out))}"
     std = policy.sampler.coefficients.std[:stop]
     if (least_std := float(std.min())) < _SMALL_STD:
         line += (

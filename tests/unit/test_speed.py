@@ -174,11 +174,15 @@ def test_the_self_check_warns_of_a_clip_on_rounding_noise_and_names_the_ways_out
     # 2 of 6 steps are the least window: 1e-4 * 2/6
     assert line.startswith("self-check failed, training goes on: replayed log-probs differ too much from the rollout's")
     # ranks agree on the largest error, and not a number is above all others
-    shown = "0.0001" if error == 1e-4 else "inf"
-    assert f"(|ratio - 1| {shown}, smallest clip range 3.3e-05; eager kernels: tensors are on cpu; bf16); the" in line
+    finite = error == 1e-4
+    shown = "0.0001" if finite else "inf"
+    effect = "the clip will act on rounding noise" if finite else "no gradient will be finite"
+    facts = "smallest clip range 3.3e-05; eager kernels: tensors are on cpu; bf16"
+    assert f"(|ratio - 1| {shown}, {facts}); {effect}: use " in line
     assert "compute.images_per_call=0 or compute.precision=fp32" in line
     # ten times the error, over 2/6: 3e-3
-    assert ("clip_range of at least 0.003" in line) == (error == 1e-4)
+    assert ("clip_range of at least 0.003" in line) == finite
+    assert line.endswith("or weights that `hrf sample` draws finite images of") == (not finite)
 
 
 @pytest.mark.parametrize(

@@ -248,20 +248,26 @@ def test_what_another_process_has_added_is_in_a_line_once_and_what_lacks_is_an_e
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "said"),
     [
-        *({"alpha": 9}, {"alpha": None}, {"second_panel": []}, {"second_panel": [{}, {}]}),
-        {"second_panel": [{**record(0, 0, 0, seed=8), "iteration": 0, "evaluations": 1}] * 2},
+        ({"alpha": 9}, "no panel is of the chosen alpha, 9"),
+        ({"alpha": None}, "None"),
+        ({"second_panel": []}, "a blend has 2 second panels, and here are 0"),
+        ({"second_panel": [{}, {}]}, "iteration"),
+        (
+            {"second_panel": [{**record(0, 0, 0, seed=8), "iteration": 0, "evaluations": 1}] * 2},
+            "a first panel has a Vendi Score of 0 or less",
+        ),
     ],
 )
-def test_a_line_of_blends_that_is_not_whole_is_named(write_study, tmp_path, folder, damage):
+def test_a_line_of_blends_that_is_not_whole_is_named(write_study, tmp_path, folder, damage, said):
     job = read_study(write_study(arms=ARMS)).jobs({})[1]
     results = Results(tmp_path / "lines.jsonl")
     line = {**facts(job, "c1"), **blended(folder, job.blend)}
     results.append({**line, **damage})
     results.append(line)
     records, notes = results.read()
-    assert records == [line] and len(notes) == 1 and "line 1 is half-written" in notes[0]
+    assert records == [line] and len(notes) == 1 and "line 1 is half-written" in notes[0] and said in notes[0]
 
 
 @pytest.mark.slow
