@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -109,12 +110,15 @@ def study(arguments: argparse.Namespace) -> None:
 def from_trl(arguments: argparse.Namespace) -> None:
     """Translate a script or a JSON file for TRL's DDPOTrainer into a configuration; the script is not run."""
     from hrf_fast.config.trl import convert
+    from hrf_fast.run.files import write_atomically
 
     text, notes = convert(arguments.source, arguments.words, processes=arguments.processes)
     if arguments.out is None:
         print(text, end="")
         return
-    arguments.out.write_text(text, encoding="utf-8")
+    if arguments.out.exists():
+        raise ValueError(f"--out is {arguments.out}, which is there already; name a new file")
+    write_atomically(arguments.out, text.encode())
     for note in notes:
         print(f"- {note}", file=sys.stderr)
     print(f"written to {arguments.out}; mind the notes, which it holds too, then hrf train --config {arguments.out}")
@@ -137,11 +141,18 @@ def plan(arguments: argparse.Namespace) -> None:
 
     if arguments.measure and arguments.rate is not None:
         raise ValueError(f"--measure and --rate {arguments.rate:g} are two rates; give one of them")
+    target = arguments.target_evaluations
+    if target is not None and not 0 < target < math.inf:
+        raise ValueError(f"--target-evaluations is {target:g}; use a finite number above 0")
+    if target is not None and not arguments.measure and arguments.rate is None:
+        raise ValueError(
+            f"--target-evaluations {target:g} asks for seconds, which need a rate; add --measure or --rate"
+        )
     memory, rate = parse_memory(arguments.memory), None if arguments.rate is None else stated(arguments.rate)
     config = load_config([*(word for file in arguments.config for word in ("--config", file)), *arguments.overrides])
     made = make_plan(config, gpus=arguments.gpus, memory=memory)
     rate = measured(made) if arguments.measure else rate
-    print(describe(made), seconds_line(made, rate, arguments.target_evaluations) if rate else NO_RATE, sep="\n\n")
+    print(describe(made), seconds_line(made, rate, target) if rate else NO_RATE, sep="\n\n")
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:

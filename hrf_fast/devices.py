@@ -32,7 +32,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
-    """Set what torch leaves open on CUDA: TF32, how cudnn chooses its convolutions, and attention its backward.
+    """Set what torch leaves open on CUDA: TF32, how cudnn chooses its convolutions, and which attention it takes.
 
     Args:
         deterministic: the same seed gives the same bits, and fp32 is fp32; False takes TF32 and cudnn's fastest.
@@ -50,6 +50,8 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
+    # cudnn's attention, torch's first choice on some cards, has a backward that asks no flag and adds up in any order
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     # sums by atomic additions differ from run to run; `deterministic_backward` is stricter than a warning, which is for
     # what rewards may compute
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

@@ -79,6 +79,11 @@ def check_module(name: str, spec: str, option: str) -> None:
         )
 
 
+def of_script(spec: str | None) -> bool:
+    """Whether a `module:function` is of the script that is run, which another command can't import."""
+    return bool(spec) and str(spec).startswith("__main__:")
+
+
 def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     """Import `module:function`, also from the current folder.
 
@@ -86,6 +91,11 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
         ValueError: malformed, no such module or attribute, a module that raises when imported, or not callable.
     """
     module_name, _, attribute = spec.partition(":")
+    if of_script(spec) and not callable(getattr(sys.modules["__main__"], attribute, None)):
+        raise ValueError(
+            f"{option} is {spec!r}, which went with the script that trained; put the function into a module and name "
+            f"it, as {option}=my_module:my_function"
+        )
     if not module_name or not attribute or module_name.startswith("."):
         raise ValueError(f"{option} is {spec!r}; write module:function, e.g. my_rewards:brightness")
     _look_in_current_folder()

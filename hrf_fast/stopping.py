@@ -86,6 +86,12 @@ def check_floors(stop: StopConfig, shares: Collection[str]) -> None:
                 f"stop.{option} is {value:g}, a share of the pretrained model's {metric}, which the panel does not "
                 f"measure; {way_out}, or set stop.{option}=0"
             )
+    for option, metric in (("diversity", stop.diversity), ("quality", stop.quality)):
+        if metric != getattr(StopConfig(), option) and metric not in shares and getattr(stop, f"{option}_floor") != 0:
+            raise ValueError(
+                f"stop.{option} is {metric}, which the panel does not measure, so nothing would watch; {way_out}, or "
+                f"set stop.{option}_floor=0"
+            )
     if stop.on_collapse != "warn" and stop.diversity_floor is None and stop.diversity not in shares:
         raise ValueError(
             f"stop.on_collapse is {stop.on_collapse}, but the panel does not measure {stop.diversity}, so a collapse "

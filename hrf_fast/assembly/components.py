@@ -65,6 +65,9 @@ def build_components(
         device = choose_device(config.run.device)
         check_compile(config.compute.compile, device)
         policy = build_policy(config) if policy is None else check_policy(policy, config)
+    # of a policy of the user's, each rank may have made its own; a reference is a copy of it
+    comm.take_main([*policy.network.parameters(), *policy.network.buffers()])
+    with comm.agreed():
         if config.remedies.needs_reference:
             policy.hold_reference()
         check_prompts(

@@ -15,12 +15,14 @@ from tqdm import tqdm
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
 from hrf_fast.commands.runs import ADAPTERS, run_config, run_policy, tuned_config
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.lora import adapted_layers
+from hrf_fast.registry import of_script
 from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
 from hrf_fast.run.files import PANEL, append_line, read_log, read_object, sha256, write_atomically
@@ -75,14 +77,16 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         _claim_blend(folder, run, config, reward.sources)
         front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
         panels = read_log(run / "evaluations.jsonl", PANEL)
-        changed = differences(config, run_config(run))
+        before = run_config(run)
+        changed = differences(config, before)
         apart = [option for option in changed if option != "evaluation.network"]
         if not any(FACTS[option].panel or option in _PROMPTS for option in apart):
             files = list(edited(run, reward.sources).values())
             check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=files)
             front.at(0.0, panel, accept=check)
-        elif not (folder / "front.jsonl").exists():
-            blends.check_pretrained(panels[0]["rewards"], _own_rewards(run, config))
+        elif not (folder / "front.jsonl").exists() and not of_script(before.reward.name):
+            # of a reward that went with its script, the digest of the weights must do
+            blends.check_pretrained(panels[0]["rewards"], _own_rewards(before, config))
         records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
         chosen = blends.choose(records, keep, quality)["alpha"]
         # the choice has looked at the first panel, whose figures flatter it
@@ -114,9 +118,8 @@ def _save(folder: Path, policy: Policy, config: Config, run: Path, panels: Seque
     save_model(folder, policy, config, table, tuned, alpha=panels[1]["alpha"])
 
 
-def _own_rewards(run: Path, config: Config) -> Sequence[float]:
-    """Rewards of the run's own first panel from the pretrained model that `config` names."""
-    before = run_config(run)
+def _own_rewards(before: Config, config: Config) -> Sequence[float]:
+    """Rewards of a run's own first panel from the pretrained model that `config` names."""
     evaluation = replace(before.evaluation, network=config.evaluation.network)
     before = replace(before, model=config.model, run=config.run, lora=LoraConfig(), evaluation=evaluation)
     device = choose_device(before.run.device)
@@ -135,7 +138,10 @@ def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, 
             damaged.
     """
     weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
-    sections = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
+    sections = {
+        name: without_credentials(asdict(getattr(config, name)))
+        for name in ("model", "sample", "reward", "prompts", "evaluation")
+    }
     now = {"precision": config.compute.precision, **sections, "weights": weights}
     if code := {name: source["sha256"] for name, source in sources.items() if source}:
         now["code of the reward"] = code

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.commands.runs import ADAPTERS, BASE_MODEL, run_policy, tuned_config
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation.detail import LEAST, detail
 from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.peer import peer_columns
 from hrf_fast.report.evaluation import evaluation_lines
 from hrf_fast.run.files import write_atomically
+from hrf_fast.run.folder import edited_notes
 
 
 def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
@@ -36,9 +38,15 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
     """
     config = tuned_config(run, words, (*BASE_MODEL, *ADAPTERS))
     device = choose_device(config.run.device)
-    reward, panel = build_config_reward(config, device), build_panel(config, device, build_prompts(config)[0])
+    (prompts, source), reward = build_prompts(config), build_config_reward(config, device)
+    panel = build_panel(config, device, prompts)
+    sources = {**reward.sources, f"prompts {config.prompts.source}": source}
+    sources[f"panel's prompts {config.evaluation.prompts}"] = panel.source
+    for changed in edited_notes(run, sources):
+        print(changed)
     result: dict[str, Any] = {
-        name: asdict(getattr(config, name)) for name in ("sample", "reward", "prompts", "evaluation")
+        name: without_credentials(asdict(getattr(config, name)))
+        for name in ("sample", "reward", "prompts", "evaluation")
     }
     network, reference = panel.network, None
     before: Mapping[str, Tensor] = {}
@@ -68,6 +76,7 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
                     metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
                     for metric, values in metrics.halves.items()
                 }
-    write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
+    # a file that can't be written costs no table
     print("\n".join(evaluation_lines(result, everything=everything)))
+    write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
     return run / "evaluation.json"

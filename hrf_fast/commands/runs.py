@@ -22,6 +22,8 @@ from hrf_fast.run.folder import check_base
 
 # options that say what a run's tuned model is
 BASE_MODEL = ("model.name", "model.revision", "model.variant")
+# what a tuned model does not depend on any more
+_TRAINING = ("train", "window", "optimizer", "remedies", "stop")
 ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
 
 
@@ -75,10 +77,15 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
     """A finished run's configuration with options changed by `words`, but for the `fixed` ones.
 
     Raises:
-        ValueError: the run has not finished, or a fixed option is another than the run's.
+        ValueError: the run has not finished, a fixed option is another than the run's, or an option of training alone
+            is changed.
     """
     config = run_config(finished_run(run), tuple(words))
     changed = differences(with_absolute_paths(run_config(run)), with_absolute_paths(config))
+    for option in changed:
+        section = option.partition(".")[0]
+        if section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device"):
+            raise ValueError(f"{option} would change nothing here, since the run has been trained; leave it out")
     for option in fixed:
         if option in changed:
             before, now = changed[option]

@@ -11,7 +11,7 @@ from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
 from hrf_fast.commands.runs import load_weights, model_of_run, run_config, run_of, run_policy, with_sampler
 from hrf_fast.config.options import FLOW_SAMPLERS
 from hrf_fast.devices import choose_device, set_precision_flags
-from hrf_fast.evaluation.grids import save_grid
+from hrf_fast.evaluation.grids import check_picture, save_grid
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
@@ -41,10 +41,12 @@ def draw(
         sampler: scheduler, steps, eta and guidance; None for a run's own, or the defaults of `load_policy`.
 
     Raises:
-        ValueError: no such model, a run that is not finished, a count below 1, or prompts that the model does not take.
+        ValueError: no such model, a run that is not finished, `out` is no name of a picture, a count below 1, or
+            prompts that the model does not take.
     """
     if count < 1 or images_per_call < 1:
         raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
+    check_picture(out)
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
     source = _source(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -18,7 +19,10 @@ def parse_memory(text: str, option: str = "--memory") -> int:
     if match is None or unit not in _UNITS or float(match.group(1)) == 0:
         units = "KB, MB, GB, TB, KiB, MiB, GiB, TiB"
         raise ValueError(f"{option} is {text!r}; use a number above 0 with a unit of {units}, such as 80GB or 24GiB")
-    return int(float(match.group(1)) * _UNITS[unit])
+    amount = float(match.group(1)) * _UNITS[unit]
+    if math.isinf(amount):
+        raise ValueError(f"{option} is a number of {len(text)} digits; use an amount that a machine has, such as 80GB")
+    return int(amount)
 
 
 def show_bytes(size: float) -> str:

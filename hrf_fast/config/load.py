@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.options import SECTIONS, Config
 from hrf_fast.config.rules import check_config
 from hrf_fast.config.shapes import check_layer, missing_space
@@ -190,11 +191,12 @@ def _merge(config: Any, layer: Any) -> Any:
     return OmegaConf.unsafe_merge(config, layer)
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as a valid `--config` file."""
+def to_yaml(config: Config, *, credentials: bool = True) -> str:
+    """The whole configuration as a valid `--config` file, without `credentials` as a page for others may show it."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
+    options = dataclasses.asdict(config)
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(options if credentials else without_credentials(options))))
 
 
 def _escaped(value: Any) -> Any:

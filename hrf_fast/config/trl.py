@@ -7,11 +7,12 @@ command line go on top. What has no equal here is said in a note. docs/from_trl.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.config.trl_fields import DEFAULTS, HEAD, KNOWN, PRECISIONS, SAME
+from hrf_fast.config.trl_fields import COUNTS, DEFAULTS, HEAD, KNOWN, PRECISIONS, SAME
 from hrf_fast.config.trl_notes import NETWORK, UNNAMED, Numbers, write_notes
 from hrf_fast.config.trl_source import TrlRun, read_source, read_words
 from hrf_fast.registry import check_count, nearest
@@ -49,6 +50,25 @@ def convert(source: Path, words: Sequence[str] = (), *, processes: int | None = 
     return "\n".join(lines) + "\n", notes
 
 
+def _check_type(name: str, value: Any) -> None:
+    """Hold a field to the type of its default, and a count to 1 or more."""
+    default = DEFAULTS[name]
+    if default is None:
+        fits, wanted = value is None or isinstance(value, str), "a text"
+    elif isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, str):
+        fits, wanted = isinstance(value, str), "a text"
+    else:
+        kinds = int if isinstance(default, int) else (int, float)
+        least = 1 if name in COUNTS else -math.inf
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and least <= value < math.inf
+        wanted = "a whole number" if kinds is int else "a finite number"
+        wanted += " of at least 1" if name in COUNTS else ""
+    if not fits:
+        raise ValueError(f"{name} is {value!r}, but DDPOConfig has {wanted}, such as {default!r}; correct it")
+
+
 def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, Any], list[str]]:
     """The options, by "section.field", and the notes on what is not as in TRL.
 
@@ -59,6 +79,8 @@ def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, A
         if name not in KNOWN and name not in run.declared:
             raise ValueError(f"{name} is no field of DDPOConfig{nearest(name, KNOWN)}; correct or remove it")
     values = DEFAULTS | {name: value for name, value in run.fields.items() if name in DEFAULTS}
+    for name, value in values.items():
+        _check_type(name, value)
     if values["mixed_precision"] not in PRECISIONS:
         raise ValueError(f"mixed_precision is {values['mixed_precision']!r}; DDPOConfig knows {', '.join(PRECISIONS)}")
     steps, precision = values["sample_num_steps"], PRECISIONS[values["mixed_precision"]]

@@ -100,12 +100,14 @@ DECIDED = {name: (option,) for name, option in SAME.items()} | {
     "use_lora": ("lora.rank",),
 }
 """The options that a field decides; train_timestep_fraction, resume_from and push_to_hub have none."""
-ASKED_FOR = (
+COUNTS = (
     "sample_batch_size",
     "sample_num_batches_per_epoch",
     "train_batch_size",
     "train_gradient_accumulation_steps",
-    "pretrained_model",
+    "sample_num_steps",
 )
+"""Fields by which others are multiplied or divided."""
+ASKED_FOR = (*COUNTS[:4], "pretrained_model")
 """Fields whose default hardly any script runs with; a source without them gets a note."""
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}

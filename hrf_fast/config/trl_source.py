@@ -90,7 +90,7 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
 def _literal(word: str) -> Any:
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return {"true": True, "false": False}.get(word.lower(), word)
 
 
@@ -174,7 +174,8 @@ def _keep(run: TrlRun, name: str, value: ast.expr) -> None:
     """Keep a literal value, or the expression of one that only running the script would tell."""
     try:
         run.set(name, ast.literal_eval(value))
-    except ValueError:
+    # of a key that can't be one
+    except (ValueError, TypeError):
         run.fields.pop(name, None)
         run.computed[name] = ast.unparse(value)
 

@@ -139,6 +139,8 @@ def complete(settings: dict[str, Any], *, max_grad_norm: float) -> dict[str, Any
     """The settings with what DeepSpeed insists on and what its defaults get wrong for us."""
     stage = settings["zero_optimization"].get("stage", 0)
     return {
+        # its default waits for the whole device before every forward, in sampling too
+        "timers": {"throughput": {"enabled": False}},
         **settings,
         # stage 3 would put its own linear layer into torch for the whole process, which under autocast computes in
         # another precision, in the sampling too; it saves memory for frozen weights only

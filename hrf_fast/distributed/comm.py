@@ -127,7 +127,7 @@ def on_all_ranks(error: Value) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """Every rank's value, in the order of ranks, on every rank."""
+    """Every rank's value, in the order of ranks, on every rank; of a view into a tensor, all of that tensor is sent."""
     if world_size() == 1:
         return [value]
     _check_outside()
@@ -152,7 +152,7 @@ def largest(value: float) -> float:
 
 
 def broadcast(value: Value) -> Value:
-    """The main rank's value."""
+    """The main rank's value; of a view into a tensor, all of that tensor is sent."""
     if world_size() == 1:
         return value
     _check_outside()

@@ -38,8 +38,6 @@ class PlainEngine:
         optimizer: str = "adamw",
     ) -> None:
         self.model = model
-        # of a policy of the user's, each rank may have made its own
-        comm.take_main([*model.parameters(), *model.buffers()])
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_grad_norm = max_grad_norm
         device = next(model.parameters()).device

@@ -122,6 +122,15 @@ def _shortened(text: str, measure: Callable[[str], float], width: float) -> str:
     return text[: fitting - 1].rstrip() + "…" if fitting else ""
 
 
+def check_picture(path: Path) -> None:
+    """Raise ValueError for a path whose suffix is that of no picture that can be written."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} is no name of a picture (unknown file extension: {path.suffix}); end it with .png")
+
+
 def save_grid(images: Tensor, path: Path, *, captions: Sequence[str] = (), images_per_prompt: int = 0) -> None:
     """Write `image_grid` as PNG, making its folder.
 
@@ -129,10 +138,8 @@ def save_grid(images: Tensor, path: Path, *, captions: Sequence[str] = (), image
         NotWritten: the disk is full or unwritable.
         ValueError: `path` has the suffix of no picture.
     """
+    check_picture(path)
     picture = image_grid(images, captions=captions, images_per_prompt=images_per_prompt)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(path)
-        except ValueError as error:
-            raise ValueError(f"{path} is no name of a picture ({error}); end it with .png") from error
+        picture.save(path)

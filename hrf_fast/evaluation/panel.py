@@ -116,7 +116,7 @@ class Panel:
             if comm.is_main():
                 measured = self._measure(policy.decode(latents), reward)
         # the images of a large panel are gigabytes, and only the main rank shows them
-        without_images = comm.broadcast(measured and replace(measured, images=measured.images[:0]))
+        without_images = comm.broadcast(measured and replace(measured, images=measured.images[:0].clone()))
         result = measured or without_images
         assert result is not None
         return result

@@ -129,7 +129,7 @@ def _read(folder: Path) -> RunLog:
             "or no diversity to begin with; mend or delete those lines"
         )
     events, ends = read_log(folder / "events.jsonl", EVENT), ends_of(folder)
-    if not metrics and ends:
+    if not metrics and any(end["iteration"] == 0 for end in ends):
         raise ValueError(
             f"{folder} ended before its first iteration, as its events.jsonl says: there is nothing to report"
         )

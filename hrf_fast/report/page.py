@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences, to_yaml
 from hrf_fast.report.comparison import RunLog, lowest_end, read_runs
 from hrf_fast.report.figures import COST, curves, front, grids, grids_on_the_way, last_grids, training, windows
@@ -94,7 +95,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
         "diagnostics": [training(log) for log in logs],
         "times": _times(logs).rows,
         "differences": _differences(logs),
-        "options": [(log.name, to_yaml(log.config)) for log in logs],
+        "options": [(log.name, to_yaml(log.config, credentials=False)) for log in logs],
     }
 
 
@@ -146,4 +147,4 @@ def _differences(logs: Sequence[RunLog]) -> list[list[str]]:
 
 def _option(log: RunLog, key: str) -> object:
     section, name = key.split(".")
-    return getattr(getattr(log.config, section), name)
+    return without_credentials(getattr(getattr(log.config, section), name))

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.registry import check_count
 from hrf_fast.rewards.registry import OPTION_PREFIX, NotFiniteError, RewardError, register_reward
 
@@ -88,7 +89,12 @@ def _check_url(option: str, url: Any) -> None:
     except (ValueError, AttributeError, TypeError):
         valid = False
     if not valid:
-        raise ValueError(f"{option} is {url!r}; write it as http://host:port")
+        raise ValueError(f"{option} is {without_credentials(url)!r}; write it as http://host:port")
+    if address.username is not None:
+        raise ValueError(
+            f"{option} {without_credentials(url)} has a user and a password, which no request would send; leave them "
+            "out, and let a proxy of yours add what the server asks for"
+        )
 
 
 def pack(
@@ -142,7 +148,8 @@ class _Server:
 
     @property
     def _name(self) -> str:
-        return f"{self.option_prefix}url {self.url}"
+        # a query may be a credential
+        return f"{self.option_prefix}url {self.url.partition('?')[0]}"
 
     def ask(self, body: bytes, limit: int) -> bytes:
         """The answer to a request, asked again while the server is down or busy.

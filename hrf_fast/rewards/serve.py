@@ -26,6 +26,8 @@ from hrf_fast.rewards.remote import NOT_FINITE, unpack
 # seconds after which a client that sends nothing more is dropped
 _STALLED = 60
 _CHUNK = 1 << 20
+# of a Content-Length
+_DIGITS = 18
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -73,12 +75,14 @@ class _Handler(BaseHTTPRequestHandler):
         length, limit = self.headers.get("Content-Length", ""), self.server.max_bytes
         # an unread body must not be taken for the next request
         self.close_connection = True
-        if not length.isdecimal():
-            return 411, {"error": "the request has no Content-Length"}
+        # int refuses texts of thousands of digits
+        if not length.isdecimal() or len(length) > _DIGITS:
+            return 411, {"error": "the request has no Content-Length, or none that is a size"}
         if int(length) > limit:
             # who is cut off while it sends does not read the answer
             for read in range(0, int(length), _CHUNK):
-                self.rfile.read(min(_CHUNK, int(length) - read))
+                if not self.rfile.read(min(_CHUNK, int(length) - read)):
+                    break
             return 413, {
                 "error": f"the request has {length} bytes, over --max-bytes {limit}; lower the client's batch_size"
             }

@@ -83,17 +83,24 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             _fsync(path)
         if folder.exists():
             # a folder can't be renamed onto a full one
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
             folder.rename(old)
         aside.rename(folder)
         # after a crash between the two it is all that there was
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         _fsync(folder.parent)
     except SafetensorError as error:
         # what a full disk is called by safetensors
         raise OSError(str(error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link to one that somebody has put in its place."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

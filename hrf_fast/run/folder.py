@@ -90,6 +90,14 @@ def edited(run: Path, sources: Mapping[str, Mapping[str, str] | None]) -> dict[s
     }
 
 
+def edited_notes(run: Path, sources: Mapping[str, Mapping[str, str] | None]) -> list[str]:
+    """A line for each of the user's files of `edited`."""
+    return [
+        f"{name} has changed since the run began ({file}): what came before and what comes now can't be compared"
+        for name, file in edited(run, sources).items()
+    ]
+
+
 class RunFolder:
     """One training run's folder."""
 
@@ -125,8 +133,10 @@ class RunFolder:
         path = self.path / "config.yaml"
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is not a folder; remove it, or choose another run.folder")
-        if path.exists():
-            if not has_trained(self.checkpoints) and not read_log(self.path / "metrics.jsonl"):
+        trained = has_trained(self.checkpoints) or bool(read_log(self.path / "metrics.jsonl"))
+        # a configuration that somebody has written there is no run; one that lost its lock has trained
+        if path.exists() and (trained or (self.path / lock.NAME).exists()):
+            if not trained:
                 return
             changes = self._changes()
             changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
@@ -175,7 +185,7 @@ class RunFolder:
         path = self.path / "config.yaml"
         if done and BASE in sources:
             check_base(self.path, self.config.model.name, sources[BASE]["sha256"])
-        changed = self._edited(sources)
+        changed = edited_notes(self.path, sources)
         if changed and done and self.config.run.edited_code == "refuse":
             raise ValueError(
                 f"{changed[0]}, and run.edited_code is refuse; restore the file, choose another run.folder, or set "
@@ -210,13 +220,6 @@ class RunFolder:
         """Options of the folder's config.yaml that the configuration has otherwise."""
         before = load_config(["--config", str(self.path / "config.yaml")])
         return differences(with_absolute_paths(before), with_absolute_paths(self.config))
-
-    def _edited(self, sources: Mapping[str, dict[str, str]]) -> list[str]:
-        """A line for each of the user's sources that is not what it was when the run began."""
-        return [
-            f"{name} has changed since the run began ({file}): what came before and what comes now can't be compared"
-            for name, file in edited(self.path, sources).items()
-        ]
 
     def _may_change(self, option: str) -> bool:
         if option == "train.iterations":

@@ -6,7 +6,6 @@ killed and goes on repeats iterations, to equal numbers; neither service shows o
 
 from __future__ import annotations
 
-import re
 import uuid
 from dataclasses import asdict
 from typing import Any
@@ -15,14 +14,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.errors import writing
 from hrf_fast.evaluation.grids import captions_of, image_grid
 from hrf_fast.run.files import INTERVALS, write_atomically
 from hrf_fast.run.folder import WANDB_ID, WANDB_SENT, RunFolder
 from hrf_fast.run.listeners import Listener
-
-# options of a user's reward that a log for others must not hold
-_CREDENTIAL = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key|apikey|auth)(_|$)", re.IGNORECASE)
 
 
 class Writer(Listener):
@@ -156,15 +153,6 @@ class WandbWriter(Writer):
 def _step(iteration: int, panel: bool) -> int:
     """W&B's step of a record: the panel after so many iterations comes before the iteration of that number."""
     return 2 * iteration + (not panel)
-
-
-def without_credentials(value: Any) -> Any:
-    """A configuration without the options whose names say that they are secret, and without passwords in addresses."""
-    if isinstance(value, dict):
-        return {k: without_credentials(v) for k, v in value.items() if not _CREDENTIAL.search(str(k))}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", value) if isinstance(value, str) else value
 
 
 def build_writers(folder: RunFolder) -> list[Writer]:

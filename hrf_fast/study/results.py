@@ -36,6 +36,7 @@ _RUN: dict[str, Any] = {
     "configuration": str,
     "commit": str,
 }
+_MACHINE = {"cores", "processor", "gpu", "torch"}
 _WHOLE: dict[str, Any] = {**_RUN, "machine": dict, "date": str, "seconds": _NUMBER, "reason": str, "panels": list}
 # a path is made of Vendi Scores; rewards of single images are in some panels only
 _PANEL = {**PANEL, "rewards": "list of numbers?", "vendi": "interval"}
@@ -119,6 +120,8 @@ class Results:
                 kinds = _CHOICE if "choice" in record else _RUN if "error" in record else _WHOLE
                 if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
                     raise TypeError(f"not all of {', '.join(kinds)}")
+                if kinds is _WHOLE and not record["machine"].keys() >= _MACHINE:
+                    raise ValueError(f"its machine lacks one of {', '.join(sorted(_MACHINE))}")
                 if kinds is _WHOLE:
                     check_panels(record)
                 records.append(record)
@@ -135,8 +138,8 @@ def check_panels(record: Mapping[str, Any]) -> None:
     for panel in [*panels, *second]:
         check_record(panel, _PANEL)
     # shares are of the first panel's, and of blends on the second panel of that one's first
-    if any(panel["vendi"][0] <= 0 for panel in [panels[0], *second[:1]]):
-        raise ValueError("a first panel has a Vendi Score of 0 or less")
+    if any(panel.get(name, [1])[0] <= 0 for panel in [panels[0], *second[:1]] for name in ("vendi", "inception")):
+        raise ValueError("a first panel has a Vendi or an Inception Score of 0 or less")
     model, of_blends = record.get("model", panels[-1]["iteration"]), "alpha" in record
     if model not in [panel["iteration"] for panel in panels]:
         raise ValueError(f"no panel is of iteration {model}, which the tuned model is of")

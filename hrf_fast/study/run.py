@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from hrf_fast.errors import writing
 from hrf_fast.run.interrupts import Interrupts
 from hrf_fast.study.plan import Job, Study
 from hrf_fast.study.results import Key, Results, code_commit, key
@@ -35,6 +36,9 @@ def run_study(study: Study, *, out: Path, results: Results, jobs: int, also: Col
         raise ValueError(f"--jobs is {jobs}; use at least 1")
     study.check()
     out.mkdir(parents=True, exist_ok=True)
+    # not found out after the first run
+    with writing(results.path):
+        results.path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
         # released at the end of the block below

@@ -38,10 +38,9 @@ class Anchors:
         if self.reuse == 1:
             return dict(zip(numbers, draw(), strict=True))
         if self.drawn_at(iteration) == iteration:
-            by_number: dict[int, Tensor] = {}
-            for part in comm.gather(dict(zip(numbers, draw().cpu(), strict=True))):
-                by_number |= part
-            self._remembered = torch.stack([by_number[number] for number in sorted(by_number)])
+            parts = comm.gather((list(numbers), draw().cpu()))
+            everybody = torch.tensor([number for here, _ in parts for number in here])
+            self._remembered = torch.cat([drawn for _, drawn in parts])[everybody.argsort()]
         assert self._remembered is not None, "a checkpoint of a run that uses anchors again holds them"
         return {number: self._remembered[number].to(device) for number in numbers}
 

@@ -23,8 +23,8 @@ def warm_up(components: Components, note: Callable[[str], None]) -> None:
     """
     groups, panel = components.groups, components.panel
     if components.policy.compiled != "none":
-        # what is sampled: anchors, groups, panels
-        splits = (groups.per_iteration // groups.ranks, groups.size, panel.size)
+        # what a rank samples: anchors, groups, its share of a panel
+        splits = (groups.per_iteration // groups.ranks, groups.size, -(-panel.size // groups.ranks))
         compile_graphs(
             components.policy,
             components.calls.sizes(splits),

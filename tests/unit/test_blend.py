@@ -235,6 +235,34 @@ def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers_and_is_drawn(tmp
     assert "holds adapters and no model" in capsys.readouterr().err
 
 
+def test_a_run_of_a_script_s_reward_is_blended_and_evaluated_by_a_module_s(copy, capsys):
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(REWARD, "__main__:brightness"))
+    for command in ("blend", "evaluate"):
+        assert main([command, str(copy)]) == 1
+        error = capsys.readouterr().err
+        assert "reward.name is '__main__:brightness', which went with the script that trained; put the func" in error
+        assert "as reward.name=my_module:my_function" in error
+        assert (
+            main([command, str(copy), f"reward.name={REWARD}", *(["--step", "1"] if command == "blend" else [])]) == 0
+        )
+
+
+def test_an_edited_reward_is_said_of_an_evaluation(copy, capsys):
+    sources = json.loads((copy / "sources.json").read_text())
+    words = ["evaluate", str(copy), "evaluation.panel_size=4"]
+    assert main(words) == 0 and "has changed" not in capsys.readouterr().out
+    sources[f"reward {REWARD}"]["sha256"] = "of another file"
+    (copy / "sources.json").write_text(json.dumps(sources))
+    # a report that can't be written costs no table
+    (copy / "evaluation.json").unlink()
+    (copy / "evaluation.json").mkdir()
+    assert main(words) == 1
+    output, error = capsys.readouterr()
+    assert f"reward {REWARD} has changed since the run began (" in output and "metric " in output
+    assert "evaluation.json can't be written" in error
+
+
 def test_what_cannot_be_blended_is_refused(copy, tmp_path, tiny_model, capsys):
     def refused(*words):
         assert main(["blend", *map(str, words)]) == 1

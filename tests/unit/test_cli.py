@@ -112,10 +112,17 @@ def test_sample_writes_a_grid_of_a_folder(tiny_model, tmp_path, capsys):
     assert "4 images" in capsys.readouterr().out
 
 
-def test_sample_names_a_file_that_is_no_picture_and_one_that_can_not_be_written(tiny_model, tmp_path, capsys):
+def test_sample_names_a_file_that_is_no_picture_and_one_that_can_not_be_written(
+    tiny_model, tmp_path, capsys, monkeypatch
+):
     words = ["sample", str(tiny_model), "--count", "1", "--steps", "2", "--out"]
     assert main([*words, str(tmp_path / "grid.xyz")]) == 1
     assert f"{tmp_path / 'grid.xyz'} is no name of a picture" in capsys.readouterr().err
+    # before anything is drawn
+    monkeypatch.setattr("hrf_fast.commands.sample.load_policy", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["sample", str(tiny_model), "--out", str(tmp_path / "grid")]) == 1
+    assert "is no name of a picture" in capsys.readouterr().err
+    monkeypatch.undo()
     (tmp_path / "file").write_text("")
     assert main([*words, str(tmp_path / "file" / "grid.png")]) == 1
     assert f"{tmp_path / 'file' / 'grid.png'} can't be written: " in capsys.readouterr().err
@@ -252,6 +259,31 @@ def test_another_model_than_the_runs_is_refused_before_anything_is_loaded(finish
     error = capsys.readouterr().err
     assert option in error and value in error and f"the tuned model of {finished} is of " in error
     assert f"leave {option} out" in error
+
+
+@pytest.mark.parametrize("command", ["evaluate", "blend"])
+@pytest.mark.parametrize(
+    "word", ["train.iterations=7", "evaluation.every=3", "run.folder=elsewhere", "stop.patience=2"]
+)
+def test_an_option_of_training_alone_is_refused_where_nothing_trains(finished, capsys, monkeypatch, command, word):
+    monkeypatch.setattr("hrf_fast.commands.runs.build_policy", lambda *_: pytest.fail("loaded"))
+    assert main([command, str(finished), word]) == 1
+    option = word.partition("=")[0]
+    assert f"{option} would change nothing here, since the run has been trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "100", "--target-evaluations", "-5"], "--target-evaluations is -5; use a finite number above 0"),
+        (["--rate", "100", "--target-evaluations", "nan"], "--target-evaluations is nan"),
+        (["--target-evaluations", "900"], "--target-evaluations 900 asks for seconds, which need a rate"),
+        (["--memory", "9" * 400 + "GB"], "--memory is a number of 402 digits"),
+    ],
+)
+def test_a_plan_refuses_what_it_could_not_count(words, message, capsys):
+    assert main(["plan", "--memory", "80GB", *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monkeypatch):

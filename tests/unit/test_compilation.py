@@ -1,5 +1,7 @@
 """Compilation: few graphs whatever a run does, the same weights' names, and a refusal where it can't work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,6 +70,20 @@ def words(model, folder, **options):
 
 def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(("ranks", "single"), [(1, False), (8, True)])
+def test_the_last_call_of_a_rank_s_share_of_a_panel_has_its_graph(smallest_model, tmp_path, monkeypatch, ranks, single):
+    monkeypatch.setattr(compilation, "obstacle", lambda device_type: None)
+    options = {"compute.images_per_call": 5, "train.group_size": 5, "evaluation.panel_size": 128}
+    _, components = build_components(load_config(words(smallest_model, tmp_path / "run", **options)))
+    components.policy.compiled = "unet"
+    made = []
+    monkeypatch.setattr(warm_up_module, "compile_graphs", lambda policy, sizes, *_, **__: made.extend(sizes))
+    # 128 images leave three for the last call, a share of 16 leaves one
+    groups = replace(components.groups, ranks=ranks, per_iteration=2 * ranks)
+    warm_up(replace(components, groups=groups), print)
+    assert (1 in made) == single
 
 
 @pytest.mark.parametrize("mode", ["unet", pytest.param("blocks", marks=pytest.mark.slow)])

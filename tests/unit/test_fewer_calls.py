@@ -8,6 +8,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.memory.counts import count_calls
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.sample import deterministic_jumps, sample_deterministic, starting_noise
+from hrf_fast.training.anchors import Anchors
 from hrf_fast.training.calls import Call, Piece
 from hrf_fast.training.thinning import Thinning
 from tests.conftest import make_policy
@@ -74,6 +75,22 @@ def test_anchors_serve_two_iterations_and_a_run_stopped_between_them_resumes_bit
         drawn = record["forwards"] - before["forwards"] - group_forwards
         assert drawn == (0 if record["iteration"] == 1 else 2 * 3)
     assert count_calls(load_config(words), 5, branches=1).anchors == 2 * 3 * 2 / 3
+
+
+def test_every_rank_has_all_anchors_in_order_and_sends_its_rows_once(monkeypatch):
+    sent = []
+
+    def gather(value):
+        sent.append(value)
+        return [value, ([1, 3], torch.tensor([[1.0], [3.0]]))]
+
+    monkeypatch.setattr("hrf_fast.training.anchors.comm.gather", gather)
+    anchors = Anchors(reuse=2)
+    drawn = anchors.take(0, [2, 0], torch.device("cpu"), lambda: torch.tensor([[2.0], [0.0]]))
+    assert {number: float(anchor) for number, anchor in drawn.items()} == {2: 2.0, 0: 0.0}
+    assert anchors.state()["tensors"]["anchors"].tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    # a view of each row would be pickled with all rows
+    assert len(sent) == 1 and torch.is_tensor(sent[0][1])
 
 
 @pytest.mark.parametrize("option", ["window.anchor_steps=3", "window.anchor_reuse=2"])

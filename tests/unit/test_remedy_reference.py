@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hrf_fast.assembly.components import build_components
 from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import load_config
 from hrf_fast.config.remedy_options import RemediesConfig
@@ -40,6 +41,19 @@ def disturb(network):
         for weight in network.parameters():
             if weight.requires_grad:
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
+
+
+def test_a_reference_is_a_copy_of_the_weights_that_all_ranks_share(tiny_model, tmp_path, monkeypatch):
+    def take_main(tensors):
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.fill_(0.25)
+
+    monkeypatch.setattr("hrf_fast.assembly.components.comm.take_main", take_main)
+    words = reference_words(tiny_model, tmp_path / "run", "remedies.reference_penalty=0.1")
+    policy = build_components(load_config(words))[1].policy
+    for network in (policy.network, policy._reference):
+        assert all(bool((tensor == 0.25).all()) for tensor in [*network.parameters(), *network.buffers()])
 
 
 # --- the terms --------------------------------------------------------------------------------------------------------

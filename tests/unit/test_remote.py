@@ -151,6 +151,22 @@ def test_a_request_over_the_limit_is_refused_with_the_way_out():
         assert len(remote(url, batch_size=1)(IMAGES[:, :, :2, :2], PROMPTS).total) == 5
 
 
+@pytest.mark.parametrize(("length", "status"), [("9" * 18, "413"), ("9" * 5000, "411"), ("-1", "411")])
+def test_a_length_that_nobody_sends_is_answered_and_not_waited_for(length, status):
+    with serving(level) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(f"POST / HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode())
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.makefile("rb").readline().split()[1] == status.encode()
+
+
+def test_an_error_about_an_address_does_not_repeat_its_query(waits):
+    with serving(level) as url, pytest.raises(RewardError) as caught:
+        remote(f"{url}/?api_key=hidden")(torch.rand(1, 3, 2, 2), ["a"])
+    assert "hidden" not in str(caught.value) and f"reward.kwargs.url {url}/" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -255,6 +271,9 @@ def test_a_wrong_answer_is_one_clear_error(body, error, message, waits):
         ({"url": "127.0.0.1:8000"}, "reward.kwargs.url is '127.0.0.1:8000'; write it as http://host:port"),
         ({"url": "http://host:99999"}, "reward.kwargs.url is"),
         ({"url": 8000}, "reward.kwargs.url is 8000"),
+        # and says no password
+        ({"url": "http://me:secret@h/x?api_key=K"}, r"reward.kwargs.url http://h/x\?api_key= has a user"),
+        ({"url": "ftp://me:secret@h"}, "reward.kwargs.url is 'ftp://h'; write"),
         ({"url": "http://h", "images": "fp16"}, "reward.kwargs.images is 'fp16'; use fp32 or uint8"),
         ({"url": "http://h", "deadline": 0}, "reward.kwargs.deadline is 0"),
         ({"url": "http://h", "attempts": 0}, "reward.kwargs.attempts is 0"),

@@ -338,6 +338,13 @@ def test_runs_whose_panels_differ_are_refused(tmp_path):
         summary_lines([first, far])
 
 
+def test_a_page_holds_no_credential(tmp_path):
+    reward = RewardConfig(name="my:reward", kwargs={"api_key": "hidden", "url": "http://u:hidden@h"})
+    text = write_report([write_run(tmp_path / "run", reward=reward)]).read_text()
+    assert "my:reward" in text and "http://h" in text
+    assert "api_key" not in text and "hidden" not in text
+
+
 def test_folders_without_a_run_name_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="no run folder was given; name at least one"):
         write_report([])
@@ -358,6 +365,9 @@ def test_logs_that_lack_something_name_the_folder_and_the_way_out(tmp_path):
         write_report([run])
     (run / "events.jsonl").write_text('{"iteration": 0, "event": "end", "text": "", "figures": {"model": 0}}\n')
     with pytest.raises(ValueError, match="run ended before its first iteration, as its events.jsonl says"):
+        write_report([run])
+    (run / "events.jsonl").write_text('{"iteration": 1, "event": "end", "text": "", "figures": {"model": 1}}\n')
+    with pytest.raises(ValueError, match="run has no finished iteration in metrics.jsonl"):
         write_report([run])
     (run / "evaluations.jsonl").write_text(panels.split("\n", 1)[1])
     with pytest.raises(ValueError, match="run has no panel of the pretrained model in .*; wait for it, or start"):

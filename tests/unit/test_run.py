@@ -3,6 +3,7 @@
 import io
 import signal
 import time
+import types
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_a_panel_is_logged_with_its_evaluations_and_intervals(config, tmp_path):
 def test_rewards_of_a_panel_keep_six_digits_in_any_unit(rewards, logged):
     record = PanelMetrics(torch.rand(2, 3, 8, 8), rewards, INTERVAL, None, None).record()
     assert record["rewards"] == logged
+
+
+def test_other_ranks_are_sent_no_image_of_a_panel(monkeypatch):
+    sent = []
+    monkeypatch.setattr(Panel, "_sample", lambda *_: torch.rand(4, 3, 8, 8))
+    monkeypatch.setattr("hrf_fast.evaluation.panel.comm.broadcast", sent.append)
+    policy = types.SimpleNamespace(decode=lambda latents: latents)
+    metrics = Panel(4, 0, 4).evaluate(policy, build_reward("jpeg_compressibility"))
+    assert metrics.images.shape == (4, 3, 8, 8) and sent[0].rewards == metrics.rewards
+    # pickled, a view of no image would take all of them along
+    assert sent[0].images.untyped_storage().nbytes() == 0
 
 
 def test_a_panel_has_the_mean_of_each_term_of_a_sum_and_no_terms_of_one_reward():

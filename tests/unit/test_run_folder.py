@@ -80,6 +80,16 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
         Run(config)
 
 
+def test_a_configuration_of_the_user_s_and_files_beside_it_are_no_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    files = {"config.yaml": "# notes\nbase: fashion.yaml\n", "events.jsonl": "mine\n"}
+    for name, text in files.items():
+        (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(ValueError, match="is not empty and holds no run; choose another run.folder"):
+        Run(config)
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == files
+
+
 @pytest.mark.parametrize("name", ["config.yaml", ".lock-owner"])
 def test_a_folder_in_which_a_run_was_killed_before_it_had_a_configuration_is_free(config, tmp_path, name, monkeypatch):
     # as a kill leaves it: nothing is renamed and nothing is removed
@@ -188,6 +198,17 @@ def test_a_folder_that_a_crash_has_left_aside_goes_with_the_next_write(tmp_path)
     (tmp_path / ".model.old").mkdir()
     replace_folder(tmp_path / "model", lambda folder: (folder / "x").write_text("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and (tmp_path / "model" / "x").read_text() == "new"
+
+
+def test_a_link_in_the_place_of_a_model_gives_way_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").write_text("old")
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
+    for text in ("new", "newer"):
+        replace_folder(tmp_path / "model", lambda folder, text=text: (folder / "x").write_text(text))
+        assert (tmp_path / "model" / "x").read_text() == text and not (tmp_path / "model").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "elsewhere"}
+    assert (tmp_path / "elsewhere" / "x").read_text() == "old"
 
 
 @pytest.mark.parametrize("name", WRITES)

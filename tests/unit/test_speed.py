@@ -101,6 +101,7 @@ def flags(monkeypatch):
     deterministic = torch.are_deterministic_algorithms_enabled
     yield lambda: (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, deterministic())
     cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept
+    torch.backends.cuda.enable_cudnn_sdp(True)
     torch.use_deterministic_algorithms(False)
 
 
@@ -139,6 +140,9 @@ def test_the_backward_of_an_optimizer_step_is_in_that_mode(flags, tiny_run):
 def test_deterministic_sets_every_flag_on_cuda(flags, deterministic):
     set_precision_flags(CUDA, deterministic=deterministic)
     assert flags() == (not deterministic, not deterministic, not deterministic, deterministic, deterministic)
+    # whose backward asks no flag, where flash attention's does
+    assert torch.backends.cuda.cudnn_sdp_enabled() == (not deterministic)
+    assert torch.backends.cuda.flash_sdp_enabled()
     # what the user has set stays, and an operation that has no other way is no error
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert torch.is_deterministic_algorithms_warn_only_enabled()

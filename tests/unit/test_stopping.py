@@ -194,6 +194,11 @@ def test_the_best_panel_is_the_highest_above_all_floors():
         ({"quality_floor": 0.8}, {"vendi"}, r"stop.quality_floor is 0.8.*inception"),
         ({"diversity_floor": 0.8, "diversity": "looks"}, {"vendi"}, r"diversity_floor is 0.8.*looks"),
         ({"on_collapse": "stop"}, {"inception"}, r"stop.on_collapse is stop.*vendi.*stop.diversity_floor=0"),
+        # what was asked for by name is no default that goes without a word
+        ({"diversity": "looks"}, {"vendi"}, r"stop.diversity is looks.*nothing would watch.*stop.diversity_floor=0"),
+        ({"quality": "precision"}, {"vendi"}, "stop.quality is precision"),
+        ({"diversity": "looks", "diversity_floor": 0.0}, {"vendi"}, None),
+        ({"diversity": "looks"}, {"looks"}, None),
         ({}, set(), None),
         ({"on_collapse": "stop", "diversity_floor": 0.0}, set(), None),
         ({"on_collapse": "stop"}, {"vendi"}, None),

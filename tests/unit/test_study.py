@@ -246,6 +246,8 @@ def test_lines_that_do_not_count_are_named_and_stay(write_study, tmp_path):
         {"panels": [{**panels((0, 0.0, 9.0))[0], "reward": ["0", "0", "0"]}]},
         {"panels": [{**panels((0, 0.0, 9.0))[0], "inception": None}]},
         *({name: None} for name in ("machine", "date", "seconds", "reason", "configuration")),
+        {"machine": {}},
+        {"panels": [{**panels((0, 0.0, 9.0))[0], "inception": [0.0, 0.0, 0.0]}]},
         {"seed": [1]},
         {"commit": ["c1"]},
         {"model": 7},
@@ -259,6 +261,14 @@ def test_a_line_that_is_not_whole_is_named(write_study, tmp_path, damage):
     results.append({"case": "tiny", "arm": "hrf", "learning_rate": 1e-5, "choice": {}})
     records, notes = results.read()
     assert len(records) == 1 and "line 1 is half-written" in notes[0] and "line 3 is" in notes[1]
+
+
+def test_results_that_can_not_be_written_are_named_before_anything_trains(write_study, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workers, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    results = Results(tmp_path / "file" / "lines.jsonl")
+    with pytest.raises(OSError, match="lines.jsonl can't be written"):
+        run_study(read_study(write_study()), out=tmp_path / "out", results=results, jobs=1)
 
 
 def test_paths_that_a_study_cannot_use_are_named(tmp_path):

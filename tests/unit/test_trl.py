@@ -264,6 +264,15 @@ def test_words_of_a_command_line():
         ("a.json", "[1]", "holds a JSON list"),
         ("a.json", "{", "neither a .py script nor JSON"),
         ("a.json", json.dumps({"mixed_precision": "fp8"}), "mixed_precision is 'fp8'"),
+        ("a.json", json.dumps({"mixed_precision": []}), "mixed_precision is [], but DDPOConfig has a text"),
+        ("a.json", json.dumps({"sample_batch_size": "4"}), "sample_batch_size is '4', but DDPOConfig has a whole num"),
+        ("a.json", json.dumps({"sample_batch_size": None}), "sample_batch_size is None"),
+        ("a.json", json.dumps({"train_batch_size": 0}), "train_batch_size is 0, but DDPOConfig has a whole number of "),
+        ("a.json", json.dumps({"sample_num_steps": True}), "sample_num_steps is True"),
+        ("a.json", json.dumps({"train_adam_epsilon": "1e-8"}), "has a finite number, such as 1e-08; correct it"),
+        ("a.json", '{"train_max_grad_norm": Infinity}', "train_max_grad_norm is inf"),
+        ("a.json", json.dumps({"allow_tf32": 1}), "allow_tf32 is 1, but DDPOConfig has true or false"),
+        ("a.json", json.dumps({"log_with": 3}), "log_with is 3"),
         ("a.py", "x = 1", "has no DDPOConfig"),
         ("a.py", "x = (", "line 1, is no Python"),
     ],
@@ -274,6 +283,19 @@ def test_bad_sources(tmp_path, name, text, named):
     with pytest.raises(ValueError) as caught:
         convert(path)
     assert named in str(caught.value)
+
+
+def test_a_value_that_no_literal_can_have_is_left_to_the_script(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("DDPOConfig(num_epochs={[1]: 2})")
+    assert any("num_epochs" in note for note in convert(path)[1])
+
+
+def test_nothing_is_written_over(script, capsys):
+    before = script.read_text()
+    assert main(["from-trl", str(script), "--out", str(script)]) == 1
+    assert f"--out is {script}, which is there already; name a new file" in capsys.readouterr().err
+    assert script.read_text() == before
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -5,10 +5,11 @@ import types
 
 import pytest
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import load_config
 from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.session import Run
-from hrf_fast.run.writers import build_writers, without_credentials
+from hrf_fast.run.writers import build_writers
 from tests.runs import train
 from tests.unit.test_run import log, panel
 
@@ -144,8 +145,9 @@ def test_wandb_gets_the_configuration_and_no_credential(words, wandb):
 
 
 def test_a_password_in_an_address_is_a_credential():
-    config = {"terms": [{"kwargs": {"url": "https://me:secret@host/x", "max_tokens": 5}}]}
-    assert without_credentials(config) == {"terms": [{"kwargs": {"url": "https://host/x", "max_tokens": 5}}]}
+    config = {"terms": [{"kwargs": {"url": "https://me:secret@host/x?size=3&api_key=K&key=L#a", "max_tokens": 5}}]}
+    address = "https://host/x?size=3&api_key=&key=#a"
+    assert without_credentials(config) == {"terms": [{"kwargs": {"url": address, "max_tokens": 5}}]}
 
 
 def test_wandb_that_does_not_start_says_how_to_log_in(words, wandb, monkeypatch):

@@ -2,6 +2,7 @@
 
 import enum
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -9,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from hrf_fast.config.facts import Facts
 from hrf_fast.config.load import load_config
@@ -217,6 +219,8 @@ def test_deepspeeds_own_parser_takes_every_shipped_file(file, monkeypatch):
     parsed = DeepSpeedConfig(settings)
     assert parsed.zero_config.stage == settings["zero_optimization"]["stage"]
     assert parsed.gradient_clipping == (1.0 if parsed.zero_config.stage else 0.0)
+    # a timer that waits for the device before every forward
+    assert not parsed.timers_config.enabled
 
 
 def test_what_deepspeed_refuses_itself_is_one_line_that_names_the_key(tmp_path, monkeypatch):
@@ -242,3 +246,16 @@ def test_only_the_warnings_about_names_that_are_deepspeeds_to_change_are_ignored
     assert [str(warning.message) for warning in heard] == [
         "`torch.distributed.all_reduce` is deprecated. Please use another."
     ]
+
+
+def test_one_process_on_another_gpu_tells_deepspeed_which(monkeypatch):
+    pytest.importorskip("deepspeed")
+    from hrf_fast.engines import zero_setup
+
+    groups = []
+    monkeypatch.setattr(zero_setup.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(zero_setup.dist, "init_process_group", lambda backend, **_: groups.append(backend))
+    # as `torchrun --nproc_per_node 1` sets it
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    zero_setup.import_deepspeed(torch.device("cuda", 1))
+    assert os.environ["LOCAL_RANK"] == "1" and groups == ["cpu:gloo,cuda:nccl"]
