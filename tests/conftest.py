@@ -79,7 +79,7 @@ def make_unet(channels: int = 3, size: int = 16, seed: int = 0):
     )
 
 
-def make_smallest_unet(channels: int, size: int, attention: bool = False, seed: int = 0, **options):
+def make_smallest_unet(channels: int, size: int, attention: bool = False, seed: int = 0, head: int = 4, **options):
     """A UNet of one block, with one layer of attention or none, randomly initialised; options are UNet2DModel's."""
     from diffusers import UNet2DModel
 
@@ -93,7 +93,7 @@ def make_smallest_unet(channels: int, size: int, attention: bool = False, seed: 
         norm_num_groups=4,
         down_block_types=("AttnDownBlock2D" if attention else "DownBlock2D",),
         up_block_types=("UpBlock2D",),
-        attention_head_dim=4,
+        attention_head_dim=head,
         add_attention=False,
         **options,
     )

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 
 from benchmarks.training_bench.literal import LiteralTrainer
 from hrf_fast.config.load import load_config
+from tests.conftest import make_scheduler, make_smallest_unet
 from tests.gpu.conftest import train
 from tests.runs import assert_equal_training, weights, with_folder
 
@@ -14,6 +16,15 @@ BRIGHT = "reward.name=tests.gpu.conftest:coarse"
 def test_equal_seeds_give_equal_bits(words, tmp_path):
     for name in ("one", "two"):
         train(with_folder(words, tmp_path / name))
+    assert_equal_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_half_precision_gives_equal_bits_where_cudnn_has_an_attention_too(words, tmp_path):
+    # heads of 8, which it takes, where those of the other tests are of 4
+    model = tmp_path / "model"
+    DDPMPipeline(make_smallest_unet(3, 16, attention=True, head=8), make_scheduler()).save_pretrained(model)
+    for name in ("one", "two"):
+        train([*with_folder(words, tmp_path / name), f"model.name={model}", "compute.precision=bf16"])
     assert_equal_training(tmp_path / "one", tmp_path / "two")
 
 
