@@ -19,6 +19,7 @@ ENGINES = {
     "plain": [],
     **{name: [f"engine.deepspeed=configs/deepspeed/{name}.json"] for name in ("zero0", "zero1", "zero2", "zero3")},
     "overlap": ["engine.deepspeed=configs/deepspeed/zero2_overlap.json"],
+    "offload2": ["engine.deepspeed=configs/deepspeed/zero2_offload.json"],
     "offload": ["engine.deepspeed=configs/deepspeed/zero3_offload.json"],
 }
 SEARCH = {
