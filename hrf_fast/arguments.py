@@ -133,7 +133,7 @@ def make_parsers(
     command.add_argument("what", choices=("run", "report"), help="train, or compare what was trained")
     command.add_argument("words", nargs=argparse.REMAINDER, help="FILE and options; hrf study run --help lists them")
     command = add("from_trl")
-    command.add_argument("--out", type=path, help="YAML file; printed by default")
+    command.add_argument("--out", type=path, help="new YAML file; printed by default")
     command.add_argument("--processes", type=int, help="that TRL was launched on, 1 by default")
     source = (
         "a script with a DDPOConfig, or a JSON file of its fields; --field=value, as given to the script, may follow"

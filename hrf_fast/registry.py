@@ -79,9 +79,15 @@ def check_module(name: str, spec: str, option: str) -> None:
         )
 
 
-def of_script(spec: str | None) -> bool:
-    """Whether a `module:function` is of the script that is run, which another command can't import."""
-    return bool(spec) and str(spec).startswith("__main__:")
+def check_handed_over(spec: str, option: str) -> None:
+    """Raise ValueError for the name of a function that a script handed over, and that nobody can import by it."""
+    module, _, attribute = spec.partition(":")
+    of_script = module == "__main__" and not callable(getattr(sys.modules["__main__"], attribute, None))
+    if of_script or "<" in attribute or spec == "functools:partial":
+        raise ValueError(
+            f"{option} is {spec!r}, which went with the script that trained; put the function into a module and name "
+            f"it, as {option}=my_module:my_function"
+        )
 
 
 def load_user_function(spec: str, option: str) -> Callable[..., Any]:
@@ -90,12 +96,8 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     Raises:
         ValueError: malformed, no such module or attribute, a module that raises when imported, or not callable.
     """
+    check_handed_over(spec, option)
     module_name, _, attribute = spec.partition(":")
-    if of_script(spec) and not callable(getattr(sys.modules["__main__"], attribute, None)):
-        raise ValueError(
-            f"{option} is {spec!r}, which went with the script that trained; put the function into a module and name "
-            f"it, as {option}=my_module:my_function"
-        )
     if not module_name or not attribute or module_name.startswith("."):
         raise ValueError(f"{option} is {spec!r}; write module:function, e.g. my_rewards:brightness")
     _look_in_current_folder()

@@ -21,7 +21,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
-from hrf_fast.run.folder import BASE
+from hrf_fast.run.sources import BASE
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.components import Components

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,14 +22,15 @@ from hrf_fast.devices import choose_device
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.lora import adapted_layers
-from hrf_fast.registry import of_script
 from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
-from hrf_fast.run.files import PANEL, append_line, read_log, read_object, sha256, write_atomically
+from hrf_fast.run.files import PANEL, append_line, read_log, read_object, remove_folder, sha256, write_atomically
 from hrf_fast.run.finished import finished_run, model_iteration
-from hrf_fast.run.folder import edited
 from hrf_fast.run.lock import blending
+from hrf_fast.run.sources import BASE, edited, read_sources
 
+# in settings.json: of all options of its sections
+_DIGEST = "option"
 # which may say what the panel shows
 _PROMPTS = ("prompts.source", "prompts.kwargs", "prompts.negative", "evaluation.prompts")
 
@@ -84,9 +85,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
             files = list(edited(run, reward.sources).values())
             check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=files)
             front.at(0.0, panel, accept=check)
-        elif not (folder / "front.jsonl").exists() and not of_script(before.reward.name):
-            # of a reward that went with its script, the digest of the weights must do
-            blends.check_pretrained(panels[0]["rewards"], _own_rewards(before, config))
+        elif not (folder / "front.jsonl").exists() and (rewards := _own_rewards(run, before, config)):
+            blends.check_pretrained(panels[0]["rewards"], rewards)
         records = [front.at(alpha, panel) for alpha in tqdm(alphas, desc="blend", unit="panel")]
         chosen = blends.choose(records, keep, quality)["alpha"]
         # the choice has looked at the first panel, whose figures flatter it
@@ -102,7 +102,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         }
         # of an earlier choice
         (folder / "blend.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "model", ignore_errors=True)
+        remove_folder(folder / "model")
         if chosen:
             line.move(chosen)
             described = replace(config, evaluation=replace(config.evaluation, seed=other.seed))
@@ -118,13 +118,22 @@ def _save(folder: Path, policy: Policy, config: Config, run: Path, panels: Seque
     save_model(folder, policy, config, table, tuned, alpha=panels[1]["alpha"])
 
 
-def _own_rewards(before: Config, config: Config) -> Sequence[float]:
-    """Rewards of a run's own first panel from the pretrained model that `config` names."""
+def _own_rewards(run: Path, before: Config, config: Config) -> Sequence[float]:
+    """Rewards of a run's own first panel from the pretrained model that `config` names.
+
+    Empty where the run's reward or prompts went with its script and can't be built: the digest of the weights, which
+    `run_policy` has held, must do then.
+    """
     evaluation = replace(before.evaluation, network=config.evaluation.network)
     before = replace(before, model=config.model, run=config.run, lora=LoraConfig(), evaluation=evaluation)
     device = choose_device(before.run.device)
-    panel = build_panel(before, device, build_prompts(before)[0])
-    return panel.evaluate(build_policy(before), build_config_reward(before, device)).rewards
+    try:
+        panel, reward = build_panel(before, device, build_prompts(before)[0]), build_config_reward(before, device)
+    except ValueError:
+        if BASE in read_sources(run):
+            return []
+        raise
+    return panel.evaluate(build_policy(before), reward).rewards
 
 
 def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, Mapping[str, str] | None]) -> None:
@@ -138,17 +147,19 @@ def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, 
             damaged.
     """
     weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
-    sections = {
-        name: without_credentials(asdict(getattr(config, name)))
-        for name in ("model", "sample", "reward", "prompts", "evaluation")
-    }
-    now = {"precision": config.compute.precision, **sections, "weights": weights}
+    options = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
+    sections = {name: without_credentials(section) for name, section in options.items()}
+    # a credential tells two rewards apart too
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+    now = {"precision": config.compute.precision, **sections, "weights": weights, _DIGEST: digest}
     if code := {name: source["sha256"] for name, source in sources.items() if source}:
         now["code of the reward"] = code
     path, front = folder / "settings.json", folder / "front.jsonl"
     # a try that was refused before its first panel holds nobody to its settings
     begun = path.exists() and front.exists() and front.stat().st_size > 0
     before = read_object(path, f"restore it, or move {folder} away to begin again") if begun else now
+    # an older file has no digest, and credentials
+    before = {_DIGEST: digest} | {name: without_credentials(value) for name, value in before.items()}
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{folder} holds blends of another {name}; move it away, or use its own ({path} has it)")

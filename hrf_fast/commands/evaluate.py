@@ -20,7 +20,7 @@ from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.peer import peer_columns
 from hrf_fast.report.evaluation import evaluation_lines
 from hrf_fast.run.files import write_atomically
-from hrf_fast.run.folder import edited_notes
+from hrf_fast.run.sources import edited_notes
 
 
 def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
@@ -76,7 +76,9 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
                     metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
                     for metric, values in metrics.halves.items()
                 }
-    # a file that can't be written costs no table
-    print("\n".join(evaluation_lines(result, everything=everything)))
-    write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
+    # neither a file that can't be written nor a closed output costs the other
+    try:
+        print("\n".join(evaluation_lines(result, everything=everything)))
+    finally:
+        write_atomically(run / "evaluation.json", json.dumps(result, indent=1).encode())
     return run / "evaluation.json"

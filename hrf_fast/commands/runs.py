@@ -13,12 +13,13 @@ from hrf_fast.assembly.model import build_policy
 from hrf_fast.config.load import differences, load_config
 from hrf_fast.config.options import Config
 from hrf_fast.config.paths import with_absolute_paths
+from hrf_fast.config.rules import check_config
 from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.finished import finished_run
-from hrf_fast.run.folder import check_base
+from hrf_fast.run.sources import check_base
 
 # options that say what a run's tuned model is
 BASE_MODEL = ("model.name", "model.revision", "model.variant")
@@ -82,10 +83,7 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
     """
     config = run_config(finished_run(run), tuple(words))
     changed = differences(with_absolute_paths(run_config(run)), with_absolute_paths(config))
-    for option in changed:
-        section = option.partition(".")[0]
-        if section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device"):
-            raise ValueError(f"{option} would change nothing here, since the run has been trained; leave it out")
+    _check_effect(run, config, changed)
     for option in fixed:
         if option in changed:
             before, now = changed[option]
@@ -95,6 +93,21 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
                 + (hint if option == "model.name" else "")
             )
     return config
+
+
+def _check_effect(run: Path, config: Config, changed: Collection[str]) -> None:
+    """Refuse options of training alone, but for those that the others ask for, as a number of steps does."""
+    idle, before = [], run_config(run)
+    for option in changed:
+        section = option.partition(".")[0]
+        if section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device"):
+            idle.append(option)
+    if idle:
+        try:
+            check_config(replace(config, **{section: getattr(before, section) for section in _TRAINING}))
+        except ValueError:
+            return
+        raise ValueError(f"{idle[0]} would change nothing here, since the run has been trained; leave it out")
 
 
 def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:

@@ -55,8 +55,8 @@ def check_config(config: Config) -> None:
         raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
     if config.reward.terms and config.reward.kwargs:
         raise ValueError(
-            f"reward.kwargs is {config.reward.kwargs} but reward.terms have kwargs of their own; move them there, or "
-            "leave it out"
+            f"reward.kwargs has {', '.join(config.reward.kwargs)}, but reward.terms have kwargs of their own; move "
+            "them there, or leave it out"
         )
 
 

@@ -9,10 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.config.trl_fields import HEAD
+from hrf_fast.config.trl_fields import DEFAULTS, HEAD
 
 TRAINER = ("config", "reward_function", "prompt_function", "sd_pipeline", "image_samples_hook")
 """Parameters of DDPOTrainer, in their order."""
+
+
+# as HfArgumentParser, which TRL's script has, reads a switch
+_SWITCHES = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+    **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+}
 
 
 @dataclass
@@ -78,20 +85,26 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            fields[name] = _literal(value) if equals else True
+            fields[name] = _of_word(name, value) if equals else True
             name = None if equals else name
         elif name is None:
             raise ValueError(f"{word!r} belongs to no field; write --field=value, as for the TRL script")
         else:
-            fields[name], name = _literal(word), None
+            fields[name], name = _of_word(name, word), None
     return fields
 
 
-def _literal(word: str) -> Any:
+def _of_word(name: str, word: str) -> Any:
+    """A field's value as its script's own parser reads the word: by the type of its default."""
+    default = DEFAULTS.get(name, 0)
+    if default is None or isinstance(default, str):
+        return word
+    if isinstance(default, bool):
+        return _SWITCHES.get(word.lower(), word)
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError, TypeError):
-        return {"true": True, "false": False}.get(word.lower(), word)
+        return word
 
 
 def _read_script(source: Path, tree: ast.Module) -> TrlRun:

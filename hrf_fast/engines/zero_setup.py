@@ -54,9 +54,10 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # compiles for 100 seconds and is not used by training
         __compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
+    if comm.world_size() == 1:
         # DeepSpeed puts the weights on the GPU of this number
         os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return deepspeed

@@ -45,7 +45,9 @@ def load_prompts(
     path = LISTS.get(value, Path(value).expanduser())
     if path.is_file():
         if kwargs:
-            raise ValueError(f"prompts.kwargs is {kwargs}, but {option} is {value!r}, a list without arguments")
+            raise ValueError(
+                f"prompts.kwargs has {', '.join(kwargs)}, but {option} is {value!r}, a list without arguments"
+            )
         if path.suffix.lower() == ".json":
             raise ValueError(
                 f"{option} is {value!r}; write JSON lines (.jsonl), or a text file with a prompt on each line"

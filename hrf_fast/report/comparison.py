@@ -20,7 +20,7 @@ from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.card import METHODS
 from hrf_fast.run.files import EVENT, INTERVALS, PANEL, read_log
 from hrf_fast.run.finished import ends_of
-from hrf_fast.run.folder import edited, read_sources
+from hrf_fast.run.sources import edited, read_sources
 
 # names of metrics.jsonl that a report reads
 METRICS = {

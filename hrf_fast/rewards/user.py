@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hrf_fast.registry import check_module, load_user_function
+from hrf_fast.registry import check_handed_over, check_module, load_user_function
 from hrf_fast.rewards.registry import Reward, takes_metadata
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def check_user(spec: str) -> None:
 
 def _check_form(spec: str) -> str:
     """The module of a well-formed `spec`."""
+    check_handed_over(spec, "reward.name")
     module, colon, attribute = spec.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ValueError(f'reward.name is {spec!r}; write "module:function" or "package.module:function"')

@@ -81,13 +81,13 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(aside)
         for path in [*aside.rglob("*"), aside]:
             _fsync(path)
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():
             # a folder can't be renamed onto a full one
-            _remove(old)
+            remove_folder(old)
             folder.rename(old)
         aside.rename(folder)
         # after a crash between the two it is all that there was
-        _remove(old)
+        remove_folder(old)
         _fsync(folder.parent)
     except SafetensorError as error:
         # what a full disk is called by safetensors
@@ -96,8 +96,8 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, or the link to one that somebody has put in its place."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there, or the link to one that somebody has put in its place."""
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)

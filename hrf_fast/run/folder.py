@@ -16,7 +16,6 @@ folder/
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from filelock import BaseFileLock
 from safetensors.torch import save
 from torch import Tensor
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences, load_config, to_yaml
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.config.paths import absolute, with_absolute_paths
@@ -34,68 +34,22 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import has_trained, sweep
-from hrf_fast.run.files import EVENT, PANEL, append_line, is_leftover, read_log, read_object, write_atomically
+from hrf_fast.run.files import (
+    EVENT,
+    PANEL,
+    append_line,
+    is_leftover,
+    read_log,
+    remove_folder,
+    write_atomically,
+)
 from hrf_fast.run.finished import ends_of
+from hrf_fast.run.sources import BASE, SOURCES, check_base, edited_notes
 from hrf_fast.weights import read_tensors
 
-SOURCES, EVENTS, PRETRAINED = "sources.json", "events.jsonl", "pretrained.safetensors"
-# in sources.json: the pretrained weights, which no checkpoint holds
-BASE = "base model"
+EVENTS, PRETRAINED = "events.jsonl", "pretrained.safetensors"
 # memory of the W&B writer
 WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
-
-
-def read_sources(run: Path) -> dict[str, dict[str, str]]:
-    """Read a run's sources.json; empty for a run that began without.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path, way_out = run / SOURCES, "restore it, or delete it to go on without a comparison to what the run began with"
-    sources = read_object(path, way_out) if path.exists() else {}
-    if not all(isinstance(source, dict) and {"file", "sha256"} <= source.keys() for source in sources.values()):
-        raise ValueError(f"{path} is damaged (a source in it lacks its file or SHA-256); {way_out}")
-    return sources
-
-
-def check_base(run: Path, name: str, base: str) -> None:
-    """Refuse other pretrained weights than those that a run began with; one that has not kept their digest passes.
-
-    Args:
-        name: model.name; base: the digest of its weights, see `Network.base_digest`.
-
-    Raises:
-        ValueError: they are others.
-    """
-    before = read_sources(run).get(BASE)
-    if base and before and before["sha256"] != base:
-        raise ValueError(
-            f"model.name is {name!r}, whose weights are not those of {before['file']!r} when the run in {run} began; "
-            f"restore them, or begin another run. Where all weights were trained, a checkpoint has them, and {BASE!r} "
-            f"can be taken out of {run / SOURCES}"
-        )
-
-
-def edited(run: Path, sources: Mapping[str, Mapping[str, str] | None]) -> dict[str, str]:
-    """The user's files, by what names them, that are not what they were when a run began.
-
-    Args:
-        sources: as they are now, as `source_of` gives them.
-    """
-    before = read_sources(run)
-    return {
-        name: source["file"]
-        for name, source in sources.items()
-        if source and name in before and before[name]["sha256"] != source["sha256"]
-    }
-
-
-def edited_notes(run: Path, sources: Mapping[str, Mapping[str, str] | None]) -> list[str]:
-    """A line for each of the user's files of `edited`."""
-    return [
-        f"{name} has changed since the run began ({file}): what came before and what comes now can't be compared"
-        for name, file in edited(run, sources).items()
-    ]
 
 
 class RunFolder:
@@ -133,21 +87,25 @@ class RunFolder:
         path = self.path / "config.yaml"
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is not a folder; remove it, or choose another run.folder")
-        trained = has_trained(self.checkpoints) or bool(read_log(self.path / "metrics.jsonl"))
-        # a configuration that somebody has written there is no run; one that lost its lock has trained
-        if path.exists() and (trained or (self.path / lock.NAME).exists()):
-            if not trained:
+        if path.exists() and self._is_run():
+            if not has_trained(self.checkpoints) and not self.iterations():
                 return
             changes = self._changes()
             changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
             if changes:
-                listed = "; ".join(f"{option} was {old!r} and is {new!r}" for option, (old, new) in changes.items())
+                shown = {option: without_credentials(list(pair)) for option, pair in changes.items()}
+                listed = "; ".join(f"{option} was {old!r} and is {new!r}" for option, (old, new) in shown.items())
                 raise ValueError(
                     f"run.folder {self.path} holds a run of another configuration ({listed}); choose another "
                     "run.folder, restore those options to resume, or delete the folder"
                 )
         elif any(path.name not in (lock.NAME, lock.OWNER) and not is_leftover(path) for path in self.path.iterdir()):
             raise ValueError(f"run.folder {self.path} is not empty and holds no run; choose another run.folder")
+
+    def _is_run(self) -> bool:
+        """Whether the folder with a config.yaml is a run's; one that somebody has written holds nothing else of it."""
+        ours = (lock.NAME, lock.OWNER, "checkpoints", "metrics.jsonl", PRETRAINED)
+        return any((self.path / name).exists() for name in ours)
 
     def release(self) -> None:
         """Let another process have the folder."""
@@ -181,7 +139,7 @@ class RunFolder:
             )
         if done == 0:
             # of such an end: until the next one there is no tuned model
-            shutil.rmtree(self.path / "model", ignore_errors=True)
+            remove_folder(self.path / "model")
         path = self.path / "config.yaml"
         if done and BASE in sources:
             check_base(self.path, self.config.model.name, sources[BASE]["sha256"])

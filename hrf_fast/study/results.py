@@ -138,8 +138,9 @@ def check_panels(record: Mapping[str, Any]) -> None:
     for panel in [*panels, *second]:
         check_record(panel, _PANEL)
     # shares are of the first panel's, and of blends on the second panel of that one's first
-    if any(panel.get(name, [1])[0] <= 0 for panel in [panels[0], *second[:1]] for name in ("vendi", "inception")):
-        raise ValueError("a first panel has a Vendi or an Inception Score of 0 or less")
+    scores = ("vendi", "inception", "vendi_per_prompt", "looks")
+    if any(panel.get(name, [1])[0] <= 0 for panel in [panels[0], *second[:1]] for name in scores):
+        raise ValueError(f"a first panel has one of {', '.join(scores)} at 0 or less")
     model, of_blends = record.get("model", panels[-1]["iteration"]), "alpha" in record
     if model not in [panel["iteration"] for panel in panels]:
         raise ValueError(f"no panel is of iteration {model}, which the tuned model is of")

@@ -20,7 +20,8 @@ def test_equal_seeds_give_equal_bits(words, tmp_path):
 
 
 def test_half_precision_gives_equal_bits_where_cudnn_has_an_attention_too(words, tmp_path):
-    # heads of 8, which it takes, where those of the other tests are of 4
+    # heads of 8, which it takes, where those of the other tests are of 4; where torch prefers another attention this
+    # says nothing
     model = tmp_path / "model"
     DDPMPipeline(make_smallest_unet(3, 16, attention=True, head=8), make_scheduler()).save_pretrained(model)
     for name in ("one", "two"):

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.cli import main
-from hrf_fast.commands.blend import blend
+from hrf_fast.commands.blend import _claim_blend, blend
 from hrf_fast.commands.runs import model_of_run
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
@@ -237,7 +237,10 @@ def test_a_blend_of_adapters_of_a_text_model_loads_in_diffusers_and_is_drawn(tmp
 
 def test_a_run_of_a_script_s_reward_is_blended_and_evaluated_by_a_module_s(copy, capsys):
     config = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(config.replace(REWARD, "__main__:brightness"))
+    for spec in ("my_rewards:make.<locals>.bright", "functools:partial", "__main__:brightness"):
+        (copy / "config.yaml").write_text(config.replace(REWARD, spec))
+        assert main(["blend", str(copy)]) == 1
+        assert f"reward.name is '{spec}', which went with the script that trained" in capsys.readouterr().err
     for command in ("blend", "evaluate"):
         assert main([command, str(copy)]) == 1
         error = capsys.readouterr().err
@@ -246,6 +249,27 @@ def test_a_run_of_a_script_s_reward_is_blended_and_evaluated_by_a_module_s(copy,
         assert (
             main([command, str(copy), f"reward.name={REWARD}", *(["--step", "1"] if command == "blend" else [])]) == 0
         )
+
+
+def test_blends_of_two_keys_are_not_mixed_and_none_is_written(copy):
+    def claim(**kwargs):
+        config = load_config(["--config", str(copy / "config.yaml")])
+        config.reward.kwargs = kwargs
+        _claim_blend(copy / "blend", copy, config, {})
+
+    (copy / "blend").mkdir()
+    claim(key="one")
+    settings = copy / "blend" / "settings.json"
+    assert "one" not in json.loads(settings.read_text())["reward"]["kwargs"].values()
+    (copy / "blend" / "front.jsonl").write_text("{}\n")
+    claim(key="one")
+    with pytest.raises(ValueError, match="holds blends of another option"):
+        claim(key="two")
+    # of an older version: the credential is there, and no digest
+    older = json.loads(settings.read_text())
+    del older["option"]
+    settings.write_text(json.dumps({**older, "reward": {**older["reward"], "kwargs": {"key": "one"}}}))
+    claim(key="one")
 
 
 def test_an_edited_reward_is_said_of_an_evaluation(copy, capsys):

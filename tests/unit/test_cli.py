@@ -1,6 +1,7 @@
 """The commands that do not train, through main()."""
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -270,6 +271,25 @@ def test_an_option_of_training_alone_is_refused_where_nothing_trains(finished, c
     assert main([command, str(finished), word]) == 1
     option = word.partition("=")[0]
     assert f"{option} would change nothing here, since the run has been trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "blend"])
+def test_an_option_of_training_that_another_asks_for_is_taken(finished, tmp_path, monkeypatch, command):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = load_config(["--config", str(run / "config.yaml")])
+    config.remedies.reference_penalty, config.remedies.reference_steps = 0.1, 6
+    (run / "config.yaml").write_text(to_yaml(config))
+
+    def loaded(*_):
+        raise ValueError("loaded")
+
+    monkeypatch.setattr(f"hrf_fast.commands.{command}.build_config_reward", loaded)
+    monkeypatch.setattr(f"hrf_fast.commands.{command}.build_panel", loaded)
+    words = ["sample.num_inference_steps=5", "remedies.reference_steps=5"]
+    function = importlib.import_module(f"hrf_fast.commands.{command}")
+    arguments = {"keep": 0.9, "most": 1, "step": 1} if command == "blend" else {}
+    with pytest.raises(ValueError, match="loaded"):
+        getattr(function, command)(run, words, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_file_that_can_not_be_drawn_from_is_refused_with_its_line(name, conten
 def test_a_source_that_is_nothing_answers_with_the_lists():
     refused("animal", "prompts.source is 'animal' .did you mean 'animals'.*no such file.*animals, activities")
     refused("missing.txt", "prompts.source is 'missing.txt'.*no such file")
-    refused("animals", "prompts.kwargs is .*'animals'", {"count": 3})
+    refused("animals", "prompts.kwargs has count.*'animals'", {"count": 3})
 
 
 FUNCTIONS = """

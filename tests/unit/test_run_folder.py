@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,21 @@ def test_a_configuration_of_the_user_s_and_files_beside_it_are_no_run(config, tm
     with pytest.raises(ValueError, match="is not empty and holds no run; choose another run.folder"):
         Run(config)
     assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == files
+
+
+def test_a_run_that_did_nothing_goes_on_where_its_lock_file_is_gone(config, tmp_path):
+    # as some file systems leave it
+    begin(config, iterations=0)
+    (tmp_path / "run" / ".lock").unlink()
+    begin(config, iterations=1)
+
+
+def test_a_key_that_was_changed_is_not_repeated(words):
+    kwargs = ["reward.name=remote", "reward.kwargs.url=http://h", "reward.kwargs.api_key=hidden"]
+    begin(load_config([*words, *kwargs]))
+    with pytest.raises(ValueError, match="reward.kwargs was .*http://h") as caught:
+        Run(load_config([*words, *kwargs, "reward.kwargs.api_key=hidden2"]))
+    assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", ".lock-owner"])
@@ -208,6 +224,11 @@ def test_a_link_in_the_place_of_a_model_gives_way_and_what_it_leads_to_stays(tmp
         replace_folder(tmp_path / "model", lambda folder, text=text: (folder / "x").write_text(text))
         assert (tmp_path / "model" / "x").read_text() == text and not (tmp_path / "model").is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"model", "elsewhere"}
+    # one that leads nowhere any more
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    replace_folder(tmp_path / "model", lambda folder: (folder / "x").write_text("last"))
+    assert (tmp_path / "model" / "x").read_text() == "last"
     assert (tmp_path / "elsewhere" / "x").read_text() == "old"
 
 

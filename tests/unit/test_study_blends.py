@@ -256,7 +256,7 @@ def test_what_another_process_has_added_is_in_a_line_once_and_what_lacks_is_an_e
         ({"second_panel": [{}, {}]}, "iteration"),
         (
             {"second_panel": [{**record(0, 0, 0, seed=8), "iteration": 0, "evaluations": 1}] * 2},
-            "a first panel has a Vendi or an Inception Score of 0",
+            "a first panel has one of vendi, ",
         ),
     ],
 )

@@ -253,6 +253,13 @@ def test_words_of_a_command_line():
         "log_with": "wandb",
         "train_cfg": False,
     }
+    # as the script's own parser reads them
+    switches = {"yes": True, "0": False, "T": True, "False": False, "perhaps": "perhaps"}
+    assert [read_words([f"--use_lora={word}"])["use_lora"] for word in switches] == list(switches.values())
+    assert read_words(["--pretrained_revision", "2024", "--negative_prompts=123"]) == {
+        "pretrained_revision": "2024",
+        "negative_prompts": "123",
+    }
     with pytest.raises(ValueError, match="'200' belongs to no field"):
         read_words(["200"])
 

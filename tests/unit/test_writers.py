@@ -144,6 +144,12 @@ def test_wandb_gets_the_configuration_and_no_credential(words, wandb):
     assert options["allow_val_change"] is True
 
 
+def test_the_names_that_secrets_have_are_credentials():
+    secret = ("token", "X-Api-Key", "accessToken", "Authorization", "pwd", "api-key", "sig", "HF_TOKEN")
+    shown = ("max_tokens", "keypoints", "author", "monkey", "design")
+    assert without_credentials({"headers": dict.fromkeys((*secret, *shown), "x")})["headers"].keys() == {*shown}
+
+
 def test_a_password_in_an_address_is_a_credential():
     config = {"terms": [{"kwargs": {"url": "https://me:secret@host/x?size=3&api_key=K&key=L#a", "max_tokens": 5}}]}
     address = "https://host/x?size=3&api_key=&key=#a"
