@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hrf_fast.assembly.algorithm import build_call_plan, build_config_advantages, build_groups, build_rules
-from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts, check_reward
+from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts, check_reward, prompt_sources
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
@@ -90,13 +90,12 @@ def build_components(
         advantages = build_config_advantages(config)
         prompts, prompts_source = build_prompts(config)
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
-        sources[f"prompts {config.prompts.source}"] = prompts_source
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
         # a policy of the user's may have a network of the user's
         if base := getattr(policy.network, "base_digest", ""):
             sources[BASE] = {"file": config.model.name, "sha256": base}
         panel = build_panel(config, device, prompts, network)
-        sources[f"panel's prompts {config.evaluation.prompts}"] = panel.source
+        sources |= prompt_sources(config, prompts_source, panel)
         check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank

@@ -66,3 +66,8 @@ def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
         prompts, source = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
         panel = replace(panel, source=source)
     return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)
+
+
+def prompt_sources(config: Config, source: dict[str, str] | None, panel: Panel) -> dict[str, dict[str, str] | None]:
+    """The user's files or functions of prompts by name, for a run's record; `source` as `build_prompts` gives it."""
+    return {f"prompts {config.prompts.source}": source, f"panel's prompts {config.evaluation.prompts}": panel.source}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
+from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts, prompt_sources
 from hrf_fast.commands.runs import ADAPTERS, BASE_MODEL, run_policy, tuned_config
 from hrf_fast.config.credentials import without_credentials
 from hrf_fast.devices import choose_device
@@ -40,9 +40,7 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
     device = choose_device(config.run.device)
     (prompts, source), reward = build_prompts(config), build_config_reward(config, device)
     panel = build_panel(config, device, prompts)
-    sources = {**reward.sources, f"prompts {config.prompts.source}": source}
-    sources[f"panel's prompts {config.evaluation.prompts}"] = panel.source
-    for changed in edited_notes(run, sources):
+    for changed in edited_notes(run, {**reward.sources, **prompt_sources(config, source, panel)}):
         print(changed)
     result: dict[str, Any] = {
         name: without_credentials(asdict(getattr(config, name)))

@@ -82,32 +82,36 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
             is changed.
     """
     config = run_config(finished_run(run), tuple(words))
-    changed = differences(with_absolute_paths(run_config(run)), with_absolute_paths(config))
-    _check_effect(run, config, changed)
+    before = run_config(run)
+    changed = differences(with_absolute_paths(before), with_absolute_paths(config))
+    _check_effect(before, config, changed)
     for option in fixed:
         if option in changed:
-            before, now = changed[option]
+            old, new = changed[option]
             hint = f"; if that model has moved, write its new place into {run / 'config.yaml'}"
             raise ValueError(
-                f"{option} is {now!r}, but the tuned model of {run} is of {before!r}; leave {option} out"
+                f"{option} is {new!r}, but the tuned model of {run} is of {old!r}; leave {option} out"
                 + (hint if option == "model.name" else "")
             )
     return config
 
 
-def _check_effect(run: Path, config: Config, changed: Collection[str]) -> None:
+def _check_effect(before: Config, config: Config, changed: Collection[str]) -> None:
     """Refuse options of training alone, but for those that the others ask for, as a number of steps does."""
-    idle, before = [], run_config(run)
-    for option in changed:
-        section = option.partition(".")[0]
-        if section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device"):
-            idle.append(option)
-    if idle:
-        try:
-            check_config(replace(config, **{section: getattr(before, section) for section in _TRAINING}))
-        except ValueError:
-            return
-        raise ValueError(f"{idle[0]} would change nothing here, since the run has been trained; leave it out")
+    idle = [option for option in changed if _is_idle(option)]
+    if not idle:
+        return
+    try:
+        check_config(replace(config, **{section: getattr(before, section) for section in _TRAINING}))
+    except ValueError:
+        return
+    raise ValueError(f"{idle[0]} would change nothing here, since the run has been trained; leave it out")
+
+
+def _is_idle(option: str) -> bool:
+    """Whether a tuned model and its panels do not depend on an option any more."""
+    section = option.partition(".")[0]
+    return section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device")
 
 
 def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:

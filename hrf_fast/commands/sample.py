@@ -46,12 +46,12 @@ def draw(
     """
     if count < 1 or images_per_call < 1:
         raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
-    check_picture(out)
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
     source = _source(model)
     policy = _policy(source, device, variant, {name: value for name, value in sampler.items() if value is not None})
     panel = _prompted(Panel(count, seed, images_per_call), source, policy, prompts, negatives)
+    check_picture(out)
     each = [panel.prompt(image) for image in range(panel.size)]
     images = policy.decode(sample(policy, panel.noise(policy), each, images_per_call=images_per_call)).cpu()
     save_grid(images, out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
