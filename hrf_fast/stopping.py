@@ -86,11 +86,11 @@ def check_floors(stop: StopConfig, shares: Collection[str]) -> None:
                 f"stop.{option} is {value:g}, a share of the pretrained model's {metric}, which the panel does not "
                 f"measure; {way_out}, or set stop.{option}=0"
             )
-    for option, metric in (("diversity", stop.diversity), ("quality", stop.quality)):
-        if metric != getattr(StopConfig(), option) and metric not in shares and getattr(stop, f"{option}_floor") != 0:
+        chosen = option.removesuffix("_floor")
+        if value is None and metric not in shares and metric != getattr(StopConfig(), chosen):
             raise ValueError(
-                f"stop.{option} is {metric}, which the panel does not measure, so nothing would watch; {way_out}, or "
-                f"set stop.{option}_floor=0"
+                f"stop.{chosen} is {metric}, which the panel does not measure, so nothing would watch; {way_out}, or "
+                f"set stop.{option}=0"
             )
     if stop.on_collapse != "warn" and stop.diversity_floor is None and stop.diversity not in shares:
         raise ValueError(

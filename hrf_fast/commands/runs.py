@@ -23,9 +23,9 @@ from hrf_fast.run.sources import check_base
 
 # options that say what a run's tuned model is
 BASE_MODEL = ("model.name", "model.revision", "model.variant")
-# what a tuned model does not depend on any more
-_TRAINING = ("train", "window", "optimizer", "remedies", "stop")
 ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
+# sections that it does not depend on any more
+_TRAINING = ("train", "window", "optimizer", "remedies", "stop")
 
 
 def run_of(checkpoint: Path) -> Path | None:

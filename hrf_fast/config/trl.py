@@ -53,12 +53,10 @@ def convert(source: Path, words: Sequence[str] = (), *, processes: int | None = 
 def _check_type(name: str, value: Any) -> None:
     """Hold a field to the type of its default, and a count to 1 or more."""
     default = DEFAULTS[name]
-    if default is None:
-        fits, wanted = value is None or isinstance(value, str), "a text"
+    if default is None or isinstance(default, str):
+        fits, wanted = value is default or isinstance(value, str), "a text"
     elif isinstance(default, bool):
         fits, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(default, str):
-        fits, wanted = isinstance(value, str), "a text"
     else:
         kinds = int if isinstance(default, int) else (int, float)
         least = 1 if name in COUNTS else -math.inf

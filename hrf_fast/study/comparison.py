@@ -69,7 +69,7 @@ def measures(keep: float, target: float | None) -> list[Measure]:
 
 def percent(share: float) -> str:
     """A floor in per cent, as it was written."""
-    return f"{round(100 * share, 6):g} %"
+    return f"{100 * share:g} %"
 
 
 def _positive(gain: float) -> float | None:

@@ -120,9 +120,9 @@ class Results:
                 kinds = _CHOICE if "choice" in record else _RUN if "error" in record else _WHOLE
                 if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
                     raise TypeError(f"not all of {', '.join(kinds)}")
-                if kinds is _WHOLE and not record["machine"].keys() >= _MACHINE:
-                    raise ValueError(f"its machine lacks one of {', '.join(sorted(_MACHINE))}")
                 if kinds is _WHOLE:
+                    if not record["machine"].keys() >= _MACHINE:
+                        raise ValueError(f"its machine lacks one of {', '.join(sorted(_MACHINE))}")
                     check_panels(record)
                 records.append(record)
             except (ValueError, TypeError, AttributeError, LookupError) as error:
