@@ -1,7 +1,7 @@
 """Calling: how a denoiser of each kind is called, and the shape of its latents.
 
-A family of models differs in this and in its encoders alone: names of arguments, what stands for a step (a timestep or
-σ), latents as an image or packed into tokens. The loop and the engines see `Network` only.
+Kinds of models differ in names of arguments, what stands for a step (a timestep or σ), and latents as an image or
+packed into tokens. The loop and the engines see `Network` only; calls of transformers are in families/.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLUX, STABLE_DIFFUSION_3 = "FluxPipeline", "StableDiffusion3Pipeline"
 # inputs that SDXL's UNet takes in a mapping of their own; flat here, so that engines and rows treat all inputs alike
 _ADDED = ("text_embeds", "time_ids")
-# side of FLUX's latents where nobody says another, as in its pipeline
-_FLUX_SIDE = 128
 
 Call = Callable[[Any, Tensor, float | Tensor, Mapping[str, Tensor]], Tensor]
 """(denoiser, latents [B, …], timesteps: one value or [B], inputs of a `Condition`) -> the output [B, …]."""
@@ -33,52 +30,11 @@ def call_unet(unet: Any, latents: Tensor, timesteps: float | Tensor, inputs: Map
     return output
 
 
-def call_sd3(transformer: Any, latents: Tensor, timesteps: float | Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Call an SD3Transformer2DModel on latents [B, C, H, W] at timesteps 1000·σ."""
-    output: Tensor = transformer(
-        hidden_states=latents, timestep=_rows(timesteps, latents), return_dict=False, **inputs
-    )[0]
-    return output
-
-
-def call_flux(
-    transformer: Any,
-    latents: Tensor,
-    timesteps: float | Tensor,
-    inputs: Mapping[str, Tensor],
-    *,
-    grid: tuple[int, int],
-) -> Tensor:
-    """Call a FluxTransformer2DModel, which takes σ and positions, on packed latents [B, tokens, C].
-
-    Args:
-        grid: rows and columns of the tokens.
-    """
-    rows, columns = (torch.arange(count, dtype=torch.float32, device=latents.device) for count in grid)
-    places = torch.cartesian_prod(rows, columns)
-    output: Tensor = transformer(
-        hidden_states=latents,
-        timestep=_rows(timesteps, latents) / 1000,
-        img_ids=torch.cat([torch.zeros_like(places[:, :1]), places], dim=1),
-        txt_ids=torch.zeros(inputs["encoder_hidden_states"].shape[1], 3, device=latents.device),
-        return_dict=False,
-        **inputs,
-    )[0]
-    return output
-
-
-def _rows(timesteps: float | Tensor, latents: Tensor) -> Tensor:
+def timestep_rows(timesteps: float | Tensor, latents: Tensor) -> Tensor:
     """The timestep of each row [B]."""
     if isinstance(timesteps, Tensor):
         return timesteps.expand(len(latents))
     return torch.full((len(latents),), float(timesteps), device=latents.device)
-
-
-def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The latents [B, C, h, w] of FLUX's tokens [B, h/2·w/2, 4·C]."""
-    rows, columns = grid
-    patches = tokens.view(len(tokens), rows, columns, tokens.shape[-1] // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, 2 * rows, 2 * columns)
 
 
 @dataclass(frozen=True)
@@ -104,9 +60,28 @@ class Shape:
         return self.grid and self.grid[0] * self.grid[1]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of denoiser is called, and what its latents are."""
+
+    call: Callable[..., Tensor]
+    """A `Call`; of packed latents with `grid`, rows and columns of the tokens, besides."""
+    patch: Callable[[Mapping[str, Any]], int]
+    """The denoiser's config -> side in latents of what it can't divide further."""
+    tokens: bool = False
+    """Whether it makes tokens of the latents, by whose number schedulers shift their σ."""
+    packed: bool = False
+    """Whether the latents are those tokens, [tokens, C]."""
+    side: int | None = None
+    """Side of the latents at the model's own size; None for the config's sample_size."""
+
+
+UNET = Layout(call_unet, patch=lambda config: int(2 ** (len(config["block_out_channels"]) - 1)))
+
+
 def shape_of(
     name: str,
-    pipeline: str,
+    layout: Layout,
     denoiser: Mapping[str, Any],
     vae: Mapping[str, Any] | None = None,
     image_size: int | None = None,
@@ -114,37 +89,26 @@ def shape_of(
     """The latents of a model and how it is called.
 
     Args:
-        name: model.name, for errors; pipeline: its class.
+        name: model.name, for errors.
         denoiser, vae: configs of the UNet or transformer and of the AutoencoderKL, with defaults filled in.
         image_size: model.image_size, pixels; None for the size that the model's config says.
 
     Raises:
         ValueError: the size does not divide into latents and patches, or is beyond the model's positions.
     """
-    side = _FLUX_SIDE if pipeline == FLUX else denoiser["sample_size"]
+    side = layout.side or denoiser["sample_size"]
     height, width = (side, side) if isinstance(side, int) else side
     if vae is None:
-        return Shape((denoiser["in_channels"], height, width), call_unet, None)
+        return Shape((denoiser["in_channels"], height, width), layout.call, None)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    patch = _patch(pipeline, denoiser)
+    patch = layout.patch(denoiser)
     if image_size is not None:
         _check_image_size(name, image_size, factor, patch, denoiser)
         height = width = image_size // factor
     size, grid = (height * factor, width * factor), (height // patch, width // patch)
-    if pipeline == FLUX:
-        return Shape((grid[0] * grid[1], denoiser["in_channels"]), partial(call_flux, grid=grid), size, grid)
-    if pipeline == STABLE_DIFFUSION_3:
-        return Shape((denoiser["in_channels"], height, width), call_sd3, size, grid)
-    return Shape((denoiser["in_channels"], height, width), call_unet, size)
-
-
-def _patch(pipeline: str, denoiser: Mapping[str, Any]) -> int:
-    """Side in latents of what a denoiser can't divide further."""
-    if pipeline == FLUX:
-        return 2
-    if pipeline == STABLE_DIFFUSION_3:
-        return int(denoiser["patch_size"])
-    return int(2 ** (len(denoiser["block_out_channels"]) - 1))
+    if layout.packed:
+        return Shape((grid[0] * grid[1], denoiser["in_channels"]), partial(layout.call, grid=grid), size, grid)
+    return Shape((denoiser["in_channels"], height, width), layout.call, size, grid if layout.tokens else None)
 
 
 def _check_image_size(name: str, size: int, factor: int, patch: int, denoiser: Mapping[str, Any]) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 # settings of a UNet2DModel by which something else than the step steers it
 _CONDITIONED = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
 _BLOCKS = ("down_block_types", "mid_block_type", "up_block_types")
-# settings of a UNet2DConditionModel by which something else than step and prompt steers it
-_MORE_CONDITIONS = ("num_class_embeds", "class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
 
 
 def check_unconditional(name: str, config: Mapping[str, Any]) -> None:
@@ -31,66 +29,6 @@ def check_unconditional(name: str, config: Mapping[str, Any]) -> None:
             f"model.name is {name!r}, whose UNet takes noise levels instead of steps (time_embedding_type: {time!r}) "
             "as score-based VE models do; use a model of DDPM's kind, whose time_embedding_type is positional"
         )
-
-
-def check_text_to_image(name: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a Stable Diffusion whose UNet wants other inputs than latents, a step and the encoders' embeddings.
-
-    Args:
-        configs: of unet, vae, text_encoder and, for SDXL, text_encoder_2, as their files have them.
-    """
-    unet, start = configs["unet"], f"model.name is {name!r}, whose UNet "
-    encoders = [config for part, config in configs.items() if part.startswith("text_encoder")]
-    channels = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if channels[0] != channels[1]:
-        raise ValueError(
-            f"{start}takes {channels[0]} channels and returns {channels[1]}: one for inpainting or editing, whose "
-            "pictures to begin with nobody draws here; use a text-to-image model"
-        )
-    if unet.get("time_cond_proj_dim") is not None:
-        raise ValueError(
-            f"{start}takes the guidance scale as an input (time_cond_proj_dim: {unet['time_cond_proj_dim']}) as latent "
-            "consistency models do, and has no unconditional branch; use the model that it was distilled from"
-        )
-    conditions = {key: unet[key] for key in _MORE_CONDITIONS if unet.get(key) is not None}
-    xl = len(encoders) > 1
-    if unet.get("addition_embed_type") != ("text_time" if xl else None):
-        conditions["addition_embed_type"] = unet.get("addition_embed_type")
-    if unet.get("attention_type", "default") != "default":
-        conditions["attention_type"] = unet["attention_type"]
-    for key, value in conditions.items():
-        raise ValueError(
-            f"{start}is not steered as Stable Diffusion's are ({key}: {value!r}); use a model of Stable Diffusion 1, 2 "
-            "or XL"
-        )
-    if (time := unet.get("time_embedding_type", "positional")) != "positional":
-        raise ValueError(
-            f"{start}takes noise levels instead of steps (time_embedding_type: {time!r}); use another model"
-        )
-    latent = configs["vae"].get("latent_channels", 4)
-    if latent != channels[0]:
-        raise ValueError(f"{start}has {channels[0]} channels but whose VAE {latent}; give the parts of one model")
-    _check_widths(start, unet, encoders)
-    _check_size(name, unet.get("sample_size"), len(unet.get("block_out_channels", (0,) * 4)) - 1)
-
-
-def _check_widths(start: str, unet: Mapping[str, Any], encoders: list[Mapping[str, Any]]) -> None:
-    """Refuse text encoders whose embeddings are not as wide as the UNet takes them."""
-    width, needed = sum(config.get("hidden_size", 512) for config in encoders), unet.get("cross_attention_dim", 1280)
-    if any(each != width for each in (needed if isinstance(needed, list | tuple) else [needed])):
-        raise ValueError(
-            f"{start}takes embeddings of {needed} numbers (cross_attention_dim) but whose text encoders make {width}; "
-            "give the parts of one model"
-        )
-    if len(encoders) > 1:
-        # six time ids and the pooled embedding of the last encoder
-        added = 6 * (unet.get("addition_time_embed_dim") or 0) + encoders[-1].get("projection_dim", 512)
-        if unet.get("projection_class_embeddings_input_dim") != added:
-            raise ValueError(
-                f"{start}has projection_class_embeddings_input_dim "
-                f"{unet.get('projection_class_embeddings_input_dim')}, but six time ids and the pooled embedding are "
-                f"{added} numbers; use a base model of SDXL (no refiner)"
-            )
 
 
 def check_unet(name: str, config: Any, scheduler: Any, *, latent: bool, is_flow: bool = False) -> None:
@@ -120,10 +58,10 @@ def check_unet(name: str, config: Any, scheduler: Any, *, latent: bool, is_flow:
             f"model.name is {name!r}, whose UNet takes {config.in_channels} channels of size {config.sample_size}; a "
             "pixel-space model of 1 or 3 channels with a sample_size is needed, or an LDMPipeline with its vqvae"
         )
-    _check_size(name, config.sample_size, len(config.block_out_channels) - 1)
+    check_size(name, config.sample_size, len(config.block_out_channels) - 1)
 
 
-def _check_size(name: str, size: Any, levels: int) -> None:
+def check_size(name: str, size: Any, levels: int) -> None:
     """Refuse a UNet without a size of its latents, or one that it can't halve as often as it has levels."""
     sides = [size] if isinstance(size, int) else size
     if not sides:

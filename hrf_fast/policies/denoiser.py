@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hrf_fast.config.options import FLOW_SAMPLERS
 from hrf_fast.policies.base import Condition, Prediction
-from hrf_fast.policies.calling import Shape, shape_of
+from hrf_fast.policies.calling import UNET, Shape, shape_of
 from hrf_fast.policies.compilation import compile_network
 from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
@@ -57,7 +57,7 @@ class DenoiserPolicy:
         """
         self.scheduler, self.precision = scheduler, precision
         self.guidance_scale = guidance_scale
-        shape = shape or shape_of("", "", unet.config)
+        shape = shape or shape_of("", UNET, unet.config)
         self.device = next(unet.parameters()).device
         try:
             self.kernels, self.kernels_reason = choose_backend(kernels, self.device)

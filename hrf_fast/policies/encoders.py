@@ -1,6 +1,6 @@
-"""Encoders: prompts as a UNet of Stable Diffusion takes them, encoded as diffusers' pipelines do (`encode_prompt`).
+"""Encoders: prompts as a denoiser takes them, encoded as diffusers' pipelines do (`encode_prompt`).
 
-Those of SD3 and FLUX are in encoders_t5.py. A text is padded to a length, or cut to it. Texts are encoded one at a
+Those of SDXL, SD3 and FLUX are in families/. A text is padded to a length, or cut to it. Texts are encoded one at a
 time, so that an embedding does not depend on what else is asked for, and are remembered on the CPU. Left out: clip_skip
 and textual inversion.
 """
@@ -88,56 +88,6 @@ class PromptEncoder:
             f"the prompt {text!r} has {len(ids)} tokens and the text encoder takes {length}: {dropped!r} is cut off",
             stacklevel=2,
         )
-
-
-class PromptEncoderXL(PromptEncoder):
-    """The text encoders of SDXL: the penultimate hidden states of both, side by side, and what is pooled by the second.
-
-    Every image is described as uncropped and of the size that the model draws (`time_ids`).
-    """
-
-    def __init__(
-        self,
-        tokenizers: Sequence[Any],
-        encoders: Sequence[Any],
-        device: torch.device,
-        *,
-        time_ids: Tensor,
-        zero_negative: bool,
-        offload: bool = False,
-    ) -> None:
-        """Freeze the encoders.
-
-        Args:
-            time_ids: [6], see `time_ids`.
-            zero_negative: an empty negative prompt is zeros (force_zeros_for_empty_prompt), and else is encoded.
-        """
-        super().__init__(tokenizers, encoders, device, offload=offload)
-        self._time_ids, self._zero_negative = time_ids, zero_negative
-
-    def negative_rows(self, texts: Sequence[str]) -> Rows:
-        """The inputs of the unconditional branch for B negative prompts."""
-        rows = self.rows(texts)
-        if self._zero_negative:
-            empty = torch.tensor([not text for text in texts], device=self._device)
-            for name in ("encoder_hidden_states", "text_embeds"):
-                rows[name][empty] = 0
-        return rows
-
-    def _encode(self, text: str) -> Rows:
-        outputs = [self._call(number, text, output_hidden_states=True) for number in range(len(self.encoders))]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        rows = {
-            "encoder_hidden_states": hidden,
-            "text_embeds": outputs[-1].text_embeds,
-            "time_ids": self._time_ids[None],
-        }
-        return {name: tensor.to("cpu", torch.float32) for name, tensor in rows.items()}
-
-
-def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """SDXL's description of an image [6]: (height, width) before cropping, (top, left) of the crop, size as drawn."""
-    return torch.tensor([*original, *corner, *target], dtype=torch.float32)
 
 
 @contextmanager

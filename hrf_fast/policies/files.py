@@ -1,7 +1,7 @@
 """Files of a model: where its parts lie, what their configs say, and which files hold the weights. Nothing is loaded.
 
 The pipeline's class in model_index.json decides which policy a model gets; a class that has none is refused by name, as
-is a UNet of a kind that the trainer can't drive (checks.py). Both happen before weights are downloaded.
+is a model that its family can't drive exactly. Both happen before weights are downloaded.
 """
 
 from __future__ import annotations
@@ -14,57 +14,14 @@ from typing import Any
 
 from hrf_fast.assets import ASSETS, SHIPPED
 from hrf_fast.hub import files_in, find_folder
-from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3
-from hrf_fast.policies.checks import check_text_to_image, check_unconditional
 from hrf_fast.policies.component import INDEXES, VARIANT, Component, read_json, stems, weight_files
+from hrf_fast.policies.families.base import Family
+from hrf_fast.policies.families.table import FAMILIES
 from hrf_fast.policies.lora import LORA_WEIGHTS
 from hrf_fast.policies.schedulers import check_scheduler
-from hrf_fast.policies.transformer_checks import check_transformer
 
-# the parts of a pipeline by name, and the class that a part's config must say it is
-_PIXEL = {"unet": "UNet2DModel", "scheduler": ""}
-_LATENT = {**_PIXEL, "vqvae": "VQModel"}
-_TEXT = {
-    "unet": "UNet2DConditionModel",
-    "scheduler": "",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
-_TEXT_XL = {**_TEXT, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
-_FLUX = {
-    "transformer": "FluxTransformer2DModel",
-    "scheduler": "",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-    "text_encoder_2": "T5EncoderModel",
-    "tokenizer_2": "T5TokenizerFast",
-}
-_SD3 = {
-    "transformer": "SD3Transformer2DModel",
-    "scheduler": "",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModelWithProjection",
-    "tokenizer": "CLIPTokenizer",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "tokenizer_2": "CLIPTokenizer",
-    "text_encoder_3": "T5EncoderModel",
-    "tokenizer_3": "T5TokenizerFast",
-}
 # what model_index.json may say that a pipeline lacks, as [null, null]
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
-STABLE_DIFFUSION, STABLE_DIFFUSION_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-PIPELINES = {
-    "DDPMPipeline": _PIXEL,
-    "DDIMPipeline": _PIXEL,
-    "PNDMPipeline": _PIXEL,
-    "LDMPipeline": _LATENT,
-    STABLE_DIFFUSION: _TEXT,
-    STABLE_DIFFUSION_XL: _TEXT_XL,
-    STABLE_DIFFUSION_3: _SD3,
-    FLUX: _FLUX,
-}
 # of every model; those of text-to-image parts follow where model_index.json has them
 CONFIGS = (
     *("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"),
@@ -84,6 +41,10 @@ class ModelFiles:
     """unet or transformer, scheduler, and by the pipeline vqvae, or vae and pairs of text_encoder and tokenizer."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The values of model_index.json."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.pipeline]
 
     @property
     def denoiser(self) -> str:
@@ -164,24 +125,20 @@ def _read(name: str, folder: Path) -> ModelFiles:
     pipeline = _pipeline(folder, name)
     parts = {
         part: _component(name, folder, pipeline, part, kind)
-        for part, kind in PIPELINES[pipeline].items()
+        for part, kind in FAMILIES[pipeline].parts.items()
         if part not in _OPTIONAL or settings.get(part) != [None, None]
     }
     files = ModelFiles(name, pipeline, parts, settings)
     configs = {part: component.config for part, component in parts.items()}
-    if files.denoiser == "transformer":
-        check_transformer(name, pipeline, configs)
-    elif files.takes_prompts:
-        check_text_to_image(name, configs)
-    else:
-        check_unconditional(name, configs["unet"])
-    check_scheduler(name, parts["scheduler"].config, pipeline)
+    files.family.check(name, configs)
+    flow = [known for known, family in FAMILIES.items() if family.flow]
+    check_scheduler(name, configs["scheduler"], pipeline, ddpm=files.family.ddpm, flow_pipelines=flow)
     return files
 
 
 def _configs(folder: Path, name: str) -> list[str]:
     """Patterns of the small files that a text-to-image pipeline has besides `CONFIGS`."""
-    parts = PIPELINES[_pipeline(folder, name)]
+    parts = FAMILIES[_pipeline(folder, name)].parts
     if "tokenizer" not in parts:
         return []
     tokenizers = [f"{part}/{file}" for part in parts if "tokenizer" in part for file in ("*.json", "*.txt")]
@@ -199,10 +156,10 @@ def _pipeline(folder: Path, name: str) -> str:
     if not index.is_file():
         return "DDPMPipeline"
     kind = read_json(index).get("_class_name", "DDPMPipeline")
-    if kind not in PIPELINES:
+    if kind not in FAMILIES:
         raise ValueError(
             f"model.name is {name!r}, whose model_index.json says {kind}; there is a policy for "
-            f"{', '.join(PIPELINES)} only"
+            f"{', '.join(FAMILIES)} only"
         )
     return str(kind)
 

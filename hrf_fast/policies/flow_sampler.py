@@ -23,15 +23,12 @@ import torch
 from torch import Tensor
 
 from hrf_fast.config.options import DDPM_SAMPLERS, FLOW_SAMPLERS
-from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.sampler import Sampler, build_sampler, check_least_std
 from hrf_fast.policies.schedulers import FLOW_SCHEDULER
 from hrf_kernels import StepCoefficients
 
 # float32 has steps of 6e-8 below 1, and some shifts round the first sigma
 _ONE = 1 - 1e-6
-# of a pipeline's own sigmas, as FluxPipeline gives them to its scheduler
-LINEAR, SCHEDULER = "linear", "scheduler"
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -47,12 +44,9 @@ def choose_sampler(
     eta: float = 1.0,
     noise_level: float | None = None,
     image_tokens: int | None = None,
-    pipeline: str = "",
+    linear_sigmas: bool = False,
 ) -> Sampler:
     """The sampler of a model by its scheduler's class: `build_flow_sampler` or `build_sampler`.
-
-    Args:
-        pipeline: class of the model's pipeline, of which FluxPipeline has sigmas of its own.
 
     Raises:
         ValueError: a sampler of the other kind of model; else as those two.
@@ -69,7 +63,7 @@ def choose_sampler(
             num_inference_steps=num_inference_steps,
             noise_level=noise_level,
             image_tokens=image_tokens,
-            sigmas=LINEAR if pipeline == FLUX else SCHEDULER,
+            linear_sigmas=linear_sigmas,
         )
     if kind in FLOW_SAMPLERS:
         raise ValueError(
@@ -86,7 +80,7 @@ def build_flow_sampler(
     num_inference_steps: int,
     noise_level: float | None = None,
     image_tokens: int | None = None,
-    sigmas: str = SCHEDULER,
+    linear_sigmas: bool = False,
 ) -> Sampler:
     """Tables of a flow model's sampler.
 
@@ -100,15 +94,15 @@ def build_flow_sampler(
         num_inference_steps: T.
         noise_level: η, above 0, for cps in (0, 1]; None for the one that the rule's authors publish.
         image_tokens: tokens of an image in the transformer, which a dynamic shift depends on.
-        sigmas: scheduler, as StableDiffusion3Pipeline and DDPMPipeline leave them to it, or linear, as FluxPipeline
-            gives it linspace(1, 1/T, T) to shift.
+        linear_sigmas: give the scheduler linspace(1, 1/T, T) to shift, as FluxPipeline does; StableDiffusion3Pipeline
+            and DDPMPipeline leave sigmas to it.
 
     Raises:
         ValueError: an option out of range, sigmas that do not fall, or noise below float32's rounding.
     """
     noise_level = _check_flow(scheduler, kind, num_inference_steps, noise_level)
     timesteps, levels = scheduler_sigmas(
-        scheduler, num_inference_steps=num_inference_steps, image_tokens=image_tokens, sigmas=sigmas
+        scheduler, num_inference_steps=num_inference_steps, image_tokens=image_tokens, linear_sigmas=linear_sigmas
     )
     coefficients = flow_coefficients(levels, kind=kind, noise_level=noise_level)
     ode = flow_coefficients(levels, kind="ode")
@@ -175,7 +169,7 @@ def published_cps_scale(std: Tensor) -> Tensor:
 
 
 def scheduler_sigmas(
-    scheduler: Any, *, num_inference_steps: int, image_tokens: int | None = None, sigmas: str = SCHEDULER
+    scheduler: Any, *, num_inference_steps: int, image_tokens: int | None = None, linear_sigmas: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Timesteps [T] and sigmas [T + 1] as the pipelines of diffusers have their scheduler make them, fp32.
 
@@ -191,7 +185,7 @@ def scheduler_sigmas(
                 "which this model has not; set use_dynamic_shifting: false and a shift in scheduler_config.json"
             )
         options["mu"] = dynamic_shift(scheduler.config, image_tokens)
-    if sigmas == LINEAR and not scheduler.config.get("use_flow_sigmas", False):
+    if linear_sigmas and not scheduler.config.get("use_flow_sigmas", False):
         options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     template.set_timesteps(num_inference_steps, **options)
     levels = template.sigmas

@@ -10,33 +10,16 @@ import torch
 
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
-from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3, Shape, shape_of
+from hrf_fast.policies.calling import Shape, shape_of
 from hrf_fast.policies.checks import check_unet
-from hrf_fast.policies.encoders import PromptEncoder, PromptEncoderXL, time_ids
-from hrf_fast.policies.encoders_t5 import PromptEncoderFlux, PromptEncoderSD3
-from hrf_fast.policies.files import (
-    PIPELINES,
-    STABLE_DIFFUSION,
-    STABLE_DIFFUSION_XL,
-    ModelFiles,
-    read_decoder,
-    read_model,
-)
+from hrf_fast.policies.encoders import PromptEncoder
+from hrf_fast.policies.files import ModelFiles, read_decoder, read_model
 from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
-from hrf_fast.policies.latent import LatentPolicy
 from hrf_fast.policies.option_checks import check_options
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
-from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
-from hrf_fast.policies.text_to_image import FluxPolicy, StableDiffusionPolicy, TextToImagePolicy
-
-_POLICIES: dict[str, type[TextToImagePolicy]] = {
-    STABLE_DIFFUSION: StableDiffusionPolicy,
-    STABLE_DIFFUSION_XL: StableDiffusionPolicy,
-    STABLE_DIFFUSION_3: TextToImagePolicy,
-    FLUX: FluxPolicy,
-}
+from hrf_fast.policies.text_to_image import TextToImagePolicy
 
 
 def load_policy(
@@ -101,7 +84,7 @@ def load_policy(
         kernels = os.environ.get("HRF_KERNELS") or "auto"
         parts = _other_parts(files)
         vae = parts["vae"].config if "vae" in parts else None
-        shape = shape_of(name, files.pipeline, unet.config, vae, image_size)
+        shape = shape_of(name, files.family.layout, unet.config, vae, image_size)
         steps = choose_sampler(
             scheduler,
             kind=sampler,
@@ -109,7 +92,7 @@ def load_policy(
             eta=eta,
             noise_level=noise_level,
             image_tokens=shape.tokens,
-            pipeline=files.pipeline,
+            linear_sigmas=files.family.linear_sigmas,
         )
         options: dict[str, Any] = {
             "precision": precision,
@@ -120,9 +103,10 @@ def load_policy(
         if files.takes_prompts:
             options |= {"guidance_scale": guidance_scale, "offload": offload, "sized": image_size is not None}
             return _text_to_image(files, unet, scheduler, steps, parts, decoder, device, **options)
-        if "vqvae" in parts:
-            return LatentPolicy(unet, scheduler, steps, parts["vqvae"].to(device), **options)
-        return PixelPolicy(unet, scheduler, steps, **options)
+        policy: Policy = files.family.policy(
+            unet, scheduler, steps, *(part.to(device) for part in parts.values()), **options
+        )
+        return policy
 
 
 def _model(files: ModelFiles) -> str:
@@ -130,12 +114,12 @@ def _model(files: ModelFiles) -> str:
 
 
 def _scheduler(files: ModelFiles) -> Any:
-    return make_scheduler(_model(files), files.parts["scheduler"].config, pipeline=files.pipeline)
+    return make_scheduler(_model(files), files.parts["scheduler"].config, files.family.scheduler)
 
 
 def _other_parts(files: ModelFiles) -> dict[str, Any]:
     """The parts of a pipeline besides the denoiser and the scheduler; None for one that it does without."""
-    parts: dict[str, Any] = dict.fromkeys(PIPELINES[files.pipeline])
+    parts: dict[str, Any] = dict.fromkeys(files.family.parts)
     for name, part in files.parts.items():
         load = load_module if part.has_weights else from_pretrained
         parts[name] = None if name in (files.denoiser, "scheduler") else load(_model(files), part)
@@ -159,19 +143,14 @@ def _text_to_image(
     encoder = _encoder(files, parts, unet.config, shape, device, offload=offload)
     # on the CPU the VAE is kept for saving, where another decoder stands in for it
     tiny = load_module(f"model.decoder is {decoder!r}", read_decoder(decoder)) if decoder else None
-    by_pipeline: dict[str, dict[str, Any]] = {
-        STABLE_DIFFUSION: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-        STABLE_DIFFUSION_XL: {"force_zeros_for_empty_prompt": _zero_negative(files)},
-    }
-    settings = by_pipeline.get(files.pipeline, {})
-    return _POLICIES[files.pipeline](
+    policy: TextToImagePolicy = files.family.policy(
         unet,
         scheduler,
         sampler,
         encoder,
         tiny or parts["vae"],
         pipeline=files.pipeline,
-        parts=parts | settings,
+        parts=parts | files.family.settings(files.settings),
         denoiser=files.denoiser,
         # where a folder lies is no one else's business
         decoder_name=Path(decoder).name if decoder and os.path.isdir(decoder) else decoder,
@@ -179,6 +158,7 @@ def _text_to_image(
         offload=offload,
         **options,
     )
+    return policy
 
 
 def _encoder(
@@ -199,16 +179,7 @@ def _encoder(
                 f"{_model(files)}, whose tokenizer makes {tokenizer.model_max_length} tokens (model_max_length) but "
                 f"whose text encoder takes {most}; correct tokenizer_config.json"
             )
-    if files.pipeline == STABLE_DIFFUSION_3:
-        return PromptEncoderSD3(tokenizers, encoders, device, width=config.joint_attention_dim, offload=offload)
-    if files.pipeline == FLUX:
-        return PromptEncoderFlux(tokenizers, encoders, device, offload=offload)
-    if files.pipeline == STABLE_DIFFUSION or shape.size is None:
-        return PromptEncoder(tokenizers, encoders, device, offload=offload)
-    ids, zero = time_ids(shape.size, (0, 0), shape.size), _zero_negative(files)
-    return PromptEncoderXL(tokenizers, encoders, device, time_ids=ids, zero_negative=zero, offload=offload)
-
-
-def _zero_negative(files: ModelFiles) -> bool:
-    """Whether an empty negative prompt is zeros, as SDXL's pipeline has it by default."""
-    return bool(files.settings.get("force_zeros_for_empty_prompt", True))
+    assert files.family.encoder is not None
+    return files.family.encoder(
+        tokenizers, encoders, device, denoiser=config, size=shape.size, index=files.settings, offload=offload
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hrf_fast.config.options import FACTS
-from hrf_fast.policies.calling import FLUX
 from hrf_fast.policies.files import ModelFiles
 
 
@@ -47,9 +46,4 @@ def check_options(
                 f"{option} is {value} but model.name is {files.name!r}, a transformer, for which it does nothing; "
                 f"leave it at {neutral}"
             )
-    config = files.parts[files.denoiser].config
-    if files.pipeline == FLUX and guidance_scale != 1 and not config.get("guidance_embeds", False):
-        raise ValueError(
-            f"sample.guidance_scale is {guidance_scale} but model.name is {files.name!r}, a FLUX that was distilled "
-            "without guidance (guidance_embeds: false, as FLUX.1-schnell); leave it at 1, or use FLUX.1-dev"
-        )
+    files.family.check_guidance(files.name, files.parts[files.denoiser].config, guidance_scale)

@@ -8,12 +8,12 @@ are refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hrf_fast.hub import first_line
-from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3
 
 # schedulers that the steps are made of directly
 _EXACT = ("DDPMScheduler", "DDIMScheduler")
@@ -32,9 +32,6 @@ COMPATIBLE = (
     "UniPCMultistepScheduler",
 )
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# pipelines that diffusers runs with it alone, and all that it runs with it
-_FLOW_ALONE = (STABLE_DIFFUSION_3, FLUX)
-FLOW_PIPELINES = ("DDPMPipeline", *_FLOW_ALONE)
 # settings that a DDIM takes over; diffusers drops those that are another class's defaults
 _KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
@@ -44,20 +41,24 @@ _KEPT = (
 _OTHER_KINDS = {"use_flow_sigmas": (None, False), "timestep_type": (None, "discrete")}
 
 
-def check_scheduler(model: str, config: dict[str, Any], pipeline: str) -> None:
+def check_scheduler(
+    model: str, config: dict[str, Any], pipeline: str, *, ddpm: bool, flow_pipelines: Sequence[str]
+) -> None:
     """Refuse a scheduler config whose alphas mean something else, or none that diffusers knows.
 
     Args:
         model: model.name, for errors; pipeline: class of the model's pipeline.
+        ddpm: whether diffusers runs it with schedulers of DDPM's kind.
+        flow_pipelines: all that diffusers runs with a scheduler of flow matching.
 
     Raises:
         ValueError: names the class or the setting.
     """
     kind = config.get("_class_name")
     if kind == FLOW_SCHEDULER:
-        _check_flow(model, config, pipeline)
+        _check_flow(model, config, pipeline, flow_pipelines)
         return
-    if pipeline in _FLOW_ALONE:
+    if not ddpm:
         raise ValueError(
             f"model.name is {model!r}, a {pipeline}, whose transformer is one of flow matching, but whose scheduler is "
             f"{kind}; use a {FLOW_SCHEDULER}"
@@ -73,12 +74,12 @@ def check_scheduler(model: str, config: dict[str, Any], pipeline: str) -> None:
             )
 
 
-def _check_flow(model: str, config: dict[str, Any], pipeline: str) -> None:
+def _check_flow(model: str, config: dict[str, Any], pipeline: str, flow_pipelines: Sequence[str]) -> None:
     """Refuse a scheduler of flow matching in a pipeline that can't run it, or one whose sigmas rise."""
-    if pipeline not in FLOW_PIPELINES:
+    if pipeline not in flow_pipelines:
         raise ValueError(
             f"model.name is {model!r}, a {pipeline} whose scheduler is {FLOW_SCHEDULER}, which diffusers can't run; "
-            f"use a pipeline of flow matching: {', '.join(FLOW_PIPELINES)}"
+            f"use a pipeline of flow matching: {', '.join(flow_pipelines)}"
         )
     if config.get("invert_sigmas", False):
         raise ValueError(
@@ -87,12 +88,12 @@ def _check_flow(model: str, config: dict[str, Any], pipeline: str) -> None:
         )
 
 
-def make_scheduler(model: str, config: dict[str, Any], *, pipeline: str) -> Any:
+def make_scheduler(model: str, config: dict[str, Any], imposed: Mapping[str, Any]) -> Any:
     """The DDIM, DDPM or flow scheduler of a config that `check_scheduler` lets through, as its pipeline uses it.
 
     Args:
         model: the option that names the model, and its value, for errors.
-        pipeline: class of the pipeline: StableDiffusionPipeline sets steps_offset to 1 and never clips.
+        imposed: settings that the pipeline imposes: StableDiffusionPipeline sets steps_offset to 1 and never clips.
 
     Raises:
         ValueError: a config that does not load, or alphas that are not those of a DDIM of this config.
@@ -108,9 +109,7 @@ def make_scheduler(model: str, config: dict[str, Any], *, pipeline: str) -> Any:
                 "model with a DDIMScheduler"
             )
         scheduler = ddim
-    if pipeline == "StableDiffusionPipeline":
-        scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1, clip_sample=False)
-    return scheduler
+    return type(scheduler).from_config(scheduler.config, **imposed) if imposed else scheduler
 
 
 def _from_config(model: str, kind: str, config: Any, **changed: Any) -> Any:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.calling import unpack
 from hrf_fast.policies.denoiser import DenoiserPolicy, check_finite, contiguous, scheduler_of
 from hrf_fast.policies.encoders import PromptEncoder, resident
-from hrf_fast.policies.files import STABLE_DIFFUSION
 from hrf_fast.policies.lora import adapted_layers, save_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sampler import Sampler
@@ -25,7 +23,7 @@ _PIXELS_AT_ONCE = 8 * 256 * 256
 
 
 class TextToImagePolicy(DenoiserPolicy):
-    """The policy of a StableDiffusion3Pipeline, and of others as below; its denoiser alone is trained."""
+    """The policy of a pipeline that takes prompts; its denoiser alone is trained."""
 
     takes_prompts = True
 
@@ -138,35 +136,3 @@ pipeline = {self._pipeline}.from_pretrained({source})
 # [16, 3, height, width] in [0, 1], as rewards see them
 images = torch.from_numpy(images).permute(0, 3, 1, 2)
 """
-
-
-class StableDiffusionPolicy(TextToImagePolicy):
-    """The policy of a StableDiffusionPipeline or StableDiffusionXLPipeline."""
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        """Latents in the decoder's own units; SDXL's pipeline alone reads a VAE's mean and std."""
-        config = self.decoder.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if self._pipeline == STABLE_DIFFUSION or mean is None or std is None:
-            return latents / config.scaling_factor
-        mean, std = (torch.tensor(value, device=latents.device).view(1, -1, 1, 1) for value in (mean, std))
-        return latents * std / config.scaling_factor + mean
-
-
-class FluxPolicy(TextToImagePolicy):
-    """The policy of a FluxPipeline, whose latents are tokens and whose guidance is an input of the network."""
-
-    def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
-        """The embeddings of prompts and, for a transformer that takes it, the guidance scale: 1 if not `guided`.
-
-        There is no unconditional branch: a negative prompt has no effect.
-        """
-        rows = self._encoder.rows([(prompt or Prompt("")).text for prompt in prompts])
-        if self.unet.config.guidance_embeds:
-            scale = self.guidance_scale if guided else 1.0
-            rows["guidance"] = torch.full((len(prompts),), scale, device=self.device)
-        return Condition(rows)
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        assert self.shape.grid is not None
-        return super()._unscaled(unpack(latents, self.shape.grid))

@@ -5,41 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hrf_fast.policies.calling import FLUX
 
-
-def check_transformer(name: str, pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def check_transformer(
+    name: str,
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    channels: int,
+    patch: int,
+    pooled: str,
+    pooled_width: int,
+) -> list[Mapping[str, Any]]:
     """Refuse a transformer whose inputs are not what the VAE and the text encoders make.
 
     Args:
-        name: model.name, for errors; pipeline: its class; configs: of its parts by name, as their files have them.
+        name: model.name, for errors; configs: of its parts by name, as their files have them.
+        channels, pooled_width: in_channels and pooled_projection_dim that the transformer's class has by default.
+        patch: latents in a row of its input.
+        pooled: the setting of a CLIP that says how wide its pooled embedding is.
+
+    Returns:
+        The configs of its CLIPs.
     """
     transformer, start = configs["transformer"], f"model.name is {name!r}, whose transformer "
-    flux = pipeline == FLUX
-    channels = transformer.get("in_channels", 64 if flux else 16)
+    channels = transformer.get("in_channels", channels)
     returned = transformer.get("out_channels") or channels
     if returned != channels:
         raise ValueError(
             f"{start}takes {channels} channels and returns {returned}: one for inpainting or editing, whose pictures "
             "to begin with nobody draws here; use a text-to-image model"
         )
-    # FLUX's tokens are patches of 2 x 2 latents
-    made = configs["vae"].get("latent_channels", 4) * (4 if flux else 1)
+    made = configs["vae"].get("latent_channels", 4) * patch
     encoders = [config for part, config in sorted(configs.items()) if part.startswith("text_encoder")]
     clips = [config for config in encoders if "d_model" not in config]
-    pooled = sum(config.get("hidden_size" if flux else "projection_dim", 512) for config in clips)
     widths = [config["d_model"] for config in encoders if "d_model" in config]
     joint = transformer.get("joint_attention_dim", 4096)
     rules = {
         "in_channels": (channels, made, "VAE"),
-        "pooled_projection_dim": (transformer.get("pooled_projection_dim", 768 if flux else 2048), pooled, "CLIP"),
+        "pooled_projection_dim": (
+            transformer.get("pooled_projection_dim", pooled_width),
+            sum(config.get(pooled, 512) for config in clips),
+            "CLIP",
+        ),
         "joint_attention_dim": (joint, widths[0] if widths else joint, "T5"),
     }
     for key, (taken, size, giver) in rules.items():
         if taken != size:
             raise ValueError(f"{start}has {key}: {taken} but whose {giver} makes {size}; give the parts of one model")
-    side = sum(config.get("hidden_size", 512) for config in clips)
-    if not flux and side > joint:
-        raise ValueError(
-            f"{start}has joint_attention_dim: {joint} but whose two CLIPs make {side}; give the parts of one model"
-        )
+    return clips

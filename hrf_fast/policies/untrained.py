@@ -10,9 +10,8 @@ import torch
 
 from hrf_fast.config.options import SampleConfig
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.calling import FLUX, STABLE_DIFFUSION_3, Shape, shape_of
+from hrf_fast.policies.calling import Shape, shape_of
 from hrf_fast.policies.component import Component
-from hrf_fast.policies.encoders_t5 import LENGTH_FLUX, LENGTH_SD3
 from hrf_fast.policies.files import ModelFiles
 from hrf_fast.policies.flow_sampler import choose_sampler
 from hrf_fast.policies.lora import store_frozen
@@ -30,37 +29,12 @@ def untrained_network(files: ModelFiles, image_size: int | None = None) -> tuple
 def untrained_shape(files: ModelFiles, image_size: int | None = None) -> Shape:
     """See `shape_of`; from the configs alone."""
     vae = _configured(files.parts["vae"]) if "vae" in files.parts else None
-    return shape_of(files.name, files.pipeline, _configured(files.parts[files.denoiser]), vae, image_size)
+    return shape_of(files.name, files.family.layout, _configured(files.parts[files.denoiser]), vae, image_size)
 
 
 def untrained_condition(files: ModelFiles, images: int, guided: bool) -> Condition:
     """A condition of zeros in the shapes of the model's own; empty for an unconditional model."""
-    if not files.takes_prompts:
-        return Condition()
-    encoders = [part.config for name, part in files.parts.items() if name.startswith("text_encoder")]
-    length = encoders[0].get("max_position_embeddings", 77)
-    transformer = files.parts["transformer"].config if "transformer" in files.parts else {}
-    if files.pipeline == FLUX:
-        rows = {
-            "encoder_hidden_states": torch.zeros(images, LENGTH_FLUX, transformer.get("joint_attention_dim", 4096)),
-            "pooled_projections": torch.zeros(images, transformer.get("pooled_projection_dim", 768)),
-        }
-        if transformer.get("guidance_embeds", False):
-            rows["guidance"] = torch.zeros(images)
-        return Condition(rows)
-    if files.pipeline == STABLE_DIFFUSION_3:
-        tokens = length + LENGTH_SD3
-        rows = {
-            "encoder_hidden_states": torch.zeros(images, tokens, transformer.get("joint_attention_dim", 4096)),
-            "pooled_projections": torch.zeros(images, transformer.get("pooled_projection_dim", 2048)),
-        }
-        return Condition(rows, dict(rows) if guided else {})
-    width = sum(config.get("hidden_size", 512) for config in encoders)
-    rows = {"encoder_hidden_states": torch.zeros(images, length, width)}
-    if len(encoders) > 1:
-        rows["text_embeds"] = torch.zeros(images, encoders[-1].get("projection_dim", 512))
-        rows["time_ids"] = torch.zeros(images, 6)
-    return Condition(rows, dict(rows) if guided else {})
+    return files.family.zeros({name: part.config for name, part in files.parts.items()}, images, guided)
 
 
 def frozen_bytes(files: ModelFiles) -> int:
@@ -82,9 +56,8 @@ def copied_bytes(files: ModelFiles, precision: str) -> int:
 
 def plan_sampler(files: ModelFiles, sample: SampleConfig, image_size: int | None = None) -> Sampler:
     """The sampler of a model at model.image_size, made from its configs alone; see `choose_sampler`."""
-    scheduler = make_scheduler(
-        f"model.name is {files.name!r}", files.parts["scheduler"].config, pipeline=files.pipeline
-    )
+    config, imposed = files.parts["scheduler"].config, files.family.scheduler
+    scheduler = make_scheduler(f"model.name is {files.name!r}", config, imposed)
     return choose_sampler(
         scheduler,
         kind=sample.scheduler,
@@ -92,7 +65,7 @@ def plan_sampler(files: ModelFiles, sample: SampleConfig, image_size: int | None
         eta=sample.eta,
         noise_level=sample.noise_level,
         image_tokens=untrained_shape(files, image_size).tokens,
-        pipeline=files.pipeline,
+        linear_sigmas=files.family.linear_sigmas,
     )
 
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.calling import STABLE_DIFFUSION_3, shape_of
+from hrf_fast.policies.calling import shape_of
+from hrf_fast.policies.families.sd3 import STABLE_DIFFUSION_3
 from hrf_fast.policies.flow_sampler import build_flow_sampler, flow_coefficients
 from hrf_fast.policies.text_to_image import TextToImagePolicy
 from hrf_kernels import clipped_surrogate, gaussian_log_prob
@@ -43,10 +44,10 @@ def policy(key, prefix):
         build_flow_sampler(scheduler, kind="flow_sde", num_inference_steps=steps, noise_level=facts["noise_level"]),
         None,
         vae,
-        pipeline=STABLE_DIFFUSION_3,
+        pipeline="StableDiffusion3Pipeline",
         parts={},
         denoiser="transformer",
-        shape=shape_of("golden", STABLE_DIFFUSION_3, transformer.config, vae.config),
+        shape=shape_of("golden", STABLE_DIFFUSION_3.layout, transformer.config, vae.config),
         guidance_scale=facts["guidance_scale"],
     )
 

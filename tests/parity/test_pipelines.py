@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.encoders import time_ids
+from hrf_fast.policies.families.stable_diffusion import time_ids
 from hrf_fast.prompts import Prompt
 from tests.parity.text_golden import case, close, denoise, policy
 

@@ -84,14 +84,14 @@ def test_published_cps_log_probs_are_on_another_scale():
 
 
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
-@pytest.mark.parametrize("spacing", ["linear", "scheduler"])
-def test_a_dynamic_shift_is_that_of_the_pipelines(tokens, spacing):
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_dynamic_shift_is_that_of_the_pipelines(tokens, linear):
     scheduler, theirs = (flow(use_dynamic_shifting=True, shift=3.0) for _ in range(2))
     mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
     assert dynamic_shift(scheduler.config, tokens) == pytest.approx(mu)
-    sigmas = np.linspace(1.0, 1 / 7, 7) if spacing == "linear" else None
+    sigmas = np.linspace(1.0, 1 / 7, 7) if linear else None
     retrieve_timesteps(theirs, 7, "cpu", sigmas=sigmas, mu=mu)
-    timesteps, levels = scheduler_sigmas(scheduler, num_inference_steps=7, image_tokens=tokens, sigmas=spacing)
+    timesteps, levels = scheduler_sigmas(scheduler, num_inference_steps=7, image_tokens=tokens, linear_sigmas=linear)
     torch.testing.assert_close(levels, theirs.sigmas, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(timesteps, theirs.timesteps, rtol=1e-6, atol=1e-4)
 

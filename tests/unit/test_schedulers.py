@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+from hrf_fast.policies.families.table import FAMILIES
 from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.policies.schedulers import COMPATIBLE, check_scheduler, make_scheduler
 
@@ -13,8 +14,10 @@ OFTEN = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": F
 
 
 def made(config, pipeline="StableDiffusionXLPipeline"):
-    check_scheduler("some", config, pipeline)
-    return make_scheduler("model.name is 'some'", config, pipeline=pipeline)
+    family = FAMILIES[pipeline]
+    flow = [name for name, each in FAMILIES.items() if each.flow]
+    check_scheduler("some", config, pipeline, ddpm=family.ddpm, flow_pipelines=flow)
+    return make_scheduler("model.name is 'some'", config, family.scheduler)
 
 
 @pytest.mark.parametrize("kind", [name for name in COMPATIBLE if name not in ("DDIMScheduler", "DDPMScheduler")])

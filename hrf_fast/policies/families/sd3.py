@@ -1,0 +1,117 @@
+"""Stable Diffusion 3 and 3.5: a transformer of flow matching, steered by two CLIPs and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hrf_fast.policies.base import Condition
+from hrf_fast.policies.calling import Layout, timestep_rows
+from hrf_fast.policies.encoders import PromptEncoder, Rows
+from hrf_fast.policies.families.base import Family, PartConfig, PartConfigs
+from hrf_fast.policies.text_to_image import TextToImagePolicy
+from hrf_fast.policies.transformer_checks import check_transformer
+
+# tokens of T5, as the pipeline has them by default (max_sequence_length)
+T5_LENGTH = 256
+
+
+def call_sd3(transformer: Any, latents: Tensor, timesteps: float | Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Call an SD3Transformer2DModel on latents [B, C, H, W] at timesteps 1000·σ."""
+    output: Tensor = transformer(
+        hidden_states=latents, timestep=timestep_rows(timesteps, latents), return_dict=False, **inputs
+    )[0]
+    return output
+
+
+class PromptEncoderSD3(PromptEncoder):
+    """The text encoders of SD3: hidden states of two CLIPs side by side, then those of T5; the CLIPs' pooled ones.
+
+    Without T5 its hidden states are zeros.
+    """
+
+    def __init__(
+        self, tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, width: int, **options: Any
+    ) -> None:
+        """Freeze the encoders.
+
+        Args:
+            tokenizers, encoders: two CLIPs, and T5 unless the pipeline lacks it.
+            width: of the transformer's text tokens (joint_attention_dim).
+        """
+        super().__init__(tokenizers, encoders, device, **options)
+        self._width = width
+
+    def _encode(self, text: str) -> Rows:
+        length = self._tokenizers[0].model_max_length
+        clips = [self._call(number, text, length, output_hidden_states=True) for number in range(2)]
+        hidden = torch.cat([output.hidden_states[-2] for output in clips], dim=-1)
+        if len(self.encoders) > 2:
+            t5: Tensor = self._call(2, text, T5_LENGTH)[0]
+        else:
+            t5 = hidden.new_zeros(1, T5_LENGTH, self._width)
+        hidden = torch.cat([pad(hidden, (0, t5.shape[-1] - hidden.shape[-1])), t5], dim=-2)
+        pooled = torch.cat([output.text_embeds for output in clips], dim=-1)
+        rows = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+        return {name: tensor.to("cpu", torch.float32) for name, tensor in rows.items()}
+
+
+def encoder(
+    tokenizers: Sequence[Any],
+    encoders: Sequence[Any],
+    device: torch.device,
+    *,
+    denoiser: PartConfig,
+    offload: bool,
+    **facts: Any,
+) -> PromptEncoderSD3:
+    """See `Family.encoder`."""
+    width = denoiser["joint_attention_dim"]
+    return PromptEncoderSD3(tokenizers, encoders, device, width=width, offload=offload)
+
+
+def zeros(configs: PartConfigs, images: int, guided: bool) -> Condition:
+    """See `Family.zeros`."""
+    transformer, tokens = configs["transformer"], configs["text_encoder"].get("max_position_embeddings", 77) + T5_LENGTH
+    rows = {
+        "encoder_hidden_states": torch.zeros(images, tokens, transformer.get("joint_attention_dim", 4096)),
+        "pooled_projections": torch.zeros(images, transformer.get("pooled_projection_dim", 2048)),
+    }
+    return Condition(rows, dict(rows) if guided else {})
+
+
+def check(name: str, configs: PartConfigs) -> None:
+    """Refuse a transformer whose inputs are not what the VAE and the text encoders make."""
+    clips = check_transformer(name, configs, channels=16, patch=1, pooled="projection_dim", pooled_width=2048)
+    joint, side = configs["transformer"].get("joint_attention_dim", 4096), sum(c.get("hidden_size", 512) for c in clips)
+    if side > joint:
+        raise ValueError(
+            f"model.name is {name!r}, whose transformer has joint_attention_dim: {joint} but whose two CLIPs make "
+            f"{side}; give the parts of one model"
+        )
+
+
+STABLE_DIFFUSION_3 = Family(
+    {
+        "transformer": "SD3Transformer2DModel",
+        "scheduler": "",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer_2": "CLIPTokenizer",
+        "text_encoder_3": "T5EncoderModel",
+        "tokenizer_3": "T5TokenizerFast",
+    },
+    Layout(call_sd3, patch=lambda config: int(config["patch_size"]), tokens=True),
+    TextToImagePolicy,
+    check,
+    encoder=encoder,
+    zeros=zeros,
+    ddpm=False,
+    flow=True,
+)
