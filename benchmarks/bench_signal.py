@@ -92,10 +92,14 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     return torch.stack(by_step), float(rewards.double().std())
 
 
-def weightings(std: Tensor) -> dict[str, Tensor]:
-    """The step weights [S] that are compared, for steps of these std."""
+def weightings(std: Tensor, mean: float) -> dict[str, Tensor]:
+    """The step weights [S] that are compared, for steps of these std.
+
+    Args:
+        mean: std of all stochastic steps, by which train.step_weights=std divides: late windows have small weights.
+    """
     equal = torch.ones_like(std)
-    return {"equal": equal, "without_last": torch.cat([equal[:-1], equal.new_zeros(1)]), "std": std / std.mean()}
+    return {"equal": equal, "without_last": torch.cat([equal[:-1], equal.new_zeros(1)]), "std": std / mean}
 
 
 def ratio(total: Tensor, squares: float, count: int) -> float:
@@ -137,9 +141,9 @@ class Mixture:
 
 def measure(components: Components, start: int | None, count: int, mixture: Mixture) -> dict[str, Any]:
     """The ratios of one start over `count` groups, which are added to the mixture too."""
-    window = slice(start or 0, components.policy.sampler.stochastic_steps)
-    std = components.policy.sampler.coefficients.std[window].double().cpu()
-    kinds = weightings(std)
+    stds = components.policy.sampler.coefficients.std[: components.policy.sampler.stochastic_steps].double().cpu()
+    std = stds[start or 0 :]
+    kinds = weightings(std, float(stds.mean()))
     totals: dict[str, Any] = dict.fromkeys(kinds, 0.0)
     squares = dict.fromkeys(kinds, 0.0)
     by_step_squares, spreads = torch.zeros_like(std), []

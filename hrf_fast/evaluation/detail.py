@@ -43,6 +43,19 @@ def half_intervals(statistic: Callable[[Tensor], Sequence[float]], count: int, *
     return [Interval(value, value + down, value + up) for value, down, up in zip(values, low, high, strict=True)]
 
 
+def share_interval(interval: Interval, count: int) -> Interval:
+    """The interval of a share of `count` images: within [0, 1], and Wilson's (1927) where all or none are counted.
+
+    There every half says the same, and random halves have no spread.
+    """
+    value, low, high = interval
+    if value in (0.0, 1.0):
+        # z² of 95 %
+        z2 = 1.959964**2
+        return Interval(value, value * count / (count + z2), (value * count + z2) / (count + z2))
+    return Interval(value, max(0.0, low), min(1.0, high))
+
+
 def detail(
     features: Tensor, images: Tensor, reference: Tensor, *, seed: int, fidelity: bool = True
 ) -> dict[str, list[float]]:
@@ -60,6 +73,8 @@ def detail(
     radii, among, between = radius(distances(other, other)), distances(rows, rows), distances(other, rows)
     orders = half_intervals(lambda i: [vendi(rows[i], order=q) for q in ORDERS.values()], len(rows), seed=seed)
     overlaps = half_intervals(lambda i: overlap_of(radii, among[i][:, i], between[:, i]), len(rows), seed=seed)
+    # of the images, and of the reference's; a density is no share
+    counts = {"precision": len(rows), "recall": len(other), "coverage": len(other)}
     apart = spread(rows)
     return {
         **{name: list(interval) for name, interval in zip(ORDERS, orders, strict=True)},
@@ -67,6 +82,9 @@ def detail(
         "pairwise_distance": [apart.pairwise],
         "nearest_distance": [apart.nearest],
         "duplicates": [duplicates(images)],
-        **{name: list(interval) for name, interval in zip(Overlap._fields, overlaps, strict=True)},
+        **{
+            name: list(share_interval(interval, counts[name]) if name in counts else interval)
+            for name, interval in zip(Overlap._fields, overlaps, strict=True)
+        },
         **({"fid": [fid(other, rows)], "kid": [kid(other, rows, seed=seed)]} if fidelity else {}),
     }

@@ -36,9 +36,12 @@ class CallCounts:
         return sampled + self.update * (inner_epochs - (mode == "keep"))
 
     def evaluations(self, mode: str, inner_epochs: int) -> float:
-        """Cost in forwards, a backward counting two."""
-        again = inner_epochs if mode == "checkpoint" else 0
-        return self.forwards(mode, inner_epochs) + self.update * (2 * inner_epochs + again)
+        """Evaluations as a run counts them and stop.max_evaluations means them: forwards, a backward counting two."""
+        return self.forwards(mode, inner_epochs) + 2 * self.update * inner_epochs
+
+    def repeated(self, mode: str, inner_epochs: int) -> float:
+        """Forwards that checkpointing makes again in backwards, which no run counts."""
+        return self.update * inner_epochs if mode == "checkpoint" else 0.0
 
 
 def count_calls(

@@ -32,6 +32,8 @@ class Rate(NamedTuple):
     forward: float
     backward: float
     source: str
+    counts_repeated: bool = True
+    """Whether forwards that checkpointing makes again take seconds of their own; a run's rate has them in it."""
 
 
 def stated(evaluations: float) -> Rate:
@@ -42,7 +44,7 @@ def stated(evaluations: float) -> Rate:
     """
     if not 0 < evaluations < float("inf"):
         raise ValueError(f"--rate is {evaluations}; use a finite number of evaluations a second, above 0")
-    return Rate(1 / evaluations, 2 / evaluations, f"{evaluations:g} evaluations a second, as stated")
+    return Rate(1 / evaluations, 2 / evaluations, f"{evaluations:g} evaluations a second, as stated", False)
 
 
 def measured(plan: Plan) -> Rate:
@@ -80,8 +82,7 @@ def seconds_line(plan: Plan, rate: Rate, target: float | None = None) -> str:
     """
     mode, counts, epochs = mode_of(plan), plan.counts, plan.config.train.inner_epochs
     evaluations, backwards = counts.evaluations(mode, epochs), counts.update * epochs
-    # what checkpointing makes again is in the evaluations, and no forward of `forwards`
-    forwards = evaluations - 2 * backwards
+    forwards = counts.forwards(mode, epochs) + rate.counts_repeated * counts.repeated(mode, epochs)
     each = (forwards * rate.forward + backwards * rate.backward) / plan.gpus
     iterations = _iterations(plan.config, evaluations)
     line = (

@@ -93,7 +93,8 @@ def _calls(plan: Plan) -> str:
     )
     rows = [["", "forwards", "backwards", "cost in forwards"]]
     for mode in MODES:
-        numbers = counts.forwards(mode, epochs), counts.update * epochs, counts.evaluations(mode, epochs)
+        cost = counts.evaluations(mode, epochs) + counts.repeated(mode, epochs)
+        numbers = counts.forwards(mode, epochs), counts.update * epochs, cost
         rows.append([mode, *(f"{n:,.0f}" for n in numbers)])
     return "\n".join([line, _table(rows)])
 

@@ -116,12 +116,16 @@ class Peers:
         return dict(zip(rewards, advantages.split(sizes), strict=True))
 
     def scales(self, rewards: Mapping[int, Tensor]) -> dict[int, float]:
-        """The divisor of each group's advantages, in units of the reward."""
+        """The divisor of each group's advantages, in units of the reward; infinite where rewards are equal.
+
+        What steps changed on the way to equal rewards was undone: a floor would blow it up to full size.
+        """
         if self._scale == "none":
             return dict.fromkeys(rewards, 1.0)
         values, peers = self._with_peers(rewards)
-        stds = spreads(values, peers).clamp(min=self._floor).tolist()
-        return dict.fromkeys(rewards, stds[0]) if self.together else dict(zip(rewards, stds, strict=True))
+        stds = spreads(values, peers)
+        scales = stds.clamp(min=self._floor).where(stds > 0, torch.inf).tolist()
+        return dict.fromkeys(rewards, scales[0]) if self.together else dict(zip(rewards, scales, strict=True))
 
     def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
         # without a division there is no floor to be under

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -38,6 +38,8 @@ class GroupRewards:
     values: Tensor | None = None
     """[S, B] on the CPU: rewards of the clean images that were predicted at the window's steps, where steps have credit
     of their own."""
+    after: Tensor | None = None
+    """[B] on the CPU: the reward of those that were predicted at the window's end, where noise follows it."""
 
 
 class Rewarder:
@@ -66,14 +68,16 @@ class Rewarder:
         prompts: Mapping[int, Prompt | None] | None = None,
         log_probs: Mapping[int, Tensor] | None = None,
         estimates: Mapping[int, Tensor] | None = None,
+        followed: Collection[int] = (),
     ) -> Future[dict[int, GroupRewards]]:
         """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises.
 
         Args:
             log_probs: [B] of each group's trajectories, to go with its rewards; None for none.
             estimates: [S, B, 3, H, W] of each group, to be rewarded too; empty or None for none.
+            followed: groups whose last estimate is at the end of the window.
         """
-        return self._pool.submit(self._reward, images, prompts, log_probs, estimates or {})
+        return self._pool.submit(self._reward, images, prompts, log_probs, estimates or {}, followed)
 
     def _reward(
         self,
@@ -81,11 +85,15 @@ class Rewarder:
         prompts: Mapping[int, Prompt | None] | None,
         log_probs: Mapping[int, Tensor] | None,
         estimates: Mapping[int, Tensor],
+        followed: Collection[int],
     ) -> dict[int, GroupRewards]:
         rewards = reward_groups(self.reward, images, prompts)
         for group, predicted in estimates.items():
             if rewards[group].rewards is not None:
-                rewards[group] = _with_values(self.reward, rewards[group], predicted, (prompts or {}).get(group))
+                prompt = (prompts or {}).get(group)
+                rewards[group] = _with_values(
+                    self.reward, rewards[group], predicted, prompt, followed=group in followed
+                )
         for group in rewards:
             if log_probs is not None:
                 rewards[group] = replace(rewards[group], log_prob=log_probs[group].cpu())
@@ -149,14 +157,15 @@ def _reward(reward: CombinedReward, images: Mapping[int, Tensor], prompts: Mappi
 
 
 def _with_values(
-    reward: CombinedReward, result: GroupRewards, predicted: Tensor, prompt: Prompt | None
+    reward: CombinedReward, result: GroupRewards, predicted: Tensor, prompt: Prompt | None, *, followed: bool
 ) -> GroupRewards:
     """The group's rewards with its values, or why it has neither."""
     try:
         total, _ = reward(predicted.flatten(0, 1), [prompt] * predicted.shape[:2].numel())
     except NotFiniteError as error:
         return GroupRewards(None, {}, f"{error} (of predicted clean images, for train.gae_lambda)", result.prompt)
-    return replace(result, values=total.cpu().view(predicted.shape[:2]))
+    values = total.cpu().view(predicted.shape[:2])
+    return replace(result, values=values[:-1], after=values[-1]) if followed else replace(result, values=values)
 
 
 def gather_rewards(
@@ -201,7 +210,9 @@ def standardise(
         for group, scale in advantages.scales(finite).items():
             values = rewards[group].values
             assert values is not None, "the rollout was not asked for the predicted clean images"
-            by_step[group] = step_advantages(finite[group], values, gae_lambda=gae_lambda, scale=scale).to(device)
+            by_step[group] = step_advantages(
+                finite[group], values, rewards[group].after, gae_lambda=gae_lambda, scale=scale
+            ).to(device)
         return by_step
     prompts = {group: rewards[group].prompt for group in finite}
     by_group = apply_advantages(advantages, finite, prompts)

@@ -7,7 +7,7 @@ counter-based (seed, sample, step), so that a result does not depend on how a ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from hrf_fast.policies.sample import advance, follow, renoised, starting_noise
 from hrf_fast.training.calls import Call, CallPlan, Piece
 from hrf_fast.training.groups import Group
 from hrf_fast.training.trajectory import Trajectory, cat
+from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_mean
 
 
@@ -31,7 +32,8 @@ class Rollout:
     calls: list[Call] = field(default_factory=list)
     """The calls inside the windows in the order in which they were made, with the predictions that were kept."""
     estimates: dict[int, Tensor] = field(default_factory=dict)
-    """[S, B, 3, H, W] in [0, 1] by group: the clean images that were predicted at each window step, where asked for."""
+    """[S, B, 3, H, W] in [0, 1] by group: the clean images that were predicted at each window step, where asked for;
+    one more, at the window's end, where noise follows it."""
 
     def join(self, other: Rollout) -> None:
         """Add another pack's, less its estimates: what is learnt from these are their rewards."""
@@ -56,7 +58,8 @@ def rollout(
         keep_from: window steps from this one on run with gradient and keep their graphs; None for no step.
         reference_steps: at window steps before this one the pretrained model is asked too. Its output depends on no
             weight that is trained, so the rollout has it once for all passes of the update.
-        estimate: decode the clean images that are predicted at the window's steps too.
+        estimate: decode the clean images that are predicted at the window's steps too, and at its end where noise
+            follows.
 
     Returns:
         The trajectories and the calls. Replayed as they are the calls see the batches of the rollout, and the on-policy
@@ -66,9 +69,24 @@ def rollout(
     # of one schedule, so that all windows are alike
     deterministic = pack[0].window.deterministic
     starts = {group.number: _start(policy, group) for group in pack}
-    stored = {group.number: _storage(group, starts[group.number]) for group in pack}
-    references = {group.number: _reference_storage(group, starts[group.number], reference_steps) for group in pack}
-    estimates = {group.number: torch.empty_like(stored[group.number][0][1:]) for group in pack} if estimate else {}
+    # by group: latents, the part of them that steps reach, log-probs, pretrained outputs, predicted clean latents
+    paths, reached, log_probs, references, estimates = (dict[int, Tensor]() for _ in range(5))
+    for number, group in groups.items():
+        start, window = starts[number], group.window
+        paths[number] = start.new_empty(len(window) + 1, *start.shape)
+        paths[number][0], reached[number] = start, paths[number][1:]
+        log_probs[number] = start.new_empty(len(window), group.size)
+        references[number] = start.new_empty(max(0, min(window.stop, reference_steps) - window.start), *start.shape)
+        rows = len(window) + noise_follows(window, policy.sampler.stochastic_steps) if estimate else 0
+        estimates[number] = start.new_empty(rows, *start.shape)
+
+    def write(storage: Mapping[int, Tensor], call: Call, values: Tensor) -> None:
+        """Put a call's rows where their groups have room for its step."""
+        for piece, part in zip(call.pieces, values.split([piece.size for piece in call.pieces]), strict=True):
+            index = call.steps.start - groups[piece.group].window.start
+            if 0 <= index < len(storage[piece.group]):
+                storage[piece.group][index, piece.samples] = part
+
     # apart from what is stored: a tensor that a kept graph has seen must not be written to
     current: dict[Piece, Tensor] = {}
     trained = []
@@ -84,31 +102,30 @@ def rollout(
             next_latents, log_prob = advance(policy, prediction.detach(), latents, step, noise)
         else:
             next_latents = follow(policy, prediction, latents, step)
-        sizes = [piece.size for piece in call.pieces]
-        current |= zip(call.pieces, next_latents.split(sizes), strict=True)
-        if call.trained and estimate:
-            clean = gaussian_mean(prediction.detach().combined, latents, policy.sampler.clean[step])
-            for piece, part in zip(call.pieces, clean.split(sizes), strict=True):
-                estimates[piece.group][step - groups[piece.group].window.start, piece.samples] = part
+        current |= zip(call.pieces, next_latents.split([piece.size for piece in call.pieces]), strict=True)
+        if estimate and (call.trained or any(step == groups[piece.group].window.stop for piece in call.pieces)):
+            write(estimates, call, gaussian_mean(prediction.detach().combined, latents, policy.sampler.clean[step]))
         if call.trained and step < reference_steps:
-            output = policy.reference(latents, step, condition)
-            for piece, part in zip(call.pieces, output.split(sizes), strict=True):
-                references[piece.group][step - groups[piece.group].window.start, piece.samples] = part
+            write(references, call, policy.reference(latents, step, condition))
         if call.trained:
-            for piece, piece_log_prob in zip(call.pieces, log_prob.split(sizes), strict=True):
-                window_latents, old_log_prob = stored[piece.group]
-                index = step - groups[piece.group].window.start
-                window_latents[index + 1, piece.samples] = current[piece]
-                old_log_prob[index, piece.samples] = piece_log_prob
+            write(reached, call, next_latents)
+            write(log_probs, call, log_prob)
             call.prediction = prediction if keep else None
             trained.append(call)
     images = {piece: policy.decode(latents) for piece, latents in sorted(current.items())}
     trajectories = {}
     for group in pack:
-        parts = [part for piece, part in images.items() if piece.group == group.number]
-        reference = references[group.number] if len(references[group.number]) else None
-        trajectories[group.number] = Trajectory(group, *stored[group.number], cat(parts), reference)
-    return Rollout(trajectories, trained, {number: _decoded(policy, clean) for number, clean in estimates.items()})
+        number = group.number
+        parts = [part for piece, part in images.items() if piece.group == number]
+        reference = references[number] if len(references[number]) else None
+        trajectories[number] = Trajectory(group, paths[number], log_probs[number], cat(parts), reference)
+    decoded = {number: _decoded(policy, clean) for number, clean in estimates.items() if estimate}
+    return Rollout(trajectories, trained, decoded)
+
+
+def noise_follows(window: Window, stochastic_steps: int) -> bool:
+    """Whether untrained steps behind a window add noise."""
+    return not window.deterministic and window.stop < stochastic_steps
 
 
 def _start(policy: Policy, group: Group) -> Tensor:
@@ -121,19 +138,6 @@ def _start(policy: Policy, group: Group) -> Tensor:
     else:
         start = renoised(policy, group.anchor, group.window.start, noise)
     return start.expand(group.size, *policy.latent_shape).contiguous()
-
-
-def _storage(group: Group, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [S+1, B, *latent_shape], of which the first are set, and log-probs [S, B], for the rollout to fill."""
-    latents = start.new_empty(len(group.window) + 1, *start.shape)
-    latents[0] = start
-    return latents, start.new_empty(len(group.window), group.size)
-
-
-def _reference_storage(group: Group, start: Tensor, reference_steps: int) -> Tensor:
-    """Room [R, B, *latent_shape] for the pretrained model's outputs at the R window steps before `reference_steps`."""
-    count = max(0, min(group.window.stop, reference_steps) - group.window.start)
-    return start.new_empty(count, *start.shape)
 
 
 def _decoded(policy: Policy, latents: Tensor) -> Tensor:

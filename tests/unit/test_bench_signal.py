@@ -27,11 +27,11 @@ def test_groups_weighed_by_their_spread_by_hand():
 
 
 def test_weights_that_are_compared():
-    kinds = weightings(torch.tensor([3.0, 1.0]))
+    kinds = weightings(torch.tensor([3.0, 1.0]), 4.0)
     assert {name: weights.tolist() for name, weights in kinds.items()} == {
         "equal": [1.0, 1.0],
         "without_last": [1.0, 0.0],
-        "std": [1.5, 0.5],
+        "std": [0.75, 0.25],
     }
 
 

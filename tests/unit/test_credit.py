@@ -7,12 +7,16 @@ from hrf_fast.config.load import load_config
 from hrf_fast.rewards import RewardError
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.credit import step_advantages
+from hrf_fast.training.peers import build_advantages
+from hrf_fast.training.rewarding import GroupRewards, standardise
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_mean
 from tests.conftest import make_group, make_policy, tiny_words
 from tests.runs import assert_equal_training, metrics, train, with_folder
 from tests.text_models import text_model
+
+CPU = torch.device("cpu")
 
 
 def bright(images, prompts=None):
@@ -39,6 +43,33 @@ def test_advantages_of_steps_by_hand(gae_lambda, expected):
     advantages = step_advantages(REWARDS, VALUES, gae_lambda=gae_lambda, scale=2.0)
     assert advantages.tolist() == [[value / 2 for value in row] for row in expected]
     assert advantages.dtype == torch.float32
+
+
+def test_noise_behind_the_window_is_credited_to_no_step():
+    # values 1, 2 | 3 at the end, and 5: δ of the window's steps 1 and 1, then Â_1 = 1 + λ·2
+    values, after, final = torch.tensor([[1.0, 0], [2.0, 0]]), torch.tensor([3.0, 0]), torch.tensor([5.0, 0])
+    for gae_lambda, expected in ((0.0, [1, 1]), (1.0, [4, 3]), (0.5, [2, 2])):
+        advantages = step_advantages(final, values, after, gae_lambda=gae_lambda, scale=1.0)
+        assert (advantages[:, 0] - advantages[:, 1]).tolist() == expected
+    policy = make_policy()
+    groups = [make_group(policy, Window(start, stop), number=start, size=3) for start, stop in ((1, 3), (2, 4))]
+    rolled_out = rollout(policy, groups, CallPlan(3, 4), estimate=True)
+    for group in groups:
+        latents = rolled_out.trajectories[group.number].latents[-1]
+        step = group.window.stop
+        output = policy.predict(latents, step, group.condition).combined
+        expected = policy.decode(gaussian_mean(output, latents, policy.sampler.clean[step]))
+        assert len(rolled_out.estimates[group.number]) == 3
+        torch.testing.assert_close(rolled_out.estimates[group.number][-1], expected, rtol=0, atol=1e-4)
+
+
+def test_equal_rewards_teach_nothing_whatever_their_steps_changed():
+    rewards, values = torch.full((4,), 1.0), torch.tensor([[0.5, 0.51, 0.49, 0.5]])
+    for name in ("group", "batch"):
+        advantages = build_advantages(name, advantage_floor=1e-6)
+        for gae_lambda in (0.0, 1.0):
+            told = standardise({0: GroupRewards(rewards, {}, values=values)}, advantages, CPU, gae_lambda=gae_lambda)
+            assert told[0].tolist() == [[0.0] * 4]
 
 
 def test_a_rollout_hands_over_the_clean_images_that_it_predicts():

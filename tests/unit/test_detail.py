@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from hrf_fast.evaluation.detail import detail, half_intervals
-from hrf_fast.evaluation.diversity import vendi_interval, vendi_score
+from hrf_fast.evaluation.detail import detail, half_intervals, share_interval
+from hrf_fast.evaluation.diversity import Interval, vendi_interval, vendi_score
 from hrf_fast.evaluation.fidelity import fid, kid
 from hrf_fast.evaluation.kept import panel_halves
 from hrf_fast.evaluation.neighbours import duplicates, inside, overlap, spread
@@ -20,6 +20,16 @@ KERNELS = ({}, {"kernel": "rbf", "bandwidth": 0.05})
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_share_of_all_or_none_has_an_interval_too():
+    # Wilson's of 40 of 40 and of 0 of 40: 40/(40 + 1.96²) and 1.96²/(40 + 1.96²)
+    assert share_interval(Interval(1.0, 1.0, 1.0), 40) == pytest.approx((1.0, 0.91238, 1.0), abs=1e-5)
+    assert share_interval(Interval(0.0, 0.0, 0.0), 40) == pytest.approx((0.0, 0.0, 0.08762), abs=1e-5)
+    assert share_interval(Interval(0.95, 0.9, 1.02), 40) == (0.95, 0.9, 1.0)
+    samples = normal(30, 4)
+    measured = detail(samples, torch.rand(30, 3, 4, 4), samples + 1e-9, seed=0, fidelity=False)
+    assert measured["precision"] == measured["recall"] == [1.0, pytest.approx(30 / 33.841459), 1.0]
 
 
 @pytest.mark.parametrize("order", ORDERS)

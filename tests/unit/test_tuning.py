@@ -78,6 +78,12 @@ def test_seconds_by_hand(tiny_run, not_measured):
     assert "156 for 2 iterations" in seconds_line(short, Rate(0.5, 1.5, "by hand"))
     # 126 evaluations at 63 a second
     assert " 2 an iteration" in seconds_line(made, stated(63.0))
+    # 30 forwards are made again in backwards: 15 s more, and no evaluation more, so 252 are two iterations still
+    words += ["compute.activations=checkpoint", "stop.max_evaluations=252"]
+    again = plan(load_config(words), gpus=1, memory=10**9)
+    line = seconds_line(again, Rate(0.5, 1.5, "by hand"))
+    assert "checkpoint; 1 devices): 93 an iteration, 186 for 2 iterations" in line
+    assert " 2 an iteration" in seconds_line(again, stated(63.0))
 
 
 def test_the_command_invents_no_rate(tiny_run, not_measured, capsys):
