@@ -14,6 +14,11 @@ from hrf_fast.distributed.launcher import speaker
 from hrf_fast.errors import Interrupted, UserCodeError
 
 RESUMES = "the same command resumes the run"
+LESS_MEMORY = (
+    "Less is taken by smaller calls (compute.images_per_call), compute.activations=checkpoint, compute.precision=bf16 "
+    "and, of text-to-image models, by adapters (lora.rank, lora.base_precision) and compute.offload=true; `hrf plan` "
+    "says what fits"
+)
 
 
 def run_command(command: Callable[[], Any], interrupted: str = "") -> int:
@@ -72,15 +77,20 @@ def _run(command: Callable[[], Any], interrupted: str) -> int:
         stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         print(f"\nstopped by {stop.name}" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
         return 128 + stop.number
-    except (ValueError, ImportError, OSError, UserCodeError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
+        # torch's class, by its name: a command imports torch where it needs it
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not (out_of_memory or isinstance(error, UserCodeError)):
             raise
         if traced := bool(os.environ.get("HRF_TRACEBACK")):
             traceback.print_exc()
         rank = speaker()
         # what all ranks fail with is said by one
         if rank == 0 or not getattr(error, "on_all_ranks", False):
-            print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
-            if not traced and (isinstance(error, UserCodeError) or error.__cause__ is not None):
+            text = f"{str(error).splitlines()[0]} {LESS_MEMORY}" if out_of_memory else str(error)
+            print(f"error: rank {rank}: {text}" if rank else f"error: {text}", file=sys.stderr)
+            if not traced and (isinstance(error, UserCodeError) or out_of_memory or error.__cause__ is not None):
                 print("HRF_TRACEBACK=1 in the environment shows the whole traceback", file=sys.stderr)
         return 1

@@ -38,6 +38,14 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
     set_up(device, config)
+    base = ""
+
+    def prepare(unet: Any) -> None:
+        nonlocal base
+        base = digest(unet.state_dict())
+        if config.lora.rank:
+            add_adapters(unet, **vars(config.lora), seed=config.run.seed)
+
     policy = load_policy(
         name or config.model.name,
         revision=config.model.revision if name is None else None,
@@ -54,11 +62,9 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         channels_last=compute.channels_last,
         offload=compute.offload,
         device=device,
+        prepare=prepare if name is None else None,
     )
-    if name is None:
-        policy.network.base_digest = digest(policy.network.unet.state_dict())
-    if config.lora.rank and name is None:
-        add_adapters(policy.network.unet, **vars(config.lora), seed=config.run.seed)
+    policy.network.base_digest = base
     if tuned is not None:
         load_adapters(policy.network.unet, tuned)
     return policy

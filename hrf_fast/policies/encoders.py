@@ -39,16 +39,20 @@ class PromptEncoder:
 
     def rows(self, texts: Sequence[str]) -> Rows:
         """The UNet's inputs [B, …] for B texts on the device, by their names, without gradient."""
-        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        known = {text: self._remembered[text] for text in distinct if text in self._remembered}
-        if new := [text for text in distinct if text not in known]:
-            on_device = resident(self.encoders, self._device, self._offload)
-            with torch.no_grad(), on_device, torch.autocast(self._device.type, enabled=False):
-                known |= {text: self._encode(text) for text in new}
-        self._remember(known)
+        known = self.encode(texts)
+        distinct = {text: number for number, text in enumerate(known)}
         index = torch.tensor([distinct[text] for text in texts], device=self._device)
         first = next(iter(known.values()))
-        return {name: torch.cat([known[t][name] for t in distinct]).to(self._device)[index] for name in first}
+        return {name: torch.cat([rows[name] for rows in known.values()]).to(self._device)[index] for name in first}
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Rows]:
+        """The rows [1, …] of each distinct text on the CPU, remembered or made."""
+        known = {text: self._remembered.get(text, {}) for text in texts}
+        if new := [text for text, rows in known.items() if not rows]:
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                known |= self._encode(new)
+        self._remember(known)
+        return known
 
     def negative_rows(self, texts: Sequence[str]) -> Rows:
         """The inputs of the unconditional branch for B negative prompts."""
@@ -63,9 +67,22 @@ class PromptEncoder:
             if room < 0:
                 del self._remembered[text]
 
-    def _encode(self, text: str) -> Rows:
-        """The rows [1, …] of one text, on the CPU."""
-        return {"encoder_hidden_states": self._call(0, text)[0].to("cpu", torch.float32)}
+    def _encode(self, texts: Sequence[str]) -> dict[str, Rows]:
+        """The rows [1, …] of each text, on the CPU. With `offload` one encoder at a time is on the device."""
+        outputs = []
+        for number, encoder in enumerate(self.encoders):
+            with resident(encoder, self._device, self._offload):
+                of_encoder = [[part.to("cpu", torch.float32) for part in self._output(number, text)] for text in texts]
+            outputs.append(of_encoder)
+        return {text: self._join(parts) for text, *parts in zip(texts, *outputs, strict=True)}
+
+    def _output(self, number: int, text: str) -> Sequence[Tensor]:
+        """The tensors [1, …] of an encoder's output for one text that its rows are made of."""
+        return [self._call(number, text)[0]]
+
+    def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
+        """The rows [1, …] of one text, of the outputs of each encoder."""
+        return {"encoder_hidden_states": outputs[0][0]}
 
     def _call(self, number: int, text: str, length: int | None = None, **options: Any) -> Any:
         """The output of an encoder for a text of `length` tokens; None for the tokenizer's own."""
@@ -92,11 +109,15 @@ class PromptEncoder:
 
 @contextmanager
 def resident(module: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
-    """A block in which a module is on the device; with `offload` it goes back to the CPU afterwards."""
+    """A block in which a frozen module is on the device; with `offload` it is back on the CPU afterwards."""
+    on_cpu = [(parameter, parameter.data) for parameter in module.parameters()] if offload else []
     if offload:
         module.to(device)
     try:
         yield
     finally:
+        # not copied back: nothing has changed them
+        for parameter, data in on_cpu:
+            parameter.data = data
         if offload:
             module.to("cpu")

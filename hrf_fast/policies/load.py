@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def load_policy(
     channels_last: bool = False,
     offload: bool = False,
     device: str | torch.device = "cpu",
+    prepare: Callable[[Any], None] | None = None,
 ) -> Policy:
     """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM), a Stable Diffusion or a FLUX.
 
@@ -52,6 +54,8 @@ def load_policy(
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
+        prepare: makes of the denoiser on the CPU what is trained, before it goes to the device: frozen weights of half
+            the size never are there in full.
 
     The environment variable HRF_KERNELS chooses what computes log-probs and group norms, as `choose_backend` does:
     triton (fused), eager (plain torch), or auto.
@@ -79,6 +83,8 @@ def load_policy(
         if not files.takes_prompts:
             latent = "vqvae" in files.parts
             check_unet(name, unet.config, scheduler.config, latent=latent, is_flow=is_flow(scheduler))
+        if prepare is not None:
+            prepare(unet)
         unet = unet.to(device)
         set_attention(unet, attention)
         kernels = os.environ.get("HRF_KERNELS") or "auto"

@@ -7,12 +7,14 @@ change W (PiSSA, OLoRA, LoftQ): B starts at 0, so that a run starts at its pretr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from hrf_fast.noise import noise_key
@@ -46,7 +48,7 @@ def add_adapters(
     """Freeze a denoiser and put an adapter beside each of its target layers.
 
     Args:
-        unet: a UNet or transformer of diffusers in fp32, on its device.
+        unet: a UNet or transformer of diffusers in fp32.
         rank: of A and B; alpha: the scale's numerator, None for the rank.
         targets: endings of the names of layers, such as to_q or to_out.0.
         init: of A, whose columns are normal with std 1/rank (gaussian) or uniform (kaiming); B is 0.
@@ -133,15 +135,21 @@ def merged(unet: Any) -> Any:
 
 
 def save_adapters(unet: Any, folder: Path, pipeline: Any) -> None:
-    """Write the adapters, with their rank and alpha, as a file that the pipeline's `load_lora_weights` reads.
+    """Write the adapters as a file that the pipeline's `load_lora_weights` reads, with alpha/rank in B.
+
+    A reader that knows no header of this kind takes alpha for the rank. The header has what is needed alone, since peft
+    refuses fields of a later peft.
 
     Args:
         pipeline: a class of diffusers that has `save_lora_weights`.
     """
-    settings = unet.peft_config[ADAPTER].to_dict()
-    # a set, whose order differs between processes
-    settings["target_modules"] = sorted(settings["target_modules"])
+    config = unet.peft_config[ADAPTER]
+    # targets are a set, whose order differs between processes
+    settings = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
     weights = {saved: _saved(unet.get_parameter(name)) for name, saved in _names(unet).items()}
+    for name in weights:
+        if _is_b(name):
+            weights[name] *= config.lora_alpha / config.r
     part = next(name for name in ("transformer", "unet") if name in pipeline._lora_loadable_modules)
     layers = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}
     pipeline.save_lora_weights(folder, **layers)
@@ -149,7 +157,7 @@ def save_adapters(unet: Any, folder: Path, pipeline: Any) -> None:
 
 @torch.no_grad()
 def load_adapters(unet: Any, folder: Path) -> None:
-    """Put the adapters that `save_adapters` wrote into a denoiser with adapters of equal rank, alpha and targets.
+    """Put the adapters of a file that `save_adapters` wrote into a denoiser with adapters of equal rank and targets.
 
     Raises:
         ValueError: the file is damaged, or a tensor is missing, unexpected, of another shape or not finite.
@@ -160,8 +168,21 @@ def load_adapters(unet: Any, folder: Path) -> None:
     tensors = {name.partition(".")[2]: tensor for name, tensor in read.items()}
     if problem := judge({saved: unet.get_parameter(name).shape for name, saved in names.items()}, tensors):
         raise ValueError(f"{file} can't be used for the adapters of section lora: {problem}; restore the run's folder")
+    config, settings = unet.peft_config[ADAPTER], _header(file)
+    scale = config.lora_alpha / config.r / (settings.get("lora_alpha", config.r) / settings.get("r", config.r))
     for name, saved in names.items():
-        unet.get_parameter(name).copy_(tensors[saved])
+        unet.get_parameter(name).copy_(tensors[saved] / scale if _is_b(saved) else tensors[saved])
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The settings of adapters in the header of their file, by their names in peft; empty where it has none."""
+    with safe_open(file, framework="pt") as opened:
+        settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return {name.partition(".")[2]: value for name, value in settings.items()}
+
+
+def _is_b(name: str) -> bool:
+    return name.endswith(".lora_B.weight")
 
 
 def _names(unet: nn.Module) -> dict[str, str]:

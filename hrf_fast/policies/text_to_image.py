@@ -63,10 +63,11 @@ class TextToImagePolicy(DenoiserPolicy):
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The embeddings of prompts and, under guidance, of their negative prompts; None is the empty prompt."""
         chosen = [prompt or Prompt("") for prompt in prompts]
-        conditional = self._encoder.rows([prompt.text for prompt in chosen])
+        texts, negatives = [prompt.text for prompt in chosen], [prompt.negative for prompt in chosen]
         if not guided or self.guidance_scale == 1:
-            return Condition(conditional)
-        return Condition(conditional, self._encoder.negative_rows([prompt.negative for prompt in chosen]))
+            return Condition(self._encoder.rows(texts))
+        self._encoder.encode([*texts, *negatives])
+        return Condition(self._encoder.rows(texts), self._encoder.negative_rows(negatives))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -40,11 +40,13 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
     policy, groups, schedule = components.policy, components.groups, components.schedule
     numbers, seed = groups.own(), components.rules.seed
     prompts, guided = components.draw_prompts(components.anchors.drawn_at(iteration)), components.rules.guided
+    own_prompts = [prompts[number] for number in numbers]
+    # of all groups at once: text encoders that are offloaded come to the device for it
+    conditions = policy.condition(own_prompts, guided=guided)
     anchors: dict[int, Tensor] = {}
     if schedule.needs_anchors:
         with run.phase("anchors"):
             noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(numbers, device=policy.device))
-            own_prompts = [prompts[number] for number in numbers]
             options: dict[str, Any] = {"images_per_call": components.calls.sampled, "guided": guided}
 
             def draw() -> Tensor:
@@ -79,11 +81,11 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
             number,
             windows[number],
             group_noise(components, iteration, "rollout", number),
-            policy.condition([prompts[number]] * groups.size, guided=guided),
+            conditions[index : index + 1].repeat(groups.size),
             anchors.get(number),
             prompt=prompts[number],
         )
-        for number in numbers
+        for index, number in enumerate(numbers)
     }
     if windows[0].deterministic and not anchors:
         with run.phase("anchors"):

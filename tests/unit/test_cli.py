@@ -317,6 +317,19 @@ def test_an_error_is_one_line_and_the_traceback_is_there_on_request(capsys, monk
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_memory_that_does_not_suffice_is_one_line_with_what_takes_less(capsys):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    assert cli.run_command(fail) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Less is taken by smaller calls")
+    assert "compute.images_per_call" in error and "hrf plan" in error and "HRF_TRACEBACK=1" in hint
+    # a fault of the program's own is not dressed up
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run_command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+
+
 def test_a_closed_output_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["--version"]) == 0 and main(["rewards"]) == 0

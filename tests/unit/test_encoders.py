@@ -97,17 +97,30 @@ def test_a_prompt_over_the_limit_is_cut_and_said_once_with_the_prompt(recwarn):
 def test_offloaded_modules_are_on_the_device_inside_the_block_alone(monkeypatch):
     moves = []
 
-    class Watched(nn.Module):
+    class Watched(nn.Linear):
         def to(self, device):
             moves.append(str(device))
+            if str(device) == "cuda":
+                self.weight.data = self.weight.data.clone()
 
-    with resident(Watched(), torch.device("cuda"), True):
+    kept = Watched(2, 3)
+    memory = kept.weight.data_ptr()
+    with resident(kept, torch.device("cuda"), True):
+        assert kept.weight.data_ptr() != memory
+    # weights that nothing changes are not copied back
+    assert kept.weight.data_ptr() == memory
+    moves.clear()
+
+    def watched():
+        return Watched(2, 3)
+
+    with resident(watched(), torch.device("cuda"), True):
         assert moves == ["cuda"]
     assert moves == ["cuda", "cpu"]
-    with pytest.raises(RuntimeError), resident(Watched(), torch.device("cuda"), True):
+    with pytest.raises(RuntimeError), resident(watched(), torch.device("cuda"), True):
         raise RuntimeError
     assert moves == ["cuda", "cpu"] * 2
-    with resident(Watched(), torch.device("cuda"), False):
+    with resident(watched(), torch.device("cuda"), False):
         assert moves == ["cuda", "cpu"] * 2
 
 
@@ -115,15 +128,15 @@ def test_encoders_and_decoder_are_moved_for_their_work_alone(monkeypatch):
     policy, plain = load_text_policy("sd1"), load_text_policy("sd1")
     policy._encoder._offload = policy._offload = True
     moves = []
-    for module in (policy._encoder.encoders, policy.decoder):
+    for module in (*policy._encoder.encoders, policy.decoder):
         monkeypatch.setattr(
             module, "to", lambda device, module=module: moves.append((type(module).__name__, str(device)))
         )
     ours, theirs = (each.condition([Prompt("dog"), Prompt("cat")]) for each in (policy, plain))
-    # there and back for both texts, and for the negative one; no more once they are known
+    # there and back once, for both texts and the negative one; no more once they are known
     policy.condition([Prompt("cat")])
-    assert moves == [("ModuleList", "cpu")] * 4
+    assert moves == [("CLIPTextModel", "cpu")] * 2
     latents = torch.randn(2, *policy.latent_shape)
     assert torch.equal(policy.decode(latents), plain.decode(latents))
-    assert moves[4:] == [("AutoencoderKL", "cpu")] * 2
+    assert moves[2:] == [("AutoencoderKL", "cpu")] * 2
     assert torch.equal(ours.inputs["encoder_hidden_states"], theirs.inputs["encoder_hidden_states"])

@@ -1,11 +1,13 @@
 """Adapters of text-to-image models as files: diffusers loads them and draws as the run did; merged, and wrong ones."""
 
+import json
 import re
 
 import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -95,7 +97,8 @@ def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, mo
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_diffusers_has_the_network_of_the_policy_with_alpha(kind, tmp_path):
     policy = load_text_policy(kind)
-    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
+    # a scale of 4, which rounds nothing where the file has it in B
+    add_adapters(policy.unet, rank=2, alpha=8, targets=TARGETS)
     for weight in trained_weights(policy.unet).values():
         nn.init.normal_(weight, std=0.3)
     policy.save(tmp_path)
@@ -109,8 +112,36 @@ def test_diffusers_has_the_network_of_the_policy_with_alpha(kind, tmp_path):
         theirs = pipeline.unet(latents, 5, **inputs, added_cond_kwargs=added or None).sample
         assert torch.equal(policy.network(latents, 5, **condition.inputs), theirs)
         pipeline.unload_lora_weights()
+        # who reads no header takes alpha for the rank
+        pipeline.load_lora_weights(load_file(tmp_path / LORA_WEIGHTS))
+        assert torch.equal(pipeline.unet(latents, 5, **inputs, added_cond_kwargs=added or None).sample, theirs)
+        pipeline.unload_lora_weights()
         base = pipeline.unet(latents, 5, **inputs, added_cond_kwargs=added or None).sample
     assert float((theirs - base).abs().max()) > 1e-3
+
+
+def test_files_of_adapters_are_read_whatever_alpha_they_have(tmp_path):
+    policy = load_text_policy("sd1")
+    add_adapters(policy.unet, rank=2, alpha=8, targets=TARGETS)
+    for weight in trained_weights(policy.unet).values():
+        nn.init.normal_(weight, std=0.3)
+    policy.save(tmp_path)
+    weights = {name: weight.clone() for name, weight in trained_weights(policy.unet).items()}
+    with safe_open(tmp_path / LORA_WEIGHTS, "pt") as opened:
+        metadata = opened.metadata()
+    header = json.loads(metadata["lora_adapter_metadata"])
+    assert header == {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": sorted(TARGETS)}
+    # as an older version and other trainers write them: B as it is, and alpha in the header
+    tensors = load_file(tmp_path / LORA_WEIGHTS)
+    older = {name: tensor / 4 if ".lora_B" in name else tensor for name, tensor in tensors.items()}
+    (tmp_path / "older").mkdir()
+    metadata["lora_adapter_metadata"] = json.dumps({**header, "unet.lora_alpha": 8})
+    save_file(older, tmp_path / "older" / LORA_WEIGHTS, metadata)
+    for folder in (tmp_path, tmp_path / "older"):
+        for weight in trained_weights(policy.unet).values():
+            nn.init.zeros_(weight)
+        load_adapters(policy.unet, folder)
+        assert equal(trained_weights(policy.unet), weights)
 
 
 def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_path):

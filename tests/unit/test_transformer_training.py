@@ -121,7 +121,8 @@ def velocity(policy, transformer=None):
 def test_diffusers_loads_adapters_and_whole_pipelines_and_has_the_policys_network(kind, tmp_path):
     policy = load_flow_policy(kind)
     start = velocity(policy)
-    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS[kind])
+    # a scale of 4, which rounds nothing where the file has it in B
+    add_adapters(policy.unet, rank=2, alpha=8, targets=TARGETS[kind])
     assert torch.equal(velocity(policy), start)
     for weight in trained_weights(policy.unet).values():
         nn.init.normal_(weight, std=0.3)

@@ -75,12 +75,12 @@ class FluxPolicy(TextToImagePolicy):
 class PromptEncoderFlux(PromptEncoder):
     """The text encoders of FLUX: the hidden states of T5, and what CLIP has pooled."""
 
-    def _encode(self, text: str) -> Rows:
-        rows = {
-            "encoder_hidden_states": self._call(1, text, T5_LENGTH)[0],
-            "pooled_projections": self._call(0, text).pooler_output,
-        }
-        return {name: tensor.to("cpu", torch.float32) for name, tensor in rows.items()}
+    def _output(self, number: int, text: str) -> Sequence[Tensor]:
+        return [self._call(1, text, T5_LENGTH)[0] if number else self._call(0, text).pooler_output]
+
+    def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
+        (pooled,), (hidden,) = outputs
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
 def encoder(

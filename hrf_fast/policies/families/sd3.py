@@ -46,18 +46,18 @@ class PromptEncoderSD3(PromptEncoder):
         super().__init__(tokenizers, encoders, device, **options)
         self._width = width
 
-    def _encode(self, text: str) -> Rows:
-        length = self._tokenizers[0].model_max_length
-        clips = [self._call(number, text, length, output_hidden_states=True) for number in range(2)]
-        hidden = torch.cat([output.hidden_states[-2] for output in clips], dim=-1)
-        if len(self.encoders) > 2:
-            t5: Tensor = self._call(2, text, T5_LENGTH)[0]
-        else:
-            t5 = hidden.new_zeros(1, T5_LENGTH, self._width)
+    def _output(self, number: int, text: str) -> Sequence[Tensor]:
+        if number == 2:
+            return [self._call(number, text, T5_LENGTH)[0]]
+        output = self._call(number, text, self._tokenizers[0].model_max_length, output_hidden_states=True)
+        return [output.hidden_states[-2], output.text_embeds]
+
+    def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
+        (first, one), (second, other), *rest = outputs
+        hidden = torch.cat([first, second], dim=-1)
+        t5 = rest[0][0] if rest else hidden.new_zeros(1, T5_LENGTH, self._width)
         hidden = torch.cat([pad(hidden, (0, t5.shape[-1] - hidden.shape[-1])), t5], dim=-2)
-        pooled = torch.cat([output.text_embeds for output in clips], dim=-1)
-        rows = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-        return {name: tensor.to("cpu", torch.float32) for name, tensor in rows.items()}
+        return {"encoder_hidden_states": hidden, "pooled_projections": torch.cat([one, other], dim=-1)}
 
 
 def encoder(

@@ -67,15 +67,14 @@ class PromptEncoderXL(PromptEncoder):
                 rows[name][empty] = 0
         return rows
 
-    def _encode(self, text: str) -> Rows:
-        outputs = [self._call(number, text, output_hidden_states=True) for number in range(len(self.encoders))]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        rows = {
-            "encoder_hidden_states": hidden,
-            "text_embeds": outputs[-1].text_embeds,
-            "time_ids": self._time_ids[None],
-        }
-        return {name: tensor.to("cpu", torch.float32) for name, tensor in rows.items()}
+    def _output(self, number: int, text: str) -> Sequence[Tensor]:
+        output = self._call(number, text, output_hidden_states=True)
+        return [output.hidden_states[-2], *([output.text_embeds] if number else [])]
+
+    def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
+        (first,), (second, pooled) = outputs
+        hidden = torch.cat([first, second], dim=-1)
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": self._time_ids[None]}
 
 
 def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
