@@ -22,7 +22,7 @@ from hrf_fast.weights import digest
 _OF_LOADING = {
     *(f"model.{name}" for name in ("revision", "variant", "decoder", "image_size")),
     *(f"sample.{name}" for name in ("scheduler", "eta", "noise_level")),
-    *(f"compute.{name}" for name in ("attention", "channels_last", "offload")),
+    *(f"compute.{name}" for name in ("attention", "channels_last", "offload", "encoder_precision")),
 }
 
 
@@ -61,6 +61,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         attention=compute.attention,
         channels_last=compute.channels_last,
         offload=compute.offload,
+        encoder_precision=compute.encoder_precision,
         device=device,
         prepare=prepare if name is None else None,
     )

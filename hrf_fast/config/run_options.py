@@ -32,6 +32,9 @@ class ComputeConfig:
     """Implementation of attention: torch's own, or xformers (CUDA)."""
     offload: bool = option(False, resumable=True)
     """Keep a text-to-image model's text encoders and decoder in the CPU's memory while they are not used (CUDA)."""
+    encoder_precision: str = option("fp32", choices=("fp32", "bf16"), panel=True)
+    """Precision of text encoders; T5-XXL takes 19 GB in fp32. Where RUN/model is a pipeline with
+    all its parts, they are stored in it."""
     channels_last: bool = option(False)
     """Weights and activations of the UNet in channels_last order; under DeepSpeed activations only. On CUDA its group
     norms are Triton's, with the SiLU behind them."""

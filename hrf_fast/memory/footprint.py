@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.files import ModelFiles
 from hrf_fast.policies.network import Network
-from hrf_fast.policies.untrained import untrained_condition, untrained_network, untrained_shape
+from hrf_fast.policies.untrained import untrained_condition, untrained_decoder, untrained_network, untrained_shape
 
 Conditions = Callable[[int], tuple[Condition, Condition]]
 """Images -> their conditions where nothing is trained, and in an update."""
@@ -52,6 +52,7 @@ class Footprint:
         tensors: elements of each trained parameter.
         latent_bytes: of one image's latents in fp32; image_bytes: of the decoded image in fp32.
         frozen: elements of all frozen parameters; frozen_bytes: of those; buffer_bytes: of the network's buffers.
+        decoding: peak of a call of the decoder, with the decoder where that comes to the device for it.
     """
 
     sampling: Line
@@ -63,6 +64,7 @@ class Footprint:
     frozen: int = 0
     frozen_bytes: int = 0
     buffer_bytes: int = 0
+    decoding: int = 0
 
     @property
     def parameters(self) -> int:
@@ -76,6 +78,7 @@ def measure_model(
     guided: tuple[bool, bool] = (False, False),
     image_size: int | None = None,
     channels_last: bool = False,
+    offload: bool = False,
     prepare: Callable[[nn.Module, str], None] | None = None,
 ) -> dict[tuple[str, bool], Footprint]:
     """Count a model's activations without its weights, for (precision, with gradient checkpointing).
@@ -83,7 +86,7 @@ def measure_model(
     Args:
         device: cuda or cpu, whose autocast rules differ.
         guided: whether there is guidance where nothing is trained, and in an update.
-        image_size: model.image_size; channels_last: compute.channels_last.
+        image_size: model.image_size; channels_last, offload: of section compute.
         prepare: makes of a denoiser what is trained in a precision: adds adapters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,7 +96,7 @@ def measure_model(
     def conditions(images: int) -> tuple[Condition, Condition]:
         return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
 
-    image = untrained_shape(files, image_size).image
+    image, decoding = untrained_shape(files, image_size).image, _decoding(files, image_size, offload=offload)
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:
@@ -115,7 +118,7 @@ def measure_model(
                 counted = Network(network.unet, precision, call=network.call, **options)
                 for checkpointing in (False, True):
                     counted.checkpoint_activations(checkpointing)
-                    footprints[precision, checkpointing] = _footprint(counted, shape, conditions, image)
+                    footprints[precision, checkpointing] = _footprint(counted, shape, conditions, image, decoding)
     finally:
         gc.unfreeze()
     return footprints | {("fp16", checkpointing): footprints["bf16", checkpointing] for checkpointing in (False, True)}
@@ -148,17 +151,38 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
 
     policy.network.checkpoint_activations(checkpointing)
     try:
-        with torch.no_grad():
-            clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
+        clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
+        with torch.no_grad(), _Live([*policy.network.parameters(), clean]) as live:
             image = tuple(policy.decode(clean).shape[1:])
-        return _footprint(policy.network, policy.latent_shape, conditions, image)
+            decoding = live.restart() * getattr(policy, "decoded_at_once", 1)
+        return _footprint(policy.network, policy.latent_shape, conditions, image, decoding)
     finally:
         policy.network.checkpoint_activations(False)
         for parameter in policy.network.parameters():
             parameter.grad = None
 
 
-def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Conditions, image: tuple[int, ...]) -> Footprint:
+def _decoding(files: ModelFiles, image_size: int | None, *, offload: bool) -> int:
+    """`Footprint.decoding` of a model's files; 0 of one in pixels."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        decoder = untrained_decoder(files, image_size)
+    if decoder is None:
+        return 0
+    network, shape = decoder
+    with FakeTensorMode(), torch.no_grad():
+        _fill(network)
+        latents = torch.zeros(shape)
+        with _Live([*network.parameters(), *network.buffers(), latents]) as live:
+            network.decode(latents)
+            peak = live.restart()
+    return peak + (sum(weight.nbytes for weight in network.parameters()) if offload else 0)
+
+
+def _footprint(
+    network: nn.Module, shape: tuple[int, ...], conditions: Conditions, image: tuple[int, ...], decoding: int
+) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
     two, three = (_peaks(network, shape, images, *conditions(images)) for images in (2, 3))
     sampling, graph, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
@@ -173,6 +197,7 @@ def _footprint(network: nn.Module, shape: tuple[int, ...], conditions: Condition
         sum(p.numel() for p in frozen),
         sum(p.nbytes for p in frozen),
         sum(buffer.nbytes for buffer in network.buffers()),
+        decoding,
     )
 
 

@@ -20,7 +20,7 @@ from hrf_fast.memory.zero import ENGINES, FP32, States, engine_of, model_states
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
 from hrf_fast.policies.option_checks import check_options
-from hrf_fast.policies.untrained import copied_bytes, frozen_bytes, plan_sampler, untrained_condition
+from hrf_fast.policies.untrained import DECODERS, copied_bytes, frozen_bytes, plan_sampler, untrained_condition
 from hrf_fast.training.calls import SAMPLED_TOGETHER, CallPlan
 
 MODES = ("keep", "replay", "checkpoint")
@@ -53,6 +53,8 @@ class Plan:
     footprints: dict[tuple[str, bool], Footprint]
     frozen: int = 0
     """Bytes of text encoders and decoder, where they stay on the GPU."""
+    encoder: int = 0
+    """Bytes of the largest text encoder, where one at a time comes to the GPU for its work."""
     copies: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the pretrained network's frozen copy by precision, whole on every GPU; empty where there is none."""
 
@@ -131,7 +133,9 @@ class Plan:
         images = self.rollout_images(images_per_call)
         calls = math.ceil(self.kept_samples / images)
         graphs = footprint.kept.fixed * calls + footprint.kept.per_image * self.kept_samples
-        return graphs * self.counts.longest_window + footprint.update(images) - footprint.kept(images)
+        # a rollout decodes while its graphs are there
+        beside = max(footprint.update(images) - footprint.kept(images), footprint.decoding)
+        return graphs * self.counts.longest_window + beside
 
     def need(self, engine: str, precision: str, mode: str, images_per_call: int) -> float:
         """Peak bytes of an iteration."""
@@ -141,7 +145,7 @@ class Plan:
         # train.gradient_noise copies the gradients of the first half of the groups, and then those of all
         copied = FP32 * sum(self.any_footprint.tensors) if self.config.train.gradient_noise else 0
         update = self.activations(mode, precision, images_per_call) + copied
-        most = max(update, sampling, states.step + 2 * copied)
+        most = max(update, sampling, states.step + 2 * copied, self.any_footprint.decoding, self.encoder)
         most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
         return states.together + self.trajectories + most
 
@@ -187,6 +191,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         attention=compute.attention,
         channels_last=compute.channels_last,
         offload=compute.offload,
+        encoder_precision=compute.encoder_precision,
     )
     sampler = plan_sampler(files, sample, model.image_size)
     conditions = sample.guidance_scale > 1, sample.guidance_scale > 1 and config.train.guidance
@@ -199,6 +204,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             guided=conditions,
             image_size=model.image_size,
             channels_last=compute.channels_last,
+            offload=compute.offload,
             prepare=_adapters(config),
         )
     except WrongTarget:
@@ -209,10 +215,13 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             f"model.name is {model.name!r}, whose config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
-    frozen = 0 if config.compute.offload else frozen_bytes(files)
+    beside = frozen_bytes(files, compute.encoder_precision)
+    frozen = 0 if compute.offload else sum(beside.values())
+    encoders = [size for name, size in beside.items() if name not in DECODERS]
+    encoder = max(encoders, default=0) if compute.offload else 0
     copied = config.remedies.needs_reference and not config.lora.rank
     copies = {precision: copied_bytes(files, precision) for precision in PRECISIONS if copied}
-    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen, copies)
+    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen, encoder, copies)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
         ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes(e)}
         least = min(ways, key=lambda way: ways[way])

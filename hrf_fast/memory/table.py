@@ -57,6 +57,8 @@ def _activations(plan: Plan) -> list[list[str]]:
         rows.append([titles[mode] if mode == "keep" else f"{mode}, {titles[mode]}", *sizes])
     sizes = [show_bytes(plan.footprints[precision, False].sampling(calls.sampled)) for precision in PRECISIONS]
     rows.append([f"sampling, {calls.sampled} images a call", *sizes])
+    if decoding := plan.any_footprint.decoding:
+        rows.append(["decoding", *[show_bytes(decoding)] * len(PRECISIONS)])
     rows.append(["trajectories", *[show_bytes(plan.trajectories)] * len(PRECISIONS)])
     return rows
 

@@ -29,6 +29,8 @@ class DenoiserPolicy:
     """
 
     takes_prompts = False
+    decoded_at_once = 1
+    """Images whose decoding is one call of a decoder."""
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ class PromptEncoder:
         """Freeze the encoders.
 
         Args:
-            tokenizers, encoders: in pairs, transformers' own; the encoders in fp32.
+            tokenizers, encoders: in pairs, transformers' own; the encoders in fp32 or bf16.
             offload: keep the encoders on the CPU between uses.
         """
         self._tokenizers, self._device, self._offload = tokenizers, device, offload

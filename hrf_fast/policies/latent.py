@@ -13,11 +13,13 @@ from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
 
 # images that the decoder takes at once: its activations are those of full-size images
-_DECODED_AT_ONCE = 8
+DECODED_AT_ONCE = 8
 
 
 class LatentPolicy(UnconditionalPolicy):
     """The policy of an LDMPipeline such as CompVis/ldm-celebahq-256; the VQModel is frozen."""
+
+    decoded_at_once = DECODED_AT_ONCE
 
     def __init__(self, unet: Any, scheduler: Any, sampler: Any, vqvae: Any, **options: Any) -> None:
         """Add the decoder `vqvae`, a VQModel on the UNet's device; the other arguments are UnconditionalPolicy's."""
@@ -34,7 +36,7 @@ class LatentPolicy(UnconditionalPolicy):
         check_finite(latents)
         latents = latents.float() / self.vqvae.config.scaling_factor
         with torch.autocast(latents.device.type, enabled=False):
-            images = torch.cat([self.vqvae.decode(part).sample for part in latents.split(_DECODED_AT_ONCE)])
+            images = torch.cat([self.vqvae.decode(part).sample for part in latents.split(DECODED_AT_ONCE)])
         images = (images / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 

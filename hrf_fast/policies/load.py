@@ -16,6 +16,7 @@ from hrf_fast.policies.checks import check_unet
 from hrf_fast.policies.encoders import PromptEncoder
 from hrf_fast.policies.files import ModelFiles, read_decoder, read_model
 from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
+from hrf_fast.policies.network import DTYPES
 from hrf_fast.policies.option_checks import check_options
 from hrf_fast.policies.parts import from_pretrained, load_module, quiet
 from hrf_fast.policies.sampler import Sampler
@@ -39,6 +40,7 @@ def load_policy(
     attention: str = "sdpa",
     channels_last: bool = False,
     offload: bool = False,
+    encoder_precision: str = "fp32",
     device: str | torch.device = "cpu",
     prepare: Callable[[Any], None] | None = None,
 ) -> Policy:
@@ -54,6 +56,7 @@ def load_policy(
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
+        encoder_precision: of text encoders' weights, fp32 or bf16.
         prepare: makes of the denoiser on the CPU what is trained, before it goes to the device: frozen weights of half
             the size never are there in full.
 
@@ -74,6 +77,7 @@ def load_policy(
         attention=attention,
         channels_last=channels_last,
         offload=offload,
+        encoder_precision=encoder_precision,
     )
     if offload and device.type == "cpu":
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
@@ -108,6 +112,9 @@ def load_policy(
         }
         if files.takes_prompts:
             options |= {"guidance_scale": guidance_scale, "offload": offload, "sized": image_size is not None}
+            for name, part in parts.items():
+                if part is not None and name.startswith("text_encoder"):
+                    part.to(DTYPES[encoder_precision])
             return _text_to_image(files, unet, scheduler, steps, parts, decoder, device, **options)
         policy: Policy = files.family.policy(
             unet, scheduler, steps, *(part.to(device) for part in parts.values()), **options

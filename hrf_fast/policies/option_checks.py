@@ -17,6 +17,7 @@ def check_options(
     attention: str = "sdpa",
     channels_last: bool = False,
     offload: bool = False,
+    encoder_precision: str = "fp32",
 ) -> None:
     """Refuse guidance below 1, options of text-to-image models for another, and those of UNets for a transformer.
 
@@ -29,6 +30,7 @@ def check_options(
         "model.decoder": (decoder, None),
         "model.image_size": (image_size, None),
         "compute.offload": (offload, False),
+        "compute.encoder_precision": (encoder_precision, "fp32"),
     }
     for option, (value, neutral) in for_prompts.items():
         if value != neutral and not files.takes_prompts:

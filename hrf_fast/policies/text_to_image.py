@@ -22,6 +22,11 @@ from hrf_fast.prompts import Prompt
 _PIXELS_AT_ONCE = 8 * 256 * 256
 
 
+def decoded_at_once(size: tuple[int, int]) -> int:
+    """Images of a height and width that are decoded in one call."""
+    return max(1, _PIXELS_AT_ONCE // math.prod(size))
+
+
 class TextToImagePolicy(DenoiserPolicy):
     """The policy of a pipeline that takes prompts; its denoiser alone is trained."""
 
@@ -58,7 +63,8 @@ class TextToImagePolicy(DenoiserPolicy):
         self._encoder, self._parts, self._pipeline, self._denoiser = encoder, parts, pipeline, denoiser
         self._decoder_name, self._sized, self._offload = decoder_name, sized, offload
         self.decoder = decoder.eval().requires_grad_(False).to("cpu" if offload else self.device)
-        self._decoded_at_once = max(1, _PIXELS_AT_ONCE // math.prod(self.shape.size or ()))
+        assert self.shape.size is not None
+        self.decoded_at_once = decoded_at_once(self.shape.size)
 
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The embeddings of prompts and, under guidance, of their negative prompts; None is the empty prompt."""
@@ -79,7 +85,7 @@ class TextToImagePolicy(DenoiserPolicy):
         check_finite(latents)
         latents = self._unscaled(latents.float())
         with resident(self.decoder, self.device, self._offload), torch.autocast(latents.device.type, enabled=False):
-            parts = [self.decoder.decode(part).sample for part in latents.split(self._decoded_at_once)]
+            parts = [self.decoder.decode(part).sample for part in latents.split(self.decoded_at_once)]
             # in place: the images of a large panel are gigabytes
             return torch.cat([part.div_(2).add_(0.5).clamp_(0, 1) for part in parts])
 

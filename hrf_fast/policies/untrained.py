@@ -14,10 +14,15 @@ from hrf_fast.policies.calling import Shape, shape_of
 from hrf_fast.policies.component import Component
 from hrf_fast.policies.files import ModelFiles
 from hrf_fast.policies.flow_sampler import choose_sampler
+from hrf_fast.policies.latent import DECODED_AT_ONCE
 from hrf_fast.policies.lora import store_frozen
-from hrf_fast.policies.network import Network
+from hrf_fast.policies.network import DTYPES, Network
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import make_scheduler
+from hrf_fast.policies.text_to_image import decoded_at_once
+
+DECODERS = ("vae", "vqvae")
+"""Names of the part that makes images of latents."""
 
 
 def untrained_network(files: ModelFiles, image_size: int | None = None) -> tuple[Network, tuple[int, ...]]:
@@ -37,13 +42,27 @@ def untrained_condition(files: ModelFiles, images: int, guided: bool) -> Conditi
     return files.family.zeros({name: part.config for name, part in files.parts.items()}, images, guided)
 
 
-def frozen_bytes(files: ModelFiles) -> int:
-    """Bytes in fp32 of the networks that run beside the denoiser: decoder and text encoders."""
+def frozen_bytes(files: ModelFiles, encoder_precision: str = "fp32") -> dict[str, int]:
+    """Bytes of the networks that run beside the denoiser, by name: the decoder in fp32, and text encoders."""
     with torch.device("meta"):
-        networks = [
-            _untrained(part) for name, part in files.parts.items() if part.has_weights and name != files.denoiser
-        ]
-    return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+        networks = {
+            name: _untrained(part) for name, part in files.parts.items() if part.has_weights and name != files.denoiser
+        }
+    each = {name: 4 if name in DECODERS else DTYPES[encoder_precision].itemsize for name in networks}
+    return {name: each[name] * sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+
+
+def untrained_decoder(files: ModelFiles, image_size: int | None = None) -> tuple[Any, tuple[int, ...]] | None:
+    """The decoder, with random weights, and the shape of the latents that one call of it takes; None in pixels."""
+    if (name := next((name for name in DECODERS if name in files.parts), None)) is None:
+        return None
+    part, shape = files.parts[name], untrained_shape(files, image_size)
+    if shape.size is None:
+        return _untrained(part), (DECODED_AT_ONCE, *shape.latents)
+    config = _configured(part)
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    sides = [side // factor for side in shape.size]
+    return _untrained(part), (decoded_at_once(shape.size), config["latent_channels"], *sides)
 
 
 def copied_bytes(files: ModelFiles, precision: str) -> int:

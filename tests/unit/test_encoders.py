@@ -54,6 +54,17 @@ def test_the_unconditional_branch_is_there_under_guidance_alone(scale, guided, b
     assert condition.branches == branches and len(condition.inputs["encoder_hidden_states"]) == branches * 3
 
 
+def test_encoders_in_half_precision_say_nearly_the_same_and_the_rest_is_as_it_was():
+    policy, half = load_text_policy("sdxl"), load_text_policy("sdxl", encoder_precision="bf16")
+    assert {weight.dtype for weight in half._encoder.encoders.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in [*half.decoder.parameters(), *half.unet.parameters()]} == {torch.float32}
+    ours, theirs = (each.condition(prompts()).conditional for each in (half, policy))
+    for name, rows in ours.items():
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows, theirs[name], rtol=0.05, atol=0.05)
+    assert not torch.equal(ours["text_embeds"], theirs["text_embeds"])
+
+
 def test_no_prompt_is_the_empty_one():
     policy = load_text_policy("sd1")
     ours, theirs = policy.condition([None]).inputs, policy.condition([Prompt("")]).inputs

@@ -48,7 +48,7 @@ def test_amounts_that_are_none_are_refused(text):
 def measured_once(monkeypatch):
     """A UNet is measured once in this file: it takes seconds."""
 
-    def measure(files, *, device, guided, image_size, channels_last, prepare):
+    def measure(files, *, device, guided, image_size, channels_last, offload, prepare):
         if prepare is not None:
             return measure_model(files, device=device, guided=guided, channels_last=channels_last, prepare=prepare)
         key = json.dumps([files.parts["unet"].config, device, guided, channels_last], sort_keys=True)

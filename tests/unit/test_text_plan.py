@@ -1,6 +1,7 @@
 """Plans of text-to-image models: guided images count two, and what is frozen takes its place."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -9,12 +10,13 @@ import torch
 
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
-from hrf_fast.memory.footprint import measure_running
+from hrf_fast.memory.footprint import measure_model, measure_running
 from hrf_fast.memory.planner import plan
+from hrf_fast.policies import text_to_image
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untrained_network, untrained_shape
-from tests.text_models import KINDS, load_text_policy, text_model
+from tests.text_models import KINDS, SIDE, load_text_policy, text_model
 from tests.true_models import DENOISERS, write_true_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,6 +29,40 @@ TRUE = {
     "flux/flux_dev_lora_zero2": ("flux_dev", 11_901_408_320, 1, "80GB"),
     "flux/flux_dev_full_zero3": ("flux_dev", 11_901_408_320, 8, "80GB"),
 }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_counts_what_the_decoder_of_the_model_itself_takes(kind, monkeypatch):
+    monkeypatch.setattr(text_to_image, "_PIXELS_AT_ONCE", 3 * (2 * SIDE) ** 2)
+    files, policy = read_model(str(text_model(kind)), weights=False), load_text_policy(kind)
+    counted = measure_model(files, device="cpu")["fp32", False].decoding
+    assert policy.decoded_at_once == 3
+    running = measure_running(policy, checkpointing=False).decoding
+    # the policy maps images to [0, 1] too
+    assert counted == pytest.approx(running, rel=0.25) and counted > 3 * 4 * 3 * (2 * SIDE) ** 2
+    offloaded = measure_model(files, device="cpu", offload=True)["fp32", False].decoding
+    assert offloaded - counted == frozen_bytes(files)["vae"]
+
+
+def test_an_offloaded_encoder_and_the_decoder_count_where_they_take_the_most():
+    words = [f"model.name={text_model('sdxl')}", "prompts.source=builtin", "evaluation.every=0"]
+    made = {
+        offload: plan(load_config([*words, f"compute.offload={offload}"]), gpus=1, memory=10**10)
+        for offload in (False, True)
+    }
+    beside = frozen_bytes(read_model(str(text_model("sdxl")), weights=False))
+    assert made[False].encoder == 0 and made[True].frozen == 0
+    assert made[True].encoder == max(beside["text_encoder"], beside["text_encoder_2"])
+    half = plan(load_config([*words, "compute.encoder_precision=bf16"]), gpus=1, memory=10**10)
+    assert made[False].frozen - half.frozen == (beside["text_encoder"] + beside["text_encoder_2"]) / 2
+    large = replace(made[True], encoder=10**9)
+    assert large.need("plain", "fp32", "replay", 1) > 10**9
+    footprint = replace(made[True].any_footprint, decoding=10**9)
+    heavy = replace(made[True], footprints=dict.fromkeys(made[True].footprints, footprint))
+    # a rollout that keeps its graphs decodes beside them
+    graphs = heavy.need("plain", "fp32", "keep", 1) - heavy.need("plain", "fp32", "replay", 1)
+    kept = footprint.kept.fixed * heavy.kept_samples + footprint.kept.per_image * heavy.kept_samples
+    assert graphs == pytest.approx(kept * heavy.counts.longest_window)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +80,8 @@ def test_a_plan_sees_the_shapes_of_the_model_itself(kind):
             n: rows.shape for n, rows in theirs.inputs.items()
         }
     frozen = [module for module in policy._parts.values() if isinstance(module, torch.nn.Module)]
-    assert frozen_bytes(files) == sum(weight.nbytes for module in frozen for weight in module.parameters())
+    weights = [weight for module in frozen for weight in module.parameters()]
+    assert sum(frozen_bytes(files).values()) == sum(weight.nbytes for weight in weights)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_decode_is_the_vae_of_the_pipeline_in_chunks_and_fp32(kind, monkeypatch)
         expected = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     sizes = []
     policy.decoder.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(policy, "_decoded_at_once", 2)
+    monkeypatch.setattr(policy, "decoded_at_once", 2)
     with torch.autocast("cpu", torch.bfloat16):
         images = policy.decode(latents)
     assert sizes == [2, 1] and images.dtype == torch.float32 and not images.requires_grad
@@ -70,9 +70,9 @@ def test_decode_is_the_vae_of_the_pipeline_in_chunks_and_fp32(kind, monkeypatch)
 
 def test_chunks_hold_as_many_images_as_pixels_allow(monkeypatch):
     # 8 images of 256 x 256 pixels; ours have 16 x 16
-    assert load_text_policy("sd1")._decoded_at_once == 8 * 256
+    assert load_text_policy("sd1").decoded_at_once == 8 * 256
     monkeypatch.setattr(text_to_image, "_PIXELS_AT_ONCE", 1)
-    assert load_text_policy("sd1")._decoded_at_once == 1
+    assert load_text_policy("sd1").decoded_at_once == 1
 
 
 def test_sdxl_reads_a_vaes_mean_and_std_and_stable_diffusion_does_not():
@@ -313,6 +313,7 @@ def test_groups_are_guided_by_option_and_panels_always(guided, tmp_path):
         ({"guidance_scale": 2.0}, "sample.guidance_scale is 2.0.*unconditional.*leave it at 1"),
         ({"decoder": "madebyollin/taesd"}, "model.decoder is madebyollin/taesd.*leave it at None"),
         ({"offload": True}, "compute.offload is True.*leave it at False"),
+        ({"encoder_precision": "bf16"}, "compute.encoder_precision is bf16.*leave it at fp32"),
         ({"image_size": 32}, "model.image_size is 32.*leave it at None"),
     ],
 )
