@@ -83,7 +83,12 @@ def make_parsers(
     command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help=guidance)
     command.add_argument("--variant", help="of the weight files of a folder or hub id, such as fp16")
     command.add_argument("--seed", type=int, default=1234, help="of the noise")
-    command.add_argument("--images-per-call", type=int, default=64, help="images in a network call, at least 1")
+    command.add_argument(
+        "--images-per-call",
+        type=int,
+        help="images in a network call, at least 1 (default: those of a run's panels, or 64; of a text-to-image model "
+        "by name as many as are decoded at once)",
+    )
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add("evaluate")
     command.add_argument("run", type=path, help="a run folder")

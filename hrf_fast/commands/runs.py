@@ -15,6 +15,7 @@ from hrf_fast.config.options import Config
 from hrf_fast.config.paths import with_absolute_paths
 from hrf_fast.config.rules import check_config
 from hrf_fast.config.run_options import ComputeConfig
+from hrf_fast.devices import choose_device
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
@@ -127,18 +128,22 @@ def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:
 
 
 def with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config:
-    """The configuration with fields of its sample section replaced, in fp32 on `device`.
+    """The configuration with fields of its sample section replaced, on `device`.
 
-    All of `compute` is the default: a run on a GPU may have trained by what `device` does not have. Frozen weights
-    are in fp32 with it.
+    In fp32 on a CPU, which may lack what a GPU has trained by; on a GPU in the run's precision and with its offload,
+    since a model that was trained there need not fit in fp32.
     """
     fields = {"scheduler" if name == "sampler" else name: value for name, value in sampler.items()}
+    compute, lora = ComputeConfig(), replace(config.lora, base_precision="fp32")
+    if choose_device(device).type == "cuda":
+        same = {name: getattr(config.compute, name) for name in ("precision", "offload", "encoder_precision")}
+        compute, lora = replace(compute, **same), config.lora
     return replace(
         config,
         sample=replace(config.sample, **fields),
         run=replace(config.run, device=device),
-        compute=ComputeConfig(),
-        lora=replace(config.lora, base_precision="fp32"),
+        compute=compute,
+        lora=lora,
     )
 
 

@@ -17,6 +17,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
+from hrf_fast.training.calls import SAMPLED_TOGETHER
 
 
 def draw(
@@ -24,7 +25,7 @@ def draw(
     out: Path,
     *,
     count: int,
-    images_per_call: int,
+    images_per_call: int | None = None,
     seed: int,
     device: str,
     variant: str | None = None,
@@ -35,6 +36,8 @@ def draw(
     """Write a grid of images of a model, a run or one of its checkpoints; returns a line about it.
 
     Args:
+        images_per_call: None for those of a run's panels, or 64; of a text-to-image model that is no run's as many as
+            are decoded at once, since images of 1024 pixels by the dozen fit nowhere.
         variant: of the weight files of a model's folder or a hub id.
         prompts: of equally many images each, `count` at most; none for those of the run's panel.
         negatives: one for all prompts, or one for each.
@@ -44,12 +47,13 @@ def draw(
         ValueError: no such model, a run that is not finished, `out` is no name of a picture, a count below 1, or
             prompts that the model does not take.
     """
-    if count < 1 or images_per_call < 1:
+    if count < 1 or (images_per_call is not None and images_per_call < 1):
         raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
     source = _source(model)
     policy = _policy(source, device, variant, {name: value for name, value in sampler.items() if value is not None})
+    images_per_call = images_per_call or _most_in_a_call(source, policy)
     panel = _prompted(Panel(count, seed, images_per_call), source, policy, prompts, negatives)
     check_picture(out)
     each = [panel.prompt(image) for image in range(panel.size)]
@@ -65,6 +69,12 @@ class _Source:
     name: str
     run: Path | None = None
     model: Path | None = None
+
+
+def _most_in_a_call(source: _Source, policy: Policy) -> int:
+    if source.run is not None:
+        return run_config(source.run).compute.images_per_call or SAMPLED_TOGETHER
+    return getattr(policy, "decoded_at_once", 1) if policy.takes_prompts else SAMPLED_TOGETHER
 
 
 def _source(name: str) -> _Source:

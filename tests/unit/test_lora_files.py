@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hrf_fast.assembly.model import build_policy
+from hrf_fast.commands import sample as sample_module
 from hrf_fast.commands.evaluate import evaluate
 from hrf_fast.commands.export import export
+from hrf_fast.commands.runs import with_sampler
 from hrf_fast.commands.sample import draw
 from hrf_fast.config.load import load_config
+from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.memory.planner import plan
@@ -163,6 +166,33 @@ def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_pat
         draw(str(model), tmp_path / f"{name}.png", **options)
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "checkpoint.png").read_bytes()
     assert evaluate(folder, ["reward.name=jpeg_compressibility", "evaluation.panel_size=2"]).is_file()
+
+
+def test_a_run_is_drawn_in_full_precision_on_a_cpu_and_in_its_own_on_a_gpu(monkeypatch):
+    words = ["compute.precision=bf16", "lora.rank=2", "lora.base_precision=bf16", "compute.images_per_call=4"]
+    config = load_config([f"model.name={text_model('sd1')}", *words, "compute.offload=true"])
+    drawn = with_sampler(config, "cpu", {"sampler": "ddpm"})
+    assert drawn.sample.scheduler == "ddpm" and drawn.compute == ComputeConfig() and drawn.lora.base_precision == "fp32"
+    monkeypatch.setattr("hrf_fast.commands.runs.choose_device", torch.device)
+    drawn = with_sampler(config, "cuda", {})
+    assert (drawn.compute.precision, drawn.compute.offload, drawn.lora.base_precision) == ("bf16", True, "bf16")
+
+
+def test_a_call_of_a_drawn_grid_is_one_that_fits(run, tmp_path, monkeypatch):
+    asked, folder = [], run[0]
+    draws = sample_module.sample
+
+    def watched(*arguments, **options):
+        asked.append(options["images_per_call"])
+        return draws(*arguments, **options)
+
+    monkeypatch.setattr(sample_module, "sample", watched)
+    monkeypatch.setattr("hrf_fast.policies.text_to_image._PIXELS_AT_ONCE", 2 * (2 * SIDE) ** 2)
+    options = {"count": 2, "seed": 0, "device": "cpu"}
+    draw(str(folder), tmp_path / "run.png", **options)
+    draw(str(text_model("sd1")), tmp_path / "model.png", prompts=["cat"], **options)
+    draw(str(text_model("sd1")), tmp_path / "one.png", prompts=["cat"], images_per_call=1, **options)
+    assert asked == [64, 2, 1]
 
 
 def test_adapters_of_another_rank_are_refused_by_name(run, tmp_path):
