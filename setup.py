@@ -56,6 +56,8 @@ setup(
         # the first whose triton has the knobs that launches read
         "torch>=2.8",
         "numpy",
+        # Student's t of studies
+        "scipy",
         "diffusers>=0.30",
         # text encoders, and networks that look at images; 5.4 has image processors that need no torchvision
         "transformers>=5.4",
