@@ -71,8 +71,8 @@ setup(
         "matplotlib",
         "jinja2",
         "filelock",
-        # peak memory; elsewhere the standard library has it
-        "psutil; platform_system == 'Windows'",
+        # free memory and usable processors
+        "psutil",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hrf=hrf_fast.cli:main"]},
