@@ -9,9 +9,10 @@ import torch
 import hrf_fast
 from hrf_fast.config.load import load_config
 from hrf_fast.config.run_options import StopConfig
-from hrf_fast.evaluation.diversity import Interval, vendi_of
+from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.kept import DRAWS, halves, kept_interval, panel_halves
 from hrf_fast.evaluation.panel import Panel
+from hrf_fast.evaluation.vendi import vendi_of
 from hrf_fast.report.page import write_report
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
