@@ -20,6 +20,8 @@ from tests.prompted import make_prompted_policy
 from tests.runs import panels, train
 from tests.text_models import text_model
 
+pytestmark = pytest.mark.long
+
 
 def to_text(images, prompts):
     """More for red images, and for long prompts."""

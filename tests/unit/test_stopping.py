@@ -20,6 +20,8 @@ from hrf_fast.run.finished import finished_run
 from hrf_fast.stopping import Watch, above_floors, by_merit, check_first_panel, check_floors
 from tests.runs import checkpoint_weights, equal, metrics, panels, train, weights, with_folder
 
+pytestmark = pytest.mark.long
+
 
 def line(iteration, rewards=(1.0, 2.0), **kept):
     return {

@@ -25,6 +25,8 @@ from hrf_fast.study.run import _check_counted, choices, failures, run_study
 from hrf_fast.study.statistics import Point
 from hrf_fast.study.workers import Workers, _begun
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 
