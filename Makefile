@@ -5,10 +5,6 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # kernel tests that `make test` also runs in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = tests/kernels/test_accuracy.py
-# unit tests that train, compile or start processes
-LONG = $(addprefix tests/unit/test_,api.py bench_gpu.py bench_kernels.py bench_search.py bench_training.py blend.py card.py compilation.py \
-	drift.py fewer_calls.py flow.py latent.py lora.py lora_files.py model_files.py paths.py planner.py prompted.py prompted_commands.py \
-	readme.py remedy_reference.py speed.py step_weights.py stopping.py strip.py study.py tuning.py user_runs.py waits.py watch.py writers.py)
 # one run of every method
 METHODS = tests/invariants/test_training.py::test_every_schedule_trains_and_changes_the_weights
 # a file's tests share what they have built, so they stay in one process
@@ -33,9 +29,9 @@ demo-fashion: $(VENV)/.base
 	$(BIN)/hrf train --config configs/demo_fashion.yaml --config configs/demo_ddpo.yaml run.folder=runs/demo-fashion-ddpo
 	$(BIN)/hrf report runs/demo-fashion-hrf runs/demo-fashion-ddpo --out runs/demo-fashion.html --strip runs/demo-fashion.png
 
-# while you work: lint, types, unit tests, one run of every method
+# while you work: lint, types, unit tests that are not marked long, one run of every method
 check: $(VENV)/.test lint
-	$(PYTEST) -m "not slow" tests/unit tests/parity $(METHODS) $(addprefix --ignore=,$(LONG))
+	$(PYTEST) -m "not slow and not long" tests/unit tests/parity $(METHODS)
 
 # what CI runs; lint keeps one core busy, and the interpreter's tests the other
 test: $(VENV)/.test

@@ -56,6 +56,8 @@ setup(
         # the first whose triton has the knobs that launches read
         "torch>=2.8",
         "numpy",
+        # Student's t of studies
+        "scipy",
         "diffusers>=0.30",
         # text encoders, and networks that look at images; 5.4 has image processors that need no torchvision
         "transformers>=5.4",
@@ -69,8 +71,8 @@ setup(
         "matplotlib",
         "jinja2",
         "filelock",
-        # peak memory; elsewhere the standard library has it
-        "psutil; platform_system == 'Windows'",
+        # free memory and usable processors
+        "psutil",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hrf=hrf_fast.cli:main"]},

@@ -31,8 +31,8 @@ if __name__ == "__main__":
 
 from benchmarks.tables import markdown_table
 from hrf_fast.evaluation.grids import SHOWN, Grid, captions_of
+from hrf_fast.evaluation.nanoflow import COLUMNS, nanoflow_columns
 from hrf_fast.evaluation.panel import choose_network
-from hrf_fast.evaluation.peer import COLUMNS, peer_columns
 from hrf_fast.report.comparison import RunLog, read_runs
 from hrf_fast.report.tables import run_title
 
@@ -97,7 +97,7 @@ def panels_of(log: RunLog) -> list[dict[str, list[float]]]:
     # the pretrained model's: later images may be of one colour
     factor = enlargement(grids[0])
     panels = [images[..., ::factor, ::factor] for images in grids]
-    return [peer_columns(images, panels[0], network, seed=log.config.evaluation.seed) for images in panels]
+    return [nanoflow_columns(images, panels[0], network, seed=log.config.evaluation.seed) for images in panels]
 
 
 def at_drop(panels: Sequence[Mapping[str, Sequence[float]]], drop: float) -> tuple[dict[str, list[float]], bool]:

@@ -1,9 +1,14 @@
-"""CPU: its name, and whether it computes in bf16. No torch here: `hrf doctor` says so without one that works."""
+"""CPU: its name, how much of it is usable, and whether it computes in bf16.
+
+No torch here: `hrf doctor` says so without one that works.
+"""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
+
+import psutil
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 # flags of CPUs that compute in bf16, the last one Arm's
@@ -15,6 +20,13 @@ def cpu_name() -> str:
     lines = CPU_FLAGS.read_text().splitlines() if CPU_FLAGS.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def usable_cpus() -> int:
+    """How many processors this process may run on."""
+    process = psutil.Process()
+    # macOS has no affinity
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 def cpu_bf16_units() -> list[str] | None:

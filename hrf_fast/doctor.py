@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hrf_fast import cpu
 from hrf_fast.assets import ASSETS, DATA, SHIPPED
 from hrf_fast.config.options import OPTIMIZERS
@@ -32,7 +34,6 @@ INSTALL = {
     **dict.fromkeys(("tensorboard", "wandb"), "hrf_fast[writers]"),
 }
 HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
-MEMORY = Path("/proc/meminfo")
 GIB = 2**30
 # the last line of output: each op, whether it is built already, whether it would compile here
 _PROBE = """
@@ -94,8 +95,7 @@ def _import_torch() -> Any:
 
 
 def _cpu() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{os.cpu_count()} threads, {usable} usable"
+    return f"{os.cpu_count()} threads, {cpu.usable_cpus()} usable"
 
 
 def _cpu_bf16() -> str:
@@ -106,12 +106,8 @@ def _cpu_bf16() -> str:
 
 
 def _memory() -> str:
-    if not MEMORY.is_file() and not hasattr(os, "sysconf"):
-        return "unknown on this system"
-    if not MEMORY.is_file():
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.1f} GiB, free unknown"
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in MEMORY.read_text().splitlines()}
-    return f"{kib['MemTotal'] / 2**20:.1f} GiB, {kib['MemAvailable'] / 2**20:.1f} GiB free"
+    memory = psutil.virtual_memory()
+    return f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB free"
 
 
 def _disk() -> str:

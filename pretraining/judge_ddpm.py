@@ -13,8 +13,9 @@ import torch
 from data import fashion, portraits
 from torch import Tensor
 
-from hrf_fast.evaluation.diversity import inception_score, vendi_score
+from hrf_fast.evaluation.diversity import inception_score
 from hrf_fast.evaluation.panel import Panel
+from hrf_fast.evaluation.vendi import vendi_score
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.vision.shipped import load_reference, load_shipped

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hrf_fast.assets import ASSETS
-from hrf_fast.evaluation.diversity import vendi_score
+from hrf_fast.evaluation.vendi import vendi_score
 from hrf_fast.vision.base import to_bytes
 from hrf_fast.vision.shipped import ShippedClassifier, load_reference, load_shipped
 

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hrf_fast.assets import ASSETS
-from hrf_fast.evaluation.diversity import inception_score, vendi_score
+from hrf_fast.evaluation.diversity import inception_score
+from hrf_fast.evaluation.vendi import vendi_score
 from hrf_fast.vision.shipped import ShippedNetwork, load_reference, load_shipped
 
 FASHION_LABELS = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from hrf_fast.evaluation.diversity import mean_interval, paired_difference_interval
 from hrf_fast.noise import noise_generator
 from hrf_fast.windows.base import evaluations
-from hrf_fast.windows.rule import start_criterion
+from hrf_fast.windows.criterion import start_criterion
 from hrf_fast.windows.schedules import build_schedule
 
 SEARCHES: dict[str, dict[str, Any]] = {

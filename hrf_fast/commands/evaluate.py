@@ -17,7 +17,7 @@ from hrf_fast.config.credentials import without_credentials
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation.detail import LEAST, detail
 from hrf_fast.evaluation.kept import kept_interval
-from hrf_fast.evaluation.peer import peer_columns
+from hrf_fast.evaluation.nanoflow import nanoflow_columns
 from hrf_fast.report.evaluation import evaluation_lines
 from hrf_fast.run.files import write_atomically
 from hrf_fast.run.sources import edited_notes
@@ -63,7 +63,7 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
         metrics = panel.evaluate(policy, reward)
         result[title] = metrics.record()
         pretrained = metrics.images if pretrained is None else pretrained
-        result[title]["peer"] = peer_columns(metrics.images, pretrained, panel.network, seed=panel.seed)
+        result[title]["peer"] = nanoflow_columns(metrics.images, pretrained, panel.network, seed=panel.seed)
         if network is not None:
             if reference is None:
                 reference, before = network.features(panel.with_next_seed().images(policy)), metrics.halves

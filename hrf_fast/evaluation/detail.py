@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.fidelity import fid, kid
-from hrf_fast.evaluation.neighbours import NEAREST, Overlap, duplicates, overlap_of, radius, spread
-from hrf_fast.evaluation.vendi import distances, median_distance, vendi
+from hrf_fast.evaluation.neighbours import NEAREST, Overlap, distances, duplicates, overlap_of, radius, spread
+from hrf_fast.evaluation.vendi import median_distance, vendi_score
 
 DRAWS = 100
 """Halves of each metric."""
@@ -23,7 +23,7 @@ ORDERS = {"vendi_q0.5": 0.5, "vendi_q2": 2.0, "vendi_qinf": math.inf}
 LEAST = 2 * (NEAREST + 1)
 """Fewest images, so that a half of them has a NEAREST-th neighbour."""
 RBF_MOST = 2000
-"""Images whose RBF kernel is computed, which takes the cube of their number."""
+"""Images whose RBF kernel is computed, which takes the cube of their number, and whose distances are its bandwidth."""
 
 
 def half_intervals(statistic: Callable[[Tensor], Sequence[float]], count: int, *, seed: int) -> list[Interval]:
@@ -71,14 +71,14 @@ def detail(
     """
     rows, other = (part.detach().to("cpu", torch.float64) for part in (features, reference))
     radii, among, between = radius(distances(other, other)), distances(rows, rows), distances(other, rows)
-    orders = half_intervals(lambda i: [vendi(rows[i], order=q) for q in ORDERS.values()], len(rows), seed=seed)
+    orders = half_intervals(lambda i: [vendi_score(rows[i], order=q) for q in ORDERS.values()], len(rows), seed=seed)
     overlaps = half_intervals(lambda i: overlap_of(radii, among[i][:, i], between[:, i]), len(rows), seed=seed)
     # of the images, and of the reference's; a density is no share
     counts = {"precision": len(rows), "recall": len(other), "coverage": len(other)}
     apart = spread(rows)
     return {
         **{name: list(interval) for name, interval in zip(ORDERS, orders, strict=True)},
-        "vendi_rbf": [vendi(rows[:RBF_MOST], kernel="rbf", bandwidth=median_distance(other))],
+        "vendi_rbf": [vendi_score(rows[:RBF_MOST], kernel="rbf", bandwidth=median_distance(other[:RBF_MOST]))],
         "pairwise_distance": [apart.pairwise],
         "nearest_distance": [apart.nearest],
         "duplicates": [duplicates(images)],

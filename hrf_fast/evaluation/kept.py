@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hrf_fast.evaluation.diversity import CHUNK, Interval, affordable, chunk_of, inception_of, mean_of, vendi_of
+from hrf_fast.evaluation.diversity import Interval, inception_of, mean_of
 from hrf_fast.evaluation.looks import looks_of
+from hrf_fast.evaluation.vendi import CHUNK, affordable, chunk_of, vendi_of
 
 DRAWS = 500
 """Halves of a panel."""
@@ -73,8 +74,8 @@ def panel_halves(
     }
 
 
-def kept_interval(before: Tensor, after: Tensor, count: int, *, level: float = 0.95) -> Interval:
-    """The ratio of a metric after to before, with its interval; `halves` of both, of `count` samples.
+def kept_interval(before: Tensor, after: Tensor, count: int) -> Interval:
+    """The ratio of a metric after to before, with its 95 % interval; `halves` of both, of `count` samples.
 
     Where one has more halves than the other, as in a run that began with an older version, the first ones are compared.
     Both are ratios of positive numbers, so the spread is taken of logarithms.
@@ -83,6 +84,6 @@ def kept_interval(before: Tensor, after: Tensor, count: int, *, level: float = 0
     ratios = (after[:common] / before[:common]).log()
     size = count // 2
     spread = (ratios[1:] - ratios[1:].mean()) * math.sqrt(size / (count - size))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = (ratios[0] + spread.quantile(tails)).exp().tolist()
     return Interval(float(ratios[0].exp()), low, high)

@@ -30,15 +30,10 @@ def attribute_shares(
     return shares
 
 
-def effective_values(log_probs: Mapping[str, Tensor]) -> dict[str, float]:
-    """The effective number of values of every attribute; arguments as `attribute_shares`."""
-    return {name: float(_entropy(_one_hot(values), None).exp()) for name, values in log_probs.items()}
-
-
 def looks_interval(log_probs: Mapping[str, Tensor], *, seed: int) -> Interval:
-    """The effective number of looks: the geometric mean of `effective_values`, with its 95 % bootstrap interval.
+    """The effective number of looks: the geometric mean over attributes of their effective numbers of values.
 
-    It grows with N, so compare at equal N.
+    With its 95 % bootstrap interval. It grows with N, so compare at equal N.
     """
     return weighted_interval(looks_of(log_probs), len(next(iter(log_probs.values()))), seed=seed)
 

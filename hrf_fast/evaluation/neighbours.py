@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrf_fast.evaluation.vendi import distances
-
 NEAREST = 5
 """The neighbour whose distance is a sample's radius, as Naeem et al. use it."""
 EQUAL = 2 / 255
@@ -39,6 +37,14 @@ class Overlap(NamedTuple):
     coverage: float
 
 
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances [N, M] of rows, in the type of `a`; 0 on the diagonal where b is a."""
+    if a is b:
+        matrix = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
+        return matrix.fill_diagonal_(0)
+    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
+
+
 def spread(features: Tensor) -> Spread:
     """Distances among features [N, D].
 
@@ -51,32 +57,14 @@ def spread(features: Tensor) -> Spread:
     return Spread(float(pairwise), float(between.fill_diagonal_(torch.inf).amin(1).mean()))
 
 
-def duplicates(images: Tensor, *, tolerance: float = EQUAL) -> float:
-    """The share of images [N, 3, H, W] that an earlier image of nearly equal pixels makes superfluous.
-
-    Args:
-        tolerance: root mean square difference up to which images count as equal.
-    """
+def duplicates(images: Tensor) -> float:
+    """The share of images [N, 3, H, W] that an earlier image of nearly equal pixels makes superfluous."""
     pixels = images.detach().to("cpu", torch.float64).flatten(1)
-    near = distances(pixels, pixels) <= tolerance * pixels.shape[1] ** 0.5
+    near = distances(pixels, pixels) <= EQUAL * pixels.shape[1] ** 0.5
     return float(near.tril(-1).any(1).double().mean())
 
 
-def overlap(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST) -> Overlap:
-    """Precision, recall, density and coverage of samples [M, D] against a reference [N, D].
-
-    Args:
-        nearest: k; the radius around a sample is its distance to the k-th nearest of its own kind.
-
-    Raises:
-        ValueError: no more than k of either.
-    """
-    real, fake = _rows("reference", reference, nearest + 1), _rows("samples", samples, nearest + 1)
-    radii = radius(distances(real, real), nearest)
-    return overlap_of(radii, distances(fake, fake), distances(real, fake), nearest=nearest)
-
-
-def inside(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST, same_noise: bool = False) -> Tensor:
+def inside(reference: Tensor, samples: Tensor, *, same_noise: bool = False) -> Tensor:
     """Which samples [M, D] lie within the radius of a sample of the reference [N, D]: [M] of 0 and 1; precision is
     their mean.
 
@@ -84,28 +72,32 @@ def inside(reference: Tensor, samples: Tensor, *, nearest: int = NEAREST, same_n
         same_noise: sample i began from the noise of i of the reference, and is not compared with it.
 
     Raises:
-        ValueError: no more than k of the reference.
+        ValueError: no more than NEAREST of the reference.
     """
-    real, fake = _rows("reference", reference, nearest + 1), _rows("samples", samples, 1)
+    real, fake = _rows("reference", reference, NEAREST + 1), _rows("samples", samples, 1)
     between = distances(real, fake)
     if same_noise:
         between.fill_diagonal_(float("inf"))
-    return (between <= radius(distances(real, real), nearest)[:, None]).any(0).double()
+    return (between <= radius(distances(real, real))[:, None]).any(0).double()
 
 
-def radius(among: Tensor, nearest: int = NEAREST) -> Tensor:
-    """The distance [N] of each sample to its k-th nearest, from the distances [N, N] among them."""
+def radius(among: Tensor) -> Tensor:
+    """The distance [N] of each sample to its NEAREST-th neighbour, from the distances [N, N] among them."""
     # of the smallest the first is a sample's own
-    return among.kthvalue(nearest + 1, dim=1).values
+    return among.kthvalue(NEAREST + 1, dim=1).values
 
 
-def overlap_of(radii: Tensor, fake: Tensor, between: Tensor, *, nearest: int = NEAREST) -> Overlap:
-    """`overlap` from the reference's radii [N], the samples' distances [M, M] and those between them [N, M]."""
-    in_real, in_fake = between <= radii[:, None], between <= radius(fake, nearest)[None, :]
+def overlap_of(radii: Tensor, fake: Tensor, between: Tensor) -> Overlap:
+    """Precision, recall, density and coverage of M samples against a reference of N.
+
+    Args:
+        radii: [N] of the reference; fake: [M, M] distances among the samples; between: [N, M] to the reference.
+    """
+    in_real, in_fake = between <= radii[:, None], between <= radius(fake)[None, :]
     return Overlap(
         precision=float(in_real.any(0).double().mean()),
         recall=float(in_fake.any(1).double().mean()),
-        density=float(in_real.double().sum() / (nearest * between.shape[1])),
+        density=float(in_real.double().sum() / (NEAREST * between.shape[1])),
         coverage=float((between.amin(1) <= radii).double().mean()),
     )
 

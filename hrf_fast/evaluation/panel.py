@@ -16,15 +16,10 @@ from torch import Tensor
 from hrf_fast.assets import SHIPPED
 from hrf_fast.config.run_options import LARGEST_SEED
 from hrf_fast.distributed import comm
-from hrf_fast.evaluation.diversity import (
-    Interval,
-    inception_interval,
-    mean_interval,
-    vendi_interval,
-    vendi_score,
-)
+from hrf_fast.evaluation.diversity import Interval, inception_interval, mean_interval, vendi_interval
 from hrf_fast.evaluation.kept import LEAST, panel_halves
 from hrf_fast.evaluation.looks import attribute_shares, looks_interval
+from hrf_fast.evaluation.vendi import vendi_score
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.sample import sample

@@ -2,26 +2,33 @@
 
 exp of the Rényi entropy of order q of the eigenvalues λ of K/N (Friedman and Dieng, arXiv 2210.02410; orders: Pasarkar
 and Dieng, arXiv 2310.12952): an effective number of images. A small order counts rare images more, a large one less;
-infinity is 1/max λ. Panels have the order 1 and the cosine kernel: `evaluation.diversity`.
+infinity is 1/max λ. Panels have the order 1, exp(−Σ λ log λ), and the cosine kernel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hrf_fast.evaluation.diversity import unit_rows
+from hrf_fast.evaluation.neighbours import distances
 
 KERNELS = ("cosine", "rbf")
+CHUNK = 64
+"""Resamples whose kernel matrices are in memory at a time."""
 
 
-def vendi(features: Tensor, *, kernel: str = "cosine", order: float = 1.0, bandwidth: float | None = None) -> float:
-    """The Vendi Score of features [N, D], from 1 for equal images to N.
+def vendi_score(
+    features: Tensor, *, kernel: str = "cosine", order: float = 1.0, bandwidth: float | None = None
+) -> float:
+    """The Vendi Score of features [N, D] of any floating type: N equal images give 1, N orthogonal ones N.
 
-    The eigenvalues of the cosine kernel are those of a [D, D] matrix where D < N: 10,000 images of 128 features take
-    a tenth of a second. The RBF kernel has N of its own, in N² memory and N³ time; its order 2 needs none.
+    It grows with N, so compare at equal N; and it is only as good as the features: on raw pixels noise comes out far
+    above photographs. The eigenvalues of the cosine kernel are those of a [D, D] matrix where D < N: 10,000 images of
+    128 features take a tenth of a second. The RBF kernel has N of its own, in N² memory and N³ time; its order 2 needs
+    none.
 
     Args:
         kernel: cosine, or rbf, exp(−‖a − b‖²/(2·bandwidth²)).
@@ -29,54 +36,88 @@ def vendi(features: Tensor, *, kernel: str = "cosine", order: float = 1.0, bandw
 
     Raises:
         ValueError: another kernel, an order or bandwidth that is not above 0, rbf without a bandwidth or cosine with
-            one, or features that have no direction.
+            one; or features that are not [N, D] with N > 0, or have a row of zeros or a value that is not finite.
     """
     if kernel not in KERNELS or not order > 0:
         raise ValueError(f"kernel is {kernel!r} and order is {order}; use one of {', '.join(KERNELS)}, and above 0")
     if (kernel == "rbf") != (bandwidth is not None) or (bandwidth is not None and not bandwidth > 0):
         raise ValueError(f"bandwidth is {bandwidth} with kernel {kernel!r}; rbf needs one above 0, cosine has none")
     if bandwidth is None:
-        rows = unit_rows(features) / math.sqrt(len(features))
-        gram = rows.mT @ rows if rows.shape[1] < rows.shape[0] else rows @ rows.mT
+        gram = _gram(_unit_rows(features), None)
     else:
         rows = features.detach().to("cpu", torch.float64)
         gram = distances(rows, rows).square_().div_(-2 * bandwidth**2).exp_().div_(len(rows))
     if order == 2:
         # the sum of squared eigenvalues is the squared Frobenius norm
         return float(1 / gram.square().sum())
-    return _of_spectrum(torch.linalg.eigvalsh(gram), order)
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    return float(_of_order_1(eigenvalues)) if order == 1 else _of_order(eigenvalues, order)
 
 
-def _of_spectrum(eigenvalues: Tensor, order: float) -> float:
-    # rounding makes small eigenvalues of either sign out of zeros, which a small order would count
-    noise = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.max()
-    shares = eigenvalues[eigenvalues > noise]
-    shares = shares / shares.sum()
-    if order == 1:
-        return float(torch.special.entr(shares).sum().exp())
-    if math.isinf(order):
-        return float(1 / shares.max())
-    return float((order * shares.log()).logsumexp(0).div(1 - order).exp())
+def vendi_of(features: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The Vendi Score of a panel's features [N, D] as a function of their weights [R, N]; None: of all."""
+    unit = _unit_rows(features)
+    return lambda weights: _of_order_1(torch.linalg.eigvalsh(_gram(unit, weights)))
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances [N, M] of rows, in the type of `a`; 0 on the diagonal where b is a."""
-    if a is b:
-        matrix = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
-        return matrix.fill_diagonal_(0)
-    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
+def affordable(resamples: int, features: Tensor) -> int:
+    """How many of `resamples` Vendi Scores of features [N, D] to make: one takes the cube of the smaller of N and D.
+
+    All where that is at most 256, fewer beyond, so that together they take no longer, but 100.
+    """
+    return min(resamples, max(100, round(resamples * (256 / min(features.shape)) ** 3)))
 
 
-def median_distance(features: Tensor, *, most: int = 2000) -> float:
-    """The median distance between two of the first `most` rows: the usual bandwidth (Garreau et al., 1707.07269).
+def chunk_of(features: Tensor) -> int:
+    """Resamples of features [N, D] that are in memory at a time: half a gigabyte of float64 at most."""
+    return max(1, min(CHUNK, 2**26 // features.numel()))
+
+
+def median_distance(features: Tensor) -> float:
+    """The median distance between two rows: the usual bandwidth (Garreau et al., 1707.07269).
 
     Raises:
         ValueError: fewer than two rows, or all of them equal.
     """
-    rows = features[:most].detach().to("cpu", torch.float64)
+    rows = features.detach().to("cpu", torch.float64)
     if len(rows) < 2:
         raise ValueError(f"features have shape {list(features.shape)}; a distance needs two rows")
     median = float(torch.pdist(rows).median())
     if not median > 0:
         raise ValueError("the median distance between features is 0: more than half of the pairs are equal")
     return median
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    features = features.detach().to("cpu", torch.float64)
+    if features.dim() != 2 or not len(features):
+        raise ValueError(f"features have shape {list(features.shape)}; pass [N, D] with N > 0")
+    norm = features.norm(dim=1, keepdim=True)
+    bad = ~(norm.isfinite() & (norm > 0)).flatten()
+    if bad.any():
+        first = int(bad.int().argmax())
+        raise ValueError(f"{int(bad.sum())} of {len(bad)} features are all zeros or not finite, row {first} first")
+    return features / norm
+
+
+def _gram(unit: Tensor, weights: Tensor | None) -> Tensor:
+    """The cosine kernel of unit rows [N, D] over N: of all, or of each resample that weights [R, N] describe."""
+    if weights is None:
+        weights = torch.full((len(unit),), 1 / len(unit), dtype=torch.float64)
+    rows = weights.sqrt()[..., None] * unit
+    # [N, N] and [D, D] have the same eigenvalues but for zeros, which add nothing to an entropy
+    return rows.mT @ rows if unit.shape[1] < unit.shape[0] else rows @ rows.mT
+
+
+def _of_order_1(eigenvalues: Tensor) -> Tensor:
+    return torch.special.entr(eigenvalues.clamp(min=0)).sum(-1).exp()
+
+
+def _of_order(eigenvalues: Tensor, order: float) -> float:
+    # rounding makes small eigenvalues of either sign out of zeros, which a small order would count
+    noise = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.max()
+    shares = eigenvalues[eigenvalues > noise]
+    shares = shares / shares.sum()
+    if math.isinf(order):
+        return float(1 / shares.max())
+    return float((order * shares.log()).logsumexp(0).div(1 - order).exp())

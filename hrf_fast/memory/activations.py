@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from hrf_fast.config.amounts import parse_memory, show_bytes
@@ -26,7 +27,6 @@ from hrf_fast.memory.planner import RESERVE, Plan
 from hrf_fast.memory.zero import engine_of
 from hrf_fast.policies.base import Policy
 
-_MEMINFO = Path("/proc/meminfo")
 # of this process, where it is in a container
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -117,7 +117,7 @@ def memory_for(config: Config, policy: Policy) -> int:
     """Bytes that this process may take in all: compute.memory_budget, or free ones and those of its weights.
 
     Raises:
-        ValueError: no amount, or a system that does not say what is free.
+        ValueError: compute.memory_budget is no amount.
     """
     if config.compute.memory_budget:
         return parse_memory(config.compute.memory_budget, "compute.memory_budget")
@@ -126,14 +126,8 @@ def memory_for(config: Config, policy: Policy) -> int:
         free, _ = torch.cuda.mem_get_info(policy.device)
         cached = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
         return free + cached + weights
-    if not _MEMINFO.is_file():
-        raise ValueError(
-            "compute.activations is auto, but this system does not say how much memory is free; set "
-            "compute.memory_budget, such as 8GB"
-        )
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in _MEMINFO.read_text().splitlines()}
     # a container may have less than the machine
-    room = min(float(kib["MemAvailable"] * 1024), _left_to_container())
+    room = min(psutil.virtual_memory().available, _left_to_container())
     # ranks of one machine share it
     return int(room) // ranks_of_machine() + weights
 

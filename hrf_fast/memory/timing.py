@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hrf_fast.cpu import usable_cpus
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.network import Network
 
@@ -68,7 +68,7 @@ def _once(call: Call) -> float:
 
 def candidate_threads() -> list[int]:
     """One thread, half of the usable processors, and all of them."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cpus()
     return sorted({1, max(1, usable // 2), usable})
 
 

@@ -105,6 +105,6 @@ def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
         return Compared(title, len(seeds), None, None, None)
     ours, theirs = ({seed: float(one[seed] or 0) for seed in both} for one in values)
     means = [estimate(list(one.values())) for one in (ours, theirs)]
-    losses = [{seed: 1 - share for seed, share in one.items()} for one in (ours, theirs)]
+    losses = [[1 - share for share in one.values()] for one in (ours, theirs)]
     loss = ratio(*losses) if measure.kind == "share" else None
     return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs), loss)

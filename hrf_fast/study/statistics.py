@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from scipy.stats import t as student_t
 
 from hrf_fast.report.comparison import crossing
 
@@ -160,25 +162,23 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Paire
     return Paired(difference, two_sided_p(difference.mean / error, len(seeds) - 1))
 
 
-def ratio(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
-    """The mean of one arm over the reference's, on the seeds that both have (Fieller, J. R. Stat. Soc. B 16, 1954).
+def ratio(values: Sequence[float], reference: Sequence[float]) -> Estimate | None:
+    """The mean of one arm over the reference's, of the same seeds in one order (Fieller, J. R. Stat. Soc. B 16, 1954).
 
     The interval holds every R for which the paired differences value − R·reference may have mean 0. None without
     seeds, or where the reference's mean is not above 0; no interval from a single seed, or where the reference's own
     interval reaches 0.
     """
-    seeds = [seed for seed in values if seed in reference]
-    ours, theirs = ([one[seed] for seed in seeds] for one in (values, reference))
-    if not seeds or statistics.fmean(theirs) <= 0:
+    if not values or statistics.fmean(reference) <= 0:
         return None
-    top, bottom, count = statistics.fmean(ours), statistics.fmean(theirs), len(seeds)
+    top, bottom, count = statistics.fmean(values), statistics.fmean(reference), len(values)
     if count < 2:
         return Estimate(top / bottom, None, None, count)
     scale = t_quantile((1 + _LEVEL) / 2, count - 1) ** 2 / count
     # a·R² − 2·b·R + c ≤ 0
-    a = bottom**2 - scale * statistics.variance(theirs)
-    b = top * bottom - scale * statistics.covariance(ours, theirs)
-    c = top**2 - scale * statistics.variance(ours)
+    a = bottom**2 - scale * statistics.variance(reference)
+    b = top * bottom - scale * statistics.covariance(values, reference)
+    c = top**2 - scale * statistics.variance(values)
     if a <= 0:
         return Estimate(top / bottom, None, None, count)
     root = math.sqrt(max(0.0, b * b - a * c))
@@ -196,46 +196,11 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def two_sided_p(t: float, degrees: int) -> float:
-    """Probability that Student's t with `degrees` of freedom is farther from 0 than `t`."""
-    return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
+def two_sided_p(value: float, degrees: int) -> float:
+    """Probability that Student's t with `degrees` of freedom is farther from 0 than `value`."""
+    return 2 * float(student_t.sf(abs(value), degrees))
 
 
 def t_quantile(level: float, degrees: int) -> float:
-    """The t that Student's t with `degrees` of freedom stays under with probability `level`, above 0.5."""
-    high = 1.0
-    while two_sided_p(high, degrees) > 2 * (1 - level):
-        high *= 2
-    return _bisect(lambda t: two_sided_p(t, degrees) > 2 * (1 - level), 0.0, high)
-
-
-def _bisect(below: Callable[[float], bool], low: float, high: float) -> float:
-    """The place between `low` and `high` where `below` turns false."""
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) else (low, middle)
-    return (low + high) / 2
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by Lentz's continued fraction (Numerical Recipes 6.4)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        # the fraction converges fast on this side only
-        return 1 - incomplete_beta(b, a, 1 - x)
-    scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    tiny = 1e-300
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 1000):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / (1 + term * d or tiny)
-            c = 1 + term / c or tiny
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return scale * fraction / a
+    """The t that Student's t with `degrees` of freedom stays under with probability `level`."""
+    return float(student_t.ppf(level, degrees))

@@ -1,7 +1,7 @@
 """The small classifiers that ship with the package, one per shipped model, and real images to compare with.
 
 `pretraining/train_classifiers.py` trains them; what is computed from their features and log-probabilities is in
-`evaluation/diversity.py`.
+`evaluation/diversity.py` and `evaluation/vendi.py`.
 """
 
 from __future__ import annotations

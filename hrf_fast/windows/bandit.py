@@ -1,4 +1,4 @@
-"""Bandit: HRF-D's rule over a few measurements an iteration and what earlier ones have shown."""
+"""Bandit: HRF-D's criterion over a few measurements an iteration and what earlier ones have shown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Generator
 
 from hrf_fast.registry import check_count
-from hrf_fast.windows.base import Probe, Window
-from hrf_fast.windows.rule import start_criterion
+from hrf_fast.windows.base import ESTIMATES, Probe, Window, check_number
+from hrf_fast.windows.criterion import start_criterion
 
 
 class Bandit:
-    """HRF-D's rule over running means, which discounted UCB (Garivier and Moulines 2011, arXiv 0805.3415) keeps fresh.
+    """HRF-D's criterion over running means that discounted UCB keeps fresh (Garivier and Moulines, arXiv 0805.3415).
 
     Arms are the candidates but the last. A pull of arm i measures, on one group's anchor and with the same noise, the
     change in reward from candidate i to i + 1 and the distance of candidate i + 1. Sums and counts are multiplied by
@@ -23,8 +23,8 @@ class Bandit:
     criterion_i + exploration·sqrt(log Σ N / N_i), N the discounted counts: groups choose one after the other, counting
     the pulls of the groups before them, and arms never tried come first, in random order.
 
-    All groups of the iteration then train from the arm of the greatest criterion, by HRF-D's rule on the means of all
-    tried arms. That need not be an arm that was pulled: to measure a start costs the same whether it is trained or not.
+    All groups of the iteration then train from the arm of the greatest criterion, by the means of all tried arms. That
+    need not be an arm that was pulled: to measure a start costs the same whether it is trained or not.
     """
 
     needs_anchors = True
@@ -44,14 +44,14 @@ class Bandit:
         self.shortest = Window(self.candidates[-2], stop)
         self.estimate, self.pulls, self.discount, self.exploration = estimate, pulls, discount, exploration
         arms = len(self.candidates) - 1
-        if estimate not in ("exact", "x0"):
-            raise ValueError(f"window.kwargs.estimate is {estimate!r}; use exact or x0")
+        if estimate not in ESTIMATES:
+            raise ValueError(f"window.kwargs.estimate is {estimate!r}; use {' or '.join(ESTIMATES)}")
         check_count("window.kwargs.pulls", pulls)
         if pulls > arms:
             raise ValueError(f"window.kwargs.pulls is {pulls}; a group has {arms} starts to choose from, use fewer")
         # the smallest float above 0
-        _check_number("discount", discount, math.ulp(0.0), 1, "a number above 0, at most 1 (1 forgets nothing)")
-        _check_number("exploration", exploration, 0, math.inf, "a finite number of at least 0")
+        check_number("discount", discount, math.ulp(0.0), 1, "a number above 0, at most 1 (1 forgets nothing)")
+        check_number("exploration", exploration, 0, math.inf, "a finite number of at least 0")
         # per arm, discounted: pulls, and the sums of what they measured
         self.counts, self.changes, self.distances = [0.0] * arms, [0.0] * arms, [0.0] * arms
 
@@ -110,9 +110,3 @@ class Bandit:
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.counts, self.changes, self.distances = (list(state[name]) for name in ("counts", "changes", "distances"))
-
-
-def _check_number(name: str, value: Any, low: float, high: float, rule: str) -> None:
-    """A finite number in [low, high]."""
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"window.kwargs.{name} is {value!r}; use {rule}")

@@ -1,14 +1,19 @@
-"""Window, and the protocols of what chooses one: a window schedule, and the probe that it may measure starts by."""
+"""Window, and the protocols of what chooses one: a window schedule, and the probe that it may measure starts by.
+
+`register_schedule` adds a schedule; what several of them draw and check is here too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Generator, Tensor
 
-from hrf_fast.registry import nearest
+from hrf_fast.registry import Registry, check_count, nearest
 
 # network evaluations per sample that measuring a start takes, by how it is measured
 _COSTS: dict[str, Callable[[int, int], int]] = {
@@ -65,6 +70,11 @@ class WindowSchedule(Protocol):
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]: ...
 
 
+Factory = Callable[..., WindowSchedule]
+SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
+register_schedule = SCHEDULES.register
+
+
 def with_noise(windows: Sequence[Window], shared: bool | None) -> list[Window]:
     """The windows with `shared` as window.shared_noise has it; None leaves them as they are."""
     return [*windows] if shared is None else [replace(window, shared=shared) for window in windows]
@@ -86,3 +96,29 @@ def check_estimate(estimate: str) -> str:
 def evaluations(start: int, num_steps: int, estimate: str = "exact") -> int:
     """Network evaluations per sample that measuring one candidate takes."""
     return _COSTS[check_estimate(estimate)](start, num_steps)
+
+
+def draw_starts(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
+    """Uniform draws with replacement, one per group."""
+    return [starts[int(i)] for i in torch.randint(len(starts), (count,), generator=generator)]
+
+
+def check_width(width: Any, stop: int) -> None:
+    """Refuse a window.kwargs.width that is no number of steps before `stop`.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
+    check_count("window.kwargs.width", width)
+    if width > stop:
+        raise ValueError(f"window.kwargs.width is {width}, but {stop} steps can be trained; use at most that")
+
+
+def check_number(name: str, value: Any, low: float, high: float, advice: str) -> None:
+    """Refuse a window.kwargs.`name` that is no finite number in [low, high].
+
+    Raises:
+        ValueError: names the option and its value, and gives the advice.
+    """
+    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"window.kwargs.{name} is {value!r}; use {advice}")

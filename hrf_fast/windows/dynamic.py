@@ -13,15 +13,16 @@ from typing import Any
 from torch import Generator
 
 from hrf_fast.registry import check_count, nearest
-from hrf_fast.windows.bandit import Bandit, _check_number
-from hrf_fast.windows.base import Probe, Window
-from hrf_fast.windows.rule import select_start
+from hrf_fast.windows.bandit import Bandit
+from hrf_fast.windows.base import ESTIMATES, Probe, Window, check_number, register_schedule
+from hrf_fast.windows.criterion import select_start
 
-SEARCHES = ("exact", "x0", "bandit")
+SEARCHES = (*ESTIMATES, "bandit")
 # window.kwargs of the bandit and what they are if not given; of 0.1, 1 and 3 the first explored with the least regret
 _BANDIT: dict[str, Any] = {"estimate": "exact", "pulls": 1, "discount": 0.95, "exploration": 0.1}
 
 
+@register_schedule("dynamic")
 def dynamic(
     *,
     num_inference_steps: int,
@@ -46,7 +47,7 @@ def dynamic(
     0.12 for the bandit, 0.77 for x0 and 0.22 for a uniform draw: see docs/windows.md.
     """
     check_count("window.kwargs.stride", stride)
-    _check_number("beta", beta, -math.inf, math.inf, "a finite number such as 0.5")
+    check_number("beta", beta, -math.inf, math.inf, "a finite number such as 0.5")
     candidates = list(range(0, stop, stride))
     if len(candidates) < 2:
         raise ValueError(f"window.kwargs.stride is {stride}: a search needs two candidates among {stop} steps")

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Generator
 
 from hrf_fast.registry import check_count
-from hrf_fast.windows.base import Probe, Window
+from hrf_fast.windows.base import Probe, Window, check_width, draw_starts, register_schedule
 
 
 class Mixed:
@@ -27,11 +26,11 @@ class Mixed:
         self.starts_at, self.width, self.shortest = starts_at, width, Window(0, width)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
-        starts = self.starts_at(iteration)
-        drawn = [starts[int(i)] for i in torch.randint(len(starts), (num_groups,), generator=generator)]
+        drawn = draw_starts(self.starts_at(iteration), num_groups, generator)
         return [Window(start, start + self.width, deterministic=True, shared=True) for start in drawn]
 
 
+@register_schedule("mixgrpo")
 def mixgrpo(
     *,
     num_inference_steps: int,
@@ -48,7 +47,7 @@ def mixgrpo(
     """
     check_count("window.kwargs.iterations_per_start", iterations_per_start)
     check_count("window.kwargs.stride", stride)
-    _check_width(width, stop)
+    check_width(width, stop)
     if type(wrap) is not bool:
         raise ValueError(f"window.kwargs.wrap is {wrap!r}; use true or false")
     last = stop - width
@@ -61,12 +60,13 @@ def mixgrpo(
     return Mixed(start_at, width)
 
 
+@register_schedule("flow_grpo_fast")
 def flow_grpo_fast(*, num_inference_steps: int, stop: int, width: int = 2, inside: Any = None) -> Mixed:
     """Flow-GRPO-Fast (github.com/yifan123/flow_grpo): each group trains `width` steps at a random place.
 
     Windows lie in `inside`, a half-open range of steps, by default the first half of the trajectory.
     """
-    _check_width(width, stop)
+    check_width(width, stop)
     first, end = _bounds([0, min(stop, max(width, num_inference_steps // 2))] if inside is None else inside)
     if not 0 <= first <= end - width or end > stop:
         raise ValueError(
@@ -74,12 +74,6 @@ def flow_grpo_fast(*, num_inference_steps: int, stop: int, width: int = 2, insid
             f"width) that ends by the deterministic end at {stop}"
         )
     return Mixed(lambda iteration: range(first, end - width + 1), width)
-
-
-def _check_width(width: Any, stop: int) -> None:
-    check_count("window.kwargs.width", width)
-    if width > stop:
-        raise ValueError(f"window.kwargs.width is {width}, but {stop} steps can be trained; use at most that")
 
 
 def _bounds(inside: Any) -> tuple[int, int]:

@@ -12,11 +12,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Generator
 
 from hrf_fast.registry import (
-    Registry,
     call_factory,
     check_count,
     load_state_of,
@@ -24,13 +22,19 @@ from hrf_fast.registry import (
     qualified_name,
     state_of,
 )
-from hrf_fast.windows.base import Probe, Window, WindowSchedule
-from hrf_fast.windows.dynamic import dynamic
-from hrf_fast.windows.mixed import flow_grpo_fast, mixgrpo
 
-Factory = Callable[..., WindowSchedule]
-SCHEDULES: Registry[Factory] = Registry("window schedule", "window.schedule")
-register_schedule = SCHEDULES.register
+# imported to register theirs
+from hrf_fast.windows import dynamic, mixed  # noqa: F401
+from hrf_fast.windows.base import (
+    SCHEDULES,
+    Factory,
+    Probe,
+    Window,
+    WindowSchedule,
+    check_width,
+    draw_starts,
+    register_schedule,
+)
 
 
 def build_schedule(
@@ -96,11 +100,6 @@ def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int
     return trainable
 
 
-def _draw(starts: Sequence[int], count: int, generator: Generator) -> list[int]:
-    """Uniform draws with replacement, one per group."""
-    return [starts[int(i)] for i in torch.randint(len(starts), (count,), generator=generator)]
-
-
 class _Uniform:
     """Starts drawn uniformly from a list that depends on the iteration; `latest` is the last of all."""
 
@@ -110,7 +109,7 @@ class _Uniform:
         self.starts_at, self.stop, self.shortest = starts_at, stop, Window(latest, stop)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
-        return [Window(start, self.stop) for start in _draw(self.starts_at(iteration), num_groups, generator)]
+        return [Window(start, self.stop) for start in draw_starts(self.starts_at(iteration), num_groups, generator)]
 
 
 @register_schedule("full")
@@ -246,9 +245,7 @@ class Interior:
     needs_anchors = True
 
     def __init__(self, *, num_inference_steps: int, stop: int, width: int = 4, starts: Any = None) -> None:
-        check_count("window.kwargs.width", width)
-        if width > stop:
-            raise ValueError(f"window.kwargs.width is {width}, but {stop} steps can be trained; use at most that")
+        check_width(width, stop)
         chosen = (
             range(stop - width + 1)
             if starts is None
@@ -263,9 +260,4 @@ class Interior:
         self.starts, self.width, self.shortest = chosen, width, Window(0, width)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
-        return [Window(start, start + self.width) for start in _draw(self.starts, num_groups, generator)]
-
-
-register_schedule("dynamic")(dynamic)
-register_schedule("mixgrpo")(mixgrpo)
-register_schedule("flow_grpo_fast")(flow_grpo_fast)
+        return [Window(start, start + self.width) for start in draw_starts(self.starts, num_groups, generator)]

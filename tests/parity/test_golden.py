@@ -16,7 +16,7 @@ from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, optimizer_step
 from hrf_fast.training.trajectory import Trajectory
 from hrf_fast.windows.base import Window
-from hrf_fast.windows.rule import select_start
+from hrf_fast.windows.criterion import select_start
 from hrf_kernels import gaussian_log_prob, gaussian_mean
 from tests.conftest import GOLDEN, GRADIENT_TOLERANCE, LOSS_TOLERANCE, make_scheduler, make_unet
 

@@ -11,6 +11,8 @@ from hrf_fast.errors import UserCodeError
 from hrf_fast.run.files import read_log
 from tests.runs import metrics, panels, train, with_folder
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def words(tiny_run):

@@ -26,6 +26,8 @@ from hrf_fast.config.load import load_config
 from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.load import load_policy
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

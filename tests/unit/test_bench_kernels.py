@@ -16,6 +16,8 @@ from benchmarks.kernel_bench.counting import Count, Traffic, count, count_analyt
 from benchmarks.kernel_bench.providers import NAMES, Disagreement, Result, check, exact, make_case, providers
 from hrf_fast.cli import main
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 EAGER = ("literal eager", "folded eager", "analytic")
 interpreted = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="nothing is compiled")

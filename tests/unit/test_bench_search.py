@@ -11,6 +11,8 @@ from benchmarks.bench_search import parse
 from benchmarks.search_bench.regret import Measurements, judge
 from hrf_fast.cli import main as hrf
 
+pytestmark = pytest.mark.long
+
 
 def measured(exact, x0, **options):
     """Measurements of [anchors][groups] rewards at the candidates 0, 2, 4, 6 of 8 steps; all distances are equal."""

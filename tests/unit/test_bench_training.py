@@ -23,6 +23,8 @@ from hrf_fast.train import train
 from tests.conftest import GRADIENT_TOLERANCE, LOSS_TOLERANCE, make_scheduler, make_unet
 from tests.parity.test_golden import CASES, gradient_error, load_case
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 # issue: weights within 1e-5 after 3 iterations; AdamW moves none by more than 3 iterations x 2 groups x 5e-6
 WEIGHTS = 1e-5

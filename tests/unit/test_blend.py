@@ -19,6 +19,8 @@ from tests.conftest import make_policy, make_unet, tiny_words
 from tests.runs import train, weights
 from tests.text_models import load_text_policy, text_model
 
+pytestmark = pytest.mark.long
+
 REWARD = "tests.unit.test_blend:brightness"
 UNET = "model/unet/diffusion_pytorch_model.safetensors"
 

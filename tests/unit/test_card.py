@@ -19,6 +19,8 @@ from tests.conftest import make_scheduler, make_smallest_unet, make_unet, tiny_w
 from tests.runs import panels, train
 from tests.unit.test_latent import CHANNELS, SIDE, make_vqvae
 
+pytestmark = pytest.mark.long
+
 # every module of diffusers that draws noise for a pipeline here
 DRAWING = (
     "diffusers.pipelines.ddim.pipeline_ddim",

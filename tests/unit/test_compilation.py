@@ -21,6 +21,8 @@ from hrf_fast.training import warm_up as warm_up_module
 from hrf_fast.training.warm_up import warm_up
 from tests.conftest import make_scheduler, make_smallest_unet
 
+pytestmark = pytest.mark.long
+
 # a graph with gradient and one without, for each of conv-in to conv-out, or of down, mid and up
 PARTS = {"unet": 1, "blocks": 3}
 

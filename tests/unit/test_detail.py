@@ -7,12 +7,13 @@ import warnings
 import pytest
 import torch
 
+from hrf_fast.evaluation import neighbours
 from hrf_fast.evaluation.detail import detail, half_intervals, share_interval
-from hrf_fast.evaluation.diversity import Interval, vendi_interval, vendi_score
+from hrf_fast.evaluation.diversity import Interval, vendi_interval
 from hrf_fast.evaluation.fidelity import fid, kid
 from hrf_fast.evaluation.kept import panel_halves
-from hrf_fast.evaluation.neighbours import duplicates, inside, overlap, spread
-from hrf_fast.evaluation.vendi import median_distance, vendi
+from hrf_fast.evaluation.neighbours import distances, duplicates, inside, overlap_of, radius, spread
+from hrf_fast.evaluation.vendi import median_distance, vendi_of, vendi_score
 
 ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)
 KERNELS = ({}, {"kernel": "rbf", "bandwidth": 0.05})
@@ -38,27 +39,27 @@ def test_vendi_closed_forms(kernel, order):
     # equal images, n different ones and k equal clusters; of unit vectors the RBF kernel is exp(−400) apart
     eye = torch.eye(30)
     for features, expected in ((eye[:1].repeat(50, 1), 1), (eye, 30), (eye[torch.arange(60) % 6], 6)):
-        assert vendi(features, order=order, **kernel) == pytest.approx(expected, rel=1e-6)
+        assert vendi_score(features, order=order, **kernel) == pytest.approx(expected, rel=1e-6)
 
 
 def test_vendi_of_unequal_clusters_by_its_order():
     # shares 3/4 and 1/4: Σ λ² = 10/16, the largest 3/4, Σ sqrt λ = (√3 + 1)/2
     features = torch.eye(2)[[0, 0, 0, 1]]
     expected = {2.0: 1.6, math.inf: 4 / 3, 0.5: ((math.sqrt(3) + 1) / 2) ** 2, 1.0: 4 / 3**0.75}
-    assert {q: vendi(features, order=q) for q in expected} == pytest.approx(expected, rel=1e-9)
+    assert {q: vendi_score(features, order=q) for q in expected} == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_rbf_kernel_by_hand():
     # at distance b·√2 the kernel is 1/e: K/2 has eigenvalues (1 ± 1/e)/2
     shares = torch.tensor([(1 + 1 / math.e) / 2, (1 - 1 / math.e) / 2])
     expected = float(torch.special.entr(shares).sum().exp())
-    found = vendi(torch.tensor([[0.0], [3 * math.sqrt(2)]]), kernel="rbf", bandwidth=3.0)
+    found = vendi_score(torch.tensor([[0.0], [3 * math.sqrt(2)]]), kernel="rbf", bandwidth=3.0)
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_order_1_is_the_panels():
     features = normal(40, 9)
-    assert vendi(features) == pytest.approx(vendi_score(features), rel=1e-9)
+    assert vendi_score(features) == float(vendi_of(features)(None)) == vendi_interval(features, seed=0).value
 
 
 @pytest.mark.slow
@@ -69,9 +70,9 @@ def test_vendi_of_5000_images_takes_seconds():
     panel_halves(features, {}, None, seed=0)
     assert time.process_time() - began < 30
     began = time.process_time()
-    vendi(features)
-    vendi(features, kernel="rbf", bandwidth=median_distance(features), order=2)
-    vendi(features, kernel="rbf", bandwidth=median_distance(features))
+    vendi_score(features)
+    vendi_score(features, kernel="rbf", bandwidth=median_distance(features), order=2)
+    vendi_score(features, kernel="rbf", bandwidth=median_distance(features))
     assert time.process_time() - began < 60
 
 
@@ -86,7 +87,7 @@ def test_vendi_of_5000_images_takes_seconds():
 )
 def test_vendi_refuses_what_it_can_not_measure(options, message):
     with pytest.raises(ValueError, match=message):
-        vendi(torch.eye(3), **options)
+        vendi_score(torch.eye(3), **options)
 
 
 def test_distances_by_hand():
@@ -103,16 +104,23 @@ def test_duplicates_are_the_images_that_add_nothing():
     assert duplicates(repeated) == pytest.approx(0.4) and duplicates(images) == 0
 
 
-def test_precision_recall_density_and_coverage_by_hand():
+def overlap(reference, samples):
+    return overlap_of(
+        radius(distances(reference, reference)), distances(samples, samples), distances(reference, samples)
+    )
+
+
+def test_precision_recall_density_and_coverage_by_hand(monkeypatch):
     # radii of the reference 0, 1, 2 and 10 to their nearest: 1, 1, 1 and 8; samples 0.5, 2.5 and 30: 2, 2 and 27.5.
     # 0.5 is in the balls of 0 and 1 (and 10's reaches to 2 only), 2.5 in those of 2 and 10, 30 in none: precision 2/3,
     # density 4/(1·3). 0, 1 and 2 are within 2 of a sample and 10 within 27.5 of 30: recall 1. Every ball but none is
     # empty: coverage 1
     reference, samples = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([[0.5], [2.5], [30.0]])
-    assert overlap(reference, samples, nearest=1) == pytest.approx((2 / 3, 1.0, 4 / 3, 1.0))
-    assert inside(reference, samples, nearest=1).tolist() == [1, 1, 0]
+    monkeypatch.setattr(neighbours, "NEAREST", 1)
+    assert overlap(reference, samples) == pytest.approx((2 / 3, 1.0, 4 / 3, 1.0))
+    assert inside(reference, samples).tolist() == [1, 1, 0]
     # 0 is within 1 of 1 beside itself, and 10 is near nothing but itself
-    assert inside(reference, reference, nearest=1, same_noise=True).tolist() == [1, 1, 1, 0]
+    assert inside(reference, reference, same_noise=True).tolist() == [1, 1, 1, 0]
 
 
 def test_samples_of_one_mode_are_precise_and_cover_half():
@@ -125,7 +133,7 @@ def test_samples_of_one_mode_are_precise_and_cover_half():
 
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="at least 6 images"):
-        overlap(torch.zeros(5, 2), torch.zeros(9, 2))
+        inside(torch.zeros(5, 2), torch.zeros(9, 2))
     with pytest.raises(ValueError, match="evaluation.panel_size is 11.*at least 12"):
         half_intervals(lambda index: [0.0], 11, seed=0)
     with pytest.raises(ValueError, match="1 samples"):

@@ -5,6 +5,8 @@ import pytest
 from hrf_fast.training.drift import check_drift
 from tests.runs import metrics, panels, train
 
+pytestmark = pytest.mark.long
+
 
 def test_a_gentle_step_drifts_a_little_and_no_step_not_at_all(tiny_run, tmp_path):
     train([*tiny_run, "evaluation.every=0"])

@@ -1,4 +1,4 @@
-"""HRF-D: the rule by hand, and the three searches that feed it."""
+"""HRF-D: the criterion by hand, and the three searches that feed it."""
 
 import json
 import math
@@ -8,10 +8,10 @@ import torch
 
 from hrf_fast.windows.bandit import Bandit
 from hrf_fast.windows.base import Window
-from hrf_fast.windows.rule import select_start
+from hrf_fast.windows.criterion import select_start
 from tests.unit.test_windows import draw, make, starts
 
-# --- the rule ---------------------------------------------------------------------------------------------------------
+# --- the criterion ----------------------------------------------------------------------------------------------------
 
 
 def select(rewards, distances, beta=0.5, candidates=None):

@@ -15,6 +15,8 @@ from tests.conftest import make_policy
 from tests.runs import assert_equal_training, equal, metrics, train, weights, with_folder
 from tests.waits import loop_parts
 
+pytestmark = pytest.mark.long
+
 
 def bright(images, prompts=None):
     return images.mean((1, 2, 3))

@@ -15,6 +15,8 @@ from tests.conftest import make_smallest_unet, make_unet, tiny_words
 from tests.runs import assert_equal_training, equal, metrics, train, weights
 from tests.unit.test_card import drawn, lines_of
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def flow_model(tmp_path_factory):

@@ -17,6 +17,8 @@ from hrf_kernels import philox_normal
 from tests.conftest import make_scheduler, make_smallest_unet, tiny_words
 from tests.runs import metrics, train
 
+pytestmark = pytest.mark.long
+
 # of the UNet's latents; the VQModel has one level more
 CHANNELS, SIDE, IMAGE_SIDE = 4, 8, 16
 

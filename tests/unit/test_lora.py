@@ -31,6 +31,8 @@ from tests.runs import (
     weights,
 )
 
+pytestmark = pytest.mark.long
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # the one attention of `tiny_model` has four layers of 8 channels
 LAYERS, CHANNELS, RANK = 4, 8, 2

@@ -31,6 +31,8 @@ from tests.conftest import tiny_words
 from tests.runs import equal, panels, train
 from tests.text_models import SIDE, load_text_policy, text_model
 
+pytestmark = pytest.mark.long
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 DRAWING = (
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",

@@ -13,6 +13,8 @@ from hrf_fast.policies.load import load_policy
 from tests.conftest import tiny_words
 from tests.hub import ID, Hub
 
+pytestmark = pytest.mark.long
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VARIANT = "unet/diffusion_pytorch_model.fp16.safetensors"
 

@@ -13,6 +13,8 @@ from hrf_fast.run.session import Run
 from tests.runs import train, with_folder
 from tests.unit.test_run import log
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks.bench_peer import at_drop, enlargement, grid_images, main
 from hrf_fast.evaluation.grids import save_grid
-from hrf_fast.evaluation.peer import bits_per_pixel, peer_columns, total_variation
+from hrf_fast.evaluation.nanoflow import bits_per_pixel, nanoflow_columns, total_variation
 from hrf_fast.report.comparison import read_runs
 from tests.unit.test_report import write_run
 
@@ -62,16 +62,16 @@ def test_columns_of_images_that_are_all_alike_and_have_changed_their_class():
     left, right = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     left[..., 0], right[..., -1] = 1, 1
     pretrained = torch.cat([left, left, right, right])
-    columns = peer_columns(torch.cat([left] * 4), pretrained, Classifier(), seed=0)
+    columns = nanoflow_columns(torch.cat([left] * 4), pretrained, Classifier(), seed=0)
     # three of four repeat the first; two of four are no longer "right"
     assert columns["duplicates"] == [0.75]
     assert columns["consistency"][0] == 0.5
     assert columns["confidence"] == pytest.approx([0.8, 0.8, 0.8])
-    assert peer_columns(pretrained, pretrained, Classifier(), seed=0)["consistency"][0] == 1
+    assert nanoflow_columns(pretrained, pretrained, Classifier(), seed=0)["consistency"][0] == 1
 
 
 def test_without_a_classifier_there_are_no_classes():
-    assert set(peer_columns(flat(0.1, 2), flat(0.1, 2), seed=0)) == {
+    assert set(nanoflow_columns(flat(0.1, 2), flat(0.1, 2), seed=0)) == {
         *("jpeg_bpp", "png_bpp", "total_variation", "duplicates"),
     }
 

@@ -25,6 +25,8 @@ from hrf_fast.run.files import read_log
 from hrf_fast.train import main as train_main
 from tests.conftest import make_scheduler
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 # what the issue asks of the planner against measured memory
 STATES_TOLERANCE, PEAK_TOLERANCE = 0.10, 0.25

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 import hrf_fast
-from hrf_fast import doctor
+from hrf_fast import cpu
 from hrf_fast.distributed.watch import keep_alive
 from hrf_fast.run import files
 from hrf_fast.run.files import read_log, replace_folder, write_atomically
@@ -32,7 +33,6 @@ def fresh(module):
 
 
 def test_peak_memory_is_psutils_where_the_standard_library_has_none(monkeypatch):
-    psutil = pytest.importorskip("psutil")
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7)))
     assert fresh("devices").peak_memory_bytes(SimpleNamespace(type="cpu")) == 7
@@ -106,10 +106,10 @@ def test_files_and_folders_are_written_and_flushed_on_windows(tmp_path, monkeypa
     assert windows.flushed == 3
 
 
-def test_doctor_says_where_a_system_has_no_way_to_tell_its_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.delattr(os, "sysconf")
-    assert doctor._memory() == "unknown on this system"
+def test_every_processor_is_usable_where_a_system_has_no_affinity(monkeypatch):
+    monkeypatch.setattr(cpu.psutil, "Process", SimpleNamespace)
+    monkeypatch.setattr(cpu.psutil, "cpu_count", lambda: 6)
+    assert cpu.usable_cpus() == 6
 
 
 # a run in a process in which modules and functions of POSIX are gone, once others have had theirs
@@ -131,7 +131,6 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 @pytest.mark.slow
 def test_a_run_needs_nothing_that_only_posix_has(tiny_model, tmp_path):
-    pytest.importorskip("psutil")
     words = [*tiny_words(tiny_model, tmp_path / "run"), "train.iterations=1", "evaluation.every=0"]
     done = subprocess.run([sys.executable, "-c", BARE, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,8 @@ from tests.prompted import WORDS, make_prompted_policy, prompted  # noqa: F401 (
 from tests.runs import assert_equal_training, metrics, panels, scheduled, train, with_folder
 from tests.unit.test_collect import Phases, Schedule, late
 
+pytestmark = pytest.mark.long
+
 SEED = 7
 SOURCE = PromptList("words", tuple(Prompt(word, metadata={"length": len(word)}) for word in WORDS), (1.0,) * 4)
 

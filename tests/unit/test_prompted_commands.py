@@ -9,15 +9,18 @@ import torch
 from PIL import Image
 
 from hrf_fast.cli import main
-from hrf_fast.evaluation.diversity import mean_interval, vendi_score
+from hrf_fast.evaluation.diversity import mean_interval
 from hrf_fast.evaluation.grids import Grid, _shortened, image_grid
 from hrf_fast.evaluation.panel import Panel
+from hrf_fast.evaluation.vendi import vendi_score
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import build_reward
 from tests.conftest import tiny_words
 from tests.prompted import make_prompted_policy
 from tests.runs import panels, train
 from tests.text_models import text_model
+
+pytestmark = pytest.mark.long
 
 
 def to_text(images, prompts):

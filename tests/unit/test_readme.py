@@ -18,6 +18,8 @@ from hrf_fast.config.options import FACTS, SECTIONS
 from hrf_fast.rewards import list_rewards, registry
 from hrf_fast.run.files import read_log
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

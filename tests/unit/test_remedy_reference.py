@@ -21,6 +21,8 @@ from tests.conftest import T, make_group, make_policy, tiny_words
 from tests.runs import assert_equal_training, metrics, train, with_folder
 from tests.text_models import load_text_policy
 
+pytestmark = pytest.mark.long
+
 SIZE = 3
 CLIPS = Clips(clip_range=1.0, advantage_clip=10.0, scale_by_window=False)
 

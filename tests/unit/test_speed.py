@@ -18,6 +18,8 @@ from hrf_fast.training import self_check as module
 from hrf_fast.training.self_check import self_check
 from tests.waits import loop_parts
 
+pytestmark = pytest.mark.long
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

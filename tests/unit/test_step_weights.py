@@ -15,6 +15,8 @@ from hrf_fast.windows.base import Window
 from tests.conftest import make_group, make_policy
 from tests.runs import metrics, train, with_folder
 
+pytestmark = pytest.mark.long
+
 ADVANTAGES = torch.tensor([3.0, -0.5, 1.0, -2.0])
 
 

@@ -9,15 +9,18 @@ import torch
 import hrf_fast
 from hrf_fast.config.load import load_config
 from hrf_fast.config.run_options import StopConfig
-from hrf_fast.evaluation.diversity import Interval, vendi_of
+from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.kept import DRAWS, halves, kept_interval, panel_halves
 from hrf_fast.evaluation.panel import Panel
+from hrf_fast.evaluation.vendi import vendi_of
 from hrf_fast.report.page import write_report
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
 from hrf_fast.run.finished import finished_run
 from hrf_fast.stopping import Watch, above_floors, by_merit, check_first_panel, check_floors
 from tests.runs import checkpoint_weights, equal, metrics, panels, train, weights, with_folder
+
+pytestmark = pytest.mark.long
 
 
 def line(iteration, rewards=(1.0, 2.0), **kept):

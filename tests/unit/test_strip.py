@@ -14,6 +14,8 @@ from hrf_fast.evaluation.grids import Grid, image_grid, save_grid
 from hrf_fast.report.strip import CELL, GAP, IMAGES, Row, draw_strip, write_strip
 from tests.runs import REPORTED
 
+pytestmark = pytest.mark.long
+
 
 def greys(count, height, width, first=0):
     """Images [count, 3, height, width], image i all of the grey (first + i)/255."""

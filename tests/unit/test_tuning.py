@@ -11,6 +11,8 @@ from hrf_fast.memory.seconds import Rate, seconds_line, stated
 from hrf_fast.policies.load import load_policy
 from tests.runs import assert_equal_training, train, with_folder
 
+pytestmark = pytest.mark.long
+
 
 def test_the_fastest_threads_and_format_are_chosen_and_all_is_put_back(tiny_model, monkeypatch):
     policy, seen = load_policy(str(tiny_model)), []

@@ -17,6 +17,8 @@ from hrf_fast.train import main
 from hrf_fast.windows.base import Window
 from tests.runs import assert_equal_training, metrics, panels, scheduled, train, with_folder
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def words(tiny_run):

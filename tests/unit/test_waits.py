@@ -11,6 +11,8 @@ from tests.runs import scheduled
 from tests.text_models import text_model
 from tests.waits import Copies, Reads, count_waits
 
+pytestmark = pytest.mark.long
+
 JOINED = ["compute.images_per_call=6", "train.groups_per_step=2"]
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from hrf_fast.distributed.watch import Watch, keep_alive
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 # a rank that connects, says so, does something and leaves when its input ends; ranks share by a file
 RANK = """

@@ -13,6 +13,8 @@ from hrf_fast.run.writers import build_writers
 from tests.runs import train
 from tests.unit.test_run import log, panel
 
+pytestmark = pytest.mark.long
+
 
 class Wandb(types.SimpleNamespace):
     """W&B as its documentation says: rows by a step that only rises, and a server that outlives the process.

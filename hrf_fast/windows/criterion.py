@@ -1,4 +1,4 @@
-"""The rule of HRF-D: which candidate start is chosen, from measured rewards and distances."""
+"""HRF-D's criterion: which candidate start is chosen, from measured rewards and distances."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def select_start(candidates: Sequence[int], rewards: Tensor, distances: Tensor, *, beta: float) -> int:
-    """HRF-D's rule: argmax of Δ̂_i − β·d̂_i with Δ_i = r_{i+1} − r_i and d_i the distance of candidate i+1.
+    """Choose the start of the greatest Δ̂_i − β·d̂_i, where Δ_i = r_{i+1} − r_i and d_i is the distance of candidate i+1.
 
     Args:
         candidates: C starts; rewards, distances: [C] mean reward and mean 1 − cosine to the anchor of each.

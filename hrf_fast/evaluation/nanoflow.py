@@ -1,4 +1,4 @@
-"""Peer: the columns by which NanoFlow reports RL for small JPEGs of Fashion-MNIST, for our images beside its own.
+"""The columns by which NanoFlow reports RL for small JPEGs of Fashion-MNIST, for our images beside its own.
 
 NanoFlow (github.com/tqhdesilva/nanoflow, experiments/jpeg_compression_grpo) has bits per pixel as a grey JPEG of
 quality 75 and as a PNG, total variation, the share of duplicates, and how often a classifier finds the class that was
@@ -49,7 +49,7 @@ def total_variation(images: Tensor) -> Tensor:
     return across.mean((1, 2)) + down.mean((1, 2))
 
 
-def peer_columns(
+def nanoflow_columns(
     images: Tensor, pretrained: Tensor, network: FeatureNetwork | None = None, *, seed: int
 ) -> dict[str, list[float]]:
     """All columns by name, each [value, low, high] by bootstrap; duplicates, a count of pairs, have no interval.
