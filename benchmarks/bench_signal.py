@@ -44,12 +44,12 @@ from hrf_fast.distributed import comm
 from hrf_fast.noise import NoiseKey, noise_key
 from hrf_fast.policies.sample import sample
 from hrf_fast.report.plots import Series, interval_curves
+from hrf_fast.training.advantages import group as peers
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import group_noise
 from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
-from hrf_fast.training.peers import group as peers
 from hrf_fast.training.rewarding import gather_rewards, standardise
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window, with_noise
@@ -63,17 +63,17 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     Args:
         start: None for pure noise; number: of the group.
     """
-    policy, groups, seed = components.policy, components.groups, components.rules.seed
+    policy, groups, seed = components.policy, components.groups, components.algorithm.seed
     prompts = [components.draw_prompts(number)[0]]
     anchor = None
     if start is not None:
         key = NoiseKey(noise_key(seed, number, "anchors"), torch.zeros(1, dtype=torch.int64, device=policy.device))
-        anchor = sample(policy, key, prompts, images_per_call=1, guided=components.rules.guided)[0]
-    (window,) = with_noise([Window(start or 0, policy.sampler.stochastic_steps)], components.rules.shared_noise)
+        anchor = sample(policy, key, prompts, images_per_call=1, guided=components.algorithm.guided)[0]
+    (window,) = with_noise([Window(start or 0, policy.sampler.stochastic_steps)], components.algorithm.shared_noise)
     noise = group_noise(components, number, "rollout", 0)
-    condition = policy.condition(prompts * groups.size, guided=components.rules.guided)
+    condition = policy.condition(prompts * groups.size, guided=components.algorithm.guided)
     group = Group(0, window, noise, condition, anchor, prompts[0])
-    gae_lambda = components.rules.gae_lambda
+    gae_lambda = components.algorithm.gae_lambda
     plan = CallPlan(groups.size, 0, "on_policy")
     rolled_out = rollout(policy, [group], plan, keep_from=window.start, estimate=gae_lambda is not None)
     trajectory = rolled_out.trajectories[0]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hrf_fast.run.listeners import Listener
     from hrf_fast.run.result import RunResult
     from hrf_fast.train import train
-    from hrf_fast.training.peers import register_advantages
+    from hrf_fast.training.advantages import register_advantages
     from hrf_fast.windows.base import Window
     from hrf_fast.windows.schedules import register_schedule
 
@@ -30,7 +30,7 @@ _HOMES = {
     "RunResult": "hrf_fast.run.result",
     "Window": "hrf_fast.windows.base",
     "load_config": "hrf_fast.config.load",
-    "register_advantages": "hrf_fast.training.peers",
+    "register_advantages": "hrf_fast.training.advantages",
     "register_reward": "hrf_fast.rewards.registry",
     "register_schedule": "hrf_fast.windows.schedules",
     "train": "hrf_fast.train",

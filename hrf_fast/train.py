@@ -30,10 +30,10 @@ from hrf_fast.run.listeners import Listener
 from hrf_fast.run.result import RunResult
 from hrf_fast.run.session import Run
 from hrf_fast.stopping import Budget
+from hrf_fast.training.compile_graphs import compile_graphs
 from hrf_fast.training.components import Components
 from hrf_fast.training.iteration import iterate
 from hrf_fast.training.self_check import self_check
-from hrf_fast.training.warm_up import warm_up
 
 
 def train(
@@ -76,7 +76,7 @@ def _resume(components: Components, run: Run, budget: Budget) -> int:
     run.begin(done, components.sources)
     run.commit(components.state(done))
     with components.engine.gathered():
-        warm_up(components, run.note)
+        compile_graphs(components, run.note)
         for line in (self_check(components), *components.notes):
             run.note(line)
     unit, total = budget.unit
@@ -94,7 +94,7 @@ def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
         if _due(run.config.run.save_every, done, end) or (run.keeps_best and run.best() == done):
             run.save(components.engine)
         if end:
-            run.note(components.rules.warm_up_note(done))
+            run.note(components.algorithm.lr_warmup_note(done))
             return end
         end = iterate(components, run, done)
         done += 1

@@ -127,8 +127,8 @@ def make_engine(policy, max_grad_norm: float = 0.0, ema_decay: float = 0.0) -> P
     return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, **options)
 
 
-def make_rules(seed: int, **options) -> SimpleNamespace:
-    """What collecting reads of a run's rules."""
+def make_algorithm(seed: int, **options) -> SimpleNamespace:
+    """What collecting reads of a run's algorithm."""
     neutral = {"guided": True, "sharpness": 0.0, "gae_lambda": None, "shared_noise": None}
     return SimpleNamespace(seed=seed, reference=lambda iteration: NO_REFERENCE, **neutral | options)
 

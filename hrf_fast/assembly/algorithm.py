@@ -1,4 +1,4 @@
-"""The algorithm's own objects: groups, calls, advantages and the rules of the update. Nothing is loaded here."""
+"""The algorithm's own objects: groups, calls, advantages and the numbers of the update. Nothing is loaded here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.policies.sampler import Sampler
+from hrf_fast.training.advantages import Advantages, build_advantages
 from hrf_fast.training.calls import CallPlan
-from hrf_fast.training.components import Rules
-from hrf_fast.training.gradient_noise import NoiseScale
+from hrf_fast.training.components import Algorithm
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
-from hrf_fast.training.peers import Advantages, build_advantages
 from hrf_fast.training.reference import reference_at
 from hrf_fast.training.step_weights import step_weights
 from hrf_fast.training.thinning import Thinning
@@ -29,10 +28,10 @@ def build_call_plan(config: Config) -> CallPlan:
     return CallPlan(train.group_size, config.compute.images_per_call, train.order, halves=train.gradient_noise)
 
 
-def build_rules(config: Config, sampler: Sampler) -> Rules:
+def build_algorithm(config: Config, sampler: Sampler) -> Algorithm:
     """The numbers of the algorithm."""
     train, optimizer = config.train, config.optimizer
-    return Rules(
+    return Algorithm(
         seed=config.run.seed,
         clips=Clips(
             train.clip_range,
@@ -40,7 +39,6 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
             train.scale_clips_by_window,
             step_weights(train.step_weights, sampler),
         ),
-        noise_scale=NoiseScale(train.groups_per_step, train.step_weights),
         inner_epochs=train.inner_epochs,
         skip_not_finite=config.stop.on_nan == "skip",
         max_drift=config.stop.max_drift,
@@ -56,7 +54,7 @@ def build_rules(config: Config, sampler: Sampler) -> Rules:
         gae_lambda=train.gae_lambda,
         sharpness=config.remedies.matching,
         thinning=Thinning(train.step_share, train.skip_flat_groups),
-        warm_up=optimizer.burn_in_iterations + optimizer.warmup_iterations,
+        lr_warmup=optimizer.burn_in_iterations + optimizer.warmup_iterations,
         reference=reference_at(
             config.remedies, num_inference_steps=config.sample.num_inference_steps, iterations=train.iterations
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hrf_fast.assembly.algorithm import build_call_plan, build_config_advantages, build_groups, build_rules
+from hrf_fast.assembly.algorithm import build_algorithm, build_call_plan, build_config_advantages, build_groups
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts, check_reward, prompt_sources
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
 from hrf_fast.config.named import Named, with_names
@@ -25,6 +25,7 @@ from hrf_fast.run.sources import BASE
 from hrf_fast.stopping import check_floors
 from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.components import Components
+from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.user_code import source_of
 from hrf_fast.vision.base import FeatureNetwork
@@ -120,7 +121,8 @@ def build_components(
         advantages=advantages,
         groups=build_groups(config),
         calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
-        rules=build_rules(config, policy.sampler),
+        algorithm=build_algorithm(config, policy.sampler),
+        noise_scale=NoiseScale(config.train.groups_per_step, config.train.step_weights),
         panel=panel,
         anchors=Anchors(config.window.anchor_steps, config.window.anchor_reuse),
         prompts=prompts,

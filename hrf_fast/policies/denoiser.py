@@ -147,7 +147,7 @@ class DenoiserPolicy:
         return _blocks(self.unet)
 
     def compile(self, mode: str) -> None:
-        """Run the denoiser compiled, see `compile_network`; `warm_up` makes the graphs before training."""
+        """Run the denoiser compiled, see `compile_network`; `compile_graphs` makes the graphs before training."""
         unets = [self.unet, *([self._reference.unet] if self._reference else [])]
         blocks = [block for unet in unets for block in _blocks(unet)]
         compile_network({"none": [], "unet": unets, "blocks": blocks}[mode])

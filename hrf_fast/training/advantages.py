@@ -1,106 +1,190 @@
-"""Advantages: rewards standardised against their peers. Pure functions, no state."""
+"""Advantages by the name in train.advantages, which says against whom a reward is standardised.
+
+Called with the rewards of all groups on every rank alike, so that what is returned and remembered is equal on all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-# a spread of fewer rounding steps has less than two digits
-_ROUNDING_STEPS = 64
+from hrf_fast.config.options import Config
+from hrf_fast.registry import Registry, call_factory, load_user_function, qualified_name
+from hrf_fast.training.standardising import group_advantages, spreads, weak_spreads, within_band
+from hrf_fast.user_code import user_code
 
 
-def group_advantages(
-    rewards: Tensor, group: Tensor, *, floor: float, scale: str = "std", baseline: str = "mean"
-) -> Tensor:
-    """Standardise rewards within each group (HRF, arXiv 2410.08315).
+class Advantages(Protocol):
+    """Turns rewards into advantages; one with `state()` and `load_state(state)`, JSON-able, remembers over a resume.
+
+    `notes(rewards)`, where there is one, gives sentences by kind about rewards that teach little.
+    """
+
+    def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> Mapping[int, Tensor]:
+        """Advantages [B] by group.
+
+        Args:
+            rewards: [B] fp32 or fp64 on the CPU by group in ascending order; prompts: by group, "" without one.
+        """
+        ...
+
+
+Factory = Callable[..., Advantages]
+# options of advantages, and the estimators that read them; others must leave the default
+_READERS = {
+    "train.advantage_scale": "group or batch",
+    "train.advantage_baseline": "group or batch",
+    "train.advantage_floor": "group or batch",
+    "train.prompt_buffer": "prompt",
+    "train.prompt_min_count": "prompt",
+    "remedies.reward_band": "group or batch",
+}
+ADVANTAGES: Registry[Factory] = Registry("advantage estimator", "train.advantages")
+register_advantages = ADVANTAGES.register
+
+
+def build_advantages(name: str, **options: Any) -> Advantages:
+    """Build what train.advantages names.
 
     Args:
-        rewards: [B] fp32 or fp64.
-        group: [B] int64; a group shares its anchor, so its mean is the baseline. One value for all: the whole batch.
-        floor: least standard deviation to divide by, in units of the reward. It keeps a group whose rewards hardly
-            differ from being blown up to full-size advantages.
-        scale: std, or none for reward − mean (Dr. GRPO, arXiv 2503.20783): a group that hardly differs teaches little.
-        baseline: mean, or leave_one_out for that of the others (RLOO, arXiv 2402.14740): n/(n − 1) of the deviation. A
-            mean that has the reward itself in it makes the gradient (n − 1)/n of the unbiased one.
-
-    Returns:
-        [B] fp32: (reward − mean)/max(std, floor), with the unbiased std. A group of equal rewards gets zeros.
+        name: a registered name, or `module:function` that names a factory.
+        options: of the train section, and reward_band; a factory gets those that its arguments name.
 
     Raises:
-        ValueError: a group of one sample has no spread to standardise by, or a floor that is not positive.
+        ValueError: an unknown name, a factory that wants something else or makes something else, or an option that it
+            has no use for.
     """
-    if not floor > 0:
-        raise ValueError(f"train.advantage_floor is {floor}; it divides, so use a positive number")
-    index, centred, _, std = _moments(rewards, group)
-    if baseline == "leave_one_out":
-        sizes = index.bincount()
-        centred = centred * (sizes / (sizes - 1))[index]
-    return (centred / std.clamp(min=floor)[index] if scale == "std" else centred).float()
-
-
-def spreads(rewards: Tensor, group: Tensor) -> Tensor:
-    """Unbiased std of each group [G] fp64, in ascending order of its number; arguments as `group_advantages`."""
-    return _moments(rewards, group)[3]
-
-
-def within_band(rewards: Tensor, group: Tensor, *, band: float) -> Tensor:
-    """Clip rewards to mean ± band·std of their group (after DRIFT, arXiv 2601.12401); arguments as `group_advantages`.
-
-    Returns:
-        [B] fp64. A reward far above its peers pulls no harder than one at the edge of the band.
-    """
-    index, centred, mean, std = _moments(rewards, group)
-    edge = (band * std)[index]
-    return mean[index] + centred.clamp(-edge, edge)
-
-
-def weak_spreads(rewards: Tensor, group: Tensor, *, floor: float) -> dict[str, str]:
-    """Say where advantages are not what the rewards mean; arguments as `group_advantages`.
-
-    Returns:
-        Sentences by kind: groups under the floor, whose advantages are small; and groups whose spread is a few rounding
-        steps of their values, whose advantages are rounding noise. A group of equal rewards is neither.
-    """
-    _, _, mean, std = _moments(rewards, group)
-    sentences = {}
-    under = std[(std > 0) & (std < floor)]
-    if len(under):
-        least, share = float(under.min()), "all" if len(under) == len(std) else "some"
-        sentences[f"floor, {share}"] = (
-            f"{_count(under, std)} by {least:.2g}, which is under train.advantage_floor {floor:g}, so advantages are "
-            f"down to {least / floor:.2g} of their size; lower the floor, or scale the reward"
+    factory = load_user_function(name, "train.advantages") if ":" in name else ADVANTAGES[name]
+    wanted = {key: value for key, value in options.items() if key in inspect.signature(factory).parameters}
+    defaults = Config()
+    for option, readers in _READERS.items():
+        section, key = option.split(".")
+        neutral = getattr(getattr(defaults, section), key)
+        if options.get(key, neutral) != neutral and key not in wanted:
+            raise ValueError(
+                f"{option} is {options[key]} but train.advantages is {name}, which has no argument {key}; use "
+                f"{neutral}, or train.advantages={readers}"
+            )
+    advantages = call_factory(factory, "train.advantages", {}, made=("rewards", "prompts"), **wanted)
+    if not callable(advantages) or hasattr(advantages, "state") != hasattr(advantages, "load_state"):
+        raise ValueError(
+            f"train.advantages {name} must return a callable (rewards, prompts), with both state() and "
+            "load_state(state) or neither"
         )
-    # the distance between numbers of the rewards' type near the mean
-    steps = torch.finfo(rewards.dtype).eps * mean.abs()
-    rounded = (std > 0) & (std < _ROUNDING_STEPS * steps)
-    if rounded.any():
-        worst = int((std / steps).masked_fill(~rounded, torch.inf).argmin())
-        sentences["rounding"] = (
-            f"{_count(std[rounded], std)} by {float(std[worst]):.2g} around {float(mean[worst]):.4g}, where "
-            f"numbers of {str(rewards.dtype).removeprefix('torch.')} are {float(steps[worst]):.2g} apart, so "
-            "advantages are rounding noise; subtract the offset in the reward, or return float64"
-        )
-    return sentences
+    return advantages
 
 
-def _count(chosen: Tensor, std: Tensor) -> str:
-    return f"the rewards of {len(chosen)} of {len(std)} groups spread" if len(std) > 1 else "the rewards spread"
-
-
-def _moments(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index of the group [B] and deviation from its mean [B] of each sample; mean and unbiased std of each group, fp64.
+def apply_advantages(
+    advantages: Advantages, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]
+) -> dict[int, Tensor]:
+    """Call it, and refuse what a user's may have returned.
 
     Raises:
-        ValueError: a group of one sample has no spread to standardise by.
+        ValueError: not [B] finite numbers for every group.
+        UserCodeError: it failed.
     """
-    _, index, sizes = group.unique(return_inverse=True, return_counts=True)
-    if int(sizes.min()) < 2:
-        raise ValueError("train.group_size is 1: one sample has no spread to standardise by; use at least 2")
-    zeros = torch.zeros(len(sizes), dtype=torch.float64, device=rewards.device)
-    offset = zeros
-    if rewards.dtype == torch.float64:
-        # a sum of equal fp64 numbers is rounded, one of fp32 numbers is not
-        offset = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
-    shifted = rewards.double() - offset[index]
-    mean = zeros.index_add(0, index, shifted) / sizes
-    centred = shifted - mean[index]
-    std = (zeros.index_add(0, index, centred.square()) / (sizes - 1)).sqrt()
-    return index, centred, mean + offset, std
+    what = f"train.advantages {qualified_name(advantages)}"
+    with user_code(what):
+        # it may write into its rewards
+        answer = advantages({group: values.clone() for group, values in rewards.items()}, prompts)
+    if not isinstance(answer, Mapping) or answer.keys() != rewards.keys():
+        raise ValueError(f"{what} returned {answer!r}; return the advantages of groups {list(rewards)} by group")
+    for group, values in answer.items():
+        # written so that NaN fails
+        if not (isinstance(values, Tensor) and values.shape == rewards[group].shape and bool(values.isfinite().all())):
+            raise ValueError(
+                f"{what} returned {values!r} for group {group}; return a tensor of {len(rewards[group])} finite numbers"
+            )
+    return {group: values.detach().float() for group, values in answer.items()}
+
+
+class Peers:
+    """Standardised against the group, or against all groups together."""
+
+    def __init__(self, floor: float, scale: str, baseline: str, band: float, *, together: bool) -> None:
+        self._floor, self._scale, self._baseline, self._band = floor, scale, baseline, band
+        self.together = together
+
+    def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
+        sizes = [len(values) for values in rewards.values()]
+        values, peers = self._with_peers(rewards)
+        if self._band:
+            values = within_band(values, peers, band=self._band)
+        advantages = group_advantages(values, peers, floor=self._floor, scale=self._scale, baseline=self._baseline)
+        return dict(zip(rewards, advantages.split(sizes), strict=True))
+
+    def scales(self, rewards: Mapping[int, Tensor]) -> dict[int, float]:
+        """The divisor of each group's advantages, in units of the reward; infinite where rewards are equal.
+
+        What steps changed on the way to equal rewards was undone: a floor would blow it up to full size.
+        """
+        if self._scale == "none":
+            return dict.fromkeys(rewards, 1.0)
+        values, peers = self._with_peers(rewards)
+        stds = spreads(values, peers)
+        scales = stds.clamp(min=self._floor).where(stds > 0, torch.inf).tolist()
+        return dict.fromkeys(rewards, scales[0]) if self.together else dict(zip(rewards, scales, strict=True))
+
+    def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
+        # without a division there is no floor to be under
+        return weak_spreads(*self._with_peers(rewards), floor=self._floor if self._scale == "std" else 0.0)
+
+    def _with_peers(self, rewards: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """All rewards [B], and [B] int64 that is equal for peers."""
+        sizes = torch.tensor([len(values) for values in rewards.values()])
+        index = torch.arange(len(rewards)).repeat_interleave(sizes)
+        return torch.cat(list(rewards.values())), torch.zeros_like(index) if self.together else index
+
+
+@register_advantages("group")
+def group(
+    *, advantage_floor: float, advantage_scale: str = "std", advantage_baseline: str = "mean", reward_band: float = 0.0
+) -> Advantages:
+    """Against the group, as HRF does (arXiv 2410.08315)."""
+    return Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=False)
+
+
+@register_advantages("batch")
+def batch(
+    *, advantage_floor: float, advantage_scale: str = "std", advantage_baseline: str = "mean", reward_band: float = 0.0
+) -> Advantages:
+    """Against all groups of the iteration, as DDPO does without statistics (arXiv 2305.13301)."""
+    return Peers(advantage_floor, advantage_scale, advantage_baseline, reward_band, together=True)
+
+
+@register_advantages("prompt")
+class PromptStatistics:
+    """Against the last rewards of the same prompt, over iterations, as ddpo-pytorch's PerPromptStatTracker.
+
+    An iteration's rewards enter the buffers before the statistics are taken. (reward − mean)/(std + 1e-6) with the
+    population std, of the prompt's buffer; of the iteration where the buffer holds fewer than `prompt_min_count`.
+    """
+
+    def __init__(self, *, prompt_buffer: int, prompt_min_count: int, advantage_scale: str = "std") -> None:
+        self._size, self._min_count, self._scale = prompt_buffer, prompt_min_count, advantage_scale
+        self._buffers: dict[str, deque[float]] = {}
+
+    def __call__(self, rewards: Mapping[int, Tensor], prompts: Mapping[int, str]) -> dict[int, Tensor]:
+        for number, values in rewards.items():
+            self._buffers.setdefault(prompts[number], deque(maxlen=self._size)).extend(values.tolist())
+        iteration = torch.cat(list(rewards.values())).double()
+        advantages = {}
+        for number, values in rewards.items():
+            buffer = self._buffers[prompts[number]]
+            peers = iteration if len(buffer) < self._min_count else torch.tensor(buffer, dtype=torch.float64)
+            std = peers.std(correction=0) + 1e-6 if self._scale == "std" else 1.0
+            advantages[number] = ((values.double() - peers.mean()) / std).float()
+        return advantages
+
+    def state(self) -> dict[str, list[float]]:
+        """The buffers by prompt, the oldest reward first."""
+        return {text: list(buffer) for text, buffer in self._buffers.items()}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        """Restore what `state` gave."""
+        self._buffers = {text: deque(values, maxlen=self._size) for text, values in state.items()}

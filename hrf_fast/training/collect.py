@@ -38,8 +38,8 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         ValueError: a schedule of the user's has returned or probed what can't be.
     """
     policy, groups, schedule = components.policy, components.groups, components.schedule
-    numbers, seed = groups.own(), components.rules.seed
-    prompts, guided = components.draw_prompts(components.anchors.drawn_at(iteration)), components.rules.guided
+    numbers, seed = groups.own(), components.algorithm.seed
+    prompts, guided = components.draw_prompts(components.anchors.drawn_at(iteration)), components.algorithm.guided
     own_prompts = [prompts[number] for number in numbers]
     # of all groups at once: text encoders that are offloaded come to the device for it
     conditions = policy.condition(own_prompts, guided=guided)
@@ -75,7 +75,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
                     "alike on all of them"
                 )
             )
-        windows = with_noise(windows, components.rules.shared_noise)
+        windows = with_noise(windows, components.algorithm.shared_noise)
     own_groups = {
         number: Group(
             number,
@@ -115,14 +115,14 @@ def collect(
                 [by_number[number] for number in pack],
                 plan,
                 keep_from=keep_from,
-                reference_steps=components.rules.reference(iteration).steps,
-                estimate=components.rules.gae_lambda is not None,
+                reference_steps=components.algorithm.reference(iteration).steps,
+                estimate=components.algorithm.gae_lambda is not None,
             )
         rolled_out.join(part)
         images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
         prompts = {number: by_number[number].prompt for number in pack}
         log_probs = None
-        if components.rules.sharpness:
+        if components.algorithm.sharpness:
             log_probs = {number: trajectory.old_log_prob.sum(0) for number, trajectory in part.trajectories.items()}
         followed = [
             number for number in pack if noise_follows(windows[number], components.policy.sampler.stochastic_steps)
@@ -134,7 +134,7 @@ def collect(
 def group_noise(components: Components, iteration: int, purpose: str, group: int) -> NoiseKey:
     """The noise of a group's samples, which are numbered over the whole iteration."""
     ids = torch.tensor(components.groups.sample_ids(group), device=components.policy.device)
-    return NoiseKey(noise_key(components.rules.seed, iteration, purpose), ids)
+    return NoiseKey(noise_key(components.algorithm.seed, iteration, purpose), ids)
 
 
 def _check_windows(windows: Any, groups: int, stop: int, what: str, *, anchored: bool) -> None:

@@ -15,12 +15,12 @@ from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.registry import load_state_of, state_of
 from hrf_fast.rewards import CombinedReward
+from hrf_fast.training.advantages import Advantages
 from hrf_fast.training.anchors import Anchors
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
-from hrf_fast.training.peers import Advantages
 from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.thinning import Thinning
@@ -29,8 +29,8 @@ from hrf_fast.windows.schedules import load_schedule_state, schedule_state
 
 
 @dataclass(frozen=True)
-class Rules:
-    """Numbers of the algorithm."""
+class Algorithm:
+    """The algorithm as numbers and functions of the iteration."""
 
     seed: int
     """Seed of all randomness in training."""
@@ -43,8 +43,6 @@ class Rules:
     """Largest drift, in nats per pixel, that an iteration's last optimizer step may cause; 0 for any."""
     learning_rate: Callable[[int], float]
     """By iteration."""
-    noise_scale: NoiseScale
-    """Adds up what train.gradient_noise measures."""
     guided: bool = True
     """Whether rollouts and updates are under the policy's guidance; panels are in either case."""
     shared_noise: bool | None = None
@@ -56,14 +54,14 @@ class Rules:
     sharpness: float = 0.0
     """Sharpness of trajectories that are matched to their rewards; 0 leaves advantages as they are."""
     thinning: Thinning = Thinning()
-    warm_up: int = 0
+    lr_warmup: int = 0
     """Iterations until the learning rate is the configuration's."""
 
-    def warm_up_note(self, done: int) -> str:
+    def lr_warmup_note(self, done: int) -> str:
         """A line for a run that ended after `done` iterations, before its learning rate was the one asked for."""
-        if not 0 < done < self.warm_up:
+        if not 0 < done < self.lr_warmup:
             return ""
-        reached, asked = self.learning_rate(done - 1), self.learning_rate(self.warm_up)
+        reached, asked = self.learning_rate(done - 1), self.learning_rate(self.lr_warmup)
         return (
             f"the run has ended within its warm-up: its last learning rate was {reached:.3g}, of {asked:.3g}; train "
             f"longer, or set optimizer.warmup_iterations and burn_in_iterations to fewer together"
@@ -82,7 +80,9 @@ class Components:
     advantages: Advantages
     groups: Groups
     calls: CallPlan
-    rules: Rules
+    algorithm: Algorithm
+    noise_scale: NoiseScale
+    """Adds up what train.gradient_noise measures."""
     panel: Panel
     anchors: Anchors = field(default_factory=Anchors)
     prompts: Prompts | None = None
@@ -103,7 +103,7 @@ class Components:
         if source is None:
             return [None] * count
         # a function of the user's may draw otherwise on every rank
-        return [*comm.main_says(lambda: source.draw(self.rules.seed, iteration, count))]
+        return [*comm.main_says(lambda: source.draw(self.algorithm.seed, iteration, count))]
 
     def state(self, iteration: int) -> dict[str, Any]:
         """The part of a checkpoint after `iteration` iterations beside weights and optimizer.

@@ -56,7 +56,7 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
     policy, groups = components.policy, components.groups
     before = replace(policy.calls)
     # a user's reward or schedule may draw from the global generators
-    seed_everything(components.rules.seed, iteration)
+    seed_everything(components.algorithm.seed, iteration)
     run.begin_iteration()
     policy.stopwatch.restart()
     outcome = learn(components, run, iteration)
@@ -75,9 +75,9 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
         outcome.rewards,
         outcome.advantages,
         outcome.windows,
-        referred=components.rules.reference(iteration).steps > 0,
+        referred=components.algorithm.reference(iteration).steps > 0,
     )
-    noisy = components.rules.noise_scale.add(numbers.get("gradient_signal"), numbers.get("gradient_noise"))
+    noisy = components.noise_scale.add(numbers.get("gradient_signal"), numbers.get("gradient_noise"))
     if noisy:
         run.note_once(f"iteration {iteration}: {noisy}", key="gradient noise")
     record = {
@@ -97,7 +97,7 @@ def _counters(components: Components, iteration: int) -> dict[str, Any]:
     """Totals of all ranks after an iteration."""
     policy, groups = components.policy, components.groups
     return {
-        "learning_rate": components.rules.learning_rate(iteration),
+        "learning_rate": components.algorithm.learning_rate(iteration),
         "images": (iteration + 1) * groups.per_iteration * groups.size,
         **asdict(policy.calls),
         "evaluations": policy.calls.evaluations,
@@ -107,11 +107,11 @@ def _counters(components: Components, iteration: int) -> dict[str, Any]:
 
 def learn(components: Components, run: Run, iteration: int) -> Outcome:
     """Draw the groups of an iteration, then roll out, reward and update round by round."""
-    rules, engine, note = components.rules, components.engine, run.note
-    engine.set_learning_rate(rules.learning_rate(iteration))
+    algorithm, engine, note = components.algorithm, components.engine, run.note
+    engine.set_learning_rate(algorithm.learning_rate(iteration))
     with engine.gathered():
         windows, groups = begin(components, run, iteration)
-    reference = rules.reference(iteration)
+    reference = algorithm.reference(iteration)
     if reference.mean and all(window.start >= reference.mean_steps for window in windows):
         run.note_once(
             f"iteration {iteration}: every window starts after the first {reference.mean_steps} steps, which "
@@ -126,13 +126,13 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         with engine.gathered():
             rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
-            rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=rules.skip_not_finite)
+            rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=algorithm.skip_not_finite)
             advantages = standardise(
                 rewards,
                 components.advantages,
                 components.policy.device,
-                sharpness=rules.sharpness,
-                gae_lambda=rules.gae_lambda,
+                sharpness=algorithm.sharpness,
+                gae_lambda=algorithm.gae_lambda,
             )
             for kind, sentence in spread_notes(rewards, components.advantages).items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
@@ -154,5 +154,5 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         outcome.skipped += skipped
         # graphs of a skipped step are still kept: they must not outlive the next rollout's
         del rolled_out
-    check_drift(outcome.drift, rules.max_drift, iteration)
+    check_drift(outcome.drift, algorithm.max_drift, iteration)
     return outcome

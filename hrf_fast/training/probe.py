@@ -59,7 +59,7 @@ class StartProbe:
                 [self._prompts[group] for group in numbers],
                 estimate=estimate,
                 images_per_call=components.calls.sampled,
-                guided=components.rules.guided,
+                guided=components.algorithm.guided,
             )
         by_group: dict[int, tuple[Tensor, Tensor]] = {}
         for part in comm.gather(dict(zip(numbers, measured, strict=True))):

@@ -12,8 +12,8 @@ from torch import Tensor
 from hrf_fast.distributed import comm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import CombinedReward, NotFiniteError
+from hrf_fast.training.advantages import Advantages, Peers, apply_advantages
 from hrf_fast.training.credit import step_advantages
-from hrf_fast.training.peers import Advantages, Peers, apply_advantages
 from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
 from hrf_fast.training.worker import Worker
 from hrf_fast.vision.base import FeatureNetwork

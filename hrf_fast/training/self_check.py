@@ -48,7 +48,7 @@ def self_check(components: Components) -> str:
 
 
 def _verdict(components: Components, error: float, joined: bool) -> str:
-    policy, plan, clips = components.policy, components.calls, components.rules.clips
+    policy, plan, clips = components.policy, components.calls, components.algorithm.clips
     steps, stop = len(policy.sampler), policy.sampler.stochastic_steps
     # of a schedule that does not say so, a user's, the last stochastic step
     shortest = getattr(components.schedule, "shortest", Window(stop - 1, stop))
@@ -98,7 +98,7 @@ def _joined(components: Components) -> int:
 def _group(components: Components, number: int, window: Window) -> Group:
     policy, groups = components.policy, components.groups
     ids = torch.tensor(groups.sample_ids(number), device=policy.device)
-    noise = NoiseKey(noise_key(components.rules.seed, 0, "self_check"), ids)
+    noise = NoiseKey(noise_key(components.algorithm.seed, 0, "self_check"), ids)
     prompt = components.panel.prompt(number)
-    condition = policy.condition([prompt] * groups.size, guided=components.rules.guided)
+    condition = policy.condition([prompt] * groups.size, guided=components.algorithm.guided)
     return Group(number, window, noise, condition, prompt=prompt)

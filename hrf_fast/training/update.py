@@ -41,9 +41,9 @@ def update(
         FloatingPointError: a gradient is not finite and is not to be skipped; the step was not made, on all ranks.
     """
     made, skipped = [], 0
-    rules = components.rules
-    offsets = draw_offsets(rules.seed, iteration, rules.inner_epochs, components.groups.num_steps)
-    for epoch in range(rules.inner_epochs):
+    algorithm = components.algorithm
+    offsets = draw_offsets(algorithm.seed, iteration, algorithm.inner_epochs, components.groups.num_steps)
+    for epoch in range(algorithm.inner_epochs):
         for step in steps:
             if any(group not in advantages for group in components.groups.of_step(step)):
                 skipped += 1
@@ -55,7 +55,7 @@ def update(
                 named = f"groups {groups[0]} to {groups[-1]}" if len(groups) > 1 else f"group {groups[0]}"
                 where = f"iteration {iteration}, {named}"
                 # an overflow is part of fp16, whatever the user says of gradients that are not finite
-                if not components.rules.skip_not_finite and not isinstance(error, LossScaleOverflow):
+                if not components.algorithm.skip_not_finite and not isinstance(error, LossScaleOverflow):
                     raise comm.on_all_ranks(FloatingPointError(f"{where}: {error}")) from error
                 note(f"{where}: optimizer step skipped: {error}")
                 skipped += 1
@@ -75,9 +75,9 @@ def _step(
     rank_groups = groups.of_rank(step, groups.rank)
     calls: Sequence[Call] = plan.update(rolled_out.calls, {group: windows[group] for group in rank_groups})
     pairs, factor, thinning = groups.size * sum(len(windows[g]) for g in groups.of_step(step)), 1.0, None
-    if components.rules.thinning.active:
-        thin, flat = components.rules.thinning.thin, list[int]()
-        if components.rules.thinning.skip_flat:
+    if components.algorithm.thinning.active:
+        thin, flat = components.algorithm.thinning.thin, list[int]()
+        if components.algorithm.thinning.skip_flat:
             flat = [group for group in groups.of_step(step) if not advantages[group].any()]
         thinning = partial(thin, offset=offset, steps_per_call=plan.steps_per_call, flat=flat)
         calls, factor = thinning(calls)
@@ -90,8 +90,8 @@ def _step(
         {group: rolled_out.trajectories[group] for group in rank_groups},
         {group: advantages[group] for group in rank_groups},
         calls,
-        components.rules.clips,
-        reference=components.rules.reference(iteration),
+        components.algorithm.clips,
+        reference=components.algorithm.reference(iteration),
         pairs=pairs,
         padding=_padding(components, windows, step, thinning) if all(call.prediction is None for call in calls) else 0,
         measure=plan.halves,

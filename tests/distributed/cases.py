@@ -120,7 +120,7 @@ def four_groups(words: Sequence[str]) -> FourGroups:
     that are aligned as it will align them (`load_policy` says why; a step of std 0.01 magnifies the rounding of
     unaligned ones to 2e-5 of the gradient).
     """
-    from hrf_fast.assembly.algorithm import build_call_plan, build_groups, build_rules
+    from hrf_fast.assembly.algorithm import build_algorithm, build_call_plan, build_groups
     from hrf_fast.assembly.model import build_engine, build_policy
     from hrf_fast.config.load import load_config
     from hrf_fast.noise import NoiseKey, noise_key
@@ -149,9 +149,9 @@ def four_groups(words: Sequence[str]) -> FourGroups:
         call.prediction = policy.predict(latents, step, conditions[piece.group][piece.samples])
     generator = torch.Generator().manual_seed(3)
     advantages = {group: torch.randn(groups.size, generator=generator) for group in range(len(windows))}
-    unused: dict[str, Any] = dict.fromkeys(("reward", "rewarder", "schedule", "advantages", "panel"))
-    rules = build_rules(config, policy.sampler)
-    components = Components(policy, engine, groups=groups, calls=plan, rules=rules, **unused)
+    unused: dict[str, Any] = dict.fromkeys(("reward", "rewarder", "schedule", "advantages", "panel", "noise_scale"))
+    algorithm = build_algorithm(config, policy.sampler)
+    components = Components(policy, engine, groups=groups, calls=plan, algorithm=algorithm, **unused)
     return FourGroups(components, rolled_out, windows, advantages, [0])
 
 
@@ -190,7 +190,7 @@ def not_finite(words: Sequence[str]) -> list:
     again, _ = update(*iteration, iteration=7, note=notes.append)
     after = weights()
     finite = bool(after.isfinite().all()) and not torch.equal(after, before)
-    stopping = replace(components, rules=replace(components.rules, skip_not_finite=False))
+    stopping = replace(components, algorithm=replace(components.algorithm, skip_not_finite=False))
     try:
         update(*broken._replace(components=stopping), iteration=7, note=notes.append)
         message = ""

@@ -10,10 +10,10 @@ from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sampler import build_sampler
-from hrf_fast.training.advantages import group_advantages
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, optimizer_step
+from hrf_fast.training.standardising import group_advantages
 from hrf_fast.training.trajectory import Trajectory
 from hrf_fast.windows.base import Window
 from hrf_fast.windows.criterion import select_start

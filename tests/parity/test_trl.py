@@ -9,10 +9,10 @@ from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.sampler import build_sampler
 from hrf_fast.prompts import Prompt
-from hrf_fast.training.advantages import group_advantages
 from hrf_fast.training.calls import Call, CallPlan, Piece
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, call_surrogate, optimizer_step
+from hrf_fast.training.standardising import group_advantages
 from hrf_fast.training.trajectory import Trajectory
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_log_prob, gaussian_mean

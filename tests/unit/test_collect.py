@@ -17,7 +17,7 @@ from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.windows.base import Window
-from tests.conftest import T, make_policy, make_rules
+from tests.conftest import T, make_algorithm, make_policy
 
 SEED, SIZE, CPU = 7, 3, torch.device("cpu")
 
@@ -84,7 +84,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, plan=No
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
         calls=plan or CallPlan(SIZE),
         anchors=Anchors(),
-        rules=make_rules(SEED, guided=guided, shared_noise=asked.get("shared_noise")),
+        algorithm=make_algorithm(SEED, guided=guided, shared_noise=asked.get("shared_noise")),
         draw_prompts=lambda iteration: prompts or [None] * 4,
     )
 

@@ -17,8 +17,7 @@ from hrf_fast.policies.network import Network
 from hrf_fast.policies.normalisation import HalfGroupNorm
 from hrf_fast.run.files import read_log
 from hrf_fast.train import train
-from hrf_fast.training import warm_up as warm_up_module
-from hrf_fast.training.warm_up import warm_up
+from hrf_fast.training.compile_graphs import compile_graphs
 from tests.conftest import make_scheduler, make_smallest_unet
 
 pytestmark = pytest.mark.long
@@ -81,10 +80,12 @@ def test_the_last_call_of_a_rank_s_share_of_a_panel_has_its_graph(smallest_model
     _, components = build_components(load_config(words(smallest_model, tmp_path / "run", **options)))
     components.policy.compiled = "unet"
     made = []
-    monkeypatch.setattr(warm_up_module, "compile_graphs", lambda policy, sizes, *_, **__: made.extend(sizes))
+    monkeypatch.setattr(
+        "hrf_fast.training.compile_graphs.compile_sizes", lambda policy, sizes, *_, **__: made.extend(sizes)
+    )
     # 128 images leave three for the last call, a share of 16 leaves one
     groups = replace(components.groups, ranks=ranks, per_iteration=2 * ranks)
-    warm_up(replace(components, groups=groups), print)
+    compile_graphs(replace(components, groups=groups), print)
     assert (1 in made) == single
 
 
@@ -128,7 +129,9 @@ def test_an_update_in_deterministic_mode_compiles_nothing_again(
     mode, activations, smallest_model, tmp_path, graphs, deterministic, monkeypatch
 ):
     made = []
-    monkeypatch.setattr("hrf_fast.train.warm_up", lambda *args: (warm_up(*args), made.append(len(graphs))))
+    monkeypatch.setattr(
+        "hrf_fast.train.compile_graphs", lambda *args: (compile_graphs(*args), made.append(len(graphs)))
+    )
     options = {"compute.compile": mode, "compute.activations": activations, "train.iterations": 1}
     train(load_config(words(smallest_model, tmp_path / "run", **options)))
     assert made == [len(graphs)] and made[0] >= 2
@@ -216,15 +219,15 @@ def test_activations_checkpoint_has_the_gradient_of_eager_in_the_real_tracer(sma
     assert saved[2] < saved[1]
 
 
-def test_the_warm_up_leaves_no_gradient_and_no_count(smallest_model, graphs, tmp_path):
+def test_compiling_leaves_no_gradient_and_no_count(smallest_model, graphs, tmp_path):
     _, components = build_components(load_config(words(smallest_model, tmp_path, **{"compute.compile": "unet"})))
-    warm_up(components, lambda note: None)
+    compile_graphs(components, lambda note: None)
     assert len(graphs) == 2
     assert all(parameter.grad is None for parameter in components.policy.unet.parameters())
     assert components.policy.calls.batches == 0
 
 
-def test_a_model_that_does_not_compile_is_refused_by_the_warm_up(smallest_model, graphs, tmp_path, monkeypatch):
+def test_a_model_that_does_not_compile_is_refused_before_training(smallest_model, graphs, tmp_path, monkeypatch):
     def backend(graph, inputs):
         raise RuntimeError("no such instruction")
 
@@ -247,14 +250,16 @@ def test_a_model_that_does_not_compile_is_refused_by_the_warm_up(smallest_model,
         ({"evaluation.panel_size": 65}, [3, 1]),
     ],
 )
-def test_the_warm_up_compiles_batches_of_one_where_a_split_of_the_run_leaves_one(
+def test_batches_of_one_are_compiled_where_a_split_of_the_run_leaves_one(
     options, sizes, smallest_model, tmp_path, graphs, monkeypatch
 ):
     options = {"compute.images_per_call": 0, "compute.compile": "unet", **options}
     _, components = build_components(load_config(words(smallest_model, tmp_path, **options)))
     compiled = []
-    monkeypatch.setattr(warm_up_module, "compile_graphs", lambda policy, sizes, *_, **__: compiled.extend(sizes))
-    warm_up(components, lambda note: None)
+    monkeypatch.setattr(
+        "hrf_fast.training.compile_graphs.compile_sizes", lambda policy, sizes, *_, **__: compiled.extend(sizes)
+    )
+    compile_graphs(components, lambda note: None)
     assert compiled == sizes
 
 

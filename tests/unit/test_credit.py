@@ -5,9 +5,9 @@ import torch
 
 from hrf_fast.config.load import load_config
 from hrf_fast.rewards import RewardError
+from hrf_fast.training.advantages import build_advantages
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.credit import step_advantages
-from hrf_fast.training.peers import build_advantages
 from hrf_fast.training.rewarding import GroupRewards, standardise
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window

@@ -19,7 +19,7 @@ from hrf_fast.training.components import Components
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.probe import probe_starts
 from hrf_fast.training.rewarding import Rewarder
-from tests.conftest import make_rules, tiny_words
+from tests.conftest import make_algorithm, tiny_words
 from tests.prompted import WORDS, make_prompted_policy, prompted  # noqa: F401 (a fixture)
 from tests.runs import assert_equal_training, metrics, panels, scheduled, train, with_folder
 from tests.unit.test_collect import Phases, Schedule, late
@@ -54,7 +54,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         groups=groups,
         calls=CallPlan(3, images_per_call),
         anchors=Anchors(),
-        rules=make_rules(SEED, guided=guided),
+        algorithm=make_algorithm(SEED, guided=guided),
         prompts=SOURCE,
     )
     components.draw_prompts = lambda iteration: Components.draw_prompts(components, iteration)
@@ -92,12 +92,12 @@ def test_any_number_of_ranks_draws_the_prompts_of_one():
         assert len(groups) == 2 and all(alone[number].prompt == group.prompt for number, group in groups.items())
 
 
-def test_groups_are_guided_or_not_as_the_rules_say_and_panels_always_are():
+def test_groups_are_guided_or_not_as_the_algorithm_says_and_panels_always_are():
     for guided in (True, False):
         components = make_components(lambda n, probe: [probe([[3]] * n), late(n, probe)][1], guided=guided)
         begin(components, Phases(), iteration=0)
-        # anchors, the search's lanes, groups
-        assert len(components.policy.asked) == 1 + 4 + 4
+        # all groups, anchors, the search's lanes
+        assert len(components.policy.asked) == 1 + 1 + 4
         assert {guided for _, guided in components.policy.asked} == {guided}
         components.policy.asked.clear()
         Panel(4, 1, 64).with_prompts(SOURCE, 2).evaluate(components.policy, components.reward)

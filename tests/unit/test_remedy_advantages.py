@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from hrf_fast.config.load import load_config
-from hrf_fast.training.advantages import group_advantages, within_band
+from hrf_fast.training.advantages import apply_advantages, build_advantages
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
-from hrf_fast.training.peers import apply_advantages, build_advantages
 from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
 from hrf_fast.training.rewarding import GroupRewards, standardise
 from hrf_fast.training.rollout import rollout
+from hrf_fast.training.standardising import group_advantages, within_band
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_log_prob
 from tests.conftest import GRADIENT_TOLERANCE, make_group, make_policy, tiny_words

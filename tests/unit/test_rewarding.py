@@ -11,7 +11,7 @@ import torch
 
 from hrf_fast.rewards import NotFiniteError, RewardError, Rewards, build_reward
 from hrf_fast.stopwatch import Stopwatch
-from hrf_fast.training.peers import build_advantages
+from hrf_fast.training.advantages import build_advantages
 from hrf_fast.training.rewarding import (
     GroupRewards,
     Rewarder,

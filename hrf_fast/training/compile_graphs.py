@@ -1,4 +1,4 @@
-"""Warm-up: make all graphs of a compiled network before training, so that no iteration pays for one."""
+"""Compile all graphs of a network before training, so that no iteration pays for one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hrf_fast.prompts import Prompt
 from hrf_fast.training.components import Components
 
 
-def warm_up(components: Components, note: Callable[[str], None]) -> None:
+def compile_graphs(components: Components, note: Callable[[str], None]) -> None:
     """Compile all graphs that a run needs, uncounted and without a gradient left behind; a no-op without compiling.
 
     Raises:
@@ -25,18 +25,18 @@ def warm_up(components: Components, note: Callable[[str], None]) -> None:
     if components.policy.compiled != "none":
         # what a rank samples: anchors, groups, its share of a panel
         splits = (groups.per_iteration // groups.ranks, groups.size, -(-panel.size // groups.ranks))
-        compile_graphs(
+        compile_sizes(
             components.policy,
             components.calls.sizes(splits),
             note,
             panel.prompt(0),
-            guided=components.rules.guided,
+            guided=components.algorithm.guided,
             # a weight may begin at 0
-            referred=any(components.rules.reference(iteration).steps for iteration in (0, 1)),
+            referred=any(components.algorithm.reference(iteration).steps for iteration in (0, 1)),
         )
 
 
-def compile_graphs(
+def compile_sizes(
     policy: Policy,
     sizes: Sequence[int],
     note: Callable[[str], None],
