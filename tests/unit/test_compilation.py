@@ -20,6 +20,8 @@ from hrf_fast.train import train
 from hrf_fast.training.compile_graphs import compile_graphs
 from tests.conftest import make_scheduler, make_smallest_unet
 
+COMPILE_SIZES = "hrf_fast.training.compile_graphs.compile_sizes"
+
 pytestmark = pytest.mark.long
 
 # a graph with gradient and one without, for each of conv-in to conv-out, or of down, mid and up
