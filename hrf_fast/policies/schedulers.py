@@ -8,6 +8,7 @@ are refused by name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ _KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     *("set_alpha_to_one", "clip_sample"),
 )
+# settings that a policy has whatever the model's scheduler says or leaves out
+_DECIDED = ("clip_sample", "set_alpha_to_one", "steps_offset")
 # settings under which a compatible class drives models of another kind
 _OTHER_KINDS = {"use_flow_sigmas": (None, False), "timestep_type": (None, "discrete")}
 
@@ -110,6 +113,21 @@ def make_scheduler(model: str, config: dict[str, Any], imposed: Mapping[str, Any
             )
         scheduler = ddim
     return type(scheduler).from_config(scheduler.config, **imposed) if imposed else scheduler
+
+
+def not_defaults(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resolved config that `from_config` of a scheduler's class may not take from the model's own.
+
+    These are the settings that `make_scheduler` decides, as far as they are not the class's default.
+    """
+    import diffusers
+
+    defaults = inspect.signature(getattr(diffusers, kind)).parameters
+    return {
+        name: config[name]
+        for name in _DECIDED
+        if name in config and name in defaults and config[name] != defaults[name].default
+    }
 
 
 def _from_config(model: str, kind: str, config: Any, **changed: Any) -> Any:

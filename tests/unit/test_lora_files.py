@@ -1,6 +1,8 @@
 """Adapters of text-to-image models as files: diffusers loads them and draws as the run did; merged, and wrong ones."""
 
+import json
 import re
+import shutil
 
 import diffusers
 import pytest
@@ -17,6 +19,8 @@ from hrf_fast.config.load import load_config
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.memory.planner import plan
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sample import sample
@@ -29,7 +33,9 @@ from tests.text_models import SIDE, load_text_policy, text_model
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 DRAWING = (
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
     "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
 )
 
 
@@ -53,6 +59,7 @@ def run(tmp_path_factory):
         "evaluation.panel_size=16",
         "evaluation.images_per_prompt=2",
         f"prompts.source={prompts}",
+        "prompts.negative=dog",
     ]
     train([*words, "window.schedule=random", "train.groups_per_iteration=1"], reward=brightness)
     return folder, words
@@ -63,11 +70,8 @@ def lines_of(folder) -> str:
     return block
 
 
-def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, monkeypatch):
-    folder, words = run
-    assert {path.name for path in (folder / "model").iterdir()} == {"README.md", LORA_WEIGHTS}
-    policy = build_policy(load_config(words), str(folder / "model"))
-    noise = Panel(16, 1234, 16).noise(policy)
+def drawn(code, policy, noise, folder, monkeypatch):
+    """The images of lines of Python, run in a folder, whose noise is that of hrf's panel instead of PyTorch's."""
     steps = iter(range(-1, 1000))
 
     def randn_tensor(asked, **_):
@@ -75,21 +79,57 @@ def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, mo
         shape = policy.latent_shape
         return philox_normal(shape, seed=noise.seed, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
 
+    names = {}
+    with quiet(), monkeypatch.context() as patch:
+        for module in DRAWING:
+            patch.setattr(f"{module}.randn_tensor", randn_tensor)
+        patch.chdir(folder)
+        exec(code, names)
+    return names["images"]
+
+
+def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, monkeypatch):
+    folder, words = run
+    assert {path.name for path in (folder / "model").iterdir()} == {"README.md", LORA_WEIGHTS}
+    policy = build_policy(load_config(words), str(folder / "model"))
+    noise, prompts = Panel(16, 1234, 16).noise(policy), [Prompt("cat", "dog")] * 16
     code = lines_of(folder / "model").replace("your prompt", "cat").replace('"sd1"', f'"{text_model("sd1")}"')
     assert 'pipeline.load_lora_weights(".")' in code and str(text_model("sd1")) in code
-    for module in DRAWING:
-        monkeypatch.setattr(f"{module}.randn_tensor", randn_tensor)
-    monkeypatch.chdir(folder / "model")
-    names = {}
-    with quiet():
-        exec(code, names)
-    expected = policy.decode(sample(policy, noise, [Prompt("cat")] * 16, images_per_call=16))
-    torch.testing.assert_close(names["images"], expected, atol=1e-5, rtol=0)
+    expected = policy.decode(sample(policy, noise, prompts, images_per_call=16))
+    torch.testing.assert_close(drawn(code, policy, noise, folder / "model", monkeypatch), expected, atol=1e-5, rtol=0)
     assert panels(folder)[-1]["reward"][0] == pytest.approx(float(brightness(expected, None).mean()), abs=1e-5)
     # and the adapters have moved it
     pretrained = build_policy(load_config(words))
-    start = pretrained.decode(sample(pretrained, noise, [Prompt("cat")] * 16, images_per_call=16))
+    start = pretrained.decode(sample(pretrained, noise, prompts, images_per_call=16))
     assert float((start - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "sampler"),
+    [
+        ("sd1", "DPMSolverMultistepScheduler", "ddim"),
+        ("sd1", "PNDMScheduler", "ddim_trl"),
+        ("sdxl", "EulerDiscreteScheduler", "ddim"),
+        ("sdxl", "PNDMScheduler", "ddim"),
+        ("sdxl", "UniPCMultistepScheduler", "ddpm"),
+    ],
+)
+def test_the_lines_draw_by_the_policys_settings_where_the_base_says_none(
+    kind, scheduler, sampler, tmp_path, monkeypatch
+):
+    base = shutil.copytree(text_model(kind), tmp_path / "base")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **betas}))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))
+    policy = load_policy(str(base), sampler=sampler, num_inference_steps=6, guidance_scale=5.0)
+    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
+    policy.save(tmp_path / "adapters")
+    code = policy.example(sampler, 6, 1.0, f'"{base}"', negative="dog").replace("your prompt", "cat")
+    noise = NoiseKey(3, torch.arange(16))
+    expected = policy.decode(sample(policy, noise, [Prompt("cat", "dog")] * 16, images_per_call=16))
+    images = drawn(code, policy, noise, tmp_path / "adapters", monkeypatch)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])

@@ -56,6 +56,8 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 class FluxPolicy(TextToImagePolicy):
     """The policy of a FluxPipeline, whose latents are tokens and whose guidance is an input of the network."""
 
+    has_unconditional_branch = False
+
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The embeddings of prompts and, for a transformer that takes it, the guidance scale: 1 if not `guided`.
 
