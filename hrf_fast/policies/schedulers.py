@@ -33,6 +33,8 @@ COMPATIBLE = (
     "UniPCMultistepScheduler",
 )
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# schedulers of distilled models, whose configs a DDIM reads
+_DISTILLED = ("LCMScheduler", "TCDScheduler")
 # settings that a DDIM takes over; diffusers drops those that are another class's defaults
 _KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
@@ -68,7 +70,9 @@ def check_scheduler(
         )
     if kind not in COMPATIBLE:
         known = ", ".join((*COMPATIBLE, FLOW_SCHEDULER))
-        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {known}")
+        # the betas are those of DDPM, and the steps alone are others
+        way_out = "; write DDIMScheduler as _class_name into its scheduler_config.json" if kind in _DISTILLED else ""
+        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {known}{way_out}")
     for setting, allowed in _OTHER_KINDS.items():
         if config.get(setting) not in allowed:
             raise ValueError(

@@ -187,6 +187,44 @@ def test_other_pipelines_are_refused_by_their_class(copy, kind):
 
 
 @pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
+        ("StableDiffusionInpaintPipeline", "StableDiffusionPipeline"),
+        ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+        ("StableDiffusionXLInpaintPipeline", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_pipelines_that_begin_with_a_picture_name_the_class_to_write(copy, kind, base):
+    edit(copy / "model_index.json", _class_name=kind)
+    with pytest.raises(ValueError, match=f"says {kind}.*if its UNet takes 4 channels .*write {base} into"):
+        load(copy)
+
+
+def test_a_pipeline_of_custom_code_is_refused_by_name(copy):
+    edit(copy / "model_index.json", _class_name=["pipeline", "MyPipe"])
+    with pytest.raises(ValueError, match=rf"model.name is '{copy}'.*says \['pipeline', 'MyPipe'\].*code of its own"):
+        load(copy)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("name", ["sd15.safetensors", "sd15.CKPT", "sd15.gguf", "index.json"])
+def test_a_single_file_is_refused_with_the_way_to_a_folder(name, absolute, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "m" / name
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    # relative, it has the form of a hub id
+    value = str(path) if absolute else f"m/{name}"
+    way_out = {
+        "sd15.gguf": "quantised.*name the diffusers folder or the hub id",
+        "index.json": "name the folder",
+    }.get(name, f"StableDiffusionPipeline.from_single_file.'{value}'..save_pretrained.*XL.*and name that folder")
+    with pytest.raises(ValueError, match=f"^model.name is '{value}', a single file.*{way_out}"):
+        load(value)
+
+
+@pytest.mark.parametrize(
     ("part", "values", "match"),
     [
         ("unet", {"in_channels": 9}, "takes 9 channels and returns 4.*inpainting"),
