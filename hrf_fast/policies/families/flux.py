@@ -129,7 +129,7 @@ FLUX = Family(
         "tokenizer_2": "T5TokenizerFast",
     },
     # latents of 128 x 128 where nobody says another size, as in its pipeline
-    Layout(call_flux, patch=lambda config: 2, tokens=True, packed=True, side=128),
+    Layout(call_flux, patch=lambda config: 2, tokens=True, packed=True, side=lambda config: 128),
     FluxPolicy,
     check,
     encoder=encoder,
