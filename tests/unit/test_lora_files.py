@@ -153,6 +153,29 @@ def test_diffusers_has_the_network_of_the_policy_with_alpha(kind, tmp_path):
     assert float((theirs - base).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_model_with_an_adapter_fused_is_a_model_to_start_from(kind, tmp_path):
+    """The calls that docs/models.md names."""
+    policy = load_text_policy(kind)
+    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
+    for weight in trained_weights(policy.unet).values():
+        nn.init.normal_(weight, std=0.3)
+    policy.save(tmp_path / "adapters")
+    with quiet():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(text_model(kind))
+        pipeline.load_lora_weights(tmp_path / "adapters")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        pipeline.save_pretrained(tmp_path / "fused")
+    fused = load_policy(str(tmp_path / "fused"), num_inference_steps=6, guidance_scale=5.0)
+    latents, condition = torch.randn(2, *policy.latent_shape), policy.condition([Prompt("cat")] * 2)
+    ours, theirs, start = (
+        each.predict(latents, 2, condition).combined.detach() for each in (policy, fused, load_text_policy(kind))
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert float((ours - start).abs().max()) > 0.1
+
+
 def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_path):
     folder, words = run
     checkpoint = folder / "checkpoints" / "iteration-000001"
