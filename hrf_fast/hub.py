@@ -183,7 +183,23 @@ def _not_delivered(option: str, repository: str, kind: str, error: Exception, fi
     value, name, path = (
         (f"{repository}:{filename}", f" {filename}", f"/{filename}") if filename else (repository, "", "")
     )
+    way_out = _licence(repository, error) or (
+        f"on a connected machine run `hf download {repository}{name} --local-dir some/folder` and set "
+        f"{option}=some/folder{path}"
+    )
     return ValueError(
-        f"{option} is {value!r}: no such {kind}, and the hub did not deliver it ({first_line(error)}); on a connected "
-        f"machine run `hf download {repository}{name} --local-dir some/folder` and set {option}=some/folder{path}"
+        f"{option} is {value!r}: no such {kind}, and the hub did not deliver it ({first_line(error)}); {way_out}"
+    )
+
+
+def _licence(repository: str, error: Exception) -> str:
+    """The way to a repository that the hub denies; empty for an error of another kind."""
+    gated = type(error).__name__ == "GatedRepoError"
+    if not gated and getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
+        return ""
+    # of a name that does not exist the hub says no more than of a private one
+    start = "" if gated else "check the name; if the repository is private or gated, "
+    return (
+        f"{start}accept the licence on https://huggingface.co/{repository}, then run `hf auth login` (or set HF_TOKEN) "
+        "with an account that has access"
     )

@@ -71,7 +71,9 @@ class PointPolicy(UnconditionalPolicy):
         save_file(self.unet.state_dict(), folder / "mlp.safetensors")
         (folder / "mlp.json").write_text(json.dumps({"num_inference_steps": len(self.sampler)}) + "\n")
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
+    def example(
+        self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."', negative: str = ""
+    ) -> str:
         return "mlp = Mlp()\nmlp.load_state_dict(load_file('mlp.safetensors'))\n"
 
 

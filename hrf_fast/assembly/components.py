@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hrf_fast.assembly.algorithm import build_algorithm, build_call_plan, build_config_advantages, build_groups
-from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts, check_reward, prompt_sources
+from hrf_fast.assembly.inputs import (
+    build_config_reward,
+    build_panel,
+    build_prompts,
+    check_reward,
+    guidance_note,
+    prompt_sources,
+)
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
@@ -111,7 +118,8 @@ def build_components(
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
     no_network = no_network_note(config.evaluation.network, config.model.name)
-    notes = (tuning, activations.reason, emulation, no_network, panel.note, spans_note(config))
+    guidance = guidance_note(config.model.name, policy)
+    notes = (tuning, activations.reason, emulation, no_network, guidance, panel.note, spans_note(config))
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 
 from hrf_fast.assembly.algorithm import build_call_plan
+from hrf_fast.assets import SHIPPED
 from hrf_fast.config.options import Config
 from hrf_fast.evaluation.panel import Panel, choose_network
+from hrf_fast.policies.base import Policy
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.prompts.sources import load_prompts
 from hrf_fast.rewards import CombinedReward, build_reward, check_names
@@ -66,6 +68,21 @@ def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
         prompts, source = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
         panel = replace(panel, source=source)
     return panel if prompts is None else panel.with_prompts(prompts, evaluation.images_per_prompt)
+
+
+def guidance_note(model: str, policy: Policy) -> str:
+    """A line for a text-to-image run without guidance; empty for a shipped model or one distilled to need none.
+
+    Args:
+        model: model.name.
+    """
+    if model in SHIPPED or policy.guidance_scale != 1 or not getattr(policy, "has_unconditional_branch", False):
+        return ""
+    return (
+        "sample.guidance_scale is 1: images are drawn and trained without guidance, as distilled (turbo) models want; "
+        "others follow prompts loosely so, and are published at 4.5 to 7.5: set sample.guidance_scale=5, for two rows "
+        "of the network an image"
+    )
 
 
 def prompt_sources(config: Config, source: dict[str, str] | None, panel: Panel) -> dict[str, dict[str, str] | None]:

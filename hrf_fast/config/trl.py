@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.config.trl_fields import COUNTS, DEFAULTS, HEAD, KNOWN, PRECISIONS, SAME
+from hrf_fast.config.trl_fields import COUNTS, DEFAULTS, HEAD, KNOWN, MOVED, PRECISIONS, SAME
 from hrf_fast.config.trl_notes import NETWORK, UNNAMED, Numbers, write_notes
 from hrf_fast.config.trl_source import TrlRun, read_source, read_words
 from hrf_fast.registry import check_count, nearest
@@ -86,6 +86,7 @@ def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, A
     per_step = values["train_batch_size"] * values["train_gradient_accumulation_steps"] * (processes or 1)
     tracked = values["per_prompt_stat_tracking"]
     options = {option: values[name] for name, option in SAME.items()} | {
+        "model.name": MOVED.get(values["pretrained_model"], values["pretrained_model"]),
         "sample.scheduler": "ddim",
         "window.schedule": "full",
         "prompts.source": run.prompts or "animals",

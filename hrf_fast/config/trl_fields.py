@@ -48,6 +48,8 @@ HEAD = {
     "hf_hub_aesthetic_model_filename": "aesthetic-model.pth",
 }
 """Fields of TRL's example that name the head of its aesthetic reward, and their defaults."""
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+"""Models that left their id of the hub, and the id of their mirror."""
 LEFT_OUT = {
     ("exp_name", "run_name", "logdir", "project_kwargs", "accelerator_kwargs"): (
         "run.folder names the run and holds all that it writes"

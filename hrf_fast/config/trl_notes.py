@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hrf_fast.config.trl_fields import ASKED_FOR, DECIDED, DEFAULTS, HEAD, KNOWN, LEFT_OUT
+from hrf_fast.config.trl_fields import ASKED_FOR, DECIDED, DEFAULTS, HEAD, KNOWN, LEFT_OUT, MOVED
 from hrf_fast.config.trl_source import TrlRun
 
 UNNAMED = "my_module:my_reward"
@@ -115,6 +115,8 @@ def _unlike_trl(values: Mapping[str, Any], numbers: Numbers) -> Iterator[str]:
             "train_cfg false: TRL samples with guidance and trains without, so its ratio is not 1 on policy; "
             "train.guidance=false leaves guidance out of both, and panels keep it"
         )
+    if mirror := MOVED.get(values["pretrained_model"]):
+        yield f"model.name: {mirror} takes the place of {values['pretrained_model']}, which is deprecated"
     if numbers.samples % numbers.per_step:
         yield (
             f"{numbers.samples} samples an epoch are no multiple of {numbers.per_step} per optimizer step, which TRL "

@@ -182,10 +182,13 @@ class Policy(Protocol):
         """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
         ...
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
+    def example(
+        self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."', negative: str = ""
+    ) -> str:
         """Lines of Python by which diffusers draws as this policy does, run in the folder that `save` wrote.
 
         The arguments are those of the policy's sampler, and `base` those of `from_pretrained` for the model that was
-        tuned, which adapters are loaded into. Afterwards `images` is [16, 3, H, W] in [0, 1].
+        tuned, which adapters are loaded into. `negative` is the negative prompt of a model that takes prompts.
+        Afterwards `images` is [16, 3, H, W] in [0, 1].
         """
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ class Layout:
     """Whether it makes tokens of the latents, by whose number schedulers shift their σ."""
     packed: bool = False
     """Whether the latents are those tokens, [tokens, C]."""
-    side: int | None = None
-    """Side of the latents at the model's own size; None for the config's sample_size."""
+    side: Callable[[Mapping[str, Any]], Any] = itemgetter("sample_size")
+    """The denoiser's config -> side of the latents at the model's own size, or (height, width)."""
 
 
 UNET = Layout(call_unet, patch=lambda config: int(2 ** (len(config["block_out_channels"]) - 1)))
@@ -96,7 +97,7 @@ def shape_of(
     Raises:
         ValueError: the size does not divide into latents and patches, or is beyond the model's positions.
     """
-    side = layout.side or denoiser["sample_size"]
+    side = layout.side(denoiser)
     height, width = (side, side) if isinstance(side, int) else side
     if vae is None:
         return Shape((denoiser["in_channels"], height, width), layout.call, None)

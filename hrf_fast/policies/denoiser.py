@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from hrf_fast.policies.compilation import compile_network
 from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
-from hrf_fast.policies.schedulers import FLOW_SCHEDULER
+from hrf_fast.policies.schedulers import FLOW_SCHEDULER, not_defaults
 from hrf_fast.stopwatch import Stopwatch
 from hrf_kernels import choose_backend
 
@@ -175,19 +175,25 @@ def check_finite(latents: Tensor) -> None:
         )
 
 
-def scheduler_of(kind: str, eta: float) -> tuple[str, str, str]:
+def scheduler_of(kind: str, eta: float, resolved: Mapping[str, Any] | None = None) -> tuple[str, str, str]:
     """The lines of `Policy.example` about a sampler.
+
+    Args:
+        resolved: config of the policy's scheduler, where the lines begin with another one: that of the base model,
+            whose `from_config` puts a class's default where the policy has its own.
 
     Returns:
         The scheduler's class, more arguments of its `from_config`, and more arguments of a pipeline's call.
     """
-    return {
-        "ddim": ("DDIMScheduler", "", f", eta={eta}"),
-        "ddim_trl": ("DDIMScheduler", ", set_alpha_to_one=False", f", eta={eta}"),
-        "ddpm": ("DDPMScheduler", "", ""),
+    name, options, noise = {
+        "ddim": ("DDIMScheduler", {}, f", eta={eta}"),
+        "ddim_trl": ("DDIMScheduler", {"set_alpha_to_one": False}, f", eta={eta}"),
+        "ddpm": ("DDPMScheduler", {}, ""),
         # diffusers has none of the samplers of flow models, and its own stochastic one is another rule: the ODE
-        **dict.fromkeys(FLOW_SAMPLERS, (FLOW_SCHEDULER, ", stochastic_sampling=False", "")),
+        **dict.fromkeys(FLOW_SAMPLERS, (FLOW_SCHEDULER, {"stochastic_sampling": False}, "")),
     }[kind]
+    settings = not_defaults(name, resolved or {}) | options
+    return name, "".join(f", {setting}={value!r}" for setting, value in settings.items()), noise
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class PromptEncoder:
         self._tokenizers, self._device, self._offload = tokenizers, device, offload
         self.encoders = nn.ModuleList(encoders).eval().requires_grad_(False).to("cpu" if offload else device)
         self._remembered: dict[str, Rows] = {}
-        self._cut: set[str] = set()
+        self._cut: set[tuple[int, str]] = set()
 
     def rows(self, texts: Sequence[str]) -> Rows:
         """The UNet's inputs [B, …] for B texts on the device, by their names, without gradient."""
@@ -94,11 +94,11 @@ class PromptEncoder:
         return encoder(tokens.input_ids.to(self._device), attention_mask=mask, **options)
 
     def _note_cut(self, tokenizer: Any, text: str, length: int) -> None:
-        """Warn of a text that is longer than an encoder takes, once."""
+        """Warn of a text that is longer than an encoder takes, once for each length."""
         ids = tokenizer(text, verbose=False).input_ids
-        if len(ids) <= length or text in self._cut:
+        if len(ids) <= length or (length, text) in self._cut:
             return
-        self._cut.add(text)
+        self._cut.add((length, text))
         # the last token that fits is the end of the text
         dropped = tokenizer.decode(ids[length - 1 : -1])
         warnings.warn(

@@ -22,6 +22,8 @@ from hrf_fast.policies.schedulers import check_scheduler
 
 # what model_index.json may say that a pipeline lacks, as [null, null]
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
+# files that hold a whole model of other programs
+_CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # of every model; those of text-to-image parts follow where model_index.json has them
 CONFIGS = (
     *("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"),
@@ -80,6 +82,7 @@ def read_model(
             for file in part.weights
         ]
 
+    _check_no_file(name)
     folder = find_folder(
         "model.name",
         name,
@@ -116,6 +119,22 @@ def read_decoder(name: str) -> Component:
     configs = ("config.json", INDEXES)
     folder = find_folder(option, name, files=configs, choose=lambda folder, names: read(folder, names).weights)
     return read(folder, files_in(folder))
+
+
+def _check_no_file(name: str) -> None:
+    """Refuse a single file, which lacks the configs of the parts, with the way to a folder that has them."""
+    path = Path(name).expanduser() if isinstance(name, str) else Path()
+    if not path.is_file():
+        return
+    way_out = "name the folder of a diffusers pipeline or a hub id"
+    if path.suffix.lower() == ".gguf":
+        way_out = "its weights are quantised and can't be trained: name the diffusers folder or the hub id of the model"
+    elif path.suffix.lower() in _CHECKPOINTS:
+        way_out = (
+            f"convert it once with diffusers, `StableDiffusionPipeline.from_single_file({name!r})"
+            ".save_pretrained(FOLDER)` (StableDiffusionXLPipeline for an XL), and name that folder"
+        )
+    raise ValueError(f"model.name is {name!r}, a single file and no diffusers folder; {way_out}")
 
 
 def _read(name: str, folder: Path) -> ModelFiles:
@@ -156,12 +175,23 @@ def _pipeline(folder: Path, name: str) -> str:
     if not index.is_file():
         return "DDPMPipeline"
     kind = read_json(index).get("_class_name", "DDPMPipeline")
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"model.name is {name!r}, whose model_index.json says {kind}, a pipeline with code of its own; use a model "
+            f"of one of {', '.join(FAMILIES)}"
+        )
     if kind not in FAMILIES:
+        base = kind.replace("Img2Img", "").replace("Inpaint", "")
+        way_out = (
+            f"; if its UNet takes 4 channels (in_channels of unet/config.json), write {base} into model_index.json"
+            if base in FAMILIES and "unet" in FAMILIES[base].parts
+            else ""
+        )
         raise ValueError(
             f"model.name is {name!r}, whose model_index.json says {kind}; there is a policy for "
-            f"{', '.join(FAMILIES)} only"
+            f"{', '.join(FAMILIES)} only{way_out}"
         )
-    return str(kind)
+    return kind
 
 
 def _component(name: str, folder: Path, pipeline: str, part: str, kind: str) -> Component:

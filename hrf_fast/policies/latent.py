@@ -49,6 +49,8 @@ class LatentPolicy(UnconditionalPolicy):
             pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=unet, scheduler=self.scheduler)
             pipeline.save_pretrained(folder, safe_serialization=True)
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
+    def example(
+        self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."', negative: str = ""
+    ) -> str:
         """See `Policy.example`."""
         return pipeline_example("LDMPipeline", scheduler, num_inference_steps, eta)

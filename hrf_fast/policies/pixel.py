@@ -34,7 +34,9 @@ class PixelPolicy(UnconditionalPolicy):
         with contiguous(unet):
             pipeline(unet=unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
+    def example(
+        self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."', negative: str = ""
+    ) -> str:
         """See `Policy.example`."""
         pipeline = "DDIMPipeline" if scheduler.startswith("ddim") else "DDPMPipeline"
         return pipeline_example(pipeline, scheduler, num_inference_steps, eta)

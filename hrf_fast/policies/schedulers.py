@@ -8,6 +8,7 @@ are refused by name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,11 +33,15 @@ COMPATIBLE = (
     "UniPCMultistepScheduler",
 )
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# schedulers of distilled models, whose configs a DDIM reads
+_DISTILLED = ("LCMScheduler", "TCDScheduler")
 # settings that a DDIM takes over; diffusers drops those that are another class's defaults
 _KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     *("set_alpha_to_one", "clip_sample"),
 )
+# settings that a policy has whatever the model's scheduler says or leaves out
+_DECIDED = ("clip_sample", "set_alpha_to_one", "steps_offset")
 # settings under which a compatible class drives models of another kind
 _OTHER_KINDS = {"use_flow_sigmas": (None, False), "timestep_type": (None, "discrete")}
 
@@ -65,7 +70,9 @@ def check_scheduler(
         )
     if kind not in COMPATIBLE:
         known = ", ".join((*COMPATIBLE, FLOW_SCHEDULER))
-        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {known}")
+        # the betas are those of DDPM, and the steps alone are others
+        way_out = "; write DDIMScheduler as _class_name into its scheduler_config.json" if kind in _DISTILLED else ""
+        raise ValueError(f"model.name is {model!r}, whose scheduler is {kind}; use one of {known}{way_out}")
     for setting, allowed in _OTHER_KINDS.items():
         if config.get(setting) not in allowed:
             raise ValueError(
@@ -110,6 +117,21 @@ def make_scheduler(model: str, config: dict[str, Any], imposed: Mapping[str, Any
             )
         scheduler = ddim
     return type(scheduler).from_config(scheduler.config, **imposed) if imposed else scheduler
+
+
+def not_defaults(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resolved config that `from_config` of a scheduler's class may not take from the model's own.
+
+    These are the settings that `make_scheduler` decides, as far as they are not the class's default.
+    """
+    import diffusers
+
+    defaults = inspect.signature(getattr(diffusers, kind)).parameters
+    return {
+        name: config[name]
+        for name in _DECIDED
+        if name in config and name in defaults and config[name] != defaults[name].default
+    }
 
 
 def _from_config(model: str, kind: str, config: Any, **changed: Any) -> Any:

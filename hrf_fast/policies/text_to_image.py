@@ -31,6 +31,8 @@ class TextToImagePolicy(DenoiserPolicy):
     """The policy of a pipeline that takes prompts; its denoiser alone is trained."""
 
     takes_prompts = True
+    has_unconditional_branch = True
+    """Whether guidance leads away from a branch of its own, that of the negative prompt."""
 
     def __init__(
         self,
@@ -115,16 +117,22 @@ class TextToImagePolicy(DenoiserPolicy):
                     # vocab.json and merges.txt, which transformers 4 reads; 5 writes tokenizer.json alone
                     part.backend_tokenizer.model.save(str(folder / name))
 
-    def example(self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."') -> str:
+    def example(
+        self, scheduler: str, num_inference_steps: int, eta: float, base: str = '"."', negative: str = ""
+    ) -> str:
         """See `Policy.example`."""
-        source, adapters = ('"."', "") if not adapted_layers(self.unet) else (base, 'pipeline.load_lora_weights(".")\n')
+        adapted = bool(adapted_layers(self.unet))
+        source, adapters = (base, 'pipeline.load_lora_weights(".")\n') if adapted else ('"."', "")
         # diffusers wants to hear of text encoders that are not there
         absent = [name for name, part in self._parts.items() if part is None and name.startswith(("text_", "token"))]
         source = ", ".join([source, *(f"{name}=None" for name in absent)])
-        kind, options, noise = scheduler_of(scheduler, eta)
+        kind, options, noise = scheduler_of(scheduler, eta, self.scheduler.config if adapted else None)
         names = sorted((self._pipeline, kind, *(["AutoencoderTiny"] if self._decoder_name else [])))
         tiny = f'pipeline.vae = AutoencoderTiny.from_pretrained("{self._decoder_name}")\n' if self._decoder_name else ""
-        arguments = f"\n    {noise.removeprefix(', ')}," if noise else ""
+        arguments = ""
+        if negative and self.has_unconditional_branch and self.guidance_scale > 1:
+            arguments += f"\n    negative_prompt={negative!r},"
+        arguments += f"\n    {noise.removeprefix(', ')}," if noise else ""
         if self._sized and self.shape.size:
             arguments += "\n    height={},\n    width={},".format(*self.shape.size)
         return f"""\

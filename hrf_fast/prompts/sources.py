@@ -20,6 +20,8 @@ from hrf_fast.user_code import source_of, source_of_file
 
 LISTS = {name: ASSETS / "prompts" / file for name, file in PROMPT_LISTS.items()}
 """Files of the lists that ship with the package, by name."""
+# files whose lines are more than prompts
+_NO_LISTS = (".csv", ".tsv", ".yaml", ".yml")
 
 
 def load_prompts(
@@ -51,6 +53,11 @@ def load_prompts(
         if path.suffix.lower() == ".json":
             raise ValueError(
                 f"{option} is {value!r}; write JSON lines (.jsonl), or a text file with a prompt on each line"
+            )
+        if path.suffix.lower() in _NO_LISTS:
+            raise ValueError(
+                f"{option} is {value!r}, which holds a table or a tree and no prompts alone; write JSON lines (.jsonl),"
+                " or a text file with a prompt on each line"
             )
         items = list(_json_lines(path) if path.suffix.lower() == ".jsonl" else _lines(path))
         return _list(option, value, items, negative), None if value in LISTS else source_of_file(path)

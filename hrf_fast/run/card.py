@@ -143,7 +143,9 @@ def _example(policy: Policy, config: Config) -> str:
     pinned = [f'{name}="{value}"' for name in ("revision", "variant") if (value := getattr(model, name))]
     shipped = f'ASSETS / "{model.name}" / "model"' if model.name in SHIPPED else ""
     base = shipped or ", ".join([f'"{_shown(model.name)}"', *pinned])
-    lines = policy.example(sample.scheduler, sample.num_inference_steps, sample.eta, base).strip()
+    lines = policy.example(
+        sample.scheduler, sample.num_inference_steps, sample.eta, base, negative=config.prompts.negative
+    ).strip()
     return f"from hrf_fast.assets import ASSETS\n{lines}" if shipped and shipped in lines else lines
 
 

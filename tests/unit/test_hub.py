@@ -2,10 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from hrf_fast.hub import find_file, find_folder
 from tests.hub import COMMIT, ID, Hub
@@ -177,6 +184,34 @@ def test_out_of_reach_the_error_has_the_command_that_brings_the_model(unreachabl
     message = str(caught.value)
     assert "hf download owner/heads v1.pth --local-dir some/folder" in message
     assert "aesthetic.head=some/folder/v1.pth" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "way_out"),
+    [
+        (GatedRepoError, 401, "; accept the licence on https://huggingface.co/owner/model, then run `hf auth login`"),
+        (GatedRepoError, 403, "; accept the licence on https://huggingface.co/owner/model, then run `hf auth login`"),
+        (RepositoryNotFoundError, 401, "; check the name; .*private or gated.*accept the licence.*`hf auth login`"),
+        (HfHubHTTPError, 403, "; check the name; .*private or gated.*accept the licence.*`hf auth login`"),
+    ],
+)
+def test_a_repository_that_asks_for_a_licence_says_how_to_give_it(hub, monkeypatch, kind, status, way_out):
+    error = kind(
+        f"{status} Client Error\nand more lines", response=SimpleNamespace(status_code=status, headers={}, request=None)
+    )
+
+    def fail(*_, **__):
+        raise error
+
+    # the hub tells anybody about a gated repository, and asks at its files
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    for find_it in (find, lambda: find_file("model.name", f"{ID}:a.pth")):
+        with pytest.raises(
+            ValueError, match=f"^model.name is '{ID}.*{status} Client Error.*{way_out}.*HF_TOKEN"
+        ) as caught:
+            find_it()
+        assert "\n" not in str(caught.value) and "connected machine" not in str(caught.value)
 
 
 def test_a_local_model_is_found_without_importing_the_hub_s_client(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import diffusers
 import pytest
@@ -22,6 +23,8 @@ from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.memory.planner import plan
+from hrf_fast.noise import NoiseKey
+from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sample import sample
@@ -36,7 +39,9 @@ pytestmark = pytest.mark.long
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 DRAWING = (
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
     "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
 )
 
 
@@ -60,6 +65,7 @@ def run(tmp_path_factory):
         "evaluation.panel_size=16",
         "evaluation.images_per_prompt=2",
         f"prompts.source={prompts}",
+        "prompts.negative=dog",
     ]
     train([*words, "window.schedule=random", "train.groups_per_iteration=1"], reward=brightness)
     return folder, words
@@ -70,11 +76,8 @@ def lines_of(folder) -> str:
     return block
 
 
-def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, monkeypatch):
-    folder, words = run
-    assert {path.name for path in (folder / "model").iterdir()} == {"README.md", LORA_WEIGHTS}
-    policy = build_policy(load_config(words), str(folder / "model"))
-    noise = Panel(16, 1234, 16).noise(policy)
+def drawn(code, policy, noise, folder, monkeypatch):
+    """The images of lines of Python, run in a folder, whose noise is that of hrf's panel instead of PyTorch's."""
     steps = iter(range(-1, 1000))
 
     def randn_tensor(asked, **_):
@@ -82,21 +85,57 @@ def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, mo
         shape = policy.latent_shape
         return philox_normal(shape, seed=noise.seed, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
 
+    names = {}
+    with quiet(), monkeypatch.context() as patch:
+        for module in DRAWING:
+            patch.setattr(f"{module}.randn_tensor", randn_tensor)
+        patch.chdir(folder)
+        exec(code, names)
+    return names["images"]
+
+
+def test_the_lines_of_the_card_load_the_adapters_and_draw_the_last_panel(run, monkeypatch):
+    folder, words = run
+    assert {path.name for path in (folder / "model").iterdir()} == {"README.md", LORA_WEIGHTS}
+    policy = build_policy(load_config(words), str(folder / "model"))
+    noise, prompts = Panel(16, 1234, 16).noise(policy), [Prompt("cat", "dog")] * 16
     code = lines_of(folder / "model").replace("your prompt", "cat").replace('"sd1"', f'"{text_model("sd1")}"')
     assert 'pipeline.load_lora_weights(".")' in code and str(text_model("sd1")) in code
-    for module in DRAWING:
-        monkeypatch.setattr(f"{module}.randn_tensor", randn_tensor)
-    monkeypatch.chdir(folder / "model")
-    names = {}
-    with quiet():
-        exec(code, names)
-    expected = policy.decode(sample(policy, noise, [Prompt("cat")] * 16, images_per_call=16))
-    torch.testing.assert_close(names["images"], expected, atol=1e-5, rtol=0)
+    expected = policy.decode(sample(policy, noise, prompts, images_per_call=16))
+    torch.testing.assert_close(drawn(code, policy, noise, folder / "model", monkeypatch), expected, atol=1e-5, rtol=0)
     assert panels(folder)[-1]["reward"][0] == pytest.approx(float(brightness(expected, None).mean()), abs=1e-5)
     # and the adapters have moved it
     pretrained = build_policy(load_config(words))
-    start = pretrained.decode(sample(pretrained, noise, [Prompt("cat")] * 16, images_per_call=16))
+    start = pretrained.decode(sample(pretrained, noise, prompts, images_per_call=16))
     assert float((start - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "sampler"),
+    [
+        ("sd1", "DPMSolverMultistepScheduler", "ddim"),
+        ("sd1", "PNDMScheduler", "ddim_trl"),
+        ("sdxl", "EulerDiscreteScheduler", "ddim"),
+        ("sdxl", "PNDMScheduler", "ddim"),
+        ("sdxl", "UniPCMultistepScheduler", "ddpm"),
+    ],
+)
+def test_the_lines_draw_by_the_policys_settings_where_the_base_says_none(
+    kind, scheduler, sampler, tmp_path, monkeypatch
+):
+    base = shutil.copytree(text_model(kind), tmp_path / "base")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **betas}))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))
+    policy = load_policy(str(base), sampler=sampler, num_inference_steps=6, guidance_scale=5.0)
+    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
+    policy.save(tmp_path / "adapters")
+    code = policy.example(sampler, 6, 1.0, f'"{base}"', negative="dog").replace("your prompt", "cat")
+    noise = NoiseKey(3, torch.arange(16))
+    expected = policy.decode(sample(policy, noise, [Prompt("cat", "dog")] * 16, images_per_call=16))
+    images = drawn(code, policy, noise, tmp_path / "adapters", monkeypatch)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
@@ -147,6 +186,29 @@ def test_files_of_adapters_are_read_whatever_alpha_they_have(tmp_path):
             nn.init.zeros_(weight)
         load_adapters(policy.unet, folder)
         assert equal(trained_weights(policy.unet), weights)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_model_with_an_adapter_fused_is_a_model_to_start_from(kind, tmp_path):
+    """The calls that docs/models.md names."""
+    policy = load_text_policy(kind)
+    add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
+    for weight in trained_weights(policy.unet).values():
+        nn.init.normal_(weight, std=0.3)
+    policy.save(tmp_path / "adapters")
+    with quiet():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(text_model(kind))
+        pipeline.load_lora_weights(tmp_path / "adapters")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        pipeline.save_pretrained(tmp_path / "fused")
+    fused = load_policy(str(tmp_path / "fused"), num_inference_steps=6, guidance_scale=5.0)
+    latents, condition = torch.randn(2, *policy.latent_shape), policy.condition([Prompt("cat")] * 2)
+    ours, theirs, start = (
+        each.predict(latents, 2, condition).combined.detach() for each in (policy, fused, load_text_policy(kind))
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert float((ours - start).abs().max()) > 0.1
 
 
 def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_path):

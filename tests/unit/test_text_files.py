@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from hrf_fast.policies.files import read_model
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
+from hrf_fast.policies.untrained import untrained_shape
 from hrf_fast.prompts import Prompt
 from tests.hub import ID, Hub
-from tests.text_models import make_pipeline, text_model
+from tests.text_models import SIDE, make_pipeline, text_model
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -187,6 +190,44 @@ def test_other_pipelines_are_refused_by_their_class(copy, kind):
 
 
 @pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
+        ("StableDiffusionInpaintPipeline", "StableDiffusionPipeline"),
+        ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+        ("StableDiffusionXLInpaintPipeline", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_pipelines_that_begin_with_a_picture_name_the_class_to_write(copy, kind, base):
+    edit(copy / "model_index.json", _class_name=kind)
+    with pytest.raises(ValueError, match=f"says {kind}.*if its UNet takes 4 channels .*write {base} into"):
+        load(copy)
+
+
+def test_a_pipeline_of_custom_code_is_refused_by_name(copy):
+    edit(copy / "model_index.json", _class_name=["pipeline", "MyPipe"])
+    with pytest.raises(ValueError, match=rf"model.name is '{copy}'.*says \['pipeline', 'MyPipe'\].*code of its own"):
+        load(copy)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("name", ["sd15.safetensors", "sd15.CKPT", "sd15.gguf", "index.json"])
+def test_a_single_file_is_refused_with_the_way_to_a_folder(name, absolute, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "m" / name
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    # relative, it has the form of a hub id
+    value = str(path) if absolute else f"m/{name}"
+    way_out = {
+        "sd15.gguf": "quantised.*name the diffusers folder or the hub id",
+        "index.json": "name the folder",
+    }.get(name, f"StableDiffusionPipeline.from_single_file.'{value}'..save_pretrained.*XL.*and name that folder")
+    with pytest.raises(ValueError, match=f"^model.name is '{value}', a single file.*{way_out}"):
+        load(value)
+
+
+@pytest.mark.parametrize(
     ("part", "values", "match"),
     [
         ("unet", {"in_channels": 9}, "takes 9 channels and returns 4.*inpainting"),
@@ -245,6 +286,39 @@ def test_a_damaged_tokenizer_is_refused(copy):
     (copy / "tokenizer" / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"model.name is '{copy}'.*tokenizer do not load"):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    ("values", "side"),
+    [
+        ({"_diffusers_version": "0.6.0"}, 64),
+        ({"_diffusers_version": "0.8.1.dev0", "sample_size": 9}, 64),
+        ({"_diffusers_version": "0.6.0", "sample_size": 66}, 66),
+        ({"_diffusers_version": "0.9.0.dev0"}, SIDE),
+        ({"_diffusers_version": "0.10.2"}, SIDE),
+        ({"_diffusers_version": None}, SIDE),
+    ],
+    ids=str,
+)
+def test_images_have_the_size_of_the_pipeline_whatever_old_configs_say(copy, tmp_path, values, side):
+    path = copy / "unet" / "config.json"
+    edit(path, **values)
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if value is not None})
+    )
+    policy, plan = load(copy), untrained_shape(read_model(str(copy), weights=False))
+    with quiet():
+        pipeline = StableDiffusionPipeline.from_pretrained(copy)
+        policy.save(tmp_path / "saved")
+        saved = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert policy.latent_shape == plan.latents == (4, side, side)
+    assert pipeline.unet.config.sample_size == saved.unet.config.sample_size == side
+    assert policy.shape.size == (side * pipeline.vae_scale_factor,) * 2
+
+
+def test_sdxls_pipeline_takes_old_configs_at_their_word(copy_xl):
+    edit(copy_xl / "unet" / "config.json", _diffusers_version="0.6.0")
+    assert load(copy_xl).latent_shape == (4, SIDE, SIDE)
 
 
 def test_an_euler_scheduler_is_driven_and_saved_as_ddim(copy, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from hrf_fast.assembly.components import build_components
+from hrf_fast.assembly.inputs import guidance_note
 from hrf_fast.config.load import load_config
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
@@ -26,6 +27,7 @@ from hrf_fast.training.rollout import rollout
 from hrf_fast.training.self_check import self_check
 from hrf_fast.windows.base import Window
 from tests.conftest import tiny_words
+from tests.flow_models import load_flow_policy
 from tests.runs import metrics, panels, train, weights
 from tests.text_models import KINDS, SIDE, load_text_policy, text_model
 
@@ -172,6 +174,23 @@ def test_another_image_size_is_that_of_latents_images_time_ids_and_the_example()
     # two levels of the VAE, two of the UNet
     with pytest.raises(ValueError, match="model.image_size is 30.*multiple of 4.*use 32"):
         load_text_policy("sdxl", image_size=30)
+
+
+@pytest.mark.parametrize(("scale", "noted"), [(1, True), (3, False)])
+def test_a_run_without_guidance_says_so_at_its_start(scale, noted, tmp_path):
+    words = [word for word in text_words(tmp_path / "run") if not word.startswith("sample.guidance_scale")]
+    _, components = build_components(load_config([*words, f"sample.guidance_scale={scale}"]))
+    assert any("set sample.guidance_scale=5" in note for note in components.notes) == noted
+
+
+def test_a_shipped_model_and_one_without_an_unconditional_branch_need_no_guidance(tiny_model):
+    assert guidance_note("some/model", load_text_policy("sd1", guidance_scale=1.0))
+    for name, policy in (
+        ("peeps", load_text_policy("sd1", guidance_scale=1.0)),
+        ("some/flux", load_flow_policy("schnell")),
+        (str(tiny_model), load_policy(str(tiny_model))),
+    ):
+        assert guidance_note(name, policy) == ""
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

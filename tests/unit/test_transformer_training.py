@@ -149,7 +149,10 @@ def test_the_lines_of_the_card_draw_in_the_folder(kind, tmp_path, monkeypatch):
     policy.save(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(policy.example("flow_sde", 4, 1.0), names)
+    code = policy.example("flow_sde", 4, 1.0, negative="red")
+    # FLUX has no unconditional branch
+    assert ("negative_prompt='red'" in code) == (kind != "flux")
+    exec(code, names)
     assert names["images"].shape == (16, 3, SIZE, SIZE)
     assert torch.equal(names["pipeline"].scheduler.timesteps, policy.sampler.timesteps)
 

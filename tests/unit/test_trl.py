@@ -148,11 +148,21 @@ def test_defaults_that_decide_the_batches_are_said_with_the_option_to_set():
         "train_gradient_accumulation_steps is not in the source: taken as 1, TRL's default; if that is wrong, set "
         "train.groups_per_step (now 2)",
         "pretrained_model is not in the source: taken as 'runwayml/stable-diffusion-v1-5', TRL's default; if that is "
-        'wrong, set model.name (now "runwayml/stable-diffusion-v1-5")',
+        'wrong, set model.name (now "stable-diffusion-v1-5/stable-diffusion-v1-5")',
     ]
     assert not any("processes" in note for note in notes)
     (note,) = (note for note in notes_of({}) if "processes" in note)
     assert "taken as 1; give --processes, or if that is wrong, set train.groups_per_iteration (now 2)" in note
+
+
+def test_the_id_that_stable_diffusion_left_becomes_its_mirrors_with_a_note():
+    old, mirror = "runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    for fields in ({}, {"pretrained_model": old}):
+        options, notes = translate(TrlRun(fields, "m:r", "m:p"))
+        assert options["model.name"] == mirror
+        assert f"model.name: {mirror} takes the place of {old}, which is deprecated" in notes
+    options, notes = translate(TrlRun({"pretrained_model": "someone/model"}, "m:r", "m:p"))
+    assert options["model.name"] == "someone/model" and not any(mirror in note for note in notes)
 
 
 def test_a_field_that_the_script_computes_names_its_default_and_its_option(script):

@@ -56,6 +56,8 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 class FluxPolicy(TextToImagePolicy):
     """The policy of a FluxPipeline, whose latents are tokens and whose guidance is an input of the network."""
 
+    has_unconditional_branch = False
+
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The embeddings of prompts and, for a transformer that takes it, the guidance scale: 1 if not `guided`.
 
@@ -127,7 +129,7 @@ FLUX = Family(
         "tokenizer_2": "T5TokenizerFast",
     },
     # latents of 128 x 128 where nobody says another size, as in its pipeline
-    Layout(call_flux, patch=lambda config: 2, tokens=True, packed=True, side=128),
+    Layout(call_flux, patch=lambda config: 2, tokens=True, packed=True, side=lambda config: 128),
     FluxPolicy,
     check,
     encoder=encoder,

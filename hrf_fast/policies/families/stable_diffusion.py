@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -159,7 +160,16 @@ def check(name: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     if latent != channels[0]:
         raise ValueError(f"{start}has {channels[0]} channels but whose VAE {latent}; give the parts of one model")
     _check_widths(start, unet, encoders)
-    check_size(name, unet.get("sample_size"), len(unet.get("block_out_channels", (0,) * 4)) - 1)
+    check_size(
+        name, unet.get("sample_size") if xl else latent_side(unet), len(unet.get("block_out_channels", (0,) * 4)) - 1
+    )
+
+
+def latent_side(unet: Mapping[str, Any]) -> Any:
+    """The sample_size of a UNet as StableDiffusionPipeline has it: at least 64 where diffusers before 0.9 wrote it."""
+    size = unet.get("sample_size")
+    old = re.match(r"0\.[0-8](?!\d)", str(unet.get("_diffusers_version")))
+    return max(size, 64) if old and isinstance(size, int) else size
 
 
 def _check_widths(start: str, unet: Mapping[str, Any], encoders: list[Mapping[str, Any]]) -> None:
@@ -200,7 +210,7 @@ _PARTS = {
 }
 STABLE_DIFFUSION = Family(
     _PARTS,
-    UNET,
+    replace(UNET, side=latent_side),
     TextToImagePolicy,
     check,
     encoder=encoder,
@@ -211,6 +221,7 @@ STABLE_DIFFUSION = Family(
 STABLE_DIFFUSION_XL = replace(
     STABLE_DIFFUSION,
     parts={**_PARTS, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"},
+    layout=UNET,
     policy=StableDiffusionXLPolicy,
     encoder=encoder_xl,
     settings=settings_xl,
