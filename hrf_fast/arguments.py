@@ -73,7 +73,7 @@ def make_parsers(
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
     scheduler = "a run's own, else ddim; a flow-matching model has the last three"
     kinds = ("ddim", "ddpm", "flow_sde", "dance_sde", "cps")
-    command.add_argument("--scheduler", choices=kinds, dest="sampler", help=scheduler)
+    command.add_argument("--scheduler", choices=kinds, help=scheduler)
     command.add_argument("--eta", type=float, help="a run's own, else 1")
     command.add_argument("--noise-level", type=float, help="of a flow-matching model; a run's own, else as published")
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "TEXT"}

@@ -130,7 +130,7 @@ def by_merit(panels: Sequence[dict[str, Any]], stop: StopConfig) -> list[dict[st
     return sorted((panel for panel in panels if above_floors(panel, stop)), key=lambda panel: -panel["reward"][0])
 
 
-class Watch:
+class StopRules:
     """The rules of a run's `stop` section, told every line in the order in which it is logged."""
 
     def __init__(self, stop: StopConfig, *, seed: int) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     by_ode = arguments.scheduler == "ode"
     kind = "flow_sde" if by_ode else arguments.scheduler
-    policy = load_policy(arguments.model or arguments.name, sampler=kind, num_inference_steps=arguments.steps)
+    policy = load_policy(arguments.model or arguments.name, scheduler=kind, num_inference_steps=arguments.steps)
     if by_ode:
         policy.sampler = replace(policy.sampler, coefficients=policy.sampler.deterministic)
     noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)

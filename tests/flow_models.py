@@ -149,5 +149,5 @@ def load_pipeline(folder: Path, kind: str):
 
 def load_flow_policy(kind: str, **options):
     """The policy of `flow_model(kind)` at images of `SIZE`, over 4 steps, guided where the model can be."""
-    values = {"sampler": "flow_sde", "num_inference_steps": 4, "guidance_scale": 1.0 if kind == "schnell" else 3.5}
+    values = {"scheduler": "flow_sde", "num_inference_steps": 4, "guidance_scale": 1.0 if kind == "schnell" else 3.5}
     return load_policy(str(flow_model(kind)), **{**values, "image_size": size_of(kind), **options})

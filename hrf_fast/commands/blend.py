@@ -71,7 +71,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     policy = run_policy(run, config, str(run / "model"))
     adapters = bool(adapted_layers(policy.network.unet))
     pretrained = None if adapters else run_policy(run, replace(config, lora=LoraConfig())).network
-    line = blends.Line(policy.network, pretrained)
+    line = blends.WeightLine(policy.network, pretrained)
     folder.mkdir(exist_ok=True)
     with blending(folder):
         reward = build_config_reward(config, device)

@@ -133,14 +133,13 @@ def with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config
     In fp32 on a CPU, which may lack what a GPU has trained by; on a GPU in the run's precision and with its offload,
     since a model that was trained there need not fit in fp32.
     """
-    fields = {"scheduler" if name == "sampler" else name: value for name, value in sampler.items()}
     compute, lora = ComputeConfig(), replace(config.lora, base_precision="fp32")
     if choose_device(device).type == "cuda":
         same = {name: getattr(config.compute, name) for name in ("precision", "offload", "encoder_precision")}
         compute, lora = replace(compute, **same), config.lora
     return replace(
         config,
-        sample=replace(config.sample, **fields),
+        sample=replace(config.sample, **sampler),
         run=replace(config.run, device=device),
         compute=compute,
         lora=lora,

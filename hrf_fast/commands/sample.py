@@ -118,10 +118,10 @@ def _prompted(panel: Panel, source: _Source, policy: Policy, prompts: Sequence[s
 def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
     """The policy of a source; of a run under the sampler that it was trained with."""
     if source.run is None:
-        _check_noise(sampler, sampler.get("sampler") or "ddim")
+        _check_noise(sampler, sampler.get("scheduler") or "ddim")
         return load_policy(source.name, variant=variant, **sampler, device=choose_device(device))
     config = run_config(source.run)
-    _check_noise(sampler, sampler.get("sampler") or config.sample.scheduler)
+    _check_noise(sampler, sampler.get("scheduler") or config.sample.scheduler)
     if variant is not None:
         raise ValueError(
             f"--variant is {variant!r}, but {source.name} is of a run, whose weights have none; leave it out"

@@ -24,7 +24,7 @@ from hrf_fast.rewards import CombinedReward
 _SAME_MODEL = 0.25
 
 
-class Line:
+class WeightLine:
     """A network that can be put at any place on the line."""
 
     def __init__(self, network: nn.Module, pretrained: nn.Module | None) -> None:
@@ -67,7 +67,7 @@ class Front:
     def __init__(
         self,
         path: Path,
-        line: Line,
+        line: WeightLine,
         policy: Policy,
         reward: CombinedReward,
         *,

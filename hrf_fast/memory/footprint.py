@@ -31,7 +31,7 @@ Conditions = Callable[[int], tuple[Condition, Condition]]
 
 
 @dataclass(frozen=True)
-class Line:
+class Linear:
     """Bytes as a function of the images in a network call: all its layers are linear in them."""
 
     fixed: float
@@ -55,9 +55,9 @@ class Footprint:
         decoding: peak of a call of the decoder, with the decoder where that comes to the device for it.
     """
 
-    sampling: Line
-    kept: Line
-    update: Line
+    sampling: Linear
+    kept: Linear
+    update: Linear
     tensors: tuple[int, ...]
     latent_bytes: int
     image_bytes: int
@@ -185,7 +185,7 @@ def _footprint(
 ) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
     two, three = (_peaks(network, shape, images, *conditions(images)) for images in (2, 3))
-    sampling, graph, update = (Line(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
+    sampling, graph, update = (Linear(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
     frozen = [p for p in network.parameters() if not p.requires_grad]
     return Footprint(
         sampling,

@@ -31,7 +31,7 @@ def load_policy(
     variant: str | None = None,
     decoder: str | None = None,
     image_size: int | None = None,
-    sampler: str = "ddim",
+    scheduler: str = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
     noise_level: float | None = None,
@@ -52,7 +52,7 @@ def load_policy(
         variant: of the weight files, such as fp16; None for the plain ones.
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
         image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
-        sampler, num_inference_steps, eta, noise_level: see `build_sampler` and, for flow models, `build_flow_sampler`.
+        scheduler, num_inference_steps, eta, noise_level: see `build_sampler` and, of flow models, `build_flow_sampler`.
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
@@ -82,11 +82,11 @@ def load_policy(
     if offload and device.type == "cpu":
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():
-        scheduler = _scheduler(files)
+        of_model = _scheduler(files)
         unet = load_module(_model(files), files.parts[files.denoiser])
         if not files.takes_prompts:
             latent = "vqvae" in files.parts
-            check_unet(name, unet.config, scheduler.config, latent=latent, is_flow=is_flow(scheduler))
+            check_unet(name, unet.config, of_model.config, latent=latent, is_flow=is_flow(of_model))
         if prepare is not None:
             prepare(unet)
         unet = unet.to(device)
@@ -96,8 +96,8 @@ def load_policy(
         vae = parts["vae"].config if "vae" in parts else None
         shape = shape_of(name, files.family.layout, unet.config, vae, image_size)
         steps = choose_sampler(
-            scheduler,
-            kind=sampler,
+            of_model,
+            kind=scheduler,
             num_inference_steps=num_inference_steps,
             eta=eta,
             noise_level=noise_level,
@@ -115,9 +115,9 @@ def load_policy(
             for name, part in parts.items():
                 if part is not None and name.startswith("text_encoder"):
                     part.to(DTYPES[encoder_precision])
-            return _text_to_image(files, unet, scheduler, steps, parts, decoder, device, **options)
+            return _text_to_image(files, unet, of_model, steps, parts, decoder, device, **options)
         policy: Policy = files.family.policy(
-            unet, scheduler, steps, *(part.to(device) for part in parts.values()), **options
+            unet, of_model, steps, *(part.to(device) for part in parts.values()), **options
         )
         return policy
 

@@ -17,7 +17,7 @@ from hrf_fast.evaluation.kept import LEAST, halves, kept_interval
 from hrf_fast.evaluation.neighbours import inside
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.run.folder import EVENTS, PRETRAINED, RunFolder
-from hrf_fast.stopping import Event, Watch, above_floors, by_merit, check_first_panel, floors
+from hrf_fast.stopping import Event, StopRules, above_floors, by_merit, check_first_panel, floors
 
 # the pretrained panel's features among its halves
 FEATURES = "features"
@@ -30,7 +30,7 @@ class EventLog:
         """`note` shows the user a line."""
         self._folder, self._note = folder, note
         self._stop, self._seed = folder.config.stop, folder.config.evaluation.seed
-        self._watch = Watch(self._stop, seed=self._seed)
+        self._watch = StopRules(self._stop, seed=self._seed)
         self._known: set[tuple[Any, ...]] = set()
         self._pretrained: Mapping[str, Tensor] = {}
         self._failure: str | None = None

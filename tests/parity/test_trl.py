@@ -35,7 +35,7 @@ def load(key, *, new=False):
     """(facts, tensors, policy, condition) of a case, under the rollout's weights or those after the small change."""
     facts, tensors = case("trl_ddpo", key)
     options = {"num_inference_steps": facts["num_inference_steps"], "guidance_scale": facts["sample_guidance_scale"]}
-    loaded = policy("trl_ddpo", scheduler=facts["pred"], sampler="ddim_trl", **options)
+    loaded = policy("trl_ddpo", saved=facts["pred"], scheduler="ddim_trl", **options)
     if key in LORA:
         add_adapters(loaded.unet, rank=4, alpha=4, targets=["to_k", "to_q", "to_v", "to_out.0"])
         prefix = "lora_new." if new else "lora."

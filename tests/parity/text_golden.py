@@ -90,8 +90,8 @@ def _root():
     return tempfile.TemporaryDirectory(prefix="golden_")
 
 
-def policy(name, prefix="", scheduler="scheduler", **options):
-    return load_policy(str(folder(name, prefix, scheduler)), **options)
+def policy(name, prefix="", saved="scheduler", **options):
+    return load_policy(str(folder(name, prefix, saved)), **options)
 
 
 def close(ours, theirs, tolerance=LATENTS):

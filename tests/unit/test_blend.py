@@ -13,7 +13,7 @@ from hrf_fast.commands.blend import _claim_blend, blend
 from hrf_fast.commands.runs import model_of_run
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
-from hrf_fast.evaluation.blend import Line, check_pretrained, choose, describe, read_front, steps_to, summary
+from hrf_fast.evaluation.blend import WeightLine, check_pretrained, choose, describe, read_front, steps_to, summary
 from hrf_fast.policies.lora import add_adapters, merged
 from tests.conftest import make_policy, make_unet, tiny_words
 from tests.runs import train, weights
@@ -65,7 +65,7 @@ def copy(run, tmp_path):
 
 def test_the_line_goes_through_both_models_to_the_bit_and_on():
     tuned, pretrained = make_policy(seed=1).network, make_policy(seed=0).network
-    line = Line(tuned, pretrained)
+    line = WeightLine(tuned, pretrained)
     ends = [{name: w.detach().clone() for name, w in network.named_parameters()} for network in (pretrained, tuned)]
     for alpha, place in ((0.0, 0), (1.0, 1), (0.0, 0)):
         line.move(alpha)
@@ -82,7 +82,7 @@ def test_adapters_are_scaled():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.1)
     whole = merged(unet).state_dict()
-    line = Line(unet, None)
+    line = WeightLine(unet, None)
     for alpha in (0.0, 0.5, 1.0, 2.0):
         line.move(alpha)
         now = merged(unet).state_dict()
@@ -92,7 +92,7 @@ def test_adapters_are_scaled():
 
 def test_another_architecture_is_refused():
     with pytest.raises(ValueError, match="model.name has another architecture"):
-        Line(make_policy().network, load_text_policy("sd1").network)
+        WeightLine(make_policy().network, load_text_policy("sd1").network)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

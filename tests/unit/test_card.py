@@ -89,7 +89,7 @@ def test_the_lines_of_the_card_draw_the_last_panel(kind, scheduler, tmp_path, mo
     words = [*tiny_words(tmp_path / "given", tmp_path / "run"), *(f"{name}={value}" for name, value in options.items())]
     result = train(words, reward=brightness)
     config, folder = load_config(words), result.folder / "model"
-    policy = load_policy(str(folder), sampler=scheduler, num_inference_steps=4, eta=config.sample.eta)
+    policy = load_policy(str(folder), scheduler=scheduler, num_inference_steps=4, eta=config.sample.eta)
     noise = Panel(16, config.evaluation.seed, 16).noise(policy)
 
     def by_diffusers(code):

@@ -46,7 +46,7 @@ def test_a_run_saves_what_diffusers_draws_by_its_ode(flow_model, tmp_path, monke
     options = ("evaluation.panel_size=16", "train.iterations=1", "sample.noise_level=0.5")
     result = train(words(flow_model, tmp_path / "run", *options), reward=brightness)
     folder = result.folder / "model"
-    policy = load_policy(str(folder), sampler="flow_sde", num_inference_steps=6)
+    policy = load_policy(str(folder), scheduler="flow_sde", num_inference_steps=6)
     assert isinstance(policy, PixelPolicy)
     noise = Panel(16, 1234, 16).noise(policy)
     images = drawn(lines_of(folder), noise, policy.latent_shape, folder, monkeypatch)
@@ -57,7 +57,7 @@ def test_a_run_saves_what_diffusers_draws_by_its_ode(flow_model, tmp_path, monke
 
 def test_the_unet_is_given_sigmas_that_are_no_whole_numbers(flow_model):
     # a UNet2DModel turns a Python float into an int; tensors stay
-    policy = load_policy(str(flow_model), sampler="cps", num_inference_steps=6)
+    policy = load_policy(str(flow_model), scheduler="cps", num_inference_steps=6)
     latents, condition = torch.randn(2, *policy.latent_shape), policy.condition([None] * 2)
     timestep = policy.sampler.timesteps[2]
     assert float(timestep) % 1 > 0.1
@@ -123,11 +123,11 @@ def test_flow_models_of_other_kinds_are_refused_by_name(file, values, message, t
     config = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps(config | values))
     with pytest.raises(ValueError, match=message):
-        load_policy(str(tmp_path), sampler="flow_sde", num_inference_steps=6)
+        load_policy(str(tmp_path), scheduler="flow_sde", num_inference_steps=6)
 
 
 def test_a_learned_table_of_steps_has_no_sigmas(tmp_path):
     unet = UNet2DModel(**{**make_unet(1).config, "time_embedding_type": "learned", "num_train_timesteps": 1000})
     DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="time_embedding_type: 'learned'"):
-        load_policy(str(tmp_path), sampler="flow_sde", num_inference_steps=6)
+        load_policy(str(tmp_path), scheduler="flow_sde", num_inference_steps=6)

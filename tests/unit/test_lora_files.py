@@ -128,7 +128,7 @@ def test_the_lines_draw_by_the_policys_settings_where_the_base_says_none(
     (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **betas}))
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))
-    policy = load_policy(str(base), sampler=sampler, num_inference_steps=6, guidance_scale=5.0)
+    policy = load_policy(str(base), scheduler=sampler, num_inference_steps=6, guidance_scale=5.0)
     add_adapters(policy.unet, rank=2, alpha=6, targets=TARGETS)
     policy.save(tmp_path / "adapters")
     code = policy.example(sampler, 6, 1.0, f'"{base}"', negative="dog").replace("your prompt", "cat")
@@ -235,7 +235,7 @@ def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_pat
 def test_a_run_is_drawn_in_full_precision_on_a_cpu_and_in_its_own_on_a_gpu(monkeypatch):
     words = ["compute.precision=bf16", "lora.rank=2", "lora.base_precision=bf16", "compute.images_per_call=4"]
     config = load_config([f"model.name={text_model('sd1')}", *words, "compute.offload=true"])
-    drawn = with_sampler(config, "cpu", {"sampler": "ddpm"})
+    drawn = with_sampler(config, "cpu", {"scheduler": "ddpm"})
     assert drawn.sample.scheduler == "ddpm" and drawn.compute == ComputeConfig() and drawn.lora.base_precision == "fp32"
     monkeypatch.setattr("hrf_fast.commands.runs.choose_device", torch.device)
     drawn = with_sampler(config, "cuda", {})

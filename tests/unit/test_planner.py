@@ -17,7 +17,7 @@ from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
 from hrf_fast.memory import planner, table
 from hrf_fast.memory.counts import count_calls
-from hrf_fast.memory.footprint import Footprint, Line, measure_model
+from hrf_fast.memory.footprint import Footprint, Linear, measure_model
 from hrf_fast.memory.planner import Plan, plan
 from hrf_fast.memory.zero import ENGINES, model_states
 from hrf_fast.policies.files import read_model
@@ -102,8 +102,8 @@ def model(tmp_path_factory):
 
 def make_plan(memory, *words, gpus=1, image_bytes=4):
     """A plan of a UNet with round numbers: 1000 weights, 10 bytes an image sampled, 100 kept, 120 to update."""
-    plain = Footprint(Line(5, 10), Line(1, 100), Line(1, 120), (1000,), 4, image_bytes)
-    saving = Footprint(Line(5, 10), Line(1, 20), Line(1, 40), (1000,), 4, image_bytes)
+    plain = Footprint(Linear(5, 10), Linear(1, 100), Linear(1, 120), (1000,), 4, image_bytes)
+    saving = Footprint(Linear(5, 10), Linear(1, 20), Linear(1, 40), (1000,), 4, image_bytes)
     footprints = {(precision, saves): saving if saves else plain for precision in ("fp32", "bf16") for saves in (0, 1)}
     config = load_config(
         ["train.groups_per_iteration=2", "train.group_size=8", "sample.num_inference_steps=4"]

@@ -48,7 +48,7 @@ def test_the_flat_layout_of_older_hub_repositories_loads(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("name", ["fashion", "portraits", "fashion-flow"])
 def test_the_shipped_models_load_and_draw(name):
-    policy = load(name, **({"sampler": "flow_sde"} if name == "fashion-flow" else {}))
+    policy = load(name, **({"scheduler": "flow_sde"} if name == "fashion-flow" else {}))
     images = policy.decode(sample(policy, NoiseKey(0, torch.arange(2)), images_per_call=2))
     assert images.shape == (2, 3, 32, 32)
     if name != "portraits":

@@ -17,7 +17,7 @@ from hrf_fast.report.page import write_report
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
 from hrf_fast.run.finished import finished_run
-from hrf_fast.stopping import Watch, above_floors, by_merit, check_first_panel, check_floors
+from hrf_fast.stopping import StopRules, above_floors, by_merit, check_first_panel, check_floors
 from tests.runs import checkpoint_weights, equal, metrics, panels, train, weights, with_folder
 
 pytestmark = pytest.mark.long
@@ -103,11 +103,11 @@ def test_a_panel_of_few_images_has_no_share():
     ],
 )
 def test_a_panel_has_collapsed_where_the_whole_interval_is_under_the_floor(kept, found):
-    assert names(Watch(StopConfig(), seed=0).panel(line(4, **kept))) == found
+    assert names(StopRules(StopConfig(), seed=0).panel(line(4, **kept))) == found
 
 
 def test_an_event_has_its_figures_and_comes_when_a_rule_begins_to_hold():
-    watch, low, high = Watch(StopConfig(diversity_floor=0.7), seed=0), (0.5, 0.4, 0.6), (0.8, 0.75, 0.9)
+    watch, low, high = StopRules(StopConfig(diversity_floor=0.7), seed=0), (0.5, 0.4, 0.6), (0.8, 0.75, 0.9)
     found = [names(watch.panel(line(i, vendi=kept))) for i, kept in enumerate((high, low, low, high))]
     assert found == [[], ["diversity"], [], []]
     (event,) = watch.panel(line(5, vendi=low))
@@ -117,29 +117,29 @@ def test_an_event_has_its_figures_and_comes_when_a_rule_begins_to_hold():
 
 @pytest.mark.parametrize(("answer", "ends"), [("warn", False), ("stop", True), ("restore_best", True)])
 def test_only_a_warning_lets_the_run_go_on_while_a_panel_is_under_the_floor(answer, ends):
-    watch = Watch(StopConfig(on_collapse=answer), seed=0)
+    watch = StopRules(StopConfig(on_collapse=answer), seed=0)
     for iteration in (1, 2):
         watch.panel(line(iteration, vendi=(0.5, 0.4, 0.5)))
         assert bool(watch.ending) == ends
 
 
 def test_patience_counts_panels_without_a_gain_beyond_its_interval():
-    watch = Watch(StopConfig(patience=2), seed=0)
+    watch = StopRules(StopConfig(patience=2), seed=0)
     # a gain of 1 in every image is certain; then ±1 is none, and so is less
     rewards = ([1.0, 2.0], [2.0, 3.0], [3.0, 2.0], [1.0, 1.0])
     found = [names(watch.panel(line(i, values))) for i, values in enumerate(rewards)]
     assert found == [[], [], [], ["patience"]] and "iteration 1" in watch.ending
     # which ends a run whatever on_collapse is, and is off by default
-    assert Watch(StopConfig(), seed=0).panel(line(9)) == []
+    assert StopRules(StopConfig(), seed=0).panel(line(9)) == []
 
 
 def test_a_panel_at_the_target_ends_the_run():
-    watch = Watch(StopConfig(target_reward=2.0), seed=0)
+    watch = StopRules(StopConfig(target_reward=2.0), seed=0)
     found = [names(watch.panel(line(i, values))) for i, values in enumerate(([1.0, 2.9], [1.0, 3.0]))]
     assert found == [[], ["target"]] and "stop.target_reward 2" in watch.ending
     # a target may be 0, and none is the default
-    assert names(Watch(StopConfig(target_reward=0.0), seed=0).panel(line(0, [0.0, 0.0]))) == ["target"]
-    assert Watch(StopConfig(), seed=0).panel(line(0, [9.0, 9.0])) == []
+    assert names(StopRules(StopConfig(target_reward=0.0), seed=0).panel(line(0, [0.0, 0.0]))) == ["target"]
+    assert StopRules(StopConfig(), seed=0).panel(line(0, [9.0, 9.0])) == []
 
 
 UPDATE = {"ratio_max": 1.0, "clip_fraction": 0.0, "approx_kl": 0.0, "grad_norm": 1.0, "skipped_steps": 0}
@@ -154,27 +154,27 @@ def updates(watch, *records):
     [("max_ratio", "ratio_max", 3.0), ("max_clip_fraction", "clip_fraction", 0.6), ("max_kl", "approx_kl", 0.6)],
 )
 def test_statistics_of_the_update_have_limits(option, name, value):
-    watch = Watch(StopConfig(**{option: value / 2, "on_collapse": "stop"}), seed=0)
+    watch = StopRules(StopConfig(**{option: value / 2, "on_collapse": "stop"}), seed=0)
     assert updates(watch, {name: value / 2}, {name: value}) == [[], [name]]
     assert name in watch.ending and f"stop.{option}" in watch.ending
     assert updates(watch, {name: math.nan}, {name: 0.0}) == [[], []] and watch.ending is None
     # without optimizer steps there is nothing to judge, and 0 is no limit
-    assert updates(Watch(StopConfig(**{option: 0.0}), seed=0), {name: None}, {name: 1e9}) == [[], []]
+    assert updates(StopRules(StopConfig(**{option: 0.0}), seed=0), {name: None}, {name: 1e9}) == [[], []]
 
 
 def test_a_gradient_norm_is_judged_by_the_median_of_the_runs_own():
     # ten of norm 1, and then 11 for three iterations in a row; one spike is none
     norms = [1.0] * 10 + [11.0, 1.0, 11.0, 11.0, 11.0]
-    found = updates(Watch(StopConfig(), seed=0), *({"grad_norm": norm} for norm in norms))
+    found = updates(StopRules(StopConfig(), seed=0), *({"grad_norm": norm} for norm in norms))
     assert found == [[]] * 14 + [["grad_norm"]]
-    assert updates(Watch(StopConfig(), seed=0), *({"grad_norm": norm} for norm in norms[5:])) == [[]] * 10
+    assert updates(StopRules(StopConfig(), seed=0), *({"grad_norm": norm} for norm in norms[5:])) == [[]] * 10
     # a factor below 1 has the same ten to know first
-    strict = updates(Watch(StopConfig(max_norm_factor=0.5), seed=0), *[{"grad_norm": 1.0}] * 13)
+    strict = updates(StopRules(StopConfig(max_norm_factor=0.5), seed=0), *[{"grad_norm": 1.0}] * 13)
     assert strict == [[]] * 12 + [["grad_norm"]]
 
 
 def test_skipped_steps_are_an_event_and_no_end():
-    watch = Watch(StopConfig(on_collapse="stop"), seed=0)
+    watch = StopRules(StopConfig(on_collapse="stop"), seed=0)
     assert updates(watch, {"skipped_steps": 2}) == [["not_finite"]] and watch.ending is None
 
 

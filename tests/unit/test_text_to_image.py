@@ -150,7 +150,7 @@ def test_a_saved_policy_is_a_whole_pipeline_with_the_tuned_unet(kind, tmp_path):
 
 @pytest.mark.parametrize(("kind", "sampler"), [("sd1", "ddim_trl"), ("sd2", "ddim"), ("sdxl", "ddpm")])
 def test_the_example_draws_in_the_folder_with_the_policys_sampler(kind, sampler, tmp_path, monkeypatch):
-    policy = load_text_policy(kind, sampler=sampler)
+    policy = load_text_policy(kind, scheduler=sampler)
     policy.save(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}

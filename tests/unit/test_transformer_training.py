@@ -163,7 +163,7 @@ def test_the_lines_of_the_card_draw_in_the_folder(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "options", "match"),
     [
-        ("sd3", {"sampler": "ddim"}, "sample.scheduler is 'ddim'.*flow"),
+        ("sd3", {"scheduler": "ddim"}, "sample.scheduler is 'ddim'.*flow"),
         ("schnell", {"guidance_scale": 3.5}, "sample.guidance_scale is 3.5.*guidance_embeds"),
         ("sd3", {"image_size": 18}, "model.image_size is 18.*multiple of 4.*use 16"),
         ("flux", {"image_size": 18}, "model.image_size is 18.*multiple of 4.*use 16"),
