@@ -97,6 +97,14 @@ def test_commands_at_the_head_of_a_configuration_are_ones(words, monkeypatch):
     build_config_advantages(load_config(mine))
 
 
+def test_the_index_of_configurations_names_every_one():
+    named = set(re.findall(r"`([\w./]+)`", (ROOT / "configs" / "README.md").read_text()))
+    for path in CONFIGS:
+        name = path.relative_to(ROOT / "configs").as_posix()
+        assert name in named or f"{name.split('/')[0]}/" in named, name
+    assert [name for name in named if not (ROOT / "configs" / name).exists()] == []
+
+
 def test_heads_have_commands():
     assert len(HEADS) > 15
 
@@ -110,7 +118,7 @@ def test_options_that_a_page_names_exist(page):
     assert {name for name in named if name not in FACTS and not name.endswith(files)} == set()
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "kernels" / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", *ROOT.glob("*/README.md")], ids=str)
 def test_links_lead_to_files(page):
     targets = re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)\)", page.read_text())
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
