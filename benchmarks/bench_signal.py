@@ -77,7 +77,8 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
     plan = CallPlan(groups.size, 0, "on_policy")
     rolled_out = rollout(policy, [group], plan, keep_from=window.start, estimate=gae_lambda is not None)
     trajectory = rolled_out.trajectories[0]
-    pending = components.rewarder.submit({0: trajectory.images}, {0: prompts[0]}, estimates=rolled_out.estimates)
+    states = {"estimates": rolled_out.estimates, "after": rolled_out.after}
+    pending = components.rewarder.submit({0: trajectory.images}, {0: prompts[0]}, **states)
     rewarded = gather_rewards([pending], iteration=number, skip_not_finite=False)
     advantages = standardise(rewarded, peers(advantage_floor=1e-9), policy.device, gae_lambda=gae_lambda)
     clips = Clips(clip_range=1e9, advantage_clip=math.inf, scale_by_window=False)

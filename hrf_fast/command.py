@@ -15,9 +15,9 @@ from hrf_fast.errors import Interrupted, UserCodeError
 
 RESUMES = "the same command resumes the run"
 LESS_MEMORY = (
-    "Less is taken by smaller calls (compute.images_per_call), compute.activations=checkpoint, compute.precision=bf16 "
-    "and, of text-to-image models, by adapters (lora.rank, lora.base_precision) and compute.offload=true; `hrf plan` "
-    "says what fits"
+    "Less is taken by smaller calls (compute.images_per_call; --images-per-call of hrf sample), "
+    "compute.activations=checkpoint, compute.precision=bf16 and, of text-to-image models, by adapters (lora.rank, "
+    "lora.base_precision) and compute.offload=true; `hrf plan` says what fits"
 )
 
 
@@ -89,7 +89,7 @@ def _run(command: Callable[[], Any], interrupted: str) -> int:
         rank = speaker()
         # what all ranks fail with is said by one
         if rank == 0 or not getattr(error, "on_all_ranks", False):
-            text = f"{str(error).splitlines()[0]} {LESS_MEMORY}" if out_of_memory else str(error)
+            text = f"{(str(error) or 'out of memory.').splitlines()[0]} {LESS_MEMORY}" if out_of_memory else str(error)
             print(f"error: rank {rank}: {text}" if rank else f"error: {text}", file=sys.stderr)
             if not traced and (isinstance(error, UserCodeError) or out_of_memory or error.__cause__ is not None):
                 print("HRF_TRACEBACK=1 in the environment shows the whole traceback", file=sys.stderr)

@@ -190,3 +190,16 @@ def write_study(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory):
+    """A folder with the smallest AutoencoderTiny of four latent channels."""
+    from diffusers import AutoencoderTiny
+
+    folder = tmp_path_factory.mktemp("decoders") / "taesd"
+    torch.manual_seed(0)
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
+    AutoencoderTiny(latent_channels=4, **blocks, **channels).save_pretrained(folder)
+    return folder

@@ -47,8 +47,9 @@ def draw(
         ValueError: no such model, a run that is not finished, `out` is no name of a picture, a count below 1, or
             prompts that the model does not take.
     """
-    if count < 1 or (images_per_call is not None and images_per_call < 1):
-        raise ValueError(f"--count is {count} and --images-per-call {images_per_call}; both must be at least 1")
+    for option, value in (("--count", count), ("--images-per-call", images_per_call)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} is {value}; it must be at least 1")
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
     source = _source(model)

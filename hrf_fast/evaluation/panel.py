@@ -155,12 +155,12 @@ class Panel:
             heads = self.network.labels if isinstance(self.network, FeatureClassifier) else {}
             names |= {"inception"} if "label" in heads else set()
             names |= {"looks"} if len(heads) > 1 else set()
-        if self.has_prompt_scores and self.size // self.images_per_prompt >= LEAST:
+        if self.has_vendi_per_prompt and self.size // self.images_per_prompt >= LEAST:
             names.add("vendi_per_prompt")
         return names
 
     @property
-    def has_prompt_scores(self) -> bool:
+    def has_vendi_per_prompt(self) -> bool:
         """Whether the images of one prompt have a Vendi Score of their own; one prompt's is the whole panel's."""
         return bool(self.prompts) and 1 < self.images_per_prompt < self.size
 
@@ -211,13 +211,13 @@ class Panel:
         halves: dict[str, Tensor] = {}
         on_cpu = None
         if self.network is not None:
-            features, scores = self.network.features(images), None
+            features, of_prompts = self.network.features(images), None
             on_cpu = features.cpu()
             vendi = vendi_interval(on_cpu, seed=self.seed)
-            if self.has_prompt_scores:
+            if self.has_vendi_per_prompt:
                 parts = on_cpu.split(self.images_per_prompt)
-                scores = torch.tensor([vendi_score(part) for part in parts], dtype=torch.float64)
-                per_prompt = mean_interval(scores, seed=self.seed)
+                of_prompts = torch.tensor([vendi_score(part) for part in parts], dtype=torch.float64)
+                per_prompt = mean_interval(of_prompts, seed=self.seed)
             if isinstance(self.network, FeatureClassifier):
                 log_probs = {name: values.cpu() for name, values in self.network.log_probs_of(features).items()}
                 if "label" in log_probs:
@@ -225,7 +225,7 @@ class Panel:
                 if len(log_probs) > 1:
                     looks = looks_interval(log_probs, seed=self.seed)
                     attributes = attribute_shares(log_probs, self.network.labels)
-            halves = panel_halves(on_cpu, log_probs, scores, seed=self.seed)
+            halves = panel_halves(on_cpu, log_probs, of_prompts, seed=self.seed)
         return PanelMetrics(
             images=images.cpu(),
             rewards=rewards.tolist(),

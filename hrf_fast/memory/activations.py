@@ -63,7 +63,8 @@ def choose_activations(
     footprints = {(policy.precision, False): measure_running(policy, checkpointing=False, guided=guided)}
     branches = policy.condition([None], guided=guided).branches
     counts = count_calls(config, policy.sampler.stochastic_steps, schedule, branches=branches)
-    plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints)
+    encoder = getattr(policy, "visiting_bytes", 0)
+    plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints, encoder=encoder)
     return _fitting(plan, policy)
 
 

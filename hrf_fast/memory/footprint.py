@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from hrf_fast.policies.base import Condition, Policy
+from hrf_fast.policies.component import Component
 from hrf_fast.policies.files import ModelFiles
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.untrained import untrained_condition, untrained_decoder, untrained_network, untrained_shape
@@ -79,6 +80,7 @@ def measure_model(
     image_size: int | None = None,
     channels_last: bool = False,
     offload: bool = False,
+    decoder: Component | None = None,
     prepare: Callable[[nn.Module, str], None] | None = None,
 ) -> dict[tuple[str, bool], Footprint]:
     """Count a model's activations without its weights, for (precision, with gradient checkpointing).
@@ -86,7 +88,7 @@ def measure_model(
     Args:
         device: cuda or cpu, whose autocast rules differ.
         guided: whether there is guidance where nothing is trained, and in an update.
-        image_size: model.image_size; channels_last, offload: of section compute.
+        image_size: model.image_size; channels_last, offload: of section compute; decoder: of model.decoder.
         prepare: makes of a denoiser what is trained in a precision: adds adapters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,7 +98,7 @@ def measure_model(
     def conditions(images: int) -> tuple[Condition, Condition]:
         return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
 
-    image, decoding = untrained_shape(files, image_size).image, _decoding(files, image_size, offload=offload)
+    image, decoding = untrained_shape(files, image_size).image, _decoding(files, image_size, decoder, offload=offload)
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:
@@ -152,9 +154,13 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
     policy.network.checkpoint_activations(checkpointing)
     try:
         clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
-        with torch.no_grad(), _Live([*policy.network.parameters(), clean]) as live:
+        decoder = getattr(policy, "decoder", None)
+        weights = [*decoder.parameters(), *decoder.buffers()] if decoder is not None else []
+        # what comes to the device for its work is there once, whatever the images
+        moved = sum(weight.nbytes for weight in weights if weight.device != policy.device)
+        with torch.no_grad(), _Live([*policy.network.parameters(), *weights, clean]) as live:
             image = tuple(policy.decode(clean).shape[1:])
-            decoding = live.restart() * getattr(policy, "decoded_at_once", 1)
+            decoding = (live.restart() - moved) * getattr(policy, "decoded_at_once", 1) + moved
         return _footprint(policy.network, policy.latent_shape, conditions, image, decoding)
     finally:
         policy.network.checkpoint_activations(False)
@@ -162,15 +168,15 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
             parameter.grad = None
 
 
-def _decoding(files: ModelFiles, image_size: int | None, *, offload: bool) -> int:
+def _decoding(files: ModelFiles, image_size: int | None, decoder: Component | None, *, offload: bool) -> int:
     """`Footprint.decoding` of a model's files; 0 of one in pixels."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
-        decoder = untrained_decoder(files, image_size)
-    if decoder is None:
+        built = untrained_decoder(files, image_size, decoder)
+    if built is None:
         return 0
-    network, shape = decoder
+    network, shape = built
     with FakeTensorMode(), torch.no_grad():
         _fill(network)
         latents = torch.zeros(shape)

@@ -17,7 +17,7 @@ from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.memory.counts import CallCounts, count_calls
 from hrf_fast.memory.footprint import Footprint, measure_model
 from hrf_fast.memory.zero import ENGINES, FP32, States, engine_of, model_states
-from hrf_fast.policies.files import read_model
+from hrf_fast.policies.files import read_decoder, read_model
 from hrf_fast.policies.lora import WrongTarget, add_adapters
 from hrf_fast.policies.option_checks import check_options
 from hrf_fast.policies.untrained import DECODERS, copied_bytes, frozen_bytes, plan_sampler, untrained_condition
@@ -92,11 +92,12 @@ class Plan:
     def trajectories(self) -> int:
         """The latents of their windows, the pretrained model's outputs there and the final images, in fp32.
 
-        With train.gae_lambda the clean images too that are predicted at each step, as latents and decoded.
+        With train.gae_lambda the clean images too that are predicted at each step, and at the window's end where noise
+        follows, as latents and decoded.
         """
         longest = self.counts.longest_window
         referred = min(longest, self.config.remedies.referred_steps(self.config.sample.num_inference_steps))
-        predicted = 0 if self.config.train.gae_lambda is None else longest
+        predicted = 0 if self.config.train.gae_lambda is None else longest + 1
         latents, images = longest + 1 + referred + predicted, 1 + predicted
         footprint = self.any_footprint
         return self.rolled_out * (latents * footprint.latent_bytes + images * footprint.image_bytes)
@@ -193,6 +194,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         offload=compute.offload,
         encoder_precision=compute.encoder_precision,
     )
+    decoder = read_decoder(model.decoder, weights=False) if model.decoder else None
     sampler = plan_sampler(files, sample, model.image_size)
     conditions = sample.guidance_scale > 1, sample.guidance_scale > 1 and config.train.guidance
     branches = untrained_condition(files, 1, conditions[1]).branches
@@ -205,6 +207,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             image_size=model.image_size,
             channels_last=compute.channels_last,
             offload=compute.offload,
+            decoder=decoder,
             prepare=_adapters(config),
         )
     except WrongTarget:
@@ -215,7 +218,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
             f"model.name is {model.name!r}, whose config does not run ({type(error).__name__}: {error})"
         ) from error
     engine, bucket = engine_of(config)
-    beside = frozen_bytes(files, compute.encoder_precision)
+    beside = frozen_bytes(files, compute.encoder_precision, decoder)
     frozen = 0 if compute.offload else sum(beside.values())
     encoders = [size for name, size in beside.items() if name not in DECODERS]
     encoder = max(encoders, default=0) if compute.offload else 0

@@ -8,7 +8,7 @@ and textual inversion.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,10 @@ class PromptEncoder:
 
     def rows(self, texts: Sequence[str]) -> Rows:
         """The UNet's inputs [B, …] for B texts on the device, by their names, without gradient."""
-        known = self.encode(texts)
+        return self.stacked(self.encode(texts), texts)
+
+    def stacked(self, known: Mapping[str, Rows], texts: Sequence[str]) -> Rows:
+        """The rows [B, …] of B texts on the device, of those that `encode` has returned."""
         distinct = {text: number for number, text in enumerate(known)}
         index = torch.tensor([distinct[text] for text in texts], device=self._device)
         first = next(iter(known.values()))
@@ -54,9 +57,9 @@ class PromptEncoder:
         self._remember(known)
         return known
 
-    def negative_rows(self, texts: Sequence[str]) -> Rows:
-        """The inputs of the unconditional branch for B negative prompts."""
-        return self.rows(texts)
+    def negative(self, rows: Rows, texts: Sequence[str]) -> Rows:
+        """The inputs of the unconditional branch for B negative prompts, of their rows."""
+        return rows
 
     def _remember(self, rows: dict[str, Rows]) -> None:
         """Keep rows as the last used, and drop those that were not used for longest."""
@@ -111,9 +114,9 @@ class PromptEncoder:
 def resident(module: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
     """A block in which a frozen module is on the device; with `offload` it is back on the CPU afterwards."""
     on_cpu = [(parameter, parameter.data) for parameter in module.parameters()] if offload else []
-    if offload:
-        module.to(device)
     try:
+        if offload:
+            module.to(device)
         yield
     finally:
         # not copied back: nothing has changed them

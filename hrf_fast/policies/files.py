@@ -95,8 +95,8 @@ def read_model(
     return _with_weights(files, folder, files_in(folder), variant or None) if weights else files
 
 
-def read_decoder(name: str) -> Component:
-    """The AutoencoderTiny of model.decoder: a folder or a hub id, with its weights.
+def read_decoder(name: str, *, weights: bool = True) -> Component:
+    """The AutoencoderTiny of model.decoder: a folder or a hub id; without `weights` its config alone is looked for.
 
     Raises:
         ValueError: no such folder, another class, or no weights.
@@ -112,6 +112,8 @@ def read_decoder(name: str) -> Component:
                 f"{option} is {name!r}, which is a {part.config.get('_class_name')}; give an AutoencoderTiny such as "
                 "madebyollin/taesd (SD) or madebyollin/taesdxl (SDXL), or null for the model's own VAE"
             )
+        if not weights:
+            return part
         if not (chosen := weight_files(part, folder, names, None)):
             raise ValueError(f"{option} is {name!r}, which has no weights; give a folder that save_pretrained wrote")
         return replace(part, weights=tuple(chosen))

@@ -63,7 +63,7 @@ class TextToImagePolicy(DenoiserPolicy):
         """
         super().__init__(unet, scheduler, sampler, **options)
         self._encoder, self._parts, self._pipeline, self._denoiser = encoder, parts, pipeline, denoiser
-        self._decoder_name, self._sized, self._offload = decoder_name, sized, offload
+        self._decoder_name, self._sized, self.offload = decoder_name, sized, offload
         self.decoder = decoder.eval().requires_grad_(False).to("cpu" if offload else self.device)
         assert self.shape.size is not None
         self.decoded_at_once = decoded_at_once(self.shape.size)
@@ -74,8 +74,16 @@ class TextToImagePolicy(DenoiserPolicy):
         texts, negatives = [prompt.text for prompt in chosen], [prompt.negative for prompt in chosen]
         if not guided or self.guidance_scale == 1:
             return Condition(self._encoder.rows(texts))
-        self._encoder.encode([*texts, *negatives])
-        return Condition(self._encoder.rows(texts), self._encoder.negative_rows(negatives))
+        # both at once: encoders that are offloaded come to the device for it
+        known = self._encoder.encode([*texts, *negatives])
+        positive, negative = (self._encoder.stacked(known, of) for of in (texts, negatives))
+        return Condition(positive, self._encoder.negative(negative, negatives))
+
+    @property
+    def visiting_bytes(self) -> int:
+        """Bytes of the largest text encoder, where one at a time comes to the device for its work; else 0."""
+        sizes = [sum(weight.nbytes for weight in each.parameters()) for each in self._encoder.encoders]
+        return max(sizes) if self.offload else 0
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ class TextToImagePolicy(DenoiserPolicy):
         """
         check_finite(latents)
         latents = self._unscaled(latents.float())
-        with resident(self.decoder, self.device, self._offload), torch.autocast(latents.device.type, enabled=False):
+        with resident(self.decoder, self.device, self.offload), torch.autocast(latents.device.type, enabled=False):
             parts = [self.decoder.decode(part).sample for part in latents.split(self.decoded_at_once)]
             # in place: the images of a large panel are gigabytes
             return torch.cat([part.div_(2).add_(0.5).clamp_(0, 1) for part in parts])

@@ -42,18 +42,31 @@ def untrained_condition(files: ModelFiles, images: int, guided: bool) -> Conditi
     return files.family.zeros({name: part.config for name, part in files.parts.items()}, images, guided)
 
 
-def frozen_bytes(files: ModelFiles, encoder_precision: str = "fp32") -> dict[str, int]:
-    """Bytes of the networks that run beside the denoiser, by name: the decoder in fp32, and text encoders."""
+def frozen_bytes(
+    files: ModelFiles, encoder_precision: str = "fp32", decoder: Component | None = None
+) -> dict[str, int]:
+    """Bytes of the networks that run beside the denoiser, by name: the decoder in fp32, and text encoders.
+
+    Args:
+        decoder: of model.decoder, in place of the VAE, which stays on the CPU then.
+    """
+    parts = files.parts if decoder is None else {**files.parts, "vae": decoder}
     with torch.device("meta"):
         networks = {
-            name: _untrained(part) for name, part in files.parts.items() if part.has_weights and name != files.denoiser
+            name: _untrained(part) for name, part in parts.items() if part.has_weights and name != files.denoiser
         }
     each = {name: 4 if name in DECODERS else DTYPES[encoder_precision].itemsize for name in networks}
     return {name: each[name] * sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
-def untrained_decoder(files: ModelFiles, image_size: int | None = None) -> tuple[Any, tuple[int, ...]] | None:
-    """The decoder, with random weights, and the shape of the latents that one call of it takes; None in pixels."""
+def untrained_decoder(
+    files: ModelFiles, image_size: int | None = None, decoder: Component | None = None
+) -> tuple[Any, tuple[int, ...]] | None:
+    """The decoder, with random weights, and the shape of the latents that one call of it takes; None in pixels.
+
+    Args:
+        decoder: of model.decoder, in place of the VAE.
+    """
     if (name := next((name for name in DECODERS if name in files.parts), None)) is None:
         return None
     part, shape = files.parts[name], untrained_shape(files, image_size)
@@ -62,7 +75,7 @@ def untrained_decoder(files: ModelFiles, image_size: int | None = None) -> tuple
     config = _configured(part)
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     sides = [side // factor for side in shape.size]
-    return _untrained(part), (decoded_at_once(shape.size), config["latent_channels"], *sides)
+    return _untrained(decoder or part), (decoded_at_once(shape.size), config["latent_channels"], *sides)
 
 
 def copied_bytes(files: ModelFiles, precision: str) -> int:

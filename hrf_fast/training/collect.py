@@ -23,7 +23,7 @@ from hrf_fast.training.groups import Group
 from hrf_fast.training.prefix import prefixes
 from hrf_fast.training.probe import StartProbe
 from hrf_fast.training.rewarding import GroupRewards
-from hrf_fast.training.rollout import Rollout, noise_follows, rollout
+from hrf_fast.training.rollout import Rollout, rollout
 from hrf_fast.user_code import note_of, user_code
 from hrf_fast.windows.base import Window, with_noise
 
@@ -124,10 +124,7 @@ def collect(
         log_probs = None
         if components.algorithm.sharpness:
             log_probs = {number: trajectory.old_log_prob.sum(0) for number, trajectory in part.trajectories.items()}
-        followed = [
-            number for number in pack if noise_follows(windows[number], components.policy.sampler.stochastic_steps)
-        ]
-        rewards.append(components.rewarder.submit(images, prompts, log_probs, part.estimates, followed))
+        rewards.append(components.rewarder.submit(images, prompts, log_probs, part.estimates, part.after))
     return rolled_out, rewards
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -68,16 +68,16 @@ class Rewarder:
         prompts: Mapping[int, Prompt | None] | None = None,
         log_probs: Mapping[int, Tensor] | None = None,
         estimates: Mapping[int, Tensor] | None = None,
-        followed: Collection[int] = (),
+        after: Mapping[int, Tensor] | None = None,
     ) -> Future[dict[int, GroupRewards]]:
         """The rewards to be of groups' images [B, 3, H, W], as one batch, or the error that asking for them raises.
 
         Args:
             log_probs: [B] of each group's trajectories, to go with its rewards; None for none.
             estimates: [S, B, 3, H, W] of each group, to be rewarded too; empty or None for none.
-            followed: groups whose last estimate is at the end of the window.
+            after: [B, 3, H, W] of groups whose windows noise follows, to be rewarded beside the estimates.
         """
-        return self._pool.submit(self._reward, images, prompts, log_probs, estimates or {}, followed)
+        return self._pool.submit(self._reward, images, prompts, log_probs, estimates or {}, after or {})
 
     def _reward(
         self,
@@ -85,15 +85,14 @@ class Rewarder:
         prompts: Mapping[int, Prompt | None] | None,
         log_probs: Mapping[int, Tensor] | None,
         estimates: Mapping[int, Tensor],
-        followed: Collection[int],
+        after: Mapping[int, Tensor],
     ) -> dict[int, GroupRewards]:
         rewards = reward_groups(self.reward, images, prompts)
         for group, predicted in estimates.items():
             if rewards[group].rewards is not None:
+                states = predicted if group not in after else torch.cat([predicted, after[group][None]])
                 prompt = (prompts or {}).get(group)
-                rewards[group] = _with_values(
-                    self.reward, rewards[group], predicted, prompt, followed=group in followed
-                )
+                rewards[group] = _with_values(self.reward, rewards[group], states, len(predicted), prompt)
         for group in rewards:
             if log_probs is not None:
                 rewards[group] = replace(rewards[group], log_prob=log_probs[group].cpu())
@@ -157,15 +156,20 @@ def _reward(reward: CombinedReward, images: Mapping[int, Tensor], prompts: Mappi
 
 
 def _with_values(
-    reward: CombinedReward, result: GroupRewards, predicted: Tensor, prompt: Prompt | None, *, followed: bool
+    reward: CombinedReward, result: GroupRewards, states: Tensor, window_steps: int, prompt: Prompt | None
 ) -> GroupRewards:
-    """The group's rewards with its values, or why it has neither."""
+    """The group's rewards with its values, or why it has neither.
+
+    Args:
+        states: [S or S + 1, B, 3, H, W], the clean images that were predicted at the S = `window_steps` and after them.
+    """
     try:
-        total, _ = reward(predicted.flatten(0, 1), [prompt] * predicted.shape[:2].numel())
+        total, _ = reward(states.flatten(0, 1), [prompt] * states.shape[:2].numel())
     except NotFiniteError as error:
         return GroupRewards(None, {}, f"{error} (of predicted clean images, for train.gae_lambda)", result.prompt)
-    values = total.cpu().view(predicted.shape[:2])
-    return replace(result, values=values[:-1], after=values[-1]) if followed else replace(result, values=values)
+    values = total.cpu().view(states.shape[:2])
+    after = values[-1] if len(values) > window_steps else None
+    return replace(result, values=values[:window_steps], after=after)
 
 
 def gather_rewards(

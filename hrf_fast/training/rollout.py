@@ -32,8 +32,9 @@ class Rollout:
     calls: list[Call] = field(default_factory=list)
     """The calls inside the windows in the order in which they were made, with the predictions that were kept."""
     estimates: dict[int, Tensor] = field(default_factory=dict)
-    """[S, B, 3, H, W] in [0, 1] by group: the clean images that were predicted at each window step, where asked for;
-    one more, at the window's end, where noise follows it."""
+    """[S, B, 3, H, W] in [0, 1] by group: the clean images that were predicted at each window step, where asked for."""
+    after: dict[int, Tensor] = field(default_factory=dict)
+    """[B, 3, H, W] by group: those at the window's end, of the groups whose windows noise follows."""
 
     def join(self, other: Rollout) -> None:
         """Add another pack's, less its estimates: what is learnt from these are their rewards."""
@@ -77,7 +78,7 @@ def rollout(
         paths[number][0], reached[number] = start, paths[number][1:]
         log_probs[number] = start.new_empty(len(window), group.size)
         references[number] = start.new_empty(max(0, min(window.stop, reference_steps) - window.start), *start.shape)
-        rows = len(window) + noise_follows(window, policy.sampler.stochastic_steps) if estimate else 0
+        rows = len(window) + _noise_follows(window, policy.sampler.stochastic_steps) if estimate else 0
         estimates[number] = start.new_empty(rows, *start.shape)
 
     def write(storage: Mapping[int, Tensor], call: Call, values: Tensor) -> None:
@@ -120,10 +121,16 @@ def rollout(
         reference = references[number] if len(references[number]) else None
         trajectories[number] = Trajectory(group, paths[number], log_probs[number], cat(parts), reference)
     decoded = {number: _decoded(policy, clean) for number, clean in estimates.items() if estimate}
-    return Rollout(trajectories, trained, decoded)
+    lengths = {number: len(groups[number].window) for number in decoded}
+    return Rollout(
+        trajectories,
+        trained,
+        {number: images[: lengths[number]] for number, images in decoded.items()},
+        {number: images[-1] for number, images in decoded.items() if len(images) > lengths[number]},
+    )
 
 
-def noise_follows(window: Window, stochastic_steps: int) -> bool:
+def _noise_follows(window: Window, stochastic_steps: int) -> bool:
     """Whether untrained steps behind a window add noise."""
     return not window.deterministic and window.stop < stochastic_steps
 

@@ -82,9 +82,7 @@ def test_the_last_call_of_a_rank_s_share_of_a_panel_has_its_graph(smallest_model
     _, components = build_components(load_config(words(smallest_model, tmp_path / "run", **options)))
     components.policy.compiled = "unet"
     made = []
-    monkeypatch.setattr(
-        "hrf_fast.training.compile_graphs.compile_sizes", lambda policy, sizes, *_, **__: made.extend(sizes)
-    )
+    monkeypatch.setattr(COMPILE_SIZES, lambda policy, sizes, *_, **__: made.extend(sizes))
     # 128 images leave three for the last call, a share of 16 leaves one
     groups = replace(components.groups, ranks=ranks, per_iteration=2 * ranks)
     compile_graphs(replace(components, groups=groups), print)
@@ -258,9 +256,7 @@ def test_batches_of_one_are_compiled_where_a_split_of_the_run_leaves_one(
     options = {"compute.images_per_call": 0, "compute.compile": "unet", **options}
     _, components = build_components(load_config(words(smallest_model, tmp_path, **options)))
     compiled = []
-    monkeypatch.setattr(
-        "hrf_fast.training.compile_graphs.compile_sizes", lambda policy, sizes, *_, **__: compiled.extend(sizes)
-    )
+    monkeypatch.setattr(COMPILE_SIZES, lambda policy, sizes, *_, **__: compiled.extend(sizes))
     compile_graphs(components, lambda note: None)
     assert compiled == sizes
 

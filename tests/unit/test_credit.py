@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hrf_fast.config.load import load_config
-from hrf_fast.rewards import RewardError
+from hrf_fast.rewards import RewardError, Rewards
 from hrf_fast.training.advantages import build_advantages
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.credit import step_advantages
-from hrf_fast.training.rewarding import GroupRewards, standardise
+from hrf_fast.training.rewarding import GroupRewards, Rewarder, standardise
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_mean
@@ -59,8 +59,24 @@ def test_noise_behind_the_window_is_credited_to_no_step():
         step = group.window.stop
         output = policy.predict(latents, step, group.condition).combined
         expected = policy.decode(gaussian_mean(output, latents, policy.sampler.clean[step]))
-        assert len(rolled_out.estimates[group.number]) == 3
-        torch.testing.assert_close(rolled_out.estimates[group.number][-1], expected, rtol=0, atol=1e-4)
+        assert len(rolled_out.estimates[group.number]) == 2
+        torch.testing.assert_close(rolled_out.after[group.number], expected, rtol=0, atol=1e-4)
+    # and the rewarder hands both on
+    pending = Rewarder(lambda images, _: Rewards(bright(images), {}), CPU).submit(
+        {n: t.images for n, t in rolled_out.trajectories.items()}, None, None, rolled_out.estimates, rolled_out.after
+    )
+    for number, result in pending.result().items():
+        torch.testing.assert_close(result.values, rolled_out.estimates[number].mean((2, 3, 4)))
+        torch.testing.assert_close(result.after, rolled_out.after[number].mean((1, 2, 3)))
+
+
+def test_a_window_that_noise_follows_is_credited_in_whole_runs(tiny_run, tmp_path):
+    words = [word for word in [*tiny_run, *WORDS] if "window." not in word]
+    words += ["window.schedule=interior", "window.kwargs.width=2", "train.gae_lambda=0"]
+    for name, more in (("plain", []), ("several", ["compute.images_per_call=8"])):
+        train(with_folder([*words, *more], tmp_path / name), reward=bright)
+    for one, other in zip(*(metrics(tmp_path / name) for name in ("plain", "several")), strict=True):
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3) and one["grad_norm"] > 0
 
 
 def test_equal_rewards_teach_nothing_whatever_their_steps_changed():

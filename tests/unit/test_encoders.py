@@ -152,7 +152,7 @@ def test_offloaded_modules_are_on_the_device_inside_the_block_alone(monkeypatch)
 
 def test_encoders_and_decoder_are_moved_for_their_work_alone(monkeypatch):
     policy, plain = load_text_policy("sd1"), load_text_policy("sd1")
-    policy._encoder._offload = policy._offload = True
+    policy._encoder._offload = policy.offload = True
     moves = []
     for module in (*policy._encoder.encoders, policy.decoder):
         monkeypatch.setattr(

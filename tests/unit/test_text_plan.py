@@ -44,6 +44,27 @@ def test_a_plan_counts_what_the_decoder_of_the_model_itself_takes(kind, monkeypa
     assert offloaded - counted == frozen_bytes(files)["vae"]
 
 
+def test_a_decoder_of_the_users_own_takes_the_vaes_part_in_a_plan(tiny_decoder):
+    words = [f"model.name={text_model('sd1')}", "prompts.source=builtin"]
+    plain = plan(load_config(words), gpus=1, memory=10**10)
+    tiny = plan(load_config([*words, f"model.decoder={tiny_decoder}"]), gpus=1, memory=10**10)
+    assert 0 < tiny.any_footprint.decoding < plain.any_footprint.decoding
+    weights = diffusers.AutoencoderTiny.from_pretrained(tiny_decoder).parameters()
+    beside = frozen_bytes(read_model(str(text_model("sd1")), weights=False))
+    assert tiny.frozen == beside["text_encoder"] + 4 * sum(weight.numel() for weight in weights)
+
+
+def test_what_comes_to_the_device_counts_once_where_a_running_model_is_measured(monkeypatch):
+    policy = load_text_policy("sdxl")
+    plain = measure_running(policy, checkpointing=False).decoding
+    assert policy.visiting_bytes == 0
+    policy.offload = True
+    sizes = [sum(weight.nbytes for weight in each.parameters()) for each in policy._encoder.encoders]
+    assert policy.visiting_bytes == max(sizes)
+    # on one device nothing moves
+    assert measure_running(policy, checkpointing=False).decoding == plain
+
+
 def test_an_offloaded_encoder_and_the_decoder_count_where_they_take_the_most():
     words = [f"model.name={text_model('sdxl')}", "prompts.source=builtin", "evaluation.every=0"]
     made = {

@@ -40,16 +40,6 @@ def latents_of(policy, count=SIZE):
     return starting_noise(policy, NoiseKey(0, torch.arange(count)))
 
 
-@pytest.fixture(scope="module")
-def tiny_decoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("decoders") / "taesd"
-    torch.manual_seed(0)
-    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-    channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
-    AutoencoderTiny(latent_channels=4, **blocks, **channels).save_pretrained(folder)
-    return folder
-
-
 # --- images -----------------------------------------------------------------------------------------------------------
 
 

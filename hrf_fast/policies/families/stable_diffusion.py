@@ -21,7 +21,15 @@ from hrf_fast.policies.text_to_image import TextToImagePolicy
 _MORE_CONDITIONS = ("num_class_embeds", "class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
 
 
-class StableDiffusionXLPolicy(TextToImagePolicy):
+class StableDiffusionPolicy(TextToImagePolicy):
+    """The policy of a StableDiffusionPipeline."""
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents in the decoder's own units; these pipelines read no shift_factor."""
+        return latents / self.decoder.config.scaling_factor
+
+
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
     """The policy of a StableDiffusionXLPipeline."""
 
     def _unscaled(self, latents: Tensor) -> Tensor:
@@ -59,9 +67,8 @@ class PromptEncoderXL(PromptEncoder):
         super().__init__(tokenizers, encoders, device, offload=offload)
         self._time_ids, self._zero_negative = time_ids, zero_negative
 
-    def negative_rows(self, texts: Sequence[str]) -> Rows:
-        """The inputs of the unconditional branch for B negative prompts."""
-        rows = self.rows(texts)
+    def negative(self, rows: Rows, texts: Sequence[str]) -> Rows:
+        """The inputs of the unconditional branch for B negative prompts, of their rows."""
         if self._zero_negative:
             empty = torch.tensor([not text for text in texts], device=self._device)
             for name in ("encoder_hidden_states", "text_embeds"):
@@ -211,7 +218,7 @@ _PARTS = {
 STABLE_DIFFUSION = Family(
     _PARTS,
     replace(UNET, side=latent_side),
-    TextToImagePolicy,
+    StableDiffusionPolicy,
     check,
     encoder=encoder,
     zeros=zeros,
