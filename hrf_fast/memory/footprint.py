@@ -98,7 +98,10 @@ def measure_model(
     def conditions(images: int) -> tuple[Condition, Condition]:
         return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
 
-    image, decoding = untrained_shape(files, image_size).image, _decoding(files, image_size, decoder, offload=offload)
+    image, decoding = (
+        untrained_shape(files, image_size).image,
+        decoding_bytes(files, image_size, decoder, offload=offload),
+    )
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:
@@ -153,14 +156,7 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
 
     policy.network.checkpoint_activations(checkpointing)
     try:
-        clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
-        decoder = getattr(policy, "decoder", None)
-        weights = [*decoder.parameters(), *decoder.buffers()] if decoder is not None else []
-        # what comes to the device for its work is there once, whatever the images
-        moved = sum(weight.nbytes for weight in weights if weight.device != policy.device)
-        with torch.no_grad(), _Live([*policy.network.parameters(), *weights, clean]) as live:
-            image = tuple(policy.decode(clean).shape[1:])
-            decoding = (live.restart() - moved) * getattr(policy, "decoded_at_once", 1) + moved
+        image, decoding = measure_decoding(policy)
         return _footprint(policy.network, policy.latent_shape, conditions, image, decoding)
     finally:
         policy.network.checkpoint_activations(False)
@@ -168,7 +164,20 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
             parameter.grad = None
 
 
-def _decoding(files: ModelFiles, image_size: int | None, decoder: Component | None, *, offload: bool) -> int:
+def measure_decoding(policy: Policy) -> tuple[tuple[int, ...], int]:
+    """The shape of a decoded image, and `Footprint.decoding` of a loaded policy, on one image."""
+    clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
+    decoder = getattr(policy, "decoder", None)
+    weights = [*decoder.parameters(), *decoder.buffers()] if decoder is not None else []
+    # what comes to the device for its work is there once, whatever the images
+    moved = sum(weight.nbytes for weight in weights if weight.device != policy.device)
+    with torch.no_grad(), _Live([*policy.network.parameters(), *weights, clean]) as live:
+        image = tuple(policy.decode(clean).shape[1:])
+        peak = live.restart()
+    return image, (peak - moved) * getattr(policy, "decoded_at_once", 1) + moved
+
+
+def decoding_bytes(files: ModelFiles, image_size: int | None, decoder: Component | None, *, offload: bool) -> int:
     """`Footprint.decoding` of a model's files; 0 of one in pixels."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

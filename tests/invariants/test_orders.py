@@ -127,7 +127,7 @@ def test_inner_epochs_of_an_on_policy_step_replay(tiny_run, tmp_path):
 def test_rewards_of_the_thread_are_those_in_line(tiny_run, tmp_path, monkeypatch):
     run(tiny_run, tmp_path / "thread", "train.order=collect")
 
-    def in_line(rewarder, images, prompts=None, log_probs=None, estimates=None):
+    def in_line(rewarder, images, prompts=None, log_probs=None, estimates=None, after=None):
         future = Future()
         future.set_result(reward_groups(rewarder.reward, images, prompts))
         return future

@@ -50,7 +50,7 @@ def test_amounts_that_are_none_are_refused(text):
 def measured_once(monkeypatch):
     """A UNet is measured once in this file: it takes seconds."""
 
-    def measure(files, *, device, guided, image_size, channels_last, offload, prepare):
+    def measure(files, *, device, guided, image_size, channels_last, offload, decoder, prepare):
         if prepare is not None:
             return measure_model(files, device=device, guided=guided, channels_last=channels_last, prepare=prepare)
         key = json.dumps([files.parts["unet"].config, device, guided, channels_last], sort_keys=True)
@@ -121,9 +121,10 @@ def test_what_each_mode_holds_by_hand():
     assert made.activations("replay", "fp32", 0) == 1 + 8 * 120
     assert made.activations("replay", "fp32", 16) == 1 + 16 * 120
     assert made.activations("checkpoint", "fp32", 16) == 1 + 16 * 40
-    # 16 samples x (3 + 1 latents of 4 bytes and an image of 12); with credit of single steps 3 predictions more of each
+    # 16 samples x (3 + 1 latents of 4 bytes and an image of 12); with credit of single steps 3 predictions more of each, and
+    # one at the window's end, where noise may follow
     assert make_plan(10**9, image_bytes=12).trajectories == 16 * (4 * 4 + 12)
-    assert make_plan(10**9, "train.gae_lambda=0", image_bytes=12).trajectories == 16 * (7 * 4 + 4 * 12)
+    assert make_plan(10**9, "train.gae_lambda=0", image_bytes=12).trajectories == 16 * (8 * 4 + 5 * 12)
     # kept are the groups of an optimizer step
     assert make_plan(10**9, "train.groups_per_step=2").kept_samples == 16
     assert make_plan(10**9, "train.groups_per_step=2", gpus=2).kept_samples == 8

@@ -10,7 +10,7 @@ import torch
 
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.load import load_config
-from hrf_fast.memory.footprint import measure_model, measure_running
+from hrf_fast.memory.footprint import decoding_bytes, measure_decoding, measure_running
 from hrf_fast.memory.planner import plan
 from hrf_fast.policies import text_to_image
 from hrf_fast.policies.files import read_model
@@ -35,12 +35,12 @@ TRUE = {
 def test_a_plan_counts_what_the_decoder_of_the_model_itself_takes(kind, monkeypatch):
     monkeypatch.setattr(text_to_image, "_PIXELS_AT_ONCE", 3 * (2 * SIDE) ** 2)
     files, policy = read_model(str(text_model(kind)), weights=False), load_text_policy(kind)
-    counted = measure_model(files, device="cpu")["fp32", False].decoding
+    counted = decoding_bytes(files, None, None, offload=False)
     assert policy.decoded_at_once == 3
-    running = measure_running(policy, checkpointing=False).decoding
+    _, running = measure_decoding(policy)
     # the policy maps images to [0, 1] too
     assert counted == pytest.approx(running, rel=0.25) and counted > 3 * 4 * 3 * (2 * SIDE) ** 2
-    offloaded = measure_model(files, device="cpu", offload=True)["fp32", False].decoding
+    offloaded = decoding_bytes(files, None, None, offload=True)
     assert offloaded - counted == frozen_bytes(files)["vae"]
 
 
@@ -56,13 +56,13 @@ def test_a_decoder_of_the_users_own_takes_the_vaes_part_in_a_plan(tiny_decoder):
 
 def test_what_comes_to_the_device_counts_once_where_a_running_model_is_measured(monkeypatch):
     policy = load_text_policy("sdxl")
-    plain = measure_running(policy, checkpointing=False).decoding
+    plain = measure_decoding(policy)
     assert policy.visiting_bytes == 0
     policy.offload = True
     sizes = [sum(weight.nbytes for weight in each.parameters()) for each in policy._encoder.encoders]
     assert policy.visiting_bytes == max(sizes)
     # on one device nothing moves
-    assert measure_running(policy, checkpointing=False).decoding == plain
+    assert measure_decoding(policy) == plain
 
 
 def test_an_offloaded_encoder_and_the_decoder_count_where_they_take_the_most():
