@@ -121,7 +121,7 @@ def test_what_each_mode_holds_by_hand():
     assert made.activations("replay", "fp32", 0) == 1 + 8 * 120
     assert made.activations("replay", "fp32", 16) == 1 + 16 * 120
     assert made.activations("checkpoint", "fp32", 16) == 1 + 16 * 40
-    # 16 samples x (3 + 1 latents of 4 bytes and an image of 12); with credit of single steps 3 predictions more of each,
+    # 16 samples x (3 + 1 latents of 4 bytes and an image of 12); with credit of single steps 3 predictions more of each
     # and one at the window's end, where noise may follow
     assert make_plan(10**9, image_bytes=12).trajectories == 16 * (4 * 4 + 12)
     assert make_plan(10**9, "train.gae_lambda=0", image_bytes=12).trajectories == 16 * (8 * 4 + 5 * 12)
