@@ -98,10 +98,8 @@ def measure_model(
     def conditions(images: int) -> tuple[Condition, Condition]:
         return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
 
-    image, decoding = (
-        untrained_shape(files, image_size).image,
-        decoding_bytes(files, image_size, decoder, offload=offload),
-    )
+    image = untrained_shape(files, image_size).image
+    decoding = decoding_bytes(files, image_size, decoder, offload=offload)
     # what exists by now is not looked through again by the many collections below
     gc.freeze()
     try:

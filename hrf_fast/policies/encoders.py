@@ -43,10 +43,10 @@ class PromptEncoder:
 
     def stacked(self, known: Mapping[str, Rows], texts: Sequence[str]) -> Rows:
         """The rows [B, …] of B texts on the device, of those that `encode` has returned."""
-        distinct = {text: number for number, text in enumerate(known)}
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         index = torch.tensor([distinct[text] for text in texts], device=self._device)
         first = next(iter(known.values()))
-        return {name: torch.cat([rows[name] for rows in known.values()]).to(self._device)[index] for name in first}
+        return {name: torch.cat([known[t][name] for t in distinct]).to(self._device)[index] for name in first}
 
     def encode(self, texts: Sequence[str]) -> dict[str, Rows]:
         """The rows [1, …] of each distinct text on the CPU, remembered or made."""
