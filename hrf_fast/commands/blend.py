@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_prompts
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands.runs import ADAPTERS, run_config, run_policy, tuned_config
+from hrf_fast.commands.runs import ADAPTERS, run_policy, tuned_config
 from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
@@ -24,8 +24,9 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.lora import adapted_layers
 from hrf_fast.report.plots import blend_front
 from hrf_fast.run.card import save_model
-from hrf_fast.run.files import PANEL, append_line, read_log, read_object, remove_folder, sha256, write_atomically
-from hrf_fast.run.finished import finished_run, model_iteration
+from hrf_fast.run.files import append_line, read_object, remove_folder, sha256, write_atomically
+from hrf_fast.run.finished import finished_run
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.run.lock import blending
 from hrf_fast.run.sources import BASE, edited, read_sources
 
@@ -51,7 +52,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
             without a network for the Vendi Score, or for the Inception Score where `quality` asks for it; or another
             process blends the run.
     """
-    alphas, folder = blends.steps_to(most, step), finished_run(run) / "blend"
+    alphas, files = blends.steps_to(most, step), finished_run(run)
+    folder = files.blend
     blends.check_floors(keep, quality)
     # another model.name is judged by its rewards
     config = tuned_config(run, words, ADAPTERS)
@@ -68,7 +70,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
             f"{config.evaluation.network} gives none, or evaluation.panel_size {config.evaluation.panel_size} is too "
             "few images; leave it at 0"
         )
-    policy = run_policy(run, config, str(run / "model"))
+    policy = run_policy(run, config, str(files.model))
     adapters = bool(adapted_layers(policy.network.unet))
     pretrained = None if adapters else run_policy(run, replace(config, lora=LoraConfig())).network
     line = blends.WeightLine(policy.network, pretrained)
@@ -77,13 +79,13 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
         reward = build_config_reward(config, device)
         _claim_blend(folder, run, config, reward.sources)
         front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
-        panels = read_log(run / "evaluations.jsonl", PANEL)
-        before = run_config(run)
+        panels = files.panels()
+        before = files.read_config()
         changed = differences(config, before)
         apart = [option for option in changed if option != "evaluation.network"]
         if not any(FACTS[option].panel or option in _PROMPTS for option in apart):
-            files = list(edited(run, reward.sources).values())
-            check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=files)
+            code = list(edited(run, reward.sources).values())
+            check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=code)
             front.at(0.0, panel, accept=check)
         elif not (folder / "front.jsonl").exists() and (rewards := _own_rewards(run, before, config)):
             blends.check_pretrained(panels[0]["rewards"], rewards)
@@ -113,7 +115,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
 
 def _save(folder: Path, policy: Policy, config: Config, run: Path, panels: Sequence[dict[str, Any]]) -> None:
     """The policy as a model, with a card of two panels: the pretrained model's and the blend's."""
-    tuned = model_iteration(run)
+    tuned = RunFiles(run).model_iteration()
     table = [{**panel, "iteration": iteration} for panel, iteration in zip(panels, (0, tuned), strict=True)]
     save_model(folder, policy, config, table, tuned, alpha=panels[1]["alpha"])
 
@@ -146,7 +148,7 @@ def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, 
         ValueError: it holds panels of other settings or of another tuned model; says which. Or its settings.json is
             damaged.
     """
-    weights = {str(file.relative_to(run)): sha256(file) for file in sorted((run / "model").rglob("*.safetensors"))}
+    weights = {str(file.relative_to(run)): sha256(file) for file in sorted(RunFiles(run).model.rglob("*.safetensors"))}
     options = {name: asdict(getattr(config, name)) for name in ("model", "sample", "reward", "prompts", "evaluation")}
     sections = {name: without_credentials(section) for name, section in options.items()}
     # a credential tells two rewards apart too

@@ -20,6 +20,7 @@ from hrf_fast.evaluation.kept import kept_interval
 from hrf_fast.evaluation.nanoflow import nanoflow_columns
 from hrf_fast.report.evaluation import evaluation_lines
 from hrf_fast.run.files import write_atomically
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.run.sources import edited_notes
 
 
@@ -58,7 +59,7 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
     fidelity = importlib.util.find_spec("torchmetrics") is not None
     if network is not None and not fidelity:
         print('FID and KID are left out, since torchmetrics is not installed: pip install "hrf_fast[metrics]"')
-    for title, name in (("pretrained", None), ("tuned", str(run / "model"))):
+    for title, name in (("pretrained", None), ("tuned", str(RunFiles(run).model))):
         policy = run_policy(run, config, name)
         metrics = panel.evaluate(policy, reward)
         result[title] = metrics.record()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hrf_fast.commands.runs import load_weights, run_config, run_of, run_policy, with_sampler
+from hrf_fast.commands.runs import load_weights, run_of, run_policy, with_sampler
 from hrf_fast.policies.lora import merged
 from hrf_fast.run.card import save_model
-from hrf_fast.run.files import PANEL, read_log
+from hrf_fast.run.layout import RunFiles
 
 
 def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
@@ -25,7 +25,7 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/iteration-…")
     if out.exists():
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
-    config = run_config(run)
+    config = RunFiles(run).read_config()
     policy = run_policy(run, with_sampler(config, "cpu", {}))
     load_weights(policy, checkpoint)
     if merge:
@@ -37,4 +37,4 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     iterations = json.loads((checkpoint / "state.json").read_text())["iteration"]
     # the card's figures were measured in the run's own precision
-    save_model(out, policy, config, read_log(run / "evaluations.jsonl", PANEL), iterations)
+    save_model(out, policy, config, RunFiles(run).panels(), iterations)

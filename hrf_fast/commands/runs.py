@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.config.load import differences, load_config
+from hrf_fast.config.load import differences
 from hrf_fast.config.options import Config
 from hrf_fast.config.paths import with_absolute_paths
 from hrf_fast.config.rules import check_config
@@ -20,6 +20,7 @@ from hrf_fast.engines.base import trained_weights
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.finished import finished_run
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.run.sources import check_base
 
 # options that say what a run's tuned model is
@@ -42,7 +43,7 @@ def run_of(checkpoint: Path) -> Path | None:
     if not (path / WEIGHTS).is_file():
         return None
     run = path.parents[1]
-    if not (run / "config.yaml").is_file():
+    if not RunFiles(run).config_file.is_file():
         raise ValueError(
             f"{checkpoint} is a checkpoint, but {run} has no config.yaml, which says what model it is of; put it back "
             "into RUN/checkpoints"
@@ -63,16 +64,12 @@ def model_of_run(path: Path) -> tuple[Path, Path] | None:
     meant += [(path.parent, path.parent)] if path.name == "model" else []
     meant += [(path.parent, path)] if path.name == "blend" else []
     meant += [(path.parents[1], path.parent)] if path.parts[-2:] == ("blend", "model") else []
-    run, folder = next((each for each in meant if (each[0] / "config.yaml").is_file()), (None, path))
+    run, folder = next((each for each in meant if RunFiles(each[0]).config_file.is_file()), (None, path))
     if run is None:
         return None
     if folder != run and not (folder / "model").is_dir():
         raise ValueError(f"{folder} has no model/, since no blend was chosen; `hrf blend {run}` says why, or makes one")
-    return finished_run(run), folder / "model"
-
-
-def run_config(run: Path, words: tuple[str, ...] = ()) -> Config:
-    return load_config(["--config", str(run / "config.yaml"), *words])
+    return finished_run(run).path, folder / "model"
 
 
 def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Config:
@@ -82,14 +79,14 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
         ValueError: the run has not finished, a fixed option is another than the run's, or an option of training alone
             is changed.
     """
-    config = run_config(finished_run(run), tuple(words))
-    before = run_config(run)
+    files = finished_run(run)
+    config, before = files.read_config(words), files.read_config()
     changed = differences(with_absolute_paths(before), with_absolute_paths(config))
     _check_effect(before, config, changed)
     for option in fixed:
         if option in changed:
             old, new = changed[option]
-            hint = f"; if that model has moved, write its new place into {run / 'config.yaml'}"
+            hint = f"; if that model has moved, write its new place into {files.config_file}"
             raise ValueError(
                 f"{option} is {new!r}, but the tuned model of {run} is of {old!r}; leave {option} out"
                 + (hint if option == "model.name" else "")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
-from hrf_fast.commands.runs import load_weights, model_of_run, run_config, run_of, run_policy, with_sampler
-from hrf_fast.config.options import FLOW_SAMPLERS
+from hrf_fast.commands.runs import load_weights, model_of_run, run_of, run_policy, with_sampler
+from hrf_fast.config.options import FLOW_SAMPLERS, Config
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.evaluation.grids import check_picture, save_grid
 from hrf_fast.evaluation.panel import Panel
@@ -17,6 +17,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.training.calls import SAMPLED_TOGETHER
 
 
@@ -68,21 +69,23 @@ class _Source:
     """A model to draw of: one by name, or the model or a checkpoint of a run."""
 
     name: str
-    run: Path | None = None
-    model: Path | None = None
+    run: Path | None
+    config: Config | None
+    """Configuration of the run."""
+    model: Path | None
+    """A folder; None for a checkpoint's."""
 
 
 def _most_in_a_call(source: _Source, policy: Policy) -> int:
-    if source.run is not None:
-        return run_config(source.run).compute.images_per_call or SAMPLED_TOGETHER
+    if source.config is not None:
+        return source.config.compute.images_per_call or SAMPLED_TOGETHER
     return getattr(policy, "decoded_at_once", 1) if policy.takes_prompts else SAMPLED_TOGETHER
 
 
 def _source(name: str) -> _Source:
     path = Path(name).expanduser()
-    if run := run_of(path):
-        return _Source(name, run)
-    return _Source(name, *(model_of_run(path) or ()))
+    run, model = (run, None) if (run := run_of(path)) else model_of_run(path) or (None, None)
+    return _Source(name, run, RunFiles(run).read_config() if run else None, model)
 
 
 def _prompted(panel: Panel, source: _Source, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
@@ -108,27 +111,25 @@ def _prompted(panel: Panel, source: _Source, policy: Policy, prompts: Sequence[s
         asked = tuple(Prompt(text, negative) for text, negative in zip(prompts, each, strict=True))
         each_of = panel.size // len(asked)
         return replace(panel, size=each_of * len(asked), prompts=asked, images_per_prompt=each_of)
-    if source.run is None:
+    if source.config is None:
         raise ValueError(f'{source.name} draws what a prompt says; give one or several, as --prompt "a cat"')
-    config = run_config(source.run)
-    of_run = build_prompted_panel(config, build_prompts(config)[0])
+    of_run = build_prompted_panel(source.config, build_prompts(source.config)[0])
     asked = tuple(replace(prompt, negative=(*negatives, prompt.negative)[0]) for prompt in of_run.prompts)
     return replace(panel, prompts=asked, images_per_prompt=of_run.images_per_prompt)
 
 
 def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
     """The policy of a source; of a run under the sampler that it was trained with."""
-    if source.run is None:
+    if source.run is None or source.config is None:
         _check_noise(sampler, sampler.get("scheduler") or "ddim")
         return load_policy(source.name, variant=variant, **sampler, device=choose_device(device))
-    config = run_config(source.run)
-    _check_noise(sampler, sampler.get("scheduler") or config.sample.scheduler)
+    _check_noise(sampler, sampler.get("scheduler") or source.config.sample.scheduler)
     if variant is not None:
         raise ValueError(
             f"--variant is {variant!r}, but {source.name} is of a run, whose weights have none; leave it out"
         )
     name = str(source.model) if source.model else None
-    policy = run_policy(source.run, with_sampler(config, device, sampler), name)
+    policy = run_policy(source.run, with_sampler(source.config, device, sampler), name)
     if source.model is None:
         load_weights(policy, Path(source.name).expanduser())
     return policy

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from hrf_fast.config.load import load_config
 from hrf_fast.config.options import Config
 from hrf_fast.config.paths import absolute
 from hrf_fast.devices import choose_device
 from hrf_fast.distributed import comm
 from hrf_fast.memory.timing import candidate_threads, fastest
 from hrf_fast.policies.base import Policy
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.training.calls import CallPlan
 
 
@@ -38,8 +38,8 @@ def tuned(config: Config, load: Callable[[Config], Policy]) -> tuple[Config, str
             f"compute.auto_tune is true but {where}: it chooses threads and memory format of one process on a CPU; set "
             "it to false, and compute.channels_last by hand"
         )
-    before = absolute(config.run.folder) / "config.yaml"
-    if before.is_file() and (chosen := load_config(["--config", str(before)]).compute).threads:
+    before = RunFiles(absolute(config.run.folder))
+    if before.config_file.is_file() and (chosen := before.read_config().compute).threads:
         return _with_choice(config, chosen.threads, chosen.channels_last), ""
     train = config.train
     plan = CallPlan(train.group_size, config.compute.images_per_call, train.order)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from hrf_fast.config.load import differences, load_config
+from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.card import METHODS
-from hrf_fast.run.files import EVENT, INTERVALS, PANEL, read_log
-from hrf_fast.run.finished import ends_of
+from hrf_fast.run.files import INTERVALS
+from hrf_fast.run.finished import existing_run
+from hrf_fast.run.layout import EVALUATIONS
 from hrf_fast.run.sources import edited, read_sources
 
 # names of metrics.jsonl that a report reads
@@ -109,10 +110,9 @@ def _checked(names: Sequence[str], folders: Sequence[Path]) -> Sequence[str]:
 
 
 def _read(folder: Path) -> RunLog:
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml; give one that `hrf train` wrote")
-    config = load_config(["--config", str(folder / "config.yaml")])
-    panels, metrics = read_log(folder / "evaluations.jsonl", PANEL), read_log(folder / "metrics.jsonl", METRICS)
+    files = existing_run(folder)
+    config = files.read_config()
+    panels, metrics = files.panels(), files.metrics(METRICS)
     if not panels or panels[0]["iteration"] != 0:
         raise ValueError(
             f"{folder} has no panel of the pretrained model in evaluations.jsonl, the first thing that training makes; "
@@ -125,10 +125,10 @@ def _read(folder: Path) -> RunLog:
         or first.get("vendi", [1.0])[0] <= 0
     ):
         raise ValueError(
-            f"{folder / 'evaluations.jsonl'} has panels of other images than the first one or without its metrics, "
+            f"{folder / EVALUATIONS} has panels of other images than the first one or without its metrics, "
             "or no diversity to begin with; mend or delete those lines"
         )
-    events, ends = read_log(folder / "events.jsonl", EVENT), ends_of(folder)
+    events, ends = files.events(), files.ends()
     if not metrics and any(end["iteration"] == 0 for end in ends):
         raise ValueError(
             f"{folder} ended before its first iteration, as its events.jsonl says: there is nothing to report"
@@ -143,7 +143,7 @@ def _read(folder: Path) -> RunLog:
     ends = [end for end in ends if end["iteration"] == done]
     # a run that is being extended still has the model/ of its earlier end
     complete = bool(ends) or (complete and panels[-1]["iteration"] == done)
-    finished = (folder / "model").is_dir() and complete
+    finished = files.model.is_dir() and complete
     tuned = ends[-1]["figures"]["model"] if ends else panels[-1]["iteration"]
     model = next((i for i, panel in enumerate(panels) if panel["iteration"] == tuned), -1)
     method = METHODS.get(config.window.schedule, config.window.schedule)

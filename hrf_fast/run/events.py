@@ -16,7 +16,8 @@ from hrf_fast.evaluation.diversity import mean_of
 from hrf_fast.evaluation.kept import LEAST, halves, kept_interval
 from hrf_fast.evaluation.neighbours import inside
 from hrf_fast.evaluation.panel import PanelMetrics
-from hrf_fast.run.folder import EVENTS, PRETRAINED, RunFolder
+from hrf_fast.run.folder import PRETRAINED, RunFolder
+from hrf_fast.run.layout import EVENTS
 from hrf_fast.stopping import Event, StopRules, above_floors, by_merit, check_first_panel, floors
 
 # the pretrained panel's features among its halves

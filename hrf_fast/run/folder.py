@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hrf_fast.config.credentials import without_credentials
-from hrf_fast.config.load import differences, load_config, to_yaml
+from hrf_fast.config.load import differences, to_yaml
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.config.paths import absolute, with_absolute_paths
 from hrf_fast.errors import NotWritten
@@ -34,31 +34,22 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
 from hrf_fast.run.checkpoint import has_trained, sweep
-from hrf_fast.run.files import (
-    EVENT,
-    PANEL,
-    append_line,
-    is_leftover,
-    read_log,
-    remove_folder,
-    write_atomically,
-)
-from hrf_fast.run.finished import ends_of
+from hrf_fast.run.files import append_line, is_leftover, read_log, remove_folder, write_atomically
+from hrf_fast.run.layout import EVALUATIONS, EVENTS, METRICS, RunFiles
 from hrf_fast.run.sources import BASE, SOURCES, check_base, edited_notes
 from hrf_fast.weights import read_tensors
 
-EVENTS, PRETRAINED = "events.jsonl", "pretrained.safetensors"
+PRETRAINED = "pretrained.safetensors"
 # memory of the W&B writer
 WANDB_ID, WANDB_SENT = "wandb_id", "wandb_sent"
 
 
-class RunFolder:
+class RunFolder(RunFiles):
     """One training run's folder."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__(absolute(config.run.folder))
         self.config = config
-        self.path = absolute(config.run.folder)
-        self.checkpoints = self.path / "checkpoints"
         self._lock: BaseFileLock | None = None
 
     def claim(self) -> None:
@@ -84,11 +75,10 @@ class RunFolder:
 
         A run that has neither a checkpoint nor an iteration to lose may change its configuration.
         """
-        path = self.path / "config.yaml"
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is not a folder; remove it, or choose another run.folder")
-        if path.exists() and self._is_run():
-            if not has_trained(self.checkpoints) and not self.iterations():
+        if self.config_file.exists() and self._is_run():
+            if not has_trained(self.checkpoints) and not self.metrics():
                 return
             changes = self._changes()
             changes = {option: pair for option, pair in changes.items() if not self._may_change(option)}
@@ -104,7 +94,7 @@ class RunFolder:
 
     def _is_run(self) -> bool:
         """Whether the folder with a config.yaml is a run's; one that somebody has written holds nothing else of it."""
-        ours = (lock.NAME, lock.OWNER, "checkpoints", "metrics.jsonl", PRETRAINED)
+        ours = (lock.NAME, lock.OWNER, self.checkpoints.name, METRICS, PRETRAINED)
         return any((self.path / name).exists() for name in ours)
 
     def release(self) -> None:
@@ -132,15 +122,14 @@ class RunFolder:
                 "use at least that many, or another run.folder"
             )
         # a run may end at the pretrained model, before its first iteration
-        if done == 0 and (self.path / "model").exists() and not self._ended_at_start():
+        if done == 0 and self.model.exists() and not self._ended_at_start():
             raise ValueError(
                 f"run.folder {self.path} holds a tuned model but no checkpoint to go on from; choose another "
                 "run.folder, or delete the folder to train again"
             )
         if done == 0:
             # of such an end: until the next one there is no tuned model
-            remove_folder(self.path / "model")
-        path = self.path / "config.yaml"
+            remove_folder(self.model)
         if done and BASE in sources:
             check_base(self.path, self.config.model.name, sources[BASE]["sha256"])
         changed = edited_notes(self.path, sources)
@@ -149,13 +138,13 @@ class RunFolder:
                 f"{changed[0]}, and run.edited_code is refuse; restore the file, choose another run.folder, or set "
                 "run.edited_code=note"
             )
-        if done == 0 and path.exists() and (changed or self._changes()):
+        if done == 0 and self.config_file.exists() and (changed or self._changes()):
             # the panel of a configuration that never trained, and the W&B run that shows it
-            for name in ("evaluations.jsonl", EVENTS, PRETRAINED, WANDB_ID, WANDB_SENT):
+            for name in (EVALUATIONS, EVENTS, PRETRAINED, WANDB_ID, WANDB_SENT):
                 (self.path / name).unlink(missing_ok=True)
         sweep(self.checkpoints)
         self.rewind(done)
-        write_atomically(path, to_yaml(self.config).encode())
+        write_atomically(self.config_file, to_yaml(self.config).encode())
         if done == 0 or not (self.path / SOURCES).exists():
             # what an older run began with is not known any more
             known = {name: source for name, source in sources.items() if done == 0 or name != BASE}
@@ -164,19 +153,19 @@ class RunFolder:
         return [*changed, *self._gaps(done)] if done else []
 
     def _ended_at_start(self) -> bool:
-        return not self.iterations() and any(end["iteration"] == 0 for end in ends_of(self.path))
+        return not self.metrics() and any(end["iteration"] == 0 for end in self.ends())
 
     def _gaps(self, done: int) -> list[str]:
         """A line where metrics.jsonl lacks iterations that a checkpoint has."""
-        missing = sorted(set(range(done)) - {record["iteration"] for record in self.iterations()})
+        missing = sorted(set(range(done)) - {record["iteration"] for record in self.metrics()})
         if not missing:
             return []
         gap = f"{len(missing)} of the {done} iterations that are done, first {missing[0]}"
-        return [f"{self.path / 'metrics.jsonl'} lacks {gap}: the weights have them, but no report shows them"]
+        return [f"{self.path / METRICS} lacks {gap}: the weights have them, but no report shows them"]
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Options of the folder's config.yaml that the configuration has otherwise."""
-        before = load_config(["--config", str(self.path / "config.yaml")])
+        before = self.read_config()
         return differences(with_absolute_paths(before), with_absolute_paths(self.config))
 
     def _may_change(self, option: str) -> bool:
@@ -188,28 +177,16 @@ class RunFolder:
 
     def rewind(self, iteration: int) -> None:
         """Drop log lines of iterations that a resumed run will do again."""
-        for name, last in (("metrics.jsonl", iteration - 1), ("evaluations.jsonl", iteration), (EVENTS, iteration)):
+        for name, last in ((METRICS, iteration - 1), (EVALUATIONS, iteration), (EVENTS, iteration)):
             path = self.path / name
             if path.exists():
                 earlier = [record for record in read_log(path) if record["iteration"] <= last]
                 write_atomically(path, "".join(json.dumps(record) + "\n" for record in earlier).encode())
 
-    def panels(self) -> list[dict[str, Any]]:
-        """The lines of evaluations.jsonl."""
-        return read_log(self.path / "evaluations.jsonl", PANEL)
-
-    def iterations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return read_log(self.path / "metrics.jsonl")
-
     def lines(self) -> list[tuple[dict[str, Any], bool]]:
         """The lines of both logs in the order in which they were written, each with whether it is a panel's."""
-        logged = [*((r, True) for r in self.panels()), *((r, False) for r in self.iterations())]
+        logged = [*((r, True) for r in self.panels()), *((r, False) for r in self.metrics())]
         return sorted(logged, key=lambda pair: (pair[0]["iteration"], not pair[1]))
-
-    def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl."""
-        return read_log(self.path / EVENTS, EVENT)
 
     def save_pretrained(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep what later panels are compared with: the halves of the pretrained panel's metrics (`evaluation.kept`),
@@ -233,11 +210,11 @@ class RunFolder:
     def append_panel(self, record: dict[str, Any], images: Tensor) -> None:
         """Write a panel's PNG grid and its line of evaluations.jsonl."""
         save_grid(images, self.grid(record["iteration"]), **captions_of(record))
-        self.append("evaluations.jsonl", record)
+        self.append(EVALUATIONS, record)
 
     def save_model(self, policy: Policy, iterations: int) -> None:
         """Write the tuned model, of so many iterations, as a diffusers folder with its card."""
-        save_model(self.path / "model", policy, self.config, self.panels(), iterations)
+        save_model(self.model, policy, self.config, self.panels(), iterations)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log, whole or not at all."""

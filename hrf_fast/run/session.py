@@ -24,6 +24,7 @@ from hrf_fast.run.checkpoint import load_first_intact, load_newest, save_checkpo
 from hrf_fast.run.events import EventLog
 from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.interrupts import Interrupts
+from hrf_fast.run.layout import METRICS
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.progress import Progress, Silence, build_progress
 from hrf_fast.run.result import RunResult
@@ -198,7 +199,7 @@ class Run:
 
         def write() -> None:
             self._events.iteration(line)
-            self.folder.append("metrics.jsonl", line)
+            self.folder.append(METRICS, line)
 
         comm.main_says(write)
         # from here on the iteration can be saved, whatever a listener raises

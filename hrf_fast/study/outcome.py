@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.evaluation.blend import read_front, steps_to
-from hrf_fast.run.files import PANEL, read_log, read_object
-from hrf_fast.run.finished import model_iteration
+from hrf_fast.run.files import read_object
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.study.plan import BlendOf
 
 
@@ -25,7 +25,8 @@ def trained(folder: Path, log: Sequence[str]) -> dict[str, Any]:
     reason = reason_in(log)
     if reason is None:
         raise ValueError("the run says nothing of its end")
-    panels, model, seconds = read_log(folder / "evaluations.jsonl", PANEL), model_iteration(folder), _seconds(folder)
+    files = RunFiles(folder)
+    panels, model, seconds = files.panels(), files.model_iteration(), _seconds(files)
     for number, panel in enumerate(panels):
         before = [value for iteration, value in seconds.items() if iteration < panel["iteration"]]
         # of training before it; a log that has lost lines does not know them
@@ -48,11 +49,12 @@ def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
         ValueError: a damaged file.
         KeyError: an α is missing, as where somebody else has blended the run meanwhile.
     """
-    chosen = read_object(folder / "blend" / "blend.json", "delete it, and the blend is made again")
-    records = read_front(folder / "blend" / "front.jsonl")
+    files = RunFiles(folder)
+    chosen = read_object(files.blend / "blend.json", "delete it, and the blend is made again")
+    records = read_front(files.blend / "front.jsonl")
     alphas = steps_to(blend.most, blend.step)
-    evaluations = read_log(folder / "evaluations.jsonl", PANEL)[-1]["evaluations"]
-    model, seconds = model_iteration(folder), round(sum(_seconds(folder).values()), 1)
+    evaluations = files.panels()[-1]["evaluations"]
+    model, seconds = files.model_iteration(), round(sum(_seconds(files).values()), 1)
 
     def panel(record: dict[str, Any]) -> dict[str, Any]:
         figures = {name: value for name, value in record.items() if name not in ("prompts", "rewards")}
@@ -79,6 +81,6 @@ def reason_in(log: Sequence[str]) -> str | None:
     return reasons[-1] if reasons else None
 
 
-def _seconds(folder: Path) -> dict[int, float]:
+def _seconds(files: RunFiles) -> dict[int, float]:
     """Seconds by iteration, without panels and checkpoints."""
-    return {line["iteration"]: float(sum(line["seconds"].values())) for line in read_log(folder / "metrics.jsonl")}
+    return {line["iteration"]: float(sum(line["seconds"].values())) for line in files.metrics()}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hrf_fast.run.files import write_atomically
 from hrf_fast.run.finished import finished_run
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.run.lock import blending, lock_folder
 from hrf_fast.study.outcome import blended, trained
 from hrf_fast.study.plan import Job
@@ -113,9 +114,9 @@ class Workers:
             words = ["train", "--config", str(config)]
         else:
             run, most, step = self.out / job.training.name, job.blend.most, job.blend.step
-            if (run / "blend").exists():
+            if (blend := RunFiles(run).blend).exists():
                 # of a study that was killed, a process may go on there
-                with blending(run / "blend"):
+                with blending(blend):
                     pass
             begun["run_commit"] = _begun(self.out / f"{job.training.name}.json")["commit"]
             words = ["blend", str(run), "--keep", str(job.blend.keep), "--most", str(most), "--step", str(step)]
