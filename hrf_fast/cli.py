@@ -109,7 +109,7 @@ def study(arguments: argparse.Namespace) -> None:
 
 def from_trl(arguments: argparse.Namespace) -> None:
     """Translate a script or a JSON file for TRL's DDPOTrainer into a configuration; the script is not run."""
-    from hrf_fast.config.trl import convert
+    from hrf_fast.from_trl.convert import convert
     from hrf_fast.run.files import write_atomically
 
     text, notes = convert(arguments.source, arguments.words, processes=arguments.processes)
@@ -136,8 +136,8 @@ def plan(arguments: argparse.Namespace) -> None:
     from hrf_fast.config.amounts import parse_memory
     from hrf_fast.config.load import load_config
     from hrf_fast.memory.planner import plan as make_plan
-    from hrf_fast.memory.seconds import NO_RATE, measured, seconds_line, stated
     from hrf_fast.memory.table import describe
+    from hrf_fast.timing.rates import NO_RATE, measured, seconds_line, stated
 
     if arguments.measure and arguments.rate is not None:
         raise ValueError(f"--measure and --rate {arguments.rate:g} are two rates; give one of them")

@@ -23,13 +23,13 @@ from hrf_fast.devices import choose_device
 from hrf_fast.distributed import comm
 from hrf_fast.evaluation.panel import no_network_note
 from hrf_fast.memory.activations import choose_activations, memory_for
-from hrf_fast.memory.tuning import set_threads, tuned
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
 from hrf_fast.run.sources import BASE
 from hrf_fast.stopping import check_floors
+from hrf_fast.timing.tuning import set_threads, tuned
 from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.components import Components
 from hrf_fast.training.gradient_noise import NoiseScale

@@ -22,6 +22,7 @@ LAYERS = (
     ("assembly",),
     ("command", "arguments"),
     ("report",),
+    ("timing",),
     ("memory", "doctor"),
     ("training",),
     ("run",),
@@ -32,6 +33,7 @@ LAYERS = (
     ("policies",),
     ("vision",),
     ("windows", "prompts"),
+    ("from_trl",),
     ("config",),
     ("hub", "weights"),
     ("devices", "stopwatch"),
@@ -91,7 +93,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_those_who_build_or_plan_take_the_whole_configuration():
-    allowed = ("assembly", "train", "commands", "config", "run", "memory")
+    allowed = ("assembly", "train", "commands", "config", "run", "memory", "timing")
     takers = {
         f"{module_name(path)}.{function.name}"
         for path in MODULES

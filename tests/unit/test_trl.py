@@ -6,9 +6,9 @@ import pytest
 
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
-from hrf_fast.config.trl import convert, translate
-from hrf_fast.config.trl_fields import DEFAULTS, LEFT_OUT
-from hrf_fast.config.trl_source import TrlRun, read_source, read_words
+from hrf_fast.from_trl.convert import convert, translate
+from hrf_fast.from_trl.fields import DEFAULTS, LEFT_OUT
+from hrf_fast.from_trl.source import TrlRun, read_source, read_words
 from tests.runs import metrics, train, weights
 
 SCRIPT = """\

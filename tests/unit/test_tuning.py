@@ -5,10 +5,10 @@ import torch
 
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
-from hrf_fast.memory import timing, tuning
 from hrf_fast.memory.planner import plan
-from hrf_fast.memory.seconds import Rate, seconds_line, stated
 from hrf_fast.policies.load import load_policy
+from hrf_fast.timing import calls, tuning
+from hrf_fast.timing.rates import Rate, seconds_line, stated
 from tests.runs import assert_equal_training, train, with_folder
 
 pytestmark = pytest.mark.long
@@ -23,8 +23,8 @@ def test_the_fastest_threads_and_format_are_chosen_and_all_is_put_back(tiny_mode
         call()
         return {(1, False): 4.0, (1, True): 3.0, (2, False): 1.0, (2, True): 2.0}[key]
 
-    monkeypatch.setattr(timing, "_once", once)
-    assert timing.fastest(policy, sampled=2, trained=2, threads=[1, 2])[:2] == (2, False)
+    monkeypatch.setattr(calls, "_once", once)
+    assert calls.fastest(policy, sampled=2, trained=2, threads=[1, 2])[:2] == (2, False)
     # in turns: a round has both calls under every choice
     assert seen[:8:2] == seen[1:8:2] == [(1, False), (1, True), (2, False), (2, True)]
     assert torch.get_num_threads() == 1 and not policy.network.channels_last
@@ -58,7 +58,7 @@ def test_what_is_tuned_is_not_set_by_hand(tiny_run, option):
 
 
 def test_several_ranks_are_not_tuned(tiny_run, monkeypatch):
-    monkeypatch.setattr("hrf_fast.memory.tuning.comm.world_size", lambda: 2)
+    monkeypatch.setattr("hrf_fast.timing.tuning.comm.world_size", lambda: 2)
     with pytest.raises(ValueError, match="compute.auto_tune is true but there are 2 ranks"):
         tuning.tuned(load_config([*tiny_run, "compute.auto_tune=true"]), None)
 

@@ -14,9 +14,9 @@ from hrf_fast.config.options import Config
 from hrf_fast.config.paths import absolute
 from hrf_fast.devices import choose_device
 from hrf_fast.distributed import comm
-from hrf_fast.memory.timing import candidate_threads, fastest
 from hrf_fast.policies.base import Policy
 from hrf_fast.run.layout import RunFiles
+from hrf_fast.timing.calls import candidate_threads, fastest
 from hrf_fast.training.calls import CallPlan
 
 

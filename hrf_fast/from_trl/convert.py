@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.config.trl_fields import COUNTS, DEFAULTS, HEAD, KNOWN, MOVED, PRECISIONS, SAME
-from hrf_fast.config.trl_notes import NETWORK, UNNAMED, Numbers, write_notes
-from hrf_fast.config.trl_source import TrlRun, read_source, read_words
+from hrf_fast.from_trl.fields import COUNTS, DEFAULTS, HEAD, KNOWN, MOVED, PRECISIONS, SAME
+from hrf_fast.from_trl.notes import NETWORK, UNNAMED, Numbers, write_notes
+from hrf_fast.from_trl.source import TrlRun, read_source, read_words
 from hrf_fast.registry import check_count, nearest
 
 

@@ -13,12 +13,12 @@ from hrf_fast.config.options import Config
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.memory.planner import Plan
 from hrf_fast.memory.table import mode_of
-from hrf_fast.memory.timing import sampling_call, seconds, update_call
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.untrained import untrained_condition, untrained_network
+from hrf_fast.timing.calls import sampling_call, seconds, update_call
 
 NO_RATE = (
     "seconds: no rate is known. --measure times a few calls of this model on this machine; --rate N states evaluations "

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hrf_fast.config.trl_fields import ASKED_FOR, DECIDED, DEFAULTS, HEAD, KNOWN, LEFT_OUT, MOVED
-from hrf_fast.config.trl_source import TrlRun
+from hrf_fast.from_trl.fields import ASKED_FOR, DECIDED, DEFAULTS, HEAD, KNOWN, LEFT_OUT, MOVED
+from hrf_fast.from_trl.source import TrlRun
 
 UNNAMED = "my_module:my_reward"
 """Stands for a reward of TRL's that could not be named; `hrf train` refuses it, since there is no my_module."""

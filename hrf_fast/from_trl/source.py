@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.config.trl_fields import DEFAULTS, HEAD
+from hrf_fast.from_trl.fields import DEFAULTS, HEAD
 
 TRAINER = ("config", "reward_function", "prompt_function", "sd_pipeline", "image_samples_hook")
 """Parameters of DDPOTrainer, in their order."""

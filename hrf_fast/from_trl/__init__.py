@@ -1,0 +1,1 @@
+"""From TRL: configurations of its removed DDPOTrainer as ones of ours."""
