@@ -9,7 +9,7 @@ many as NanoFlow's fixed comparison has. A row is where a run's mean bits per pi
 
 NanoFlow's model is another (a flow-matching UNet conditioned on a class, 28×28, other data split, Flow-GRPO), its total
 variation and duplicates are defined in code that is not published with its figures, and its accuracy is of the class
-that was asked for; docs/results.md says what can be compared. Writes peer.json and peer.md.
+that was asked for; docs/results/peers.md says what can be compared. Writes peer.json and peer.md.
 """
 
 from __future__ import annotations

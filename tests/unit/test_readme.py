@@ -22,7 +22,7 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 # of other projects, or what a user types once
@@ -54,7 +54,7 @@ COMMANDS = [(page, words) for page in (README, *DOCS) for words in commands(page
 def test_pages_have_commands():
     # a page written in another way would pass everything below
     assert len(COMMANDS) > 40
-    assert {page.name for page, _ in COMMANDS} >= {"README.md", "speed.md", "windows.md", "multi_gpu.md"}
+    assert {page.name for page, _ in COMMANDS} >= {"README.md", "speed.md", "windows.md", "multi_gpu.md", "peeps.md"}
 
 
 @pytest.mark.parametrize("page, words", COMMANDS, ids=[f"{page.name}: {' '.join(w)[:60]}" for page, w in COMMANDS])
@@ -125,10 +125,23 @@ def test_links_lead_to_files(page):
     assert missing == []
 
 
-def test_pictures_of_the_readme_exist():
-    assert [
-        name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text()) if not (ROOT / name).is_file()
-    ] == []
+def anchors(page):
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_lead_to_headings(page):
+    targets = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    pages = [(page.parent / target if target else page, anchor) for target, anchor in targets]
+    assert [f"{path.name}#{anchor}" for path, anchor in pages if anchor not in anchors(path)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_of_a_page_exist(page):
+    names = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())
+    assert [name for name in names if not (page.parent / name).is_file()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -138,9 +151,11 @@ def test_paths_that_a_page_names_exist(page):
     assert [path for path in paths if not any((home / path).is_file() for home in homes)] == []
 
 
-def test_every_page_is_linked_from_the_readme():
-    text = README.read_text()
-    assert [page.name for page in DOCS if f"(docs/{page.name})" not in text] == []
+def test_every_page_is_linked_from_the_readme_or_from_the_page_of_its_folder():
+    for page in DOCS:
+        # docs/results.md lists docs/results/
+        index = README if page.parent == ROOT / "docs" else page.parent.with_suffix(".md")
+        assert f"({page.relative_to(index.parent).as_posix()})" in index.read_text(), page
 
 
 def test_the_readme_is_a_screen_and_a_half():
