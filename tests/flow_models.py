@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T
 
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
+from tests.conftest import tiny_words
 from tests.text_models import make_text_config, make_tokenizer, make_vae, saved
 
 # sd35: dual attention and normalised queries; sd3_no_t5: without T5; schnell: without embedded guidance, unshifted
@@ -151,3 +152,23 @@ def load_flow_policy(kind: str, **options):
     """The policy of `flow_model(kind)` at images of `SIZE`, over 4 steps, guided where the model can be."""
     values = {"scheduler": "flow_sde", "num_inference_steps": 4, "guidance_scale": 1.0 if kind == "schnell" else 3.5}
     return load_policy(str(flow_model(kind)), **{**values, "image_size": size_of(kind), **options})
+
+
+def flow_words(kind, folder, *more):
+    """Two iterations of 2 groups of 3 over 4 steps, guided, with averaged weights."""
+    words = [*tiny_words(flow_model(kind), folder), "prompts.source=animals", "evaluation.images_per_prompt=2"]
+    own = ("sample.num_inference_steps", "sample.eta", "evaluation.every", "window.")
+    words = [word for word in words if not word.startswith(own)]
+    size = [] if size_of(kind) is None else [f"model.image_size={SIZE}"]
+    return [
+        *words,
+        *size,
+        "sample.scheduler=flow_sde",
+        "sample.num_inference_steps=4",
+        "sample.guidance_scale=3.5",
+        "optimizer.learning_rate=0.01",
+        "optimizer.ema_decay=0.5",
+        "train.clip_range=1",
+        "evaluation.every=0",
+        *more,
+    ]

@@ -16,6 +16,8 @@ COMMON = (
     # all steps of an iteration in one call of the update
     *("compute.activations=replay", "compute.images_per_call=8192", "evaluation.network=points"),
     *("evaluation.panel_size=8", "run.save_every=0", "run.progress=quiet"),
+    # where the MLP is
+    "run.device=cpu",
 )
 # a batch of 256 from pure noise, and its rewards standardised over it
 _DDPO = ("window.schedule=full", "train.groups_per_iteration=1", "train.groups_per_step=1", "train.group_size=256")

@@ -93,7 +93,8 @@ def check_policy(policy: Policy, config: Config) -> Policy:
         "sample.guidance_scale": (sample.guidance_scale, policy.guidance_scale),
         "compute.precision": (config.compute.precision, policy.precision),
         "lora.rank": (config.lora.rank, 0),
-        "run.device": (device, policy.device),
+        # one without a number is the current one, which is this
+        "run.device": (device, device if policy.device == torch.device(device.type) else policy.device),
     }
     for option, (value, of_policy) in values.items():
         if value != of_policy:

@@ -74,6 +74,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     adapters = bool(adapted_layers(policy.network.unet))
     pretrained = None if adapters else run_policy(run, replace(config, lora=LoraConfig())).network
     line = blends.WeightLine(policy.network, pretrained)
+    # a GPU that trained one model need not hold two
+    del pretrained
     folder.mkdir(exist_ok=True)
     with blending(folder):
         reward = build_config_reward(config, device)

@@ -75,6 +75,8 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
                     metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
                     for metric, values in metrics.halves.items()
                 }
+        # a GPU that trained one model need not hold two
+        del policy
     # neither a file that can't be written nor a closed output costs the other
     try:
         print("\n".join(evaluation_lines(result, everything=everything)))

@@ -104,8 +104,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
             # 8-bit state shares its quantisation maps, which safetensors refuses, and counts its steps in an int
             shared = key.startswith("qmap")
             tensor = torch.as_tensor(value)
-            tensors[f"{index}.{key}"] = tensor.clone() if shared else tensor.contiguous()
+            tensors[f"{index}.{key}"] = tensor.clone() if shared else contiguous_copy(tensor)
     return tensors, state["param_groups"]
+
+
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """The tensor as safetensors takes it; what has another order, as of channels-last weights, is copied on the CPU."""
+    return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
 
 
 def judge_state(tensors: Mapping[str, Tensor], shapes: Sequence[Sequence[int]]) -> str:

@@ -24,7 +24,7 @@ from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
 from hrf_fast.engines.optimizers import build_optimizer, flatten_optimizer, restore_optimizer
-from hrf_fast.engines.zero_setup import check_settings, import_deepspeed
+from hrf_fast.engines.zero_setup import check_settings, import_deepspeed, on_device
 
 # AdamW's elementwise states
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -61,7 +61,8 @@ class DeepSpeedEngine:
         )
         settings = complete(settings, max_grad_norm=max_grad_norm)
         check_settings(settings)
-        self.module, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
+        with on_device(device):
+            self.module, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         self.zero: Any = self.module.optimizer if self.stage else None
         # losses of kept graphs, and the inputs of the last forward: two rows, to make padding of
         self._kept: list[Tensor] = []

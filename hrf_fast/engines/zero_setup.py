@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,24 @@ def ignore_old_names() -> None:
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
 
 
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Inside, DeepSpeed puts weights on this GPU by LOCAL_RANK, which a launcher has set for each of several ranks."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if comm.world_size() == 1 else ()
+    before = {name: os.environ.get(name) for name in names}
+    for name, value in before.items():
+        # DeepSpeed refuses one of mpirun's that differs
+        if name == "LOCAL_RANK" or value is not None:
+            os.environ[name] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed in a process group: that of the launcher, or one of a single rank."""
     try:
@@ -54,9 +74,6 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # compiles for 100 seconds and is not used by training
         __compatible_ops__["deepspeed_shm_comm"] = False
-    if comm.world_size() == 1:
-        # DeepSpeed puts the weights on the GPU of this number
-        os.environ["LOCAL_RANK"] = str(device.index or 0)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

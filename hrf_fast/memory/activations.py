@@ -76,7 +76,7 @@ def _fitting(plan: Plan, policy: Policy) -> Activations:
     def need(mode: str) -> float:
         return plan.need(name, precision, mode, compute.images_per_call)
 
-    source = "compute.memory_budget" if compute.memory_budget else "free"
+    source = "left for training by compute.memory_budget" if compute.memory_budget else "free"
     of = f"of {show_bytes(plan.memory)} ({source}, 10 % of it in reserve)"
     if "keep" in plan.modes(name) and need("keep") <= usable:
         return Activations(math.inf, reason=f"activations: keep, {show_bytes(need('keep'))} {of}")
@@ -115,14 +115,20 @@ def _pairs_that_fit(plan: Plan, precision: str, spare: float) -> int:
 
 
 def memory_for(config: Config, policy: Policy) -> int:
-    """Bytes that this process may take in all: compute.memory_budget, or free ones and those of its weights.
+    """Bytes that this process may take for the network and its training.
+
+    They are those of compute.memory_budget less what else lies on a GPU, such as encoders, decoder and a reward's
+    network; or the free ones and those of the network's weights.
 
     Raises:
         ValueError: compute.memory_budget is no amount.
     """
-    if config.compute.memory_budget:
-        return parse_memory(config.compute.memory_budget, "compute.memory_budget")
     weights = sum(parameter.nbytes for parameter in policy.network.parameters())
+    if config.compute.memory_budget:
+        budget = parse_memory(config.compute.memory_budget, "compute.memory_budget")
+        if policy.device.type != "cuda":
+            return budget
+        return max(0, budget - max(0, torch.cuda.memory_allocated(policy.device) - weights))
     if policy.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(policy.device)
         cached = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)

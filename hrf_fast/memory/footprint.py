@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from hrf_fast.devices import deterministic_backward
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.component import Component
 from hrf_fast.policies.files import ModelFiles
@@ -235,7 +236,8 @@ def _peaks(
         output = network(trained_rows, 0, **trained_inputs).float()
         gc.collect()
         graph = live.now
-        output.sum().backward()
+        with deterministic_backward():
+            output.sum().backward()
         return sampling, graph, live.peak
 
 

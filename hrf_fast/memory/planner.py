@@ -143,6 +143,9 @@ class Plan:
         states = self.states(engine, precision)
         sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
         sampling = self.footprints[precision, False].sampling(sampled)
+        if self.config.optimizer.ema_decay > 0 and not engine.startswith("zero3"):
+            # a panel draws with the averages in the place of the weights, which wait beside it
+            sampling += FP32 * sum(self.any_footprint.tensors)
         # train.gradient_noise copies the gradients of the first half of the groups, and then those of all
         copied = FP32 * sum(self.any_footprint.tensors) if self.config.train.gradient_noise else 0
         update = self.activations(mode, precision, images_per_call) + copied

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
-from hrf_fast.engines.optimizers import judge_state
+from hrf_fast.engines.optimizers import contiguous_copy, judge_state
 from hrf_fast.run.files import replace_folder, sha256
 from hrf_fast.weights import judge, read_tensors
 
@@ -48,10 +48,10 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
     ema = engine.ema_state()
 
     def fill(path: Path) -> None:
-        save_file({name: value.contiguous() for name, value in engine.weights().items()}, path / WEIGHTS)
+        save_file({name: contiguous_copy(value) for name, value in engine.weights().items()}, path / WEIGHTS)
         save_file(optimizer, path / OPTIMIZER)
         if ema:
-            save_file({name: part.contiguous() for name, part in ema.items()}, path / AVERAGES)
+            save_file({name: contiguous_copy(part) for name, part in ema.items()}, path / AVERAGES)
         record = {**state, "engine": numbers}
         if tensors := record.pop("tensors", None):
             save_file(tensors, path / REMEMBERED)

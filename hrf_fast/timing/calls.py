@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.cpu import usable_cpus
+from hrf_fast.devices import deterministic_backward
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.network import Network
 
@@ -37,7 +38,8 @@ def update_call(network: Network, shape: tuple[int, ...], condition: Condition, 
     def call() -> None:
         with torch.enable_grad():
             output = network(latents, 0, **condition.inputs)
-        torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)
+        with deterministic_backward():
+            torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)
 
     return call
 

@@ -33,7 +33,7 @@ def rise(folder):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_points_move_to_where_their_reward_is(sign, tmp_path):
     words = [*WORDS, "train.group_size=64", "optimizer.learning_rate=1e-3"]
-    words += ["run.seed=5", f"run.folder={tmp_path / 'run'}"]
+    words += ["run.seed=5", f"run.folder={tmp_path / 'run'}", "run.device=cpu"]
     config = hrf_fast.load_config(words)
     mlp = pretrain(Toy("one", torch.zeros(1, 2), torch.ones(1), torch.ones(1), width=0.5), steps=100)
     with comm.job(config.run.lost_after):

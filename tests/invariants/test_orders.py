@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,6 +343,19 @@ def test_auto_plans_for_a_container_that_has_less_than_the_machine(tiny_run, tmp
     assert memory_for(config, policy) > machine / 2
     (tmp_path / "memory.max").write_text("1000\n")
     assert memory_for(config, policy) == 600 + weights
+
+
+def test_a_budget_counts_what_else_lies_on_a_gpu(tiny_run, tmp_path, monkeypatch):
+    words = ["compute.activations=auto", "compute.memory_budget=1MB"]
+    config = load_config(with_folder([*tiny_run, *ON_POLICY], tmp_path / "run", *words))
+    network = build_policy(config).network
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    # encoders, decoder and a reward's network of 300,000 bytes
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: weights + 300_000)
+    on_gpu = SimpleNamespace(network=network, device=torch.device("cuda", 0))
+    assert memory_for(config, on_gpu) == 700_000
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: weights + 2_000_000)
+    assert memory_for(config, on_gpu) == 0
 
 
 def test_a_window_that_ends_early_leaves_nothing_after_it(tiny_run, tmp_path):

@@ -391,7 +391,7 @@ def test_the_row_that_keeps_plans_with_the_budget_that_was_set_aside_for_it(tmp_
     on_cpu = ["compute.precision=fp32", "compute.compile=none", "compute.deterministic=true"]
     config, components = build_components(load_config([*auto_words, *on_cpu]))
     choice = choose_activations(config, components.policy, memory_for(config, components.policy))
-    assert "of 500 MB (compute.memory_budget" in choice.reason and choice.kept_pairs > 0
+    assert "of 500 MB (left for training by compute.memory_budget" in choice.reason and choice.kept_pairs > 0
 
 
 # --- rows of the training benchmark -----------------------------------------------------------------------------------

@@ -174,6 +174,15 @@ def test_the_gradients_of_both_halves_count_where_their_noise_is_measured():
     assert less[1] - less[0] == 8000 - 41
 
 
+def test_weights_wait_beside_their_averages_while_a_panel_draws():
+    # 3 calls of 3000 latents outweigh an update; 1000 weights of 4 bytes are averaged, and wait beside while that draws
+    plain, averaged = (make_plan(10**9, *more) for more in ((), ("optimizer.ema_decay=0.9",)))
+    for each in (plain, averaged):
+        each.footprints["fp32", False] = replace(each.footprints["fp32", False], sampling=Linear(5, 3000))
+    needs = [each.need("plain", "fp32", "replay", 0) for each in (plain, averaged)]
+    assert needs[1] - needs[0] == 4000 + 4000
+
+
 def test_a_mode_that_an_engine_lacks_is_not_said_to_fit():
     made = make_plan(10**9, "train.order=on_policy")
     assert [made.best(engine, "fp32").mode for engine in ("plain", "zero3")] == ["keep", "replay"]

@@ -98,7 +98,7 @@ def test_a_policy_of_ones_own_is_trained_and_its_reference_stays():
 )
 def test_options_that_contradict_the_policy_that_was_given_are_refused(word, tmp_path):
     option, value = word.split("=")
-    words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path}", word]
+    words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path}", "run.device=cpu", word]
     with pytest.raises(ValueError, match=f"{option} is {value}"):
         build_components(load_config(words), policy=policy_of(Mlp(), num_inference_steps=STEPS))
 

@@ -19,8 +19,7 @@ from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratios
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
-from tests.conftest import tiny_words
-from tests.flow_models import SIZE, flow_model, load_flow_policy, load_pipeline, size_of
+from tests.flow_models import SIZE, flow_model, flow_words, load_flow_policy, load_pipeline
 from tests.runs import assert_equal_checkpoints, assert_equal_training, metrics, train, weights, with_folder
 
 SD3_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
@@ -31,26 +30,6 @@ TARGETS = {"sd35": SD3_TARGETS, "flux": FLUX_TARGETS}
 
 def brightness(images, prompts):
     return images.mean((1, 2, 3))
-
-
-def flow_words(kind, folder, *more):
-    """Two iterations of 2 groups of 3 over 4 steps, guided, with averaged weights."""
-    words = [*tiny_words(flow_model(kind), folder), "prompts.source=animals", "evaluation.images_per_prompt=2"]
-    own = ("sample.num_inference_steps", "sample.eta", "evaluation.every", "window.")
-    words = [word for word in words if not word.startswith(own)]
-    size = [] if size_of(kind) is None else [f"model.image_size={SIZE}"]
-    return [
-        *words,
-        *size,
-        "sample.scheduler=flow_sde",
-        "sample.num_inference_steps=4",
-        "sample.guidance_scale=3.5",
-        "optimizer.learning_rate=0.01",
-        "optimizer.ema_decay=0.5",
-        "train.clip_range=1",
-        "evaluation.every=0",
-        *more,
-    ]
 
 
 @pytest.mark.parametrize(("kind", "lora", "checkpoint"), [("sd35", True, False), ("flux", False, True)])

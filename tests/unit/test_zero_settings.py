@@ -252,10 +252,20 @@ def test_one_process_on_another_gpu_tells_deepspeed_which(monkeypatch):
     pytest.importorskip("deepspeed")
     from hrf_fast.engines import zero_setup
 
-    groups = []
+    groups, device = [], torch.device("cuda", 1)
     monkeypatch.setattr(zero_setup.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(zero_setup.dist, "init_process_group", lambda backend, **_: groups.append(backend))
     # as `torchrun --nproc_per_node 1` sets it
     monkeypatch.setenv("LOCAL_RANK", "0")
-    zero_setup.import_deepspeed(torch.device("cuda", 1))
-    assert os.environ["LOCAL_RANK"] == "1" and groups == ["cpu:gloo,cuda:nccl"]
+    zero_setup.import_deepspeed(device)
+    assert groups == ["cpu:gloo,cuda:nccl"]
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    with zero_setup.on_device(device):
+        assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("1", "1")
+    # a second run of the process reads its place in them
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
+    monkeypatch.delenv("OMPI_COMM_WORLD_LOCAL_RANK")
+    monkeypatch.delenv("LOCAL_RANK")
+    with zero_setup.on_device(device):
+        assert os.environ["LOCAL_RANK"] == "1" and "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
+    assert "LOCAL_RANK" not in os.environ
