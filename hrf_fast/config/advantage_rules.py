@@ -40,6 +40,12 @@ def check_advantages(config: Config) -> None:
             f"train.advantage_floor is {train.advantage_floor:g} but train.advantage_scale is none, which divides by "
             "nothing; leave one of them out"
         )
+    if train.advantage_scale == "batch" and train.advantages in ("batch", "prompt"):
+        std = "the peers are the batch already" if train.advantages == "batch" else "statistics have their own spread"
+        raise ValueError(
+            f"train.advantage_scale is batch but train.advantages is {train.advantages}: {std}; use "
+            "train.advantage_scale=std, or train.advantages=group"
+        )
     if remedies.novelty and train.group_size == 1:
         raise ValueError(
             "remedies.novelty is true but train.group_size is 1: no sample has a neighbour; use at least 2"

@@ -147,9 +147,10 @@ class TrainConfig:
     """Rewards that advantages=prompt remembers of each prompt."""
     prompt_min_count: int = option(16, at_least=1)
     """Remembered rewards from which on a prompt is its own peer; before, its peers are all groups of the iteration."""
-    advantage_scale: str = option("std", choices=("std", "none"))
-    """Divisor of the advantages: their peers' standard deviation, or none (Dr. GRPO, arXiv 2503.20783), which leaves
-    them in units of the reward, as advantage_clip then is."""
+    advantage_scale: str = option("std", choices=("std", "batch", "none"))
+    """Divisor of the advantages: their peers' standard deviation; batch, that of all rewards of the iteration over a
+    group's own mean, as in Flow-GRPO (arXiv 2505.05470); or none (Dr. GRPO, arXiv 2503.20783), which leaves them in
+    units of the reward, as advantage_clip then is."""
     advantage_baseline: str = option("mean", choices=("mean", "leave_one_out"))
     """Baseline of a reward: the mean of its peers, or of the others among them (RLOO, arXiv 2402.14740)."""
     gae_lambda: float | None = option(None, at_least=0, at_most=1)

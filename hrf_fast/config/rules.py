@@ -171,11 +171,13 @@ def _check_order(config: Config) -> None:
             "epoch; use train.inner_epochs=1, or compute.activations=replay"
         )
     parted = train.order == "on_policy" and train.groups_per_step != train.groups_per_iteration
-    if train.advantages != "group" and parted:
-        raise ValueError(
-            f"train.advantages is {train.advantages} but train.order is on_policy: peers must be rolled out together; "
-            f"use train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
-        )
+    apart = {"train.advantages": (train.advantages, "group"), "train.advantage_scale": (train.advantage_scale, "std")}
+    for option, (value, alone) in apart.items():
+        if parted and value not in (alone, "none"):
+            raise ValueError(
+                f"{option} is {value} but train.order is on_policy: peers must be rolled out together; "
+                f"use train.groups_per_step={train.groups_per_iteration}, or train.order=collect"
+            )
     if train.gradient_noise and train.groups_per_step % 2:
         raise ValueError(
             f"train.gradient_noise is true but train.groups_per_step is {train.groups_per_step}: signal and noise come "

@@ -96,6 +96,7 @@ def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, A
         "train.groups_per_step": per_step,
         "train.advantages": "prompt" if tracked else "batch",
         "train.scale_clips_by_window": False,
+        "train.step_share": values["train_timestep_fraction"],
         "optimizer.name": "adamw_8bit" if values["train_use_8bit_adam"] else "adamw",
         # TRL's loss is the mean over steps, ours the sum: its gradients are smaller by the number of steps
         "optimizer.max_grad_norm": values["train_max_grad_norm"] * steps,

@@ -95,13 +95,14 @@ DECIDED = {name: (option,) for name, option in SAME.items()} | {
     "train_adam_beta2": ("optimizer.kwargs",),
     "train_adam_epsilon": ("optimizer.kwargs",),
     "train_max_grad_norm": ("optimizer.max_grad_norm",),
+    "train_timestep_fraction": ("train.step_share",),
     "per_prompt_stat_tracking": ("train.advantages",),
     "per_prompt_stat_tracking_buffer_size": ("train.prompt_buffer",),
     "per_prompt_stat_tracking_min_count": ("train.prompt_min_count",),
     "pretrained_revision": ("model.revision",),
     "use_lora": ("lora.rank",),
 }
-"""The options that a field decides; train_timestep_fraction, resume_from and push_to_hub have none."""
+"""The options that a field decides; resume_from and push_to_hub have none."""
 COUNTS = (
     "sample_batch_size",
     "sample_num_batches_per_epoch",

@@ -107,8 +107,8 @@ def _unlike_trl(values: Mapping[str, Any], numbers: Numbers) -> Iterator[str]:
     )
     if values["train_timestep_fraction"] != 1:
         yield (
-            f"train_timestep_fraction {values['train_timestep_fraction']}: TRL trains a random share of each sample's "
-            "steps; here all steps of a window are trained, and window.schedule=clusters (HRF) trains fewer"
+            f"train_timestep_fraction {values['train_timestep_fraction']}: TRL draws that share of the steps for each "
+            "sample, train.step_share evenly spaced ones from a random first; the expected gradient is the same"
         )
     if not values["train_cfg"] and values["sample_guidance_scale"] > 1:
         yield (

@@ -125,14 +125,18 @@ class Peers:
         """
         if self._scale == "none":
             return dict.fromkeys(rewards, 1.0)
-        values, peers = self._with_peers(rewards)
-        stds = spreads(values, peers)
+        stds = spreads(*self._with_divisor(rewards))
         scales = stds.clamp(min=self._floor).where(stds > 0, torch.inf).tolist()
-        return dict.fromkeys(rewards, scales[0]) if self.together else dict(zip(rewards, scales, strict=True))
+        return dict.fromkeys(rewards, scales[0]) if len(scales) == 1 else dict(zip(rewards, scales, strict=True))
 
     def notes(self, rewards: Mapping[int, Tensor]) -> dict[str, str]:
         # without a division there is no floor to be under
-        return weak_spreads(*self._with_peers(rewards), floor=self._floor if self._scale == "std" else 0.0)
+        return weak_spreads(*self._with_divisor(rewards), floor=0.0 if self._scale == "none" else self._floor)
+
+    def _with_divisor(self, rewards: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """All rewards [B], and [B] int64 that is equal where one spread divides."""
+        values, peers = self._with_peers(rewards)
+        return values, torch.zeros_like(peers) if self._scale == "batch" else peers
 
     def _with_peers(self, rewards: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """All rewards [B], and [B] int64 that is equal for peers."""

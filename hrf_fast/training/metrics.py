@@ -129,6 +129,8 @@ def iteration_record(
         "advantage_max": float(all_advantages.abs().max()),
         # a group of one has no spread
         "group_reward_std": float(torch.stack(spreads).mean()) if spreads else None,
+        # their advantages are zero
+        "flat_groups": sum(float(spread) == 0 for spread in spreads) / len(spreads) if spreads else None,
         **summary,
         **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],

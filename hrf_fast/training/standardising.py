@@ -17,7 +17,8 @@ def group_advantages(
         group: [B] int64; a group shares its anchor, so its mean is the baseline. One value for all: the whole batch.
         floor: least standard deviation to divide by, in units of the reward. It keeps a group whose rewards hardly
             differ from being blown up to full-size advantages.
-        scale: std, or none for reward − mean (Dr. GRPO, arXiv 2503.20783): a group that hardly differs teaches little.
+        scale: std, of the group; batch, the std of all B rewards, Flow-GRPO's default (arXiv 2505.05470); or none for
+            reward − mean (Dr. GRPO, arXiv 2503.20783). With the two latter a group that hardly differs teaches little.
         baseline: mean, or leave_one_out for that of the others (RLOO, arXiv 2402.14740): n/(n − 1) of the deviation. A
             mean that has the reward itself in it makes the gradient (n − 1)/n of the unbiased one.
 
@@ -30,10 +31,12 @@ def group_advantages(
     if not floor > 0:
         raise ValueError(f"train.advantage_floor is {floor}; it divides, so use a positive number")
     index, centred, _, std = _moments(rewards, group)
+    if scale == "batch":
+        std = spreads(rewards, torch.zeros_like(group)).expand_as(std)
     if baseline == "leave_one_out":
         sizes = index.bincount()
         centred = centred * (sizes / (sizes - 1))[index]
-    return (centred / std.clamp(min=floor)[index] if scale == "std" else centred).float()
+    return (centred if scale == "none" else centred / std.clamp(min=floor)[index]).float()
 
 
 def spreads(rewards: Tensor, group: Tensor) -> Tensor:

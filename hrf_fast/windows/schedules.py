@@ -117,10 +117,13 @@ class Full:
     """DDPO (arXiv 2305.13301): every stochastic step, from pure noise.
 
     With `renoised` groups start from anchors taken back to step `start`, and train every step from there on: DDPO from
-    noisy states, which shows what HRF's anchors do without its windows.
+    noisy states, which shows what HRF's anchors do without its windows. With `end` the steps from there on are run and
+    not trained, as Flow-GRPO's `timestep_fraction` leaves them out.
     """
 
-    def __init__(self, *, num_inference_steps: int, stop: int, renoised: bool = False, start: int = 0) -> None:
+    def __init__(
+        self, *, num_inference_steps: int, stop: int, renoised: bool = False, start: int = 0, end: int | None = None
+    ) -> None:
         if type(renoised) is not bool:
             raise ValueError(f"window.kwargs.renoised is {renoised!r}; use true or false")
         if type(start) is not int or not 0 <= start < stop:
@@ -130,8 +133,11 @@ class Full:
                 f"window.kwargs.start is {start}, which pure noise does not have; set window.kwargs.renoised=true, or "
                 "leave it at 0"
             )
+        end = stop if end is None else end
+        if type(end) is not int or not start < end <= stop:
+            raise ValueError(f"window.kwargs.end is {end!r}; use a step from {start + 1} to {stop}")
         self.needs_anchors = renoised
-        self.shortest = Window(start, stop)
+        self.shortest = Window(start, end)
 
     def __call__(self, iteration: int, num_groups: int, *, generator: Generator, probe: Probe) -> list[Window]:
         return [self.shortest] * num_groups

@@ -119,6 +119,7 @@ def test_the_record_of_an_iteration_by_hand():
             "advantage_std": 1.5,
             "advantage_max": 2.0,
             "group_reward_std": 2.828427,
+            "flat_groups": 0.0,
             "loss": 1.0,
             "approx_kl": 0.2,
             "clip_fraction": 0.5,
@@ -129,6 +130,11 @@ def test_the_record_of_an_iteration_by_hand():
             "window_steps": 7,
         }
     )
+
+
+def test_groups_of_equal_rewards_are_counted():
+    groups = {0: rewards([1.0, 3.0]), 1: rewards([2.0, 2.0]), 2: rewards([0.0, 0.0]), 3: rewards([0.0, 1.0])}
+    assert iteration_record([], groups, {}, [Window(0, 1)] * 4)["flat_groups"] == 0.5
 
 
 def test_a_group_that_is_skipped_is_in_no_mean():

@@ -42,6 +42,23 @@ def test_without_a_scale_an_advantage_is_the_deviation_from_the_mean():
     assert by_group("prompt", advantage_scale="none").tolist() == [-2, -1, 3, -1, 1]
 
 
+def test_the_spread_of_the_whole_batch_divides_what_lies_beyond_a_group_s_mean():
+    # of (1, 2, 6, 5, 7): mean 4.2, squares 10.24 + 4.84 + 3.24 + 0.64 + 7.84 = 26.8, over 4
+    std = math.sqrt(6.7)
+    torch.testing.assert_close(by_group(advantage_scale="batch"), torch.tensor([-2, -1, 3, -1, 1]) / std)
+    # the floor is of that spread, so that no group is under it by itself
+    torch.testing.assert_close(
+        by_group(advantage_scale="batch", advantage_floor=4.0), torch.tensor([-2, -1, 3, -1, 1]) / 4
+    )
+    made = build_advantages("group", advantage_floor=2.0, advantage_scale="batch")
+    rewards = {0: REWARDS[:3], 1: torch.tensor([6.0, 6.0])}
+    # (1, 2, 6, 6, 6): mean 4.2, squares 10.24 + 4.84 + 3 * 3.24 = 24.8, over 4; equal rewards teach nothing
+    assert made.scales(rewards) == pytest.approx({0: math.sqrt(6.2), 1: math.sqrt(6.2)})
+    assert made(rewards, {0: "a", 1: "b"})[1].tolist() == [0, 0]
+    assert made.notes(rewards) == {}
+    assert "floor, all" in build_advantages("group", advantage_floor=3.0, advantage_scale="batch").notes(rewards)
+
+
 def test_left_out_of_its_own_baseline():
     # 1 − (2 + 6)/2, 2 − (1 + 6)/2, 6 − (1 + 2)/2; 5 − 7, 7 − 5
     found = by_group(advantage_scale="none", advantage_baseline="leave_one_out")
@@ -152,7 +169,12 @@ def test_a_run_matches_trajectories(tiny_model, tmp_path):
     ("words", "message"),
     [
         (["train.advantage_scale=none", "train.advantage_floor=0.1"], r"train\.advantage_floor is 0\.1"),
-        (["train.advantage_scale=mad"], r"train\.advantage_scale is 'mad'.*std, none"),
+        (["train.advantage_scale=mad"], r"train\.advantage_scale is 'mad'.*std, batch, none"),
+        (["train.advantage_scale=batch", "train.advantages=batch"], "advantage_scale is batch.*peers are the batch"),
+        (
+            ["train.advantage_scale=batch", "train.order=on_policy"],
+            "train.advantage_scale is batch but train.order is on_policy.*rolled out together",
+        ),
         (["remedies.novelty=true", "evaluation.network=none"], r"remedies\.novelty is true.*network is none"),
         (["remedies.novelty=true", "model.name=some/model"], r"remedies\.novelty is true.*some/model"),
         (

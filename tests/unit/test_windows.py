@@ -103,6 +103,7 @@ def test_no_window_of_a_full_cycle_is_empty_or_holds_a_deterministic_step(T, sto
     [
         ("full", {}, (0, 39)),
         ("full", {"renoised": True, "start": 5}, (5, 39)),
+        ("full", {"end": 20}, (0, 20)),
         ("clusters", {}, (38, 39)),
         ("clusters", {"clusters": [[0, 5], {"steps": [7, 6]}]}, (7, 39)),
         ("random", {}, (38, 39)),
@@ -328,6 +329,13 @@ def test_an_unknown_option_answers_with_the_nearest():
 def test_the_trainers_own_arguments_are_no_options():
     with pytest.raises(ValueError, match=r"window\.kwargs\.stop is unknown"):
         make("full", {"stop": 3})
+
+
+def test_an_end_of_ddpo_that_leaves_no_step_or_is_none_is_refused():
+    with pytest.raises(ValueError, match="end is 40; use a step from 1 to 39"):
+        make("full", {"end": 40})
+    with pytest.raises(ValueError, match="end is 5; use a step from 6 to 39"):
+        make("full", {"renoised": True, "start": 5, "end": 5})
 
 
 def test_an_estimate_that_no_probe_has_answers_with_the_nearest():
