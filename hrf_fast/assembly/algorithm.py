@@ -12,7 +12,7 @@ from hrf_fast.training.components import Algorithm
 from hrf_fast.training.groups import Groups
 from hrf_fast.training.optimizer_step import Clips
 from hrf_fast.training.reference import reference_at
-from hrf_fast.training.step_weights import step_weights
+from hrf_fast.training.step_weights import range_factors, step_weights
 from hrf_fast.training.thinning import Thinning
 
 
@@ -38,6 +38,7 @@ def build_algorithm(config: Config, sampler: Sampler) -> Algorithm:
             train.advantage_clip,
             train.scale_clips_by_window,
             step_weights(train.step_weights, sampler),
+            range_factors(train.clip_steps, sampler),
         ),
         inner_epochs=train.inner_epochs,
         skip_not_finite=config.stop.on_nan == "skip",

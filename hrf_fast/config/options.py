@@ -25,6 +25,7 @@ DDPM_SAMPLERS = ("ddim", "ddpm", "ddim_trl")
 FLOW_SAMPLERS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 STEP_WEIGHTS = ("equal", "std", "guard", "dt")
+CLIP_STEPS = ("equal", "std", "cps")
 LORA_INITS = ("gaussian", "kaiming")
 OPTIMIZERS = ("adamw", "fused_adamw", "cpu_adam", "adamw_8bit", "paged_adamw_8bit")
 
@@ -164,6 +165,10 @@ class TrainConfig:
     """Bound on |advantage|."""
     clip_range: float = option(1e-4, above=0)
     """Half-width of the ratio's range; log-probs are means over pixels, so useful values are small."""
+    clip_steps: str = option("equal", choices=CLIP_STEPS)
+    """Log-ratio that clip_range is of at each denoising step: equal, the Gaussian's at every one, as published; std,
+    the Gaussian's times its std, the scale of GRPO-Guard (arXiv 2510.22319); or cps, times 2·std², that of Flow-CPS's
+    published log-prob (arXiv 2509.05952)."""
     scale_clips_by_window: bool = option(True)
     """Multiply both clips by the window's share of the T steps: (T − start)/T, as HRF does, and (stop − start)/T for a
     window that ends before the last stochastic step. The full window of DDPO has factor 1."""

@@ -36,6 +36,8 @@ class Clips:
     """Multiply both by `window_share` of each group."""
     step_weights: Tensor | None = None
     """[T], factors of the loss by step; None for 1. See `training.step_weights`."""
+    range_factors: Tensor | None = None
+    """[T], factors of ε by step; None for 1. See `training.step_weights.range_factors`."""
 
 
 def optimizer_step(
@@ -119,6 +121,9 @@ def call_surrogate(
         # the loss is proportional to the advantage, so that its weight and that of its clip are the loss's
         weights = clips.step_weights[steps].expand_as(advantage)
         advantage, advantage_clip = advantage * weights, advantage_clip * weights
+    clip_range: float | Tensor = clips.clip_range
+    if clips.range_factors is not None:
+        clip_range = clip_range * clips.range_factors[steps].expand_as(advantage)
     if prediction is None:
         conditions = [trajectories[piece.group].group.condition[piece.samples] for piece in call.pieces]
         condition = Condition.join([part.repeat(len(call.steps)) for part in conditions])
@@ -132,7 +137,7 @@ def call_surrogate(
         coefficients,
         old_log_prob,
         advantage,
-        clips.clip_range,
+        clip_range,
         advantage_clip=advantage_clip,
         window_scale=_window_scale(policy, trajectories, call) if clips.scale_by_window else 1.0,
         loss_weight=loss_weight,

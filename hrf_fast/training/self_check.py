@@ -53,6 +53,8 @@ def _verdict(components: Components, error: float, joined: bool) -> str:
     # of a schedule that does not say so, a user's, the last stochastic step
     shortest = getattr(components.schedule, "shortest", Window(stop - 1, stop))
     smallest = clips.clip_range * (window_share(shortest, stop, steps) if clips.scale_by_window else 1.0)
+    if clips.range_factors is not None:
+        smallest *= float(clips.range_factors[:stop].min())
     inside = error < smallest / 10
     if error == 0:
         verdict = "passed: replayed log-probs equal the rollout's exactly"

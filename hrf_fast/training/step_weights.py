@@ -1,10 +1,11 @@
-"""Step weights: how much each denoising step counts in the loss, by the name in train.step_weights."""
+"""Step weights: how much each denoising step counts in the loss, and how far its ratio may go, by names of options."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hrf_fast.policies.flow_sampler import published_cps_scale
 from hrf_fast.policies.sampler import Sampler
 
 
@@ -32,3 +33,17 @@ def step_weights(name: str, sampler: Sampler) -> Tensor | None:
         fall = -torch.cat([sampler.noise, sampler.noise.new_zeros(1)]).diff()
         weights = fall if name == "dt" else weights / fall
     return weights / weights[: sampler.stochastic_steps].mean()
+
+
+def range_factors(name: str, sampler: Sampler) -> Tensor | None:
+    """Factors [T] fp32 of train.clip_range by step, by the name in train.clip_steps; None for equal ranges.
+
+    A range ±ε of a ratio whose logarithm is c times ours is one of ±ε/c, to first order in ε. c is std in GRPO-Guard
+    (arXiv 2510.22319), whose shift of the log-ratio is left out, and 2·std² in Flow-CPS (arXiv 2509.05952).
+    """
+    if name == "equal":
+        return None
+    std = sampler.coefficients.std
+    scale = std if name == "std" else published_cps_scale(std)
+    # a deterministic step has no ratio
+    return torch.where(std > 0, 1 / scale, 1.0)

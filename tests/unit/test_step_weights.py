@@ -1,16 +1,19 @@
 """Weights of the denoising steps in the loss."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from hrf_fast.assembly.model import build_policy
+from hrf_fast.config.load import load_config
 from hrf_fast.policies.flow_sampler import build_flow_sampler
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
 from hrf_fast.training.rollout import rollout
-from hrf_fast.training.step_weights import step_weights
+from hrf_fast.training.step_weights import range_factors, step_weights
 from hrf_fast.windows.base import Window
 from tests.conftest import make_group, make_policy
 from tests.runs import metrics, train, with_folder
@@ -77,3 +80,40 @@ def test_weights_of_flow_steps_by_hand():
 def test_weights_of_flow_steps_need_a_flow_model(name):
     with pytest.raises(ValueError, match=f"train.step_weights is {name}.*none of flow matching"):
         step_weights(name, make_policy().sampler)
+
+
+def test_a_range_is_that_of_the_log_ratio_that_is_named():
+    sampler = make_policy().sampler
+    std = sampler.coefficients.std
+    assert range_factors("equal", sampler) is None
+    # a log-ratio times std stays within ε where ours stays within ε/std; Flow-CPS's is 2·std² times ours
+    stochastic = slice(sampler.stochastic_steps)
+    torch.testing.assert_close(range_factors("std", sampler)[stochastic], 1 / std[stochastic])
+    torch.testing.assert_close(range_factors("cps", sampler)[stochastic], 1 / (2 * std[stochastic] ** 2))
+    assert bool(range_factors("std", sampler).isfinite().all())
+
+
+@pytest.mark.parametrize("images_per_call", [0, 8])
+def test_the_ratio_of_a_step_is_held_to_its_range(images_per_call):
+    policy = make_policy()
+    group = make_group(policy, Window(1, 4), anchor=torch.zeros(policy.latent_shape))
+    plan = CallPlan(4, images_per_call)
+    trajectories = rollout(policy, [group], plan).trajectories
+    # ratios of e^0.05 = 1.051 under a range of 0.1 at step 2, and of a tenth of it at steps 1 and 3
+    trajectories[0].old_log_prob.sub_(0.05)
+    factors = torch.tensor([1.0, 0.1, 1.0, 0.1, *[1.0] * (len(policy.sampler) - 4)])
+    clips = Clips(clip_range=0.1, advantage_clip=2.5, scale_by_window=False, range_factors=factors)
+    outside = [
+        call_surrogate(policy, trajectories, {0: ADVANTAGES}, call, clips).outside
+        for call in plan.replay({0: group.window})
+    ]
+    assert torch.cat(outside).bool().tolist() == [True] * 4 + [False] * 4 + [True] * 4
+
+
+def test_the_self_check_holds_the_smallest_range_of_all_steps_against_rounding(tiny_run, tmp_path, capsys):
+    words = with_folder(tiny_run, tmp_path / "run", "train.clip_steps=cps", "window.schedule=full")
+    train([*words, "train.iterations=1"])
+    sampler = build_policy(load_config(words)).sampler
+    largest = float(sampler.coefficients.std.max())
+    (shown,) = re.findall(r"smallest clip range ([^;]*);", capsys.readouterr().out)
+    assert float(shown) == pytest.approx(1e-4 / (2 * largest**2), rel=0.05)
