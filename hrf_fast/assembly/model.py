@@ -21,7 +21,7 @@ from hrf_fast.weights import digest
 # what `load_policy` makes of a model by name
 _OF_LOADING = {
     *(f"model.{name}" for name in ("revision", "variant", "decoder", "image_size")),
-    *(f"sample.{name}" for name in ("scheduler", "eta", "noise_level")),
+    *(f"sample.{name}" for name in ("scheduler", "eta", "noise_level", "shift")),
     *(f"compute.{name}" for name in ("attention", "channels_last", "offload", "encoder_precision")),
 }
 
@@ -56,6 +56,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,
         noise_level=sample.noise_level,
+        shift=sample.shift,
         guidance_scale=sample.guidance_scale,
         precision=compute.precision,
         attention=compute.attention,

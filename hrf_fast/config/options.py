@@ -63,6 +63,9 @@ class SampleConfig:
     noise_level: float | None = option(None, above=0, panel=True)
     """Noise scale of a flow-matching model's sampler; null for what its authors publish: 0.7 of flow_sde, 0.3 of
     dance_sde, 0.8 of cps, which takes at most 1."""
+    shift: float | None = option(None, above=0, panel=True)
+    """Static shift of a flow-matching model's sigmas, such as 3; null for what its own scheduler has, which for FLUX
+    goes by the size of the image."""
     guidance_scale: float = option(1.0, at_least=1, panel=True)
     """Factor of classifier-free guidance away from the negative prompt, for text-to-image models; 1 for none.
     FLUX.1-dev takes it as an input of the network."""

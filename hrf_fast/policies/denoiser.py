@@ -193,6 +193,9 @@ def scheduler_of(kind: str, eta: float, resolved: Mapping[str, Any] | None = Non
         **dict.fromkeys(FLOW_SAMPLERS, (FLOW_SCHEDULER, {"stochastic_sampling": False}, "")),
     }[kind]
     settings = not_defaults(name, resolved or {}) | options
+    if kind in FLOW_SAMPLERS and resolved:
+        # sample.shift may have taken the place of the base model's
+        settings |= {setting: resolved[setting] for setting in ("shift", "use_dynamic_shifting")}
     return name, "".join(f", {setting}={value!r}" for setting, value in settings.items()), noise
 
 

@@ -35,6 +35,7 @@ def load_policy(
     num_inference_steps: int = 40,
     eta: float = 1.0,
     noise_level: float | None = None,
+    shift: float | None = None,
     guidance_scale: float = 1.0,
     precision: str = "fp32",
     attention: str = "sdpa",
@@ -53,6 +54,7 @@ def load_policy(
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
         image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
         scheduler, num_inference_steps, eta, noise_level: see `build_sampler` and, of flow models, `build_flow_sampler`.
+        shift: of a flow's sigmas, in place of its scheduler's.
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
         offload: keep text encoders and decoder on the CPU between uses.
@@ -82,7 +84,7 @@ def load_policy(
     if offload and device.type == "cpu":
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():
-        of_model = _scheduler(files)
+        of_model = _scheduler(files, shift)
         unet = load_module(_model(files), files.parts[files.denoiser])
         if not files.takes_prompts:
             latent = "vqvae" in files.parts
@@ -126,8 +128,8 @@ def _model(files: ModelFiles) -> str:
     return f"model.name is {files.name!r}"
 
 
-def _scheduler(files: ModelFiles) -> Any:
-    return make_scheduler(_model(files), files.parts["scheduler"].config, files.family.scheduler)
+def _scheduler(files: ModelFiles, shift: float | None) -> Any:
+    return make_scheduler(_model(files), files.parts["scheduler"].config, files.family.scheduler, shift)
 
 
 def _other_parts(files: ModelFiles) -> dict[str, Any]:

@@ -95,16 +95,22 @@ def _check_flow(model: str, config: dict[str, Any], pipeline: str, flow_pipeline
         )
 
 
-def make_scheduler(model: str, config: dict[str, Any], imposed: Mapping[str, Any]) -> Any:
+def make_scheduler(model: str, config: dict[str, Any], imposed: Mapping[str, Any], shift: float | None = None) -> Any:
     """The DDIM, DDPM or flow scheduler of a config that `check_scheduler` lets through, as its pipeline uses it.
 
     Args:
         model: the option that names the model, and its value, for errors.
         imposed: settings that the pipeline imposes: StableDiffusionPipeline sets steps_offset to 1 and never clips.
+        shift: of a flow's sigmas, in place of the config's; see sample.shift.
 
     Raises:
-        ValueError: a config that does not load, or alphas that are not those of a DDIM of this config.
+        ValueError: a config that does not load, alphas that are not those of a DDIM of this config, or a shift of a
+            model that is no flow.
     """
+    if shift is not None:
+        if config["_class_name"] != FLOW_SCHEDULER:
+            raise ValueError(f"sample.shift is {shift:g}, but {model}, which is none of flow matching; leave it out")
+        imposed = {**imposed, "shift": shift, "use_dynamic_shifting": False}
     scheduler = _from_config(model, config["_class_name"], config)
     if config["_class_name"] not in (*_EXACT, FLOW_SCHEDULER):
         settings = {"clip_sample": False} | {name: scheduler.config[name] for name in _KEPT if name in scheduler.config}

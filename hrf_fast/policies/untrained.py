@@ -89,7 +89,7 @@ def copied_bytes(files: ModelFiles, precision: str) -> int:
 def plan_sampler(files: ModelFiles, sample: SampleConfig, image_size: int | None = None) -> Sampler:
     """The sampler of a model at model.image_size, made from its configs alone; see `choose_sampler`."""
     config, imposed = files.parts["scheduler"].config, files.family.scheduler
-    scheduler = make_scheduler(f"model.name is {files.name!r}", config, imposed)
+    scheduler = make_scheduler(f"model.name is {files.name!r}", config, imposed, sample.shift)
     return choose_sampler(
         scheduler,
         kind=sample.scheduler,

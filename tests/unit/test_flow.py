@@ -105,6 +105,8 @@ def test_options_that_a_flow_model_can_not_have_are_refused(change, message, flo
 def test_a_model_of_ddpms_kind_has_no_flow_sampler(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"sample.scheduler is 'flow_sde'.*use one of ddim, ddpm, ddim_trl"):
         train(words(tiny_model, tmp_path / "run"))
+    with pytest.raises(ValueError, match="sample.shift is 3, but model.name is .* which is none of flow matching"):
+        load_policy(str(tiny_model), shift=3.0)
 
 
 @pytest.mark.parametrize(

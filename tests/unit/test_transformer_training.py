@@ -122,6 +122,20 @@ def test_diffusers_loads_adapters_and_whole_pipelines_and_has_the_policys_networ
     }
 
 
+def test_a_static_shift_takes_the_place_of_the_model_s_own():
+    # 3t/(1 + 2t) of t = 1, 3/4, 1/2, 1/4, as `--shift 3` of DanceGRPO and MixGRPO
+    policy = load_flow_policy("flux", shift=3.0)
+    torch.testing.assert_close(policy.sampler.noise, torch.tensor([1, 0.9, 0.75, 0.5]))
+    assert not torch.equal(policy.sampler.noise, load_flow_policy("flux").sampler.noise)
+    assert policy.scheduler.config.shift == 3 and policy.scheduler.config.use_dynamic_shifting is False
+
+
+def test_the_card_of_adapters_draws_with_the_shift_that_they_were_trained_with(tmp_path):
+    train([*flow_words("flux", tmp_path / "run", "lora.rank=2", "train.iterations=1"), "sample.shift=3"])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "shift=3.0, use_dynamic_shifting=False" in card
+
+
 @pytest.mark.parametrize("kind", ["sd3_no_t5", "flux"])
 def test_the_lines_of_the_card_draw_in_the_folder(kind, tmp_path, monkeypatch):
     policy = load_flow_policy(kind)
