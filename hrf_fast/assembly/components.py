@@ -132,6 +132,7 @@ def build_components(
         algorithm=build_algorithm(config, policy.sampler),
         noise_scale=NoiseScale(config.train.groups_per_step, config.train.step_weights),
         panel=panel,
+        term_weights=combined.weights if config.reward.mix == "advantages" else None,
         anchors=Anchors(config.window.anchor_steps, config.window.anchor_reuse),
         prompts=prompts,
         notes=tuple(note for note in notes if note),

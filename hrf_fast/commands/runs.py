@@ -100,7 +100,8 @@ def _check_effect(before: Config, config: Config, changed: Collection[str]) -> N
     if not idle:
         return
     try:
-        check_config(replace(config, **{section: getattr(before, section) for section in _TRAINING}))
+        reward = replace(config.reward, mix=before.reward.mix)
+        check_config(replace(config, reward=reward, **{section: getattr(before, section) for section in _TRAINING}))
     except ValueError:
         return
     raise ValueError(f"{idle[0]} would change nothing here, since the run has been trained; leave it out")
@@ -109,7 +110,8 @@ def _check_effect(before: Config, config: Config, changed: Collection[str]) -> N
 def _is_idle(option: str) -> bool:
     """Whether a tuned model and its panels do not depend on an option any more."""
     section = option.partition(".")[0]
-    return section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device")
+    alone = option in ("evaluation.every", "reward.mix")
+    return section in _TRAINING or alone or (section == "run" and option != "run.device")
 
 
 def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:

@@ -69,6 +69,8 @@ def check_advantages(config: Config) -> None:
                 "remedies.matching": (remedies.matching, 0, "whole trajectories are matched"),
             },
         )
+    if config.reward.mix == "advantages":
+        _check_mix(config)
     if not remedies.matching:
         return
     on_policy = train.order == "on_policy" or train.groups_per_step == train.groups_per_iteration
@@ -89,8 +91,29 @@ def check_advantages(config: Config) -> None:
     )
 
 
+def _check_mix(config: Config) -> None:
+    """Check that each term can be standardised on its own."""
+    train = config.train
+    if not config.reward.terms:
+        raise ValueError(
+            "reward.mix is advantages but reward.terms is empty, so there is nothing to mix; use reward.mix=sum, or "
+            "terms with reward.name=null"
+        )
+    peers = train.advantages if train.advantages in ("group", "batch") else "group or batch"
+    _ask_of_others(
+        "reward.mix is advantages",
+        {
+            "train.advantages": (train.advantages, peers, "other peers are of one reward"),
+            "train.advantage_scale": (train.advantage_scale, "std", "without a scale that is reward.mix=sum"),
+            "train.gae_lambda": (train.gae_lambda, None, "the value of a state is one reward"),
+            "remedies.matching": (config.remedies.matching, 0, "trajectories are matched to one reward"),
+        },
+    )
+
+
 def _ask_of_others(cause: str, needs: dict[str, tuple[Any, Any, str]]) -> None:
     """Refuse values of options that a cause has no use for; `needs` has of each its value, the needed one, and why."""
     for option, (value, needed, why) in needs.items():
         if value != needed:
-            raise ValueError(f"{option} is {value} but {cause}: {why}; use {needed}")
+            way_out = "null" if needed is None else needed
+            raise ValueError(f"{option} is {value} but {cause}: {why}; use {way_out}")

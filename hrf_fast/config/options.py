@@ -124,6 +124,9 @@ class RewardConfig:
     """The reward's own options."""
     terms: list[RewardTerm] = option([], panel=True)
     """Terms {name, weight, kwargs} of a weighted sum."""
+    mix: str = option("sum", choices=("sum", "advantages"))
+    """Sum the terms' rewards, in their own units, or their advantages, each term standardised on its own, so that units
+    do not matter (MixGRPO, arXiv 2507.21802). Metrics and panels have the sum of rewards either way."""
 
 
 @dataclass

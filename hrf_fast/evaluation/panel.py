@@ -198,13 +198,13 @@ class Panel:
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         prompts = [self.prompt(image) for image in range(self.size)]
         try:
-            total, means = reward(images, prompts)
+            total, by_term = reward(images, prompts)
         except NotFiniteError as error:
             raise NotFiniteError(
                 f"{error}. These are a panel's images, and stop.on_nan=skip is about training alone: return a finite "
                 "number for such images"
             ) from error
-        rewards, terms = total.cpu(), {name: float(mean) for name, mean in means.items()}
+        rewards, terms = total.cpu(), {name: float(values.mean()) for name, values in by_term.items()}
         vendi = inception = per_prompt = looks = None
         attributes: dict[str, dict[str, float]] = {}
         log_probs: dict[str, Tensor] = {}

@@ -124,6 +124,8 @@ class CombinedReward:
     def __init__(self, terms: Sequence[_BuiltTerm]) -> None:
         self._terms = tuple(terms)
         self.name = " + ".join(term.key for term in terms)
+        # of the terms that are trained on
+        self.weights = {term.key: term.weight for term in terms if term.weight}
         # lines about global state that calls have changed, each once
         self.notes: dict[str, None] = {}
         self.sources = {f"reward {term.key}": source_of(term.reward) for term in terms}
@@ -144,7 +146,7 @@ class CombinedReward:
         check_images(images, prompts)
         asked = [Prompt(item) if isinstance(item, str) else item for item in prompts or [None] * len(images)]
         total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
-        means = {}
+        by_term = {}
         # a reward must not depend on the precision that the run trains in
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for term in self._terms:
@@ -155,12 +157,13 @@ class CombinedReward:
                 if changes:
                     self.notes[note_of(what, changes)] = None
                 values = check_rewards(images, values, term.key)
-                means[term.key] = values.mean()
+                # a reward may return the same memory at every call
+                by_term[term.key] = values.clone()
                 # fp64 where a term is
                 total = total + term.weight * values
         if not total.isfinite().all():
             raise NotFiniteError(f"reward {self.name!r}: the sum is not finite in {total.dtype}; use smaller weights")
-        return Rewards(total, means)
+        return Rewards(total, by_term)
 
 
 def check_images(images: Tensor, prompts: Sequence[Prompt | str | None] | None = None) -> None:

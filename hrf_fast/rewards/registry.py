@@ -40,7 +40,7 @@ class Rewards(NamedTuple):
     total: Tensor
     """[B] on the images' device: the weighted sum of the terms; fp32, or fp64 where a term returns that."""
     terms: dict[str, Tensor]
-    """Batch mean of each term before its weight, 0-dim, by name; a name used twice gets `_2` the second time."""
+    """[B] of each term before its weight, by name; a name used twice gets `_2` the second time."""
 
 
 class RewardError(UserCodeError):

@@ -103,6 +103,27 @@ def apply_advantages(
     return {group: values.detach().float() for group, values in answer.items()}
 
 
+def mix_advantages(
+    advantages: Advantages,
+    by_term: Mapping[str, Mapping[int, Tensor]],
+    weights: Mapping[str, float],
+    prompts: Mapping[int, str],
+) -> dict[int, Tensor]:
+    """Standardise each reward term on its own and sum the advantages: A = Σ_k w_k·(r_k − mean_k)/max(std_k, floor).
+
+    MixGRPO (arXiv 2507.21802) and GDPO (arXiv 2601.05242) do so, the first with weights of sum 1; the second
+    standardises the sum again, over the batch.
+
+    Args:
+        by_term: [B] by group of each term that has a weight.
+
+    Raises:
+        ValueError, UserCodeError: see `apply_advantages`.
+    """
+    parts = [(weight, apply_advantages(advantages, by_term[term], prompts)) for term, weight in weights.items()]
+    return {group: torch.stack([weight * part[group] for weight, part in parts]).sum(0) for group in prompts}
+
+
 class Peers:
     """Standardised against the group, or against all groups together."""
 

@@ -84,6 +84,8 @@ class Components:
     noise_scale: NoiseScale
     """Adds up what train.gradient_noise measures."""
     panel: Panel
+    term_weights: Mapping[str, float] | None = None
+    """Weights of reward terms that are standardised one by one; None standardises their sum."""
     anchors: Anchors = field(default_factory=Anchors)
     prompts: Prompts | None = None
     """The groups' source; None for a model that takes none."""

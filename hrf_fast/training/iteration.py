@@ -133,8 +133,9 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
                 components.policy.device,
                 sharpness=algorithm.sharpness,
                 gae_lambda=algorithm.gae_lambda,
+                term_weights=components.term_weights,
             )
-            for kind, sentence in spread_notes(rewards, components.advantages).items():
+            for kind, sentence in spread_notes(rewards, components.advantages, components.term_weights).items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards
         outcome.advantages |= advantages

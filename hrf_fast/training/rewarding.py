@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from hrf_fast.distributed import comm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import CombinedReward, NotFiniteError
-from hrf_fast.training.advantages import Advantages, Peers, apply_advantages
+from hrf_fast.training.advantages import Advantages, Peers, apply_advantages, mix_advantages
 from hrf_fast.training.credit import step_advantages
 from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
 from hrf_fast.training.worker import Worker
@@ -31,6 +31,8 @@ class GroupRewards:
     """The value that is not finite, in words."""
     prompt: str = ""
     """The group's prompt; empty for a model that takes none."""
+    by_term: dict[str, Tensor] = field(default_factory=dict)
+    """[B] of each reward term before its weight, on the CPU."""
     novelty: Tensor | None = None
     """[B] of `remedies.novelty`, where that is asked for."""
     log_prob: Tensor | None = None
@@ -130,10 +132,16 @@ def reward_groups(
     try:
         together = _reward(reward, images, by_group)
         assert together.rewards is not None
-        parts = together.rewards.split(len(together.rewards) // len(images))
+        size = len(together.rewards) // len(images)
+        parts = {group: slice(index * size, (index + 1) * size) for index, group in enumerate(images)}
         return {
-            group: GroupRewards(part, together.terms, prompt=texts[group])
-            for group, part in zip(images, parts, strict=True)
+            group: GroupRewards(
+                together.rewards[part],
+                together.terms,
+                prompt=texts[group],
+                by_term={term: values[part] for term, values in together.by_term.items()},
+            )
+            for group, part in parts.items()
         }
     except NotFiniteError as error:
         problem = str(error)
@@ -151,8 +159,12 @@ def reward_groups(
 
 def _reward(reward: CombinedReward, images: Mapping[int, Tensor], prompts: Mapping[int, Prompt | None]) -> GroupRewards:
     asked = [prompts[group] for group, group_images in images.items() for _ in group_images]
-    total, terms = reward(torch.cat(list(images.values())), asked)
-    return GroupRewards(total.cpu(), {name: float(value) for name, value in terms.items()})
+    total, by_term = reward(torch.cat(list(images.values())), asked)
+    return GroupRewards(
+        total.cpu(),
+        {term: float(values.mean()) for term, values in by_term.items()},
+        by_term={term: values.cpu() for term, values in by_term.items()},
+    )
 
 
 def _with_values(
@@ -196,6 +208,7 @@ def standardise(
     *,
     sharpness: float = 0.0,
     gae_lambda: float | None = None,
+    term_weights: Mapping[str, float] | None = None,
 ) -> dict[int, Tensor]:
     """Advantages on `device` by group, [B], or [S, B] where steps have credit of their own.
 
@@ -204,6 +217,7 @@ def standardise(
     Args:
         gae_lambda: see `step_advantages`; None credits all steps with the final reward.
         sharpness: of matched trajectories, see `matching_advantages`; 0 leaves advantages as they are.
+        term_weights: of reward terms that are standardised one by one, see `mix_advantages`; None standardises the sum.
     """
     finite = _comparable(rewards, advantages)
     if not finite:
@@ -219,7 +233,10 @@ def standardise(
             ).to(device)
         return by_step
     prompts = {group: rewards[group].prompt for group in finite}
-    by_group = apply_advantages(advantages, finite, prompts)
+    if term_weights is None:
+        by_group = apply_advantages(advantages, finite, prompts)
+    else:
+        by_group = mix_advantages(advantages, _by_term(rewards, finite, term_weights), term_weights, prompts)
     for group, values in by_group.items():
         factors, log_prob = rewards[group].novelty, rewards[group].log_prob
         if factors is not None:
@@ -229,10 +246,27 @@ def standardise(
     return {group: values.to(device) for group, values in by_group.items()}
 
 
-def spread_notes(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[str, str]:
-    """Sentences about rewards whose spread is too small to learn from, by kind."""
+def spread_notes(
+    rewards: Mapping[int, GroupRewards], advantages: Advantages, term_weights: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`."""
     finite, notes = _comparable(rewards, advantages), getattr(advantages, "notes", None)
-    return notes(finite) if finite and notes else {}
+    if not finite or not notes:
+        return {}
+    if term_weights is None:
+        return dict(notes(finite))
+    return {
+        f"{term}: {kind}": f"reward {term!r}: {sentence}"
+        for term, values in _by_term(rewards, finite, term_weights).items()
+        for kind, sentence in notes(values).items()
+    }
+
+
+def _by_term(
+    rewards: Mapping[int, GroupRewards], groups: Iterable[int], terms: Iterable[str]
+) -> dict[str, dict[int, Tensor]]:
+    """The rewards [B] of each term by group."""
+    return {term: {group: rewards[group].by_term[term] for group in groups} for term in terms}
 
 
 def _comparable(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[int, Tensor]:
