@@ -100,11 +100,12 @@ def _check_mix(config: Config) -> None:
             "terms with reward.name=null"
         )
     peers = train.advantages if train.advantages in ("group", "batch") else "group or batch"
+    scale = train.advantage_scale if train.advantage_scale != "none" else "std"
     _ask_of_others(
         "reward.mix is advantages",
         {
             "train.advantages": (train.advantages, peers, "other peers are of one reward"),
-            "train.advantage_scale": (train.advantage_scale, "std", "without a scale that is reward.mix=sum"),
+            "train.advantage_scale": (train.advantage_scale, scale, "without a scale that is reward.mix=sum"),
             "train.gae_lambda": (train.gae_lambda, None, "the value of a state is one reward"),
             "remedies.matching": (config.remedies.matching, 0, "trajectories are matched to one reward"),
         },
