@@ -276,3 +276,23 @@ def test_graphs_are_kept_from_one_step_on_for_all_packs_together(kept_pairs, ste
     # windows [4, 5) and [3, 5)
     assert [call.steps.start for call in rolled_out.calls] == [4, 3, 4]
     assert [call.steps.start for call in rolled_out.calls if call.prediction is not None] == steps
+
+
+def test_trajectories_are_matched_by_the_log_prob_of_their_whole_window():
+    components = make_components()
+    components.algorithm.sharpness = 1.0
+    _, rolled_out, rewards, _ = collected(components)
+    for number, group in (pair for part in rewards for pair in part.items()):
+        # windows of 1, 2, 3 and 4 steps: the sum over them
+        old = rolled_out.trajectories[number].old_log_prob
+        torch.testing.assert_close(group.log_prob, sum(old.unbind()))
+
+
+def test_the_prompts_of_anchors_that_serve_again_serve_with_them():
+    asked = []
+    components = make_components()
+    components.anchors = Anchors(reuse=3)
+    components.draw_prompts = lambda iteration: asked.append(iteration) or [None] * 4
+    for iteration in range(5):
+        begin(components, Phases(), iteration)
+    assert asked == [0, 0, 0, 3, 3]

@@ -175,3 +175,22 @@ def test_a_value_that_is_not_finite_is_named(tiny_run):
 def test_what_does_not_go_with_it_is_refused(tiny_run, words, message):
     with pytest.raises(ValueError, match=message):
         load_config([*tiny_run, "train.gae_lambda=0.5", *words])
+
+
+def test_the_floor_divides_the_credit_of_steps_of_rewards_that_hardly_differ():
+    # rewards 0 and 0.02 have the std 0.0141, under the floor of 0.1; with equal values λ = 1 credits reward − mean:
+    # ∓0.01/0.1
+    rewards, values = torch.tensor([0.0, 0.02]), torch.zeros(1, 2)
+    for name in ("group", "batch"):
+        advantages = build_advantages(name, advantage_floor=0.1)
+        told = standardise(
+            {0: GroupRewards(rewards, {}, values=values)}, advantages, torch.device("cpu"), gae_lambda=1.0
+        )
+        torch.testing.assert_close(told[0], torch.tensor([[-0.1, 0.1]]))
+
+
+def test_deterministic_steps_behind_the_window_add_no_value_of_its_end():
+    policy = make_policy()
+    group = make_group(policy, Window(1, 3, deterministic=True), anchor=torch.zeros(policy.latent_shape))
+    rolled_out = rollout(policy, [group], CallPlan(group.size), estimate=True)
+    assert len(rolled_out.estimates[0]) == 2 and not rolled_out.after

@@ -273,3 +273,12 @@ def test_bandit_options_out_of_range_are_refused_before_the_run(option, value, r
 
 def test_the_ends_of_the_ranges_are_allowed():
     assert isinstance(make_bandit(discount=1, exploration=0, pulls=3), Bandit)
+
+
+def test_the_bonus_falls_with_the_root_of_an_arms_pulls():
+    bandit, probe = make_bandit(discount=1.0, exploration=0.55), Recorder()
+    bandit.load_state({"counts": [4.0, 1.0, 4.0], "changes": [0.0, 1.0, 8.0], "distances": [2.0, 0.5, 2.0]})
+    # means Δ (0, 1, 2) → (0, 0.5, 1), distances equal; n = 9, so the bonus is 0.55·sqrt(ln 9 / N): 0.408, 0.815, 0.408;
+    # indices 0.408, 1.315, 1.408. Were it by 1/N, arm 2 had 1.204
+    draw(bandit, num_groups=1, probe=probe)
+    assert probe.arms() == [2]

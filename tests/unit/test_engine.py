@@ -236,3 +236,14 @@ def test_cosine_falls_over_what_burn_in_and_warm_up_leave():
 def test_an_unknown_learning_rate_schedule_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate_schedule is 'linear'.*constant, cosine"):
         learning_rate_at("linear", peak=1.0, warmup_iterations=0, iterations=10)
+
+
+def test_an_overflow_begins_the_count_of_good_steps_anew():
+    scale = LossScale("fp16")
+    for _ in range(scale.growth_interval - 1):
+        scale.check(torch.tensor(1.0))
+    with pytest.raises(LossScaleOverflow):
+        scale.check(torch.tensor(math.inf))
+    # halved, and one good step since: not doubled again at once
+    scale.check(torch.tensor(1.0))
+    assert (scale.value, scale.good_steps) == (2**15, 1)

@@ -1,5 +1,7 @@
 """Fewer network calls: anchors by few steps and used again, a share of a window's steps, groups without spread."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,8 +11,12 @@ from hrf_fast.memory.counts import count_calls
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.sample import deterministic_jumps, sample_deterministic, starting_noise
 from hrf_fast.training.anchors import Anchors
-from hrf_fast.training.calls import Call, Piece
-from hrf_fast.training.thinning import Thinning
+from hrf_fast.training.calls import Call, CallPlan, Piece
+from hrf_fast.training.groups import Groups
+from hrf_fast.training.rollout import Rollout
+from hrf_fast.training.thinning import Thinning, draw_offsets
+from hrf_fast.training.update import update
+from hrf_fast.windows.base import Window
 from tests.conftest import make_policy
 from tests.runs import assert_equal_training, equal, metrics, train, weights, with_folder
 from tests.waits import loop_parts
@@ -205,3 +211,44 @@ def test_groups_of_equal_rewards_are_left_out_and_the_weights_are_the_same_bits(
 def test_flat_groups_are_not_left_out_under_a_term_of_the_pretrained_model(tiny_run):
     with pytest.raises(ValueError, match="train.skip_flat_groups is true"):
         load_config([*tiny_run, "train.skip_flat_groups=true", "remedies.kl_weight=0.1"])
+
+
+def thinned_components(thinning, groups, inner_epochs=1):
+    algorithm = SimpleNamespace(
+        seed=3, inner_epochs=inner_epochs, thinning=thinning, clips=None, reference=lambda iteration: None
+    )
+    engine = SimpleNamespace(lockstep=False)
+    return SimpleNamespace(algorithm=algorithm, groups=groups, calls=CallPlan(3), engine=engine, policy=None)
+
+
+def test_every_pass_over_the_rollouts_leaves_out_steps_of_its_own(monkeypatch):
+    offsets = []
+    monkeypatch.setattr("hrf_fast.training.update._step", lambda *args: offsets.append(args[-1]))
+    components = thinned_components(Thinning(0.5), Groups(per_iteration=4, size=3, per_step=2), inner_epochs=2)
+    advantages = dict.fromkeys(range(4), torch.ones(3))
+    update(components, Rollout(), [Window(0, 5)] * 4, advantages, range(2), iteration=1, note=print)
+    assert offsets == [offset for epoch in draw_offsets(3, 1, 2, 2) for offset in epoch]
+    assert len(set(offsets)) == 4
+
+
+def test_a_group_whose_advantages_are_all_negative_is_learnt_from(monkeypatch):
+    # as one of a prompt, or of a batch, whose other groups did better
+    monkeypatch.setattr(
+        "hrf_fast.training.update.optimizer_step", lambda *given, **_: [c.steps.start for c in given[4]]
+    )
+    components = thinned_components(Thinning(skip_flat=True), Groups(per_iteration=2, size=3, per_step=1))
+    advantages = {0: torch.tensor([-1.0, -2.0, -1.0]), 1: torch.zeros(3)}
+    rolled_out = Rollout(dict.fromkeys(range(2)))
+    made, _ = update(components, rolled_out, [Window(2, 5)] * 2, advantages, range(2), iteration=0, note=print)
+    # all steps of the first; of the flat one a single call, of weight 0
+    assert made == [[2, 3, 4], [2]]
+
+
+def test_the_means_of_a_thinned_update_are_over_the_calls_of_all_ranks(monkeypatch):
+    monkeypatch.setattr("hrf_fast.training.update.optimizer_step", lambda *_, **named: named["pairs"])
+    monkeypatch.setattr("hrf_fast.training.update.draw_offsets", lambda *_: [[0.3]])
+    components = thinned_components(Thinning(0.5), Groups(per_iteration=2, size=3, per_step=2, rank=0, ranks=2))
+    windows, advantages = [Window(0, 5), Window(2, 5)], dict.fromkeys(range(2), torch.ones(3))
+    made, _ = update(components, Rollout({0: None}), windows, advantages, [0], iteration=0, note=print)
+    # of the steps 1 and 3 are chosen: two of this rank's group, one of the other's, each of 3 samples
+    assert made == [3 * (2 + 1)]

@@ -294,3 +294,9 @@ def test_a_plan_counts_the_copy_and_the_outputs(tiny_model, not_measured):
 def test_options_that_would_do_nothing_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         load_config(words)
+
+
+def test_beyond_the_steps_of_the_penalty_a_call_of_several_has_the_kl_alone():
+    # mean·2·std² beside the KL at step 1: 3 + 5·2·¼
+    weights = ReferenceWeights(kl=3.0, mean=5.0, mean_steps=2)
+    assert weights.per_row(torch.tensor([1, 2]), torch.tensor([0.5, 0.5]), 2).tolist() == [5.5, 3.0]

@@ -257,3 +257,12 @@ def test_an_object_that_is_no_listener_is_refused_before_the_folder_is_made(conf
             Run(config, [listener])
     assert not (tmp_path / "run").exists()
     assert check_listeners([]) == []
+
+
+def test_a_reward_that_draws_draws_the_same_for_every_panel():
+    policy, panel = make_policy(), Panel(size=4, seed=3, images_per_call=4)
+    reward = build_reward(lambda images, prompts=None: torch.rand(len(images)))
+    first = panel.evaluate(policy, reward).rewards
+    # as training would between two panels
+    torch.rand(5)
+    assert panel.evaluate(policy, reward).rewards == first

@@ -244,3 +244,9 @@ def test_the_self_check_says_how_much_float32_rounds_steps_of_little_noise(tiny_
     line = check(tiny_run, monkeypatch, 0.0, "sample.eta=0.001")
     numbers = f"step 4 has noise of std {0.001 * least:.2g} only, where fp32 rounds gradients by {6e-3 / least:.2f}%"
     assert numbers in line and line.endswith("a larger sample.eta or noise_level has more")
+
+
+def test_the_self_check_fails_from_a_tenth_of_the_smallest_clip_range_on(tiny_run, monkeypatch):
+    # of 3.3e-5: 1e-5 is over a tenth and 2e-6 under it
+    assert check(tiny_run, monkeypatch, 1e-5).startswith("self-check failed")
+    assert check(tiny_run, monkeypatch, 2e-6).startswith("self-check passed")

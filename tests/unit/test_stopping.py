@@ -457,3 +457,18 @@ def test_a_floor_without_a_network_is_refused_before_anything_runs(tiny_run, tmp
     with pytest.raises(ValueError, match=r"stop.diversity_floor is 0.8.*evaluation.network"):
         train([*tiny_run, "stop.diversity_floor=0.8"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gain_begins_the_count_of_patience_anew():
+    watch = StopRules(StopConfig(patience=2), seed=0)
+    # stale, a gain of 1 in every image, stale, and stale a second time
+    rewards = ([1.0, 2.0], [1.0, 2.0], [2.0, 3.0], [2.0, 3.0], [2.0, 3.0])
+    found = [names(watch.panel(line(i, values))) for i, values in enumerate(rewards)]
+    assert found == [[], [], [], [], ["patience"]] and "2 panels" in watch.ending and "iteration 2" in watch.ending
+
+
+def test_a_gradient_norm_is_judged_by_the_last_fifty():
+    watch = StopRules(StopConfig(max_norm_factor=5.0, on_collapse="stop"), seed=0)
+    # of the last 50 over half are 1, though of all 83 most are 10; three above 5·1 in a row
+    found = updates(watch, *({"grad_norm": norm} for norm in [10.0] * 50 + [1.0] * 30 + [8.0] * 3))
+    assert found == [[]] * 82 + [["grad_norm"]]
