@@ -71,6 +71,8 @@ def make_parsers(
     )
     steps = "denoising steps; a run's own, else 40"
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
+    without_noise = "draw by so many deterministic steps (DDIM with eta 0, a flow's ODE), 0 with noise; a run's own"
+    command.add_argument("--deterministic-steps", type=int, metavar="N", help=without_noise)
     scheduler = "a run's own, else ddim; a flow-matching model has the last three"
     kinds = ("ddim", "ddpm", "flow_sde", "dance_sde", "cps")
     command.add_argument("--scheduler", choices=kinds, help=scheduler)

@@ -55,9 +55,17 @@ class Registry(Generic[T]):
         return iter(self._entries)
 
     def __getitem__(self, name: str) -> T:
+        return self.look_up(name, self.option)
+
+    def look_up(self, name: str, option: str) -> T:
+        """The entry of a name that `option` has, which may be another option than the registry's.
+
+        Raises:
+            ValueError: there is no such entry.
+        """
         if name not in self._entries:
             raise ValueError(
-                f"{self.option} is {name!r}{nearest(name, self._entries)}; "
+                f"{option} is {name!r}{nearest(name, self._entries)}; "
                 f"use one of {', '.join(sorted(self._entries))}, or module:function of your own"
             )
         return self._entries[name]

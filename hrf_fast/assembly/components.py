@@ -9,6 +9,7 @@ from hrf_fast.assembly.inputs import (
     build_config_reward,
     build_panel,
     build_prompts,
+    check_held_out,
     check_reward,
     guidance_note,
     prompt_sources,
@@ -68,6 +69,7 @@ def build_components(
         check_job(config, comm.world_size())
         if not callable(reward):
             check_reward(config)
+        check_held_out(config)
         config, tuning = tuned(config, build_policy)
         set_threads(config)
         device = choose_device(config.run.device)
@@ -103,7 +105,10 @@ def build_components(
         if base := getattr(policy.network, "base_digest", ""):
             sources[BASE] = {"file": config.model.name, "sha256": base}
         panel = build_panel(config, device, prompts, network)
-        sources |= prompt_sources(config, prompts_source, panel)
+        sources |= prompt_sources(config, prompts_source, panel) | panel.held_out_sources
+        if panel.deterministic_steps:
+            # a number of steps that the model's scheduler can't space is refused here, and not at the first panel
+            policy.deterministic_sampler(panel.deterministic_steps)
         check_floors(config.stop, panel.shares)
         memory = memory_for(config, policy) if config.compute.activations == "auto" else 0
     # a source of the user's may answer otherwise on every rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from hrf_fast.assembly.algorithm import build_call_plan
 from hrf_fast.assets import SHIPPED
 from hrf_fast.config.options import Config
+from hrf_fast.distributed import comm
 from hrf_fast.evaluation.panel import Panel, choose_network
 from hrf_fast.policies.base import Policy
 from hrf_fast.prompts.draw import Prompts
@@ -31,6 +33,17 @@ def check_reward(config: Config) -> None:
     """
     reward = config.reward
     readers = check_names([term.name for term in reward.terms] or [reward.name or ""])
+    _refuse_without_prompts(config, readers)
+
+
+def check_held_out(config: Config) -> None:
+    """Refuse a held-out reward by its name, before any network is loaded; errors as `check_reward`."""
+    for index, held in enumerate(config.evaluation.rewards):
+        _refuse_without_prompts(config, check_names([held.name], f"evaluation.rewards[{index}].name"))
+
+
+def _refuse_without_prompts(config: Config, readers: Sequence[str]) -> None:
+    """Refuse rewards that read prompts in a run that has none."""
     if readers and config.prompts.source is None:
         raise ValueError(
             f"the reward {readers[0]} compares images with their prompts, but prompts.source is null; use another "
@@ -45,6 +58,22 @@ def build_config_reward(config: Config, device: torch.device) -> CombinedReward:
     return build_reward(reward.terms or reward.name or "", device, None if reward.terms else reward.kwargs)
 
 
+def build_held_out(config: Config, device: torch.device) -> dict[str, CombinedReward]:
+    """The rewards of evaluation.rewards by name; none on other ranks than the main one, which alone rewards panels."""
+    check_held_out(config)
+    return {
+        held.name: build_reward(
+            held.name,
+            device,
+            held.kwargs,
+            option_prefix=f"evaluation.rewards[{index}].kwargs.",
+            name_option=f"evaluation.rewards[{index}].name",
+        )
+        for index, held in enumerate(config.evaluation.rewards)
+        if comm.is_main()
+    }
+
+
 def build_panel(
     config: Config,
     device: torch.device,
@@ -54,16 +83,22 @@ def build_panel(
     """The panel of the evaluation section, with its network or the one given; `prompts` are the training's.
 
     Raises:
-        ValueError: no such network or source of prompts, or a panel that its prompts do not share equally.
+        ValueError: no such network, held-out reward or source of prompts, or a panel that its prompts do not share
+            equally.
     """
     network = network or choose_network(config.evaluation.network, config.model.name, device)
-    return replace(build_prompted_panel(config, prompts), network=network)
+    return replace(build_prompted_panel(config, prompts), network=network, held_out=build_held_out(config, device))
 
 
 def build_prompted_panel(config: Config, prompts: Prompts | None) -> Panel:
-    """The panel without its network; arguments and errors as `build_panel`."""
+    """The panel without its network and held-out rewards; arguments and errors as `build_panel`."""
     evaluation = config.evaluation
-    panel = Panel(evaluation.panel_size, evaluation.seed, build_call_plan(config).sampled)
+    panel = Panel(
+        evaluation.panel_size,
+        evaluation.seed,
+        build_call_plan(config).sampled,
+        deterministic_steps=evaluation.deterministic_steps,
+    )
     if evaluation.prompts is not None:
         prompts, source = load_prompts("evaluation.prompts", evaluation.prompts, negative=config.prompts.negative)
         panel = replace(panel, source=source)

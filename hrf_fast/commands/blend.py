@@ -32,6 +32,8 @@ from hrf_fast.run.sources import BASE, edited, read_sources
 
 # in settings.json: of all options of its sections
 _DIGEST = "option"
+# which say what is measured on a panel besides its reward
+_MEASURING = ("evaluation.network", "evaluation.rewards")
 # which may say what the panel shows
 _PROMPTS = ("prompts.source", "prompts.kwargs", "prompts.negative", "evaluation.prompts")
 
@@ -79,12 +81,12 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     folder.mkdir(exist_ok=True)
     with blending(folder):
         reward = build_config_reward(config, device)
-        _claim_blend(folder, run, config, reward.sources)
+        _claim_blend(folder, run, config, reward.sources | panel.held_out_sources)
         front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
         panels = files.panels()
         before = files.read_config()
         changed = differences(config, before)
-        apart = [option for option in changed if option != "evaluation.network"]
+        apart = [option for option in changed if option not in _MEASURING]
         if not any(FACTS[option].panel or option in _PROMPTS for option in apart):
             code = list(edited(run, reward.sources).values())
             check = functools.partial(blends.check_pretrained, panels[0]["rewards"], edited=code)
@@ -128,7 +130,7 @@ def _own_rewards(run: Path, before: Config, config: Config) -> Sequence[float]:
     Empty where the run's reward or prompts went with its script and can't be built: the digest of the weights, which
     `run_policy` has held, must do then.
     """
-    evaluation = replace(before.evaluation, network=config.evaluation.network)
+    evaluation = replace(before.evaluation, network=config.evaluation.network, rewards=[])
     before = replace(before, model=config.model, run=config.run, lora=LoraConfig(), evaluation=evaluation)
     device = choose_device(before.run.device)
     try:
@@ -144,7 +146,7 @@ def _claim_blend(folder: Path, run: Path, config: Config, sources: Mapping[str, 
     """Begin RUN/blend, or go on in it where panels would be equal.
 
     Args:
-        sources: of the reward, as `source_of` gives them.
+        sources: of the reward and the held-out ones, as `source_of` gives them.
 
     Raises:
         ValueError: it holds panels of other settings or of another tuned model; says which. Or its settings.json is

@@ -41,7 +41,8 @@ def evaluate(run: Path, words: list[str], *, everything: bool = False) -> Path:
     device = choose_device(config.run.device)
     (prompts, source), reward = build_prompts(config), build_config_reward(config, device)
     panel = build_panel(config, device, prompts)
-    for changed in edited_notes(run, {**reward.sources, **prompt_sources(config, source, panel)}):
+    sources = reward.sources | prompt_sources(config, source, panel) | panel.held_out_sources
+    for changed in edited_notes(run, sources):
         print(changed)
     result: dict[str, Any] = {
         name: without_credentials(asdict(getattr(config, name)))

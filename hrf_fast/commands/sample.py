@@ -15,7 +15,6 @@ from hrf_fast.evaluation.grids import check_picture, save_grid
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
-from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_fast.run.layout import RunFiles
 from hrf_fast.training.calls import SAMPLED_TOGETHER
@@ -32,6 +31,7 @@ def draw(
     variant: str | None = None,
     prompts: Sequence[str] = (),
     negatives: Sequence[str] = (),
+    deterministic_steps: int | None = None,
     **sampler: Any,
 ) -> str:
     """Write a grid of images of a model, a run or one of its checkpoints; returns a line about it.
@@ -42,11 +42,12 @@ def draw(
         variant: of the weight files of a model's folder or a hub id.
         prompts: of equally many images each, `count` at most; none for those of the run's panel.
         negatives: one for all prompts, or one for each.
+        deterministic_steps: None for those of a run's panels; 0, which is that of other models, draws with noise.
         sampler: scheduler, steps, eta and guidance; None for a run's own, or the defaults of `load_policy`.
 
     Raises:
-        ValueError: no such model, a run that is not finished, `out` is no name of a picture, a count below 1, or
-            prompts that the model does not take.
+        ValueError: no such model, a run that is not finished, `out` is no name of a picture, a count below 1, prompts
+            that the model does not take, or an option of noise where images are drawn without.
     """
     for option, value in (("--count", count), ("--images-per-call", images_per_call)):
         if value is not None and value < 1:
@@ -54,14 +55,16 @@ def draw(
     # the same seed draws the same grid
     set_precision_flags(choose_device(device), deterministic=True)
     source = _source(model)
-    policy = _policy(source, device, variant, {name: value for name, value in sampler.items() if value is not None})
+    asked = {name: value for name, value in sampler.items() if value is not None}
+    steps = _deterministic_steps(source, deterministic_steps, asked)
+    policy = _policy(source, device, variant, asked)
     images_per_call = images_per_call or _most_in_a_call(source, policy)
-    panel = _prompted(Panel(count, seed, images_per_call), source, policy, prompts, negatives)
+    panel = Panel(count, seed, images_per_call, deterministic_steps=steps)
+    panel = _prompted(panel, source, policy, prompts, negatives)
     check_picture(out)
-    each = [panel.prompt(image) for image in range(panel.size)]
-    images = policy.decode(sample(policy, panel.noise(policy), each, images_per_call=images_per_call)).cpu()
-    save_grid(images, out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
-    return f"{out}: {panel.size} images of {model} in {len(policy.sampler)} steps"
+    save_grid(panel.images(policy).cpu(), out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
+    taken = f"{steps} deterministic steps" if steps else f"{len(policy.sampler)} steps"
+    return f"{out}: {panel.size} images of {model} in {taken}"
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,26 @@ def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str
     if source.model is None:
         load_weights(policy, Path(source.name).expanduser())
     return policy
+
+
+def _deterministic_steps(source: _Source, steps: int | None, sampler: Mapping[str, Any]) -> int:
+    """Deterministic steps to draw by, those of a run's panels unless `steps` are asked for; 0 for none.
+
+    Raises:
+        ValueError: `steps` are below 0, or the sampler has an option that such steps do not follow.
+    """
+    if steps is not None and steps < 0:
+        raise ValueError(f"--deterministic-steps is {steps}; it must be at least 0")
+    of_run = source.config.evaluation.deterministic_steps if source.config else 0
+    chosen = of_run if steps is None else steps
+    for name, option in (("num_inference_steps", "--steps"), ("eta", "--eta"), ("noise_level", "--noise-level")):
+        if chosen and name in sampler:
+            asks = f"--deterministic-steps is {chosen}" if steps else f"panels of the run are of {chosen} such steps"
+            raise ValueError(
+                f"{option} is {sampler[name]:g}, but images are drawn by deterministic steps ({asks}), which do not "
+                f"follow it; leave it out, or draw with noise by --deterministic-steps 0"
+            )
+    return chosen
 
 
 def _check_noise(sampler: Mapping[str, Any], kind: str) -> None:

@@ -26,6 +26,7 @@ def with_absolute_paths(config: Config) -> Config:
     """
     reward, file, model, prompts = config.reward, config.engine.deepspeed, config.model, config.prompts
     terms = [replace(term, kwargs=_expanded(term.kwargs)) for term in reward.terms]
+    held_out = [replace(held, kwargs=_expanded(held.kwargs)) for held in config.evaluation.rewards]
     return replace(
         config,
         model=replace(model, name=_local(model.name), decoder=model.decoder and _local(model.decoder)),
@@ -34,6 +35,7 @@ def with_absolute_paths(config: Config) -> Config:
             config.evaluation,
             network=_local(config.evaluation.network),
             prompts=_file(config.evaluation.prompts),
+            rewards=held_out,
         ),
         engine=replace(config.engine, deepspeed=None if file is None else str(absolute(file))),
         reward=replace(reward, kwargs=_expanded(reward.kwargs), terms=terms),

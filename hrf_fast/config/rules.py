@@ -12,6 +12,7 @@ from hrf_fast.config.advantage_rules import check_advantages
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig
 from hrf_fast.config.prompt_rules import check_prompts
+from hrf_fast.config.reward_rules import check_rewards
 from hrf_fast.config.stop_rules import check_stop
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
@@ -51,13 +52,7 @@ def check_config(config: Config) -> None:
     check_advantages(config)
     check_prompts(config)
     check_stop(config)
-    if bool(config.reward.name) == bool(config.reward.terms):
-        raise ValueError("set either reward.name or reward.terms (with reward.name=null), not both and not neither")
-    if config.reward.terms and config.reward.kwargs:
-        raise ValueError(
-            f"reward.kwargs has {', '.join(config.reward.kwargs)}, but reward.terms have kwargs of their own; move "
-            "them there, or leave it out"
-        )
+    check_rewards(config)
 
 
 def _check_sample(sample: SampleConfig) -> None:

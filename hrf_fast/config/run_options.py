@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hrf_fast.config.facts import option
 
@@ -91,6 +92,16 @@ class StopConfig:
 
 
 @dataclass
+class HeldOutReward:
+    """A reward that panels measure and nothing trains on."""
+
+    name: str = ""
+    """A registered name (see `hrf rewards`) or "module:function" for a function of your own."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reward, by name."""
+
+
+@dataclass
 class EvaluationConfig:
     """The panel: images from fixed noise, evaluated before, during and after."""
 
@@ -104,6 +115,12 @@ class EvaluationConfig:
     """Source of the panel's prompts, as prompts.source; null for the training's own. The first ones are used."""
     images_per_prompt: int = option(4, at_least=1, panel=True)
     """Images of each prompt in the panel."""
+    deterministic_steps: int = option(0, at_least=0, panel=True)
+    """Draw panels by this many deterministic steps of the model's own scheduler (DDIM with eta 0, or the ODE of a
+    flow), as users of the tuned model do; it may be more than T. 0 draws them as training does, with noise."""
+    rewards: list[HeldOutReward] = option([], panel=True)
+    """Held-out rewards {name, kwargs}, each name once: panels measure them and nothing trains on them, so that a reward
+    which rises alone shows."""
     network: str = option("auto", panel=True)
     """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
 

@@ -214,6 +214,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
             f"alpha {alpha:<4g} ({named}): reward {panel['reward'][0]:.4g}, gain {panel['gain'][0]:+.4g} "
             f"[{panel['gain'][1]:+.4g}, {panel['gain'][2]:+.4g}], {panel['share']:.1%} of the Vendi Score"
             + (f", {panel['inception_share']:.1%} of the Inception Score" if "inception_share" in panel else "")
+            + "".join(f", held-out {name} {interval[0]:.4g}" for name, interval in panel.get("held_out", {}).items())
         )
     quality = f", and {100 * result['quality']:g}% of the Inception Score," if result["quality"] else ""
     if not result["alpha"]:

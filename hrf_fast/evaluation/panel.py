@@ -22,7 +22,7 @@ from hrf_fast.evaluation.looks import attribute_shares, looks_interval
 from hrf_fast.evaluation.vendi import vendi_score
 from hrf_fast.noise import NoiseKey, noise_key, seed_everything
 from hrf_fast.policies.base import Policy
-from hrf_fast.policies.sample import sample
+from hrf_fast.policies.sample import sample, sample_as_released
 from hrf_fast.prompts import Prompt
 from hrf_fast.prompts.draw import Prompts
 from hrf_fast.rewards import CombinedReward
@@ -54,6 +54,8 @@ class PanelMetrics:
     """[N, D] on the CPU, where there is a network."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """Mean of each term of a sum of rewards; empty for a single reward."""
+    held_out: Mapping[str, Interval] = field(default_factory=dict)
+    """Mean of each held-out reward."""
     halves: Mapping[str, Tensor] = field(default_factory=dict)
     """[1 + DRAWS] of every metric that has a share of the pretrained model's: `evaluation.kept`."""
 
@@ -73,6 +75,8 @@ class PanelMetrics:
         decimals = max(6, 5 - math.floor(math.log10(largest))) if largest else 6
         if self.terms:
             metrics["terms"] = dict(self.terms)
+        if self.held_out:
+            metrics["held_out"] = {name: list(interval) for name, interval in self.held_out.items()}
         if self.attributes:
             metrics["attributes"] = {
                 name: {value: round(share, 4) for value, share in shares.items()}
@@ -85,7 +89,7 @@ class PanelMetrics:
 
 @dataclass(frozen=True)
 class Panel:
-    """Which noises are evaluated, and with what network."""
+    """Which noises are evaluated, and with what network and held-out rewards."""
 
     size: int
     """Images; the first n of a larger panel are the smaller panel."""
@@ -98,6 +102,10 @@ class Panel:
     """Fixed prompts, used again from the first where the panel has more; empty for an unconditional model."""
     images_per_prompt: int = 1
     """Images of one prompt, one after the other."""
+    deterministic_steps: int = 0
+    """Steps of `Policy.deterministic_sampler` that images are drawn by; 0 for the policy's own sampler."""
+    held_out: Mapping[str, CombinedReward] = field(default_factory=dict)
+    """Rewards by name that are measured and not trained on; on the main rank alone."""
     source: dict[str, str] | None = None
     """The user's file or function of the prompts, as `source_of` gives it, where they are not the training's."""
 
@@ -176,6 +184,11 @@ class Panel:
         )
 
     @property
+    def held_out_sources(self) -> dict[str, dict[str, str] | None]:
+        """The user's files or functions of held-out rewards by name, for a run's record."""
+        return {f"held-out {name}": source for held in self.held_out.values() for name, source in held.sources.items()}
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The prompt of every `images_per_prompt` images; empty for an unconditional model."""
         first = range(0, self.size if self.prompts else 0, self.images_per_prompt)
@@ -192,13 +205,18 @@ class Panel:
         # ranks denoise equally many, the last ones again what others do
         ids = noise.sample_id[(torch.arange(share) + comm.rank() * share).clamp(max=len(noise) - 1)]
         prompts = [self.prompt(image) for image in ids.tolist()]
-        part = sample(policy, NoiseKey(noise.seed, ids), prompts, images_per_call=self.images_per_call)
+        key, steps, most = NoiseKey(noise.seed, ids), self.deterministic_steps, self.images_per_call
+        if steps:
+            part = sample_as_released(policy, key, prompts, steps=steps, images_per_call=most)
+        else:
+            part = sample(policy, key, prompts, images_per_call=most)
         return comm.gather_rows(part)[: len(noise)]
 
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         prompts = [self.prompt(image) for image in range(self.size)]
         try:
             total, by_term = reward(images, prompts)
+            measured = {name: held(images, prompts).total.cpu() for name, held in self.held_out.items()}
         except NotFiniteError as error:
             raise NotFiniteError(
                 f"{error}. These are a panel's images, and stop.on_nan=skip is about training alone: return a finite "
@@ -238,6 +256,7 @@ class Panel:
             prompts=self.texts,
             features=on_cpu,
             terms=terms if len(terms) > 1 else {},
+            held_out={name: mean_interval(values, seed=self.seed) for name, values in measured.items()},
             halves=halves,
         )
 

@@ -128,6 +128,17 @@ class Policy(Protocol):
         """
         ...
 
+    def deterministic_sampler(self, steps: int) -> Sampler:
+        """The sampler of `steps` deterministic steps by which diffusers draws from the saved model.
+
+        DDIM with eta 0, or the ODE of a flow, at the timesteps that the model's scheduler has for so many steps, which
+        need not be among those of `sampler`.
+
+        Raises:
+            ValueError: the scheduler has no timesteps for so many steps.
+        """
+        ...
+
     def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
         """The network's outputs for latents [B, *latent_shape] at one step, or at [B] steps.
 

@@ -14,6 +14,7 @@ from hrf_fast.config.options import FLOW_SAMPLERS
 from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.calling import UNET, Shape, shape_of
 from hrf_fast.policies.compilation import compile_network
+from hrf_fast.policies.flow_sampler import choose_deterministic_sampler
 from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
 from hrf_fast.policies.sampler import Sampler
@@ -43,6 +44,7 @@ class DenoiserPolicy:
         channels_last: bool = False,
         guidance_scale: float = 1.0,
         shape: Shape | None = None,
+        linear_sigmas: bool = False,
     ) -> None:
         """Wrap a UNet or transformer of diffusers.
 
@@ -53,12 +55,13 @@ class DenoiserPolicy:
             channels_last: weights and inputs of a UNet in that memory format.
             guidance_scale: for conditions with an unconditional branch.
             shape: of the latents, and the call that takes them; None for what the config of a UNet says.
+            linear_sigmas: see `build_flow_sampler`.
 
         Raises:
             ValueError: an unknown precision, or kernels that can't run on the network's device.
         """
         self.scheduler, self.precision = scheduler, precision
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self._linear_sigmas = guidance_scale, linear_sigmas
         shape = shape or shape_of("", UNET, unet.config)
         self.device = next(unet.parameters()).device
         try:
@@ -78,6 +81,14 @@ class DenoiserPolicy:
     def unet(self) -> Any:
         """The network's denoiser."""
         return self.network.unet
+
+    def deterministic_sampler(self, steps: int) -> Sampler:
+        """Deterministic steps by the model's own scheduler, see `Policy.deterministic_sampler`."""
+        tokens, linear = self.shape.tokens, self._linear_sigmas
+        sampler = choose_deterministic_sampler(
+            self.scheduler, num_inference_steps=steps, image_tokens=tokens, linear_sigmas=linear
+        )
+        return sampler.to(self.device)
 
     def predict(self, latents: Tensor, steps: int | Tensor, condition: Condition) -> Prediction:
         """The network's outputs for latents [B, …] at one step or at [B] steps, counted and timed.

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from hrf_fast.config.options import DDPM_SAMPLERS, FLOW_SAMPLERS
-from hrf_fast.policies.sampler import Sampler, build_sampler, check_least_std
+from hrf_fast.policies.sampler import (
+    DETERMINISTIC,
+    Sampler,
+    build_deterministic_sampler,
+    build_sampler,
+    check_least_std,
+)
 from hrf_fast.policies.schedulers import FLOW_SCHEDULER
 from hrf_kernels import StepCoefficients
 
@@ -73,6 +79,30 @@ def choose_sampler(
     return build_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, eta=eta)
 
 
+def choose_deterministic_sampler(
+    scheduler: Any, *, num_inference_steps: int, image_tokens: int | None = None, linear_sigmas: bool = False
+) -> Sampler:
+    """The deterministic steps that diffusers takes by a model's scheduler: the ODE of a flow, or DDIM with eta 0.
+
+    Args:
+        num_inference_steps: at least 1; image_tokens, linear_sigmas: see `build_flow_sampler`.
+
+    Raises:
+        ValueError: more steps than were trained, or timesteps or sigmas that the scheduler can't space.
+    """
+    if not is_flow(scheduler):
+        return build_deterministic_sampler(scheduler, num_inference_steps=num_inference_steps)
+    timesteps, levels = scheduler_sigmas(
+        scheduler,
+        num_inference_steps=num_inference_steps,
+        image_tokens=image_tokens,
+        linear_sigmas=linear_sigmas,
+        option=DETERMINISTIC,
+    )
+    ode = flow_coefficients(levels, kind="ode")
+    return Sampler(timesteps, ode, ode, *_signal_and_noise(levels), stochastic_steps=0)
+
+
 def build_flow_sampler(
     scheduler: Any,
     *,
@@ -111,14 +141,20 @@ def build_flow_sampler(
     tables = {
         name: torch.cat([tensor[:-1], ode.tensors()[name][-1:]]) for name, tensor in coefficients.tensors().items()
     }
+    signal, noise = _signal_and_noise(levels)
     return Sampler(
         timesteps=timesteps,
         coefficients=StepCoefficients(**tables, x0_clip=None),
         deterministic=ode,
-        signal=(1 - levels[:-1].double()).float(),
-        noise=levels[:-1].float(),
+        signal=signal,
+        noise=noise,
         stochastic_steps=stochastic_steps,
     )
+
+
+def _signal_and_noise(sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [T] fp32 of x0 and of the noise at each step, of sigmas [T + 1]."""
+    return (1 - sigmas[:-1].double()).float(), sigmas[:-1].float()
 
 
 def flow_coefficients(sigmas: Tensor, *, kind: str, noise_level: float = 0.0) -> StepCoefficients:
@@ -169,9 +205,17 @@ def published_cps_scale(std: Tensor) -> Tensor:
 
 
 def scheduler_sigmas(
-    scheduler: Any, *, num_inference_steps: int, image_tokens: int | None = None, linear_sigmas: bool = False
+    scheduler: Any,
+    *,
+    num_inference_steps: int,
+    image_tokens: int | None = None,
+    linear_sigmas: bool = False,
+    option: str = "sample.num_inference_steps",
 ) -> tuple[Tensor, Tensor]:
     """Timesteps [T] and sigmas [T + 1] as the pipelines of diffusers have their scheduler make them, fp32.
+
+    Args:
+        option: which sets num_inference_steps, for errors; the others are those of `build_flow_sampler`.
 
     Raises:
         ValueError: a dynamic shift without image_tokens, or sigmas that do not fall from 1 at most to 0.
@@ -193,7 +237,7 @@ def scheduler_sigmas(
     if not falling:
         shift = f"shift {scheduler.config.shift}" if "mu" not in options else f"dynamic shift {options['mu']:.3g}"
         raise ValueError(
-            f"sample.num_inference_steps is {num_inference_steps}: with the {shift} of the model's scheduler the "
+            f"{option} is {num_inference_steps}: with the {shift} of the model's scheduler the "
             f"sigmas do not fall from 1 to 0 but are {_shown(levels)}; use fewer steps, or a scheduler_config.json "
             "with another shift"
         )

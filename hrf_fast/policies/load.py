@@ -111,6 +111,7 @@ def load_policy(
             "kernels": kernels,
             "channels_last": channels_last,
             "shape": shape,
+            "linear_sigmas": files.family.linear_sigmas,
         }
         if files.takes_prompts:
             options |= {"guidance_scale": guidance_scale, "offload": offload, "sized": image_size is not None}

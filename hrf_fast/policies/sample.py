@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def sample_deterministic(
     images_per_call: int,
     guided: bool = True,
 ) -> Tensor:
-    """Denoise pure noise by `steps` deterministic steps; the other arguments and the result are those of `sample`."""
+    """Denoise pure noise by `steps` of the T steps, without noise; other arguments and the result as `sample`."""
     numbers, coefficients = deterministic_jumps(policy.sampler, steps)
 
     def run(latents: Tensor, part: NoiseKey, condition: Condition) -> Tensor:
@@ -97,6 +98,34 @@ def sample_deterministic(
         return latents
 
     return _denoise(policy, noise, prompts, run, images_per_call=images_per_call, guided=guided)
+
+
+@torch.no_grad()
+def sample_as_released(
+    policy: Policy, noise: NoiseKey, prompts: Sequence[Prompt | None], *, steps: int, images_per_call: int
+) -> Tensor:
+    """Denoise pure noise by the steps of `Policy.deterministic_sampler`, any number of them.
+
+    The other arguments and the result are those of `sample`.
+    """
+
+    def run(latents: Tensor, part: NoiseKey, condition: Condition) -> Tensor:
+        for step in range(steps):
+            latents = follow(policy, policy.predict(latents, step, condition), latents, step)
+        return latents
+
+    with _stepping_by(policy, policy.deterministic_sampler(steps)):
+        return _denoise(policy, noise, prompts, run, images_per_call=images_per_call, guided=True)
+
+
+@contextmanager
+def _stepping_by(policy: Policy, sampler: Sampler) -> Iterator[None]:
+    """A block in which the policy has another sampler."""
+    before, policy.sampler = policy.sampler, sampler
+    try:
+        yield
+    finally:
+        policy.sampler = before
 
 
 def _denoise(

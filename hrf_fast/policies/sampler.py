@@ -1,4 +1,4 @@
-"""Sampler, and the one of DDPM's kind of models: DDIM with eta, or DDPM ancestral sampling, made in float64.
+"""Sampler, and those of DDPM's kind of models: DDIM with eta, or DDPM ancestral sampling, made in float64.
 
 flow_sampler.py makes those of flow matching. What the affine form cannot express (dynamic thresholding, learned
 variances) is refused by name. Reproduces `DDIMScheduler.step` and `DDPMScheduler.step` of diffusers.
@@ -15,6 +15,8 @@ from torch import Tensor
 from hrf_fast.config.options import DDPM_SAMPLERS
 from hrf_kernels import StepCoefficients
 
+# the option of panels that are drawn without noise, for errors
+DETERMINISTIC = "evaluation.deterministic_steps"
 # under this the step is deterministic to float32: diffusers floors a DDPM variance at 1e-20
 _NO_NOISE = 1e-8
 # float32 holds a latent of size 1 to 6e-8: a step's noise of this std is 6 % rounding, and so are its gradients
@@ -94,7 +96,7 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
     _check_signal(x0 | stochastic, prediction)
     stochastic_steps = _stochastic_steps(stochastic["std"], eta)
     stochastic["std"] = torch.where(stochastic["std"] < _NO_NOISE, 0.0, stochastic["std"])
-    clip = template.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
+    clip = _clip(scheduler, template)
     return Sampler(
         timesteps=timesteps,
         coefficients=_table(x0 | stochastic, clip),
@@ -103,6 +105,26 @@ def build_sampler(scheduler: Any, *, kind: str, num_inference_steps: int, eta: f
         noise=(1 - alpha).sqrt().float(),
         stochastic_steps=stochastic_steps,
     )
+
+
+def build_deterministic_sampler(scheduler: Any, *, num_inference_steps: int) -> Sampler:
+    """Tables of `DDIMScheduler.step` with eta 0; arguments as `build_sampler`, and no step is stochastic.
+
+    Raises:
+        ValueError: more steps than were trained, timesteps that the scheduler can't space, or no signal at the first.
+    """
+    trained_steps, prediction = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
+    if num_inference_steps > trained_steps:
+        raise ValueError(f"{DETERMINISTIC} is {num_inference_steps}; use 1 to {trained_steps}, as trained")
+    template = _template(scheduler, "ddim", num_inference_steps, option=DETERMINISTIC)
+    timesteps, alphas = template.timesteps.long(), scheduler.alphas_cumprod.double()
+    alpha = alphas[timesteps]
+    following = _previous_alpha(alphas, timesteps - trained_steps // num_inference_steps, _final_alpha(scheduler))
+    x0_latents, x0_output = _x0_factors(prediction, alpha)
+    values = {"x0_latents": x0_latents, "x0_output": x0_output, **_ddim_step(prediction, alpha, following, 0.0)}
+    _check_signal(values, prediction)
+    table = _table(values, _clip(scheduler, template))
+    return Sampler(timesteps, table, table, alpha.sqrt().float(), (1 - alpha).sqrt().float(), stochastic_steps=0)
 
 
 def _check_sampler(scheduler: Any, kind: str, num_inference_steps: int, eta: float) -> None:
@@ -122,7 +144,7 @@ def _check_sampler(scheduler: Any, kind: str, num_inference_steps: int, eta: flo
         )
 
 
-def _template(scheduler: Any, kind: str, num_inference_steps: int) -> Any:
+def _template(scheduler: Any, kind: str, num_inference_steps: int, option: str = "sample.num_inference_steps") -> Any:
     """The diffusers scheduler whose steps are reproduced, with its T timesteps set."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -132,11 +154,16 @@ def _template(scheduler: Any, kind: str, num_inference_steps: int) -> Any:
     if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= trained_steps:
         # diffusers rounds "trailing" to one step too many for some T, and steps_offset can pass the end
         raise ValueError(
-            f"sample.num_inference_steps is {num_inference_steps}: with the scheduler's timestep_spacing "
+            f"{option} is {num_inference_steps}: with the scheduler's timestep_spacing "
             f"{template.config.timestep_spacing!r} its {len(timesteps)} timesteps run from {int(timesteps.max())} to "
             f"{int(timesteps.min())}; use another number of steps, such as a divisor of {trained_steps}"
         )
     return template
+
+
+def _clip(scheduler: Any, template: Any) -> float | None:
+    """The bound on x̂0 of a scheduler that clips."""
+    return template.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
 
 
 def _check_signal(coefficients: dict[str, Tensor], prediction: str) -> None:

@@ -18,7 +18,7 @@ from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
 from hrf_fast.run.card import METHODS
-from hrf_fast.run.files import INTERVALS
+from hrf_fast.run.files import HELD_OUT, intervals_of
 from hrf_fast.run.finished import existing_run
 from hrf_fast.run.layout import EVALUATIONS
 from hrf_fast.run.sources import edited, read_sources
@@ -52,12 +52,17 @@ class RunLog:
 
     def metric(self, name: str, panel: int | None = None) -> Interval | None:
         """A panel's interval of this name, of the tuned model by default; None if nothing measured it."""
-        panel = self.model if panel is None else panel
-        return Interval(*self.panels[panel][name]) if name in self.panels[panel] else None
+        measured = intervals_of(self.panels[self.model if panel is None else panel])
+        return Interval(*measured[name]) if name in measured else None
 
     def rewards(self) -> list[float]:
         """The mean reward of every panel."""
         return [panel["reward"][0] for panel in self.panels]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Held-out rewards, as `metric` names them."""
+        return [name for name in intervals_of(self.panels[0]) if name.startswith(HELD_OUT)]
 
     @property
     def end(self) -> float:
@@ -119,9 +124,9 @@ def _read(folder: Path) -> RunLog:
             "wait for it, or start the run with `hrf train`"
         )
     first = panels[0]
-    measured = {name for name in INTERVALS if name in first}
+    measured = intervals_of(first).keys()
     if (
-        any(len(panel["rewards"]) != len(first["rewards"]) or measured - panel.keys() for panel in panels)
+        any(len(p["rewards"]) != len(first["rewards"]) or measured - intervals_of(p).keys() for p in panels)
         or first.get("vendi", [1.0])[0] <= 0
     ):
         raise ValueError(
@@ -159,7 +164,8 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
             f"{both}, their panels are of different images or metrics: {listed}. Report each run alone, or train again "
             "with these options equal"
         )
-    rewards = {name: source for name, source in read_sources(first.folder).items() if name.startswith("reward ")}
+    kinds = ("reward ", "held-out reward ")
+    rewards = {name: source for name, source in read_sources(first.folder).items() if name.startswith(kinds)}
     if changed := edited(other.folder, rewards):
         ((name, file), *_) = changed.items()
         raise ValueError(

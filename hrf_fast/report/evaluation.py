@@ -12,12 +12,12 @@ import torch
 
 from hrf_fast.evaluation.diversity import paired_difference_interval
 from hrf_fast.report.tables import Table, interval_text, percent_text
-from hrf_fast.run.files import INTERVALS
+from hrf_fast.run.files import intervals_of
 
 EXPLAINED = "docs/stopping.md#metrics-of-hrf-evaluate"
 TITLES = {"vendi": "Vendi Score", "vendi_per_prompt": "Vendi Score per prompt", "inception": "Inception Score"}
 """Metrics by their title in the table, where that is not the name in evaluation.json."""
-BRIEF = ("reward", "vendi", "inception", "looks", "precision", "recall")
+BRIEF = ("reward", "held_out", "vendi", "inception", "looks", "precision", "recall")
 """Metrics that the table has without --all; the terms of a sum are under its reward."""
 BRIEF_ATTRIBUTES = 2
 """Attributes that the table has without --all: those that changed most."""
@@ -48,9 +48,8 @@ def evaluation_lines(record: Mapping[str, Any], *, everything: bool = False) -> 
 
 def _metrics(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     """Every metric of one model by its name, [value] or [value, low, high]."""
-    panel = {name: model[name] for name in INTERVALS if name in model}
     terms = {f"reward/{name}": [mean] for name, mean in model.get("terms", {}).items()}
-    return {**panel, **terms, **model.get("detail", {}), **model["peer"]}
+    return {**intervals_of(model), **terms, **model.get("detail", {}), **model["peer"]}
 
 
 def _cells(

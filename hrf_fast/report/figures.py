@@ -15,6 +15,7 @@ from hrf_fast.report.comparison import RunLog, lowest_end
 from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves, start_dots
 from hrf_fast.report.tables import equal_reward_table, run_title
 from hrf_fast.run.card import reward_name
+from hrf_fast.run.files import HELD_OUT, intervals_of
 
 MID_RUN_GRIDS = 5
 GRID_PIXELS, SMALL_GRID_PIXELS = 1024, 384  # larger grids are shrunk, so that the page opens at once
@@ -61,7 +62,7 @@ def front(logs: Sequence[RunLog]) -> Figure | None:
 
 
 def curves(logs: Sequence[RunLog]) -> list[Figure]:
-    """Reward and diversity of the panels against the cost of training."""
+    """Reward, held-out rewards and diversity of the panels against the cost of training."""
     rewards = [_series(log, "reward") for log in logs]
     figures = [
         Figure(
@@ -70,6 +71,10 @@ def curves(logs: Sequence[RunLog]) -> list[Figure]:
             "plot",
         )
     ]
+    for name in logs[0].held_out:
+        title = f"held-out reward of the panel ({name.removeprefix(HELD_OUT)})"
+        picture = interval_curves([_series(log, name) for log in logs], x_label=COST, y_label=title)
+        figures.append(Figure(picture, f"A {title}, which nothing trains on, with its 95 % interval.", "plot"))
     if _have_vendi(logs):
         vendi = interval_curves(
             [_series(log, "vendi") for log in logs], x_label=COST, y_label="Vendi Score of the panel"
@@ -161,7 +166,7 @@ def _reward(logs: Sequence[RunLog]) -> str:
 
 
 def _series(log: RunLog, metric: str) -> Series:
-    value, low, high = ([panel[metric][i] for panel in log.panels] for i in range(3))
+    value, low, high = ([intervals_of(panel)[metric][i] for panel in log.panels] for i in range(3))
     return Series(log.name, [panel["evaluations"] for panel in log.panels], value, low, high)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
 from hrf_fast.run.card import reward_name
+from hrf_fast.run.files import HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,18 @@ class Table:
 
 def result_table(logs: Sequence[RunLog]) -> Table:
     """Tabulate the pretrained model and each run's tuned one."""
-    rows = [["", "reward", "gain", "Vendi Score", "kept", "per prompt", "looks", "Inception Score", "UNet evaluations"]]
     first, before = logs[0], logs[0].metric("vendi", 0)
+    held_out = [f"held-out {name.removeprefix(HELD_OUT)}" for name in first.held_out]
+    scores = ["Vendi Score", "kept", "per prompt", "looks", "Inception Score"]
+    rows = [["", "reward", "gain", *held_out, *scores, "UNet evaluations"]]
     for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, log.model) for log in logs)]:
         # the run's row, also where the pretrained weights came back
         change = [interval_text(gain(log, first), "+"), _share(log.metric("vendi"), before)] if rows[1:] else ["", ""]
         names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
         metrics = [interval_text(log.metric(name, panel)) for name in names]
+        others = [interval_text(log.metric(name, panel)) for name in first.held_out]
         evaluations = f"{log.panels[panel]['evaluations']:,}"
-        rows.append([title, metrics[0], change[0], metrics[1], change[1], *metrics[2:], evaluations])
+        rows.append([title, metrics[0], change[0], *others, metrics[1], change[1], *metrics[2:], evaluations])
     return Table(rows)
 
 
@@ -66,6 +70,12 @@ def findings(logs: Sequence[RunLog]) -> list[str]:
             lines.append(f"{log.name}: no gain beyond its interval.")
         elif change.high < 0:
             lines.append(f"{log.name}: the reward fell.")
+        for name in log.held_out:
+            start, end = log.metric(name, 0), log.metric(name)
+            if start and end and end.high < start.low:
+                lines.append(
+                    f"{log.name}: the held-out reward {name.removeprefix(HELD_OUT)} fell beyond its intervals."
+                )
     if logs[0].metric("vendi", 0) is None:
         lines.append("No Vendi Score: evaluation.network has none for this model, so diversity was not measured.")
     elif len(logs) > 1 and equal_reward_table(logs) is None:

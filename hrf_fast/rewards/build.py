@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hrf_fast.config.options import RewardTerm
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards.registry import (
+    NAME_OPTION,
     OPTION_PREFIX,
     NotFiniteError,
     Reward,
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 RANGE_TOLERANCE = 1e-3
 
 
-def check_names(names: Sequence[str]) -> list[str]:
+def check_names(names: Sequence[str], option: str = NAME_OPTION) -> list[str]:
     """Refuse rewards that do not exist, without loading or importing anything of theirs.
 
     Args:
-        names: registered names, or `module:function`.
+        names: registered names, or `module:function`; option: which has them, for errors.
 
     Returns:
         The names of rewards that can't do without prompts; a function of the user's is not known to.
@@ -49,8 +50,8 @@ def check_names(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if ":" in name:
-            check_user(name)
-    return [name for name in names if ":" not in name and reads_prompts(name)]
+            check_user(name, option)
+    return [name for name in names if ":" not in name and reads_prompts(name, option)]
 
 
 def build_reward(
@@ -59,6 +60,7 @@ def build_reward(
     kwargs: dict[str, Any] | None = None,
     *,
     option_prefix: str = OPTION_PREFIX,
+    name_option: str = NAME_OPTION,
 ) -> CombinedReward:
     """Build a reward that checks its calls.
 
@@ -69,6 +71,7 @@ def build_reward(
         kwargs: arguments of a name or a function; terms have their own.
         option_prefix: what the options that set the kwargs of a name begin with, for errors; of a term it is
             "reward.terms[0].kwargs." and so on.
+        name_option: the option that names the reward, for errors.
 
     Raises:
         ValueError: no terms, a weight that is not finite, only zero weights, an unknown name or argument, a function
@@ -92,7 +95,7 @@ def build_reward(
     for term, prefix in zip(terms, prefixes, strict=True):
         kwargs = {str(key): value for key, value in term.kwargs.items()}
         if ":" in term.name:
-            function = build_user(term.name, kwargs)
+            function = build_user(term.name, kwargs, name_option)
         else:
             function = build_registered(term.name, kwargs, device, prefix)
         count = sum(other.name == term.name for other in built)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FAMILIES = ("jpeg", "aesthetic", "classifier", "text_image", "remote")
 OPTION_PREFIX = "reward.kwargs."
 """Beginning of the options that set the arguments of the reward `reward.name`."""
+NAME_OPTION = "reward.name"
+"""The option that names the reward which is trained on."""
 _OF_THE_RUN = ("device", "option_prefix")
 
 
@@ -84,7 +86,7 @@ class _Entry:
     reads_prompts: bool
 
 
-_rewards: Registry[_Entry] = Registry("reward", "reward.name")
+_rewards: Registry[_Entry] = Registry("reward", NAME_OPTION)
 
 
 def register_reward(
@@ -158,14 +160,17 @@ def build_registered(name: str, kwargs: dict[str, Any], device: Any, option_pref
     return call_factory(factory, option_prefix.rstrip(". "), kwargs, **of_the_run)
 
 
-def reads_prompts(name: str) -> bool:
+def reads_prompts(name: str, option: str = NAME_OPTION) -> bool:
     """Whether a registered reward can't do without prompts.
+
+    Args:
+        option: which has the name, for errors.
 
     Raises:
         ValueError: no reward of this name is registered.
     """
     _load_families()
-    return _rewards[name].reads_prompts
+    return _rewards.look_up(name, option).reads_prompts
 
 
 def takes_metadata(function: Callable[..., Any], kwargs: Mapping[str, Any], *, follow_wrapped: bool = True) -> bool:

@@ -13,46 +13,54 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hrf_fast.registry import check_handed_over, check_module, load_user_function
-from hrf_fast.rewards.registry import Reward, takes_metadata
+from hrf_fast.rewards.registry import NAME_OPTION, Reward, takes_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_user(spec: str) -> None:
+def check_user(spec: str, option: str = NAME_OPTION) -> None:
     """Refuse a `spec` that leads nowhere, without importing its module.
+
+    Args:
+        option: which has the spec, for errors.
 
     Raises:
         ValueError: `spec` is malformed, or there is no such module.
     """
-    check_module(_check_form(spec), spec, "reward.name")
+    check_module(_check_form(spec, option), spec, option)
 
 
-def _check_form(spec: str) -> str:
+def _check_form(spec: str, option: str) -> str:
     """The module of a well-formed `spec`."""
-    check_handed_over(spec, "reward.name")
+    check_handed_over(spec, option)
     module, colon, attribute = spec.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ValueError(f'reward.name is {spec!r}; write "module:function" or "package.module:function"')
+        raise ValueError(f'{option} is {spec!r}; write "module:function" or "package.module:function"')
     return module
 
 
-def build_user(spec: str, kwargs: dict[str, Any]) -> Reward:
+def build_user(spec: str, kwargs: dict[str, Any], option: str = NAME_OPTION) -> Reward:
     """Bind the config's kwargs to the function that `spec` names.
+
+    Args:
+        option: which has the spec, for errors.
 
     Raises:
         ValueError: `spec` is malformed or does not lead to a function, or the function does not take
             (images, prompts, **kwargs).
     """
-    _check_form(spec)
-    function = load_user_function(spec, "reward.name")
+    _check_form(spec, option)
+    function = load_user_function(spec, option)
     if inspect.isclass(function):
-        raise ValueError(f"reward.name is {spec!r}, which is a class; name a function, or an instance with __call__")
-    return build_function(function, spec, kwargs)
+        raise ValueError(f"{option} is {spec!r}, which is a class; name a function, or an instance with __call__")
+    return build_function(function, spec, kwargs, option)
 
 
-def build_function(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Reward:
-    """Bind kwargs to a function; `name` is for errors.
+def build_function(
+    function: Callable[..., Any], name: str, kwargs: dict[str, Any], option: str = NAME_OPTION
+) -> Reward:
+    """Bind kwargs to a function; `name`, and the `option` that has it, are for errors.
 
     Raises:
         ValueError: the function takes neither (images, prompts, **kwargs) nor (images, prompts, metadata, **kwargs).
@@ -70,7 +78,7 @@ def build_function(function: Callable[..., Any], name: str, kwargs: dict[str, An
             attribute = name.rpartition(":")[2]
             arguments = ["images", "prompts", *(["metadata"] if like_trl else []), *(f"{key}=…" for key in kwargs)]
             raise ValueError(
-                f"reward.name is {name!r}, which is called as {attribute}({', '.join(arguments)}) but defined as "
+                f"{option} is {name!r}, which is called as {attribute}({', '.join(arguments)}) but defined as "
                 f"{attribute}{signature}: {error}; change the kwargs or the function"
             ) from error
 

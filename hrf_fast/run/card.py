@@ -1,6 +1,7 @@
 """Card: the README.md of a tuned model's folder, with the lines of diffusers that draw as the run's panels did.
 
-Without them a user of the folder would get the pipeline's own number of steps and eta: another sampler.
+Without them a user of the folder would get the pipeline's own number of steps and eta: another sampler. Where a flow's
+panels have noise, which diffusers can't draw, the card says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hrf_fast.assets import SHIPPED
 from hrf_fast.config.options import FLOW_SAMPLERS, Config, LoraConfig, RewardConfig, SampleConfig
 from hrf_fast.hub import HUB_ID
 from hrf_fast.policies.base import Policy
-from hrf_fast.run.files import replace_folder
+from hrf_fast.run.files import HELD_OUT, intervals_of, replace_folder
 from hrf_fast.version import __version__
 
 METHODS = {
@@ -25,7 +26,7 @@ METHODS = {
     "flow_grpo_fast": "Flow-GRPO-Fast",
 }
 NAME = "README.md"
-# the section of a flow-matching model, whose panel diffusers can't draw
+# the section of a flow-matching model whose panel has noise, which diffusers can't draw
 _ODE = (
     "The panel samples with noise, by a rule that no scheduler of diffusers has (`stochastic_sampling` is another).",
     "These lines draw by the deterministic ODE of the same model, whose images get other rewards.",
@@ -78,8 +79,9 @@ def model_card(
     details += [f"{name} {_shown(str(value))}" for name, value in vars(model).items() if name != "name" and value]
     detail = f" ({', '.join(details)})" if details else ""
     method = METHODS.get(config.window.schedule, config.window.schedule)
-    flow = sample.scheduler in FLOW_SAMPLERS
-    sampler = f"{sample.scheduler}, {sample.num_inference_steps} steps, {_noise(sample)}"
+    flow, steps = sample.scheduler in FLOW_SAMPLERS, evaluation.deterministic_steps
+    trained_by = f"{sample.scheduler}, {sample.num_inference_steps} steps, {_noise(sample)}"
+    without_noise = f"{'the ODE' if flow else 'DDIM with eta 0'}, {steps} steps without noise"
     prompts = f", {evaluation.images_per_prompt} to a prompt" if policy.takes_prompts else ""
     lines = [
         "---",
@@ -95,6 +97,7 @@ def model_card(
         "|---|---|",
         f"| base model | {base}{detail} |",
         f"| method | {method} (`window.schedule={config.window.schedule}`), {iterations} iterations |",
+        *([f"| sampler in training | {trained_by} |"] if steps else []),
         *_trained(config.lora),
         *([f"| blend | pretrained + {alpha:g} x (tuned - pretrained) |"] if alpha is not None else []),
         f"| reward | {reward_name(config.reward)} |",
@@ -102,10 +105,11 @@ def model_card(
         "",
         *_panel_table(panels, iterations),
         "",
-        f"Panel: {evaluation.panel_size} images{prompts} from noise of seed {evaluation.seed}, {sampler}, "
-        f"{config.compute.precision}. Brackets are 95 % bootstrap intervals over its images.",
+        f"Panel: {evaluation.panel_size} images{prompts} from noise of seed {evaluation.seed}, "
+        f"{without_noise if steps else trained_by}, {config.compute.precision}. "
+        "Brackets are 95 % bootstrap intervals over its images.",
         "",
-        *(["## Draw by the ODE", "", *_ODE] if flow else ["## Draw as the panel does"]),
+        *(["## Draw by the ODE", "", *_ODE] if flow and not steps else ["## Draw as the panel does"]),
         "",
         'In this folder; from elsewhere, put its path or hub id in place of `"."`:',
         "",
@@ -143,9 +147,12 @@ def _example(policy: Policy, config: Config) -> str:
     pinned = [f'{name}="{value}"' for name in ("revision", "variant") if (value := getattr(model, name))]
     shipped = f'ASSETS / "{model.name}" / "model"' if model.name in SHIPPED else ""
     base = shipped or ", ".join([f'"{_shown(model.name)}"', *pinned])
-    lines = policy.example(
-        sample.scheduler, sample.num_inference_steps, sample.eta, base, negative=config.prompts.negative
-    ).strip()
+    scheduler, steps, eta = sample.scheduler, sample.num_inference_steps, sample.eta
+    if config.evaluation.deterministic_steps:
+        # of a flow, diffusers takes the ODE whatever the sampler
+        scheduler, eta = scheduler if scheduler in FLOW_SAMPLERS else "ddim", 0.0
+        steps = config.evaluation.deterministic_steps
+    lines = policy.example(scheduler, steps, eta, base, negative=config.prompts.negative).strip()
     return f"from hrf_fast.assets import ASSETS\n{lines}" if shipped and shipped in lines else lines
 
 
@@ -161,8 +168,12 @@ def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]
     if "tuned" not in columns:
         return [f"No panel was evaluated after iteration {iterations}; `hrf evaluate` does."]
     rows = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for key, title in _METRICS.items():
-        if key in columns["tuned"]:
-            cells = ("{:#.4g} [{:#.4g}, {:#.4g}]".format(*panel[key]) for panel in columns.values())
+    measured = [intervals_of(panel) for panel in columns.values()]
+    held_out = {
+        name: f"held-out reward {name.removeprefix(HELD_OUT)}" for name in measured[-1] if name.startswith(HELD_OUT)
+    }
+    for key, title in (_METRICS | held_out).items():
+        if key in measured[-1]:
+            cells = ("{:#.4g} [{:#.4g}, {:#.4g}]".format(*intervals[key]) for intervals in measured)
             rows.append(f"| {title} | {' | '.join(cells)} |")
     return rows

@@ -204,8 +204,17 @@ PANEL = {
     "kept": "intervals?",
     "prompts": "list of texts?",
     "terms": "mapping of numbers?",
+    "held_out": "intervals?",
 }
 """Names of evaluations.jsonl that are read again."""
 INTERVALS = tuple(name for name, kind in PANEL.items() if kind in ("interval", "interval?"))
+HELD_OUT = "held_out/"
+"""Before the name of a held-out reward, among names of metrics."""
 EVENT = {"event": "text", "text": "text", "figures": "mapping of numbers"}
 """Names of events.jsonl."""
+
+
+def intervals_of(panel: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The intervals of a line of evaluations.jsonl by metric, after those of a panel's images its held-out rewards."""
+    plain = {name: panel[name] for name in INTERVALS if name in panel}
+    return plain | {f"{HELD_OUT}{name}": interval for name, interval in panel.get("held_out", {}).items()}

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-from hrf_fast.run.files import INTERVALS
+from hrf_fast.run.files import intervals_of
 from hrf_fast.run.listeners import Listener
 
 
@@ -140,9 +140,7 @@ class BarProgress(Progress):
 
     def panel(self, record: dict[str, Any], images: Tensor) -> None:
         parts = [
-            f"{name} {record[name][0]:.4g} [{record[name][1]:.4g}, {record[name][2]:.4g}]"
-            for name in INTERVALS
-            if name in record
+            f"{name} {value:.4g} [{low:.4g}, {high:.4g}]" for name, (value, low, high) in intervals_of(record).items()
         ]
         shares = record.get("kept", {})
         parts += [f"{name} kept {share:.1%} [{low:.1%}, {high:.1%}]" for name, (share, low, high) in shares.items()]

@@ -17,7 +17,7 @@ from torch import Tensor
 from hrf_fast.config.credentials import without_credentials
 from hrf_fast.errors import writing
 from hrf_fast.evaluation.grids import captions_of, image_grid
-from hrf_fast.run.files import INTERVALS, write_atomically
+from hrf_fast.run.files import intervals_of, write_atomically
 from hrf_fast.run.folder import WANDB_ID, WANDB_SENT, RunFolder
 from hrf_fast.run.listeners import Listener
 
@@ -57,7 +57,7 @@ class Writer(Listener):
         self._panel(record, image_grid(images, **captions_of(record)))
 
     def _panel(self, record: dict[str, Any], picture: Image.Image | None) -> None:
-        values = {f"panel/{name}": record[name][0] for name in INTERVALS if name in record}
+        values = {f"panel/{name}": interval[0] for name, interval in intervals_of(record).items()}
         values |= {f"panel/kept/{name}": interval[0] for name, interval in record.get("kept", {}).items()}
         values |= {f"panel/reward/{name}": mean for name, mean in record.get("terms", {}).items()}
         self.send(record["iteration"], values, picture, panel=True)

@@ -96,6 +96,7 @@ class Job:
             "train.advantages": [config.train.advantages],
             "prompts.source": [config.prompts.source],
             "evaluation.prompts": [config.evaluation.prompts],
+            "evaluation.rewards": [held.name for held in config.evaluation.rewards],
         }
         for option, names in functions.items():
             for name in filter(None, names):

@@ -68,8 +68,9 @@ def iterate(components: Components, run: Run, iteration: int) -> str | None:
             "the differences in fp32, subtract the offset in the reward, or return float64",
             key="no spread",
         )
-    for line in tuple(components.reward.notes):
-        run.note_once(line, key=line)
+    for reward in (components.reward, *components.panel.held_out.values()):
+        for line in tuple(reward.notes):
+            run.note_once(line, key=line)
     numbers = iteration_record(
         outcome.steps,
         outcome.rewards,

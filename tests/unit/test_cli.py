@@ -120,7 +120,7 @@ def test_sample_names_a_file_that_is_no_picture_and_one_that_can_not_be_written(
     assert main([*words, str(tmp_path / "grid.xyz")]) == 1
     assert f"{tmp_path / 'grid.xyz'} is no name of a picture" in capsys.readouterr().err
     # before anything is drawn
-    monkeypatch.setattr("hrf_fast.commands.sample.sample", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("hrf_fast.commands.sample.Panel.images", lambda *_, **__: pytest.fail("drawn"))
     assert main(["sample", str(tiny_model), "--out", str(tmp_path / "grid")]) == 1
     assert "is no name of a picture" in capsys.readouterr().err
     monkeypatch.undo()
