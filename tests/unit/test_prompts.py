@@ -1,5 +1,6 @@
 """Prompts: the sources, what is refused, and drawing by weight and by a function."""
 
+import json
 import random
 
 import numpy as np
@@ -53,6 +54,20 @@ def test_json_lines_have_weights_negatives_and_metadata(tmp_path):
     assert prompts.weights == (3, 1, 0, 1)
 
 
+def test_other_keys_of_a_line_without_metadata_are_its_metadata_as_in_genevals_files(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    lines = [
+        {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [], "prompt": "two cats"},
+        {"tag": "color_attr", "include": [{"class": "cat", "color": "red"}], "prompt": "a red cat", "weight": 3},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = load(path, negative="blurry")
+    first, second = prompts.prompts
+    assert first.metadata == {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": []}
+    assert second == Prompt("a red cat", "blurry", {"tag": "color_attr", "include": lines[1]["include"]})
+    assert prompts.weights == (1, 3)
+
+
 @pytest.mark.parametrize("name", PROMPT_LISTS)
 def test_the_shipped_lists_are_of_distinct_prompts(name):
     prompts, source = load_prompts(OPTION, name)
@@ -80,8 +95,15 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
         ("a.jsonl", b"[1, 2, 3]", "line 1 is .1, 2, 3."),
         ("a.jsonl", b'{"text": "a cat"}', "line 1 is .*prompt"),
-        ("a.jsonl", b'{"prompt": "a", "wieght": 2}', "line 1 has wieght"),
-        ("a.jsonl", b'{"prompt": "a", "prompt_2": "b"}', "line 1 has prompt_2; its keys are prompt, weight, neg"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "weigth": 2}',
+            "line 1 has weigth .did you mean 'weight'.*correct it, or .*metadata",
+        ),
+        ("a.jsonl", b'{"prompt": "a", "WEIGHT": 2}', "line 1 has WEIGHT .did you mean 'weight'"),
+        ("a.jsonl", b'{"prompt": "a", "prompt_2": "b"}', "line 1 has prompt_2 .did you mean 'prompt'"),
+        ("a.jsonl", b'{"prompt": "a", "negative_prompt": "b"}', "line 1 has negative_prompt .did you mean 'negative'"),
+        ("a.jsonl", b'{"prompt": "a", "tag": "b", "metadata": {}}', "line 1 has tag beside metadata; its keys are"),
         ("a.jsonl", b'{"prompt": " "}', "line 1 has the prompt ' '"),
         ("a.jsonl", b'{"prompt": "\\ud83d cat"}', "line 1 has the prompt .*half of a character"),
         ("a.jsonl", b'{"prompt": "a", "negative": ["b", "c"]}', "line 1 has the negative prompt .*one text"),
