@@ -109,7 +109,8 @@ def _check_effect(before: Config, config: Config, changed: Collection[str]) -> N
 def _is_idle(option: str) -> bool:
     """Whether a tuned model and its panels do not depend on an option any more."""
     section = option.partition(".")[0]
-    return section in _TRAINING or option == "evaluation.every" or (section == "run" and option != "run.device")
+    alone = option in ("evaluation.every", "prompts.distinct")
+    return section in _TRAINING or alone or (section == "run" and option != "run.device")
 
 
 def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:

@@ -166,6 +166,11 @@ def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
     assert "text-to-image" in card and "12 images, 4 to a prompt" in card and "Vendi Score per prompt" in card
 
 
+def test_an_option_of_drawing_prompts_for_training_is_refused_where_nothing_trains(finished, capsys):
+    assert main(["evaluate", str(finished), "prompts.distinct=true"]) == 1
+    assert "prompts.distinct would change nothing here, since the run has been trained" in capsys.readouterr().err
+
+
 def test_a_caption_of_any_length_is_measured_a_few_times():
     asked = []
 

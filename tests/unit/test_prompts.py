@@ -10,7 +10,7 @@ import torch
 from hrf_fast.assets import PROMPT_LISTS
 from hrf_fast.errors import UserCodeError
 from hrf_fast.prompts import Prompt
-from hrf_fast.prompts.draw import PromptList
+from hrf_fast.prompts.draw import PromptList, draw_distinct
 from hrf_fast.prompts.sources import LISTS, check_prompts, load_prompts
 
 OPTION = "prompts.source"
@@ -214,6 +214,51 @@ def test_prompts_are_drawn_by_weight_with_replacement_by_seed_and_iteration():
     assert abs(sum(prompt.text == "a" for prompt in drawn) - 3000) < 110
     assert {prompt.text for prompt in drawn} == {"a", "b"}
     assert prompts.draw(0, 0, 4000) == drawn and prompts.draw(0, 1, 4000) != drawn and prompts.draw(1, 0, 4000) != drawn
+
+
+def test_a_seed_draws_what_it_has_always_drawn():
+    prompts = PromptList("list", tuple(map(Prompt, "abcd")), (3.0, 1.0, 0.0, 2.0))
+    # recorded before prompts.distinct was an option
+    drawn = ["".join(prompt.text for prompt in prompts.draw(7, iteration, 8)) for iteration in range(3)]
+    assert drawn == ["aabbaabb", "dddddadb", "baddadaa"]
+
+
+def test_distinct_prompts_are_successive_draws_by_weight_of_texts_that_are_left():
+    prompts = draw_distinct(PromptList("list", tuple(map(Prompt, "abcd")), (2.0, 1.0, 1.0, 0.0)), "list", 2)
+    draws = ["".join(prompt.text for prompt in prompts.draw(0, iteration, 2)) for iteration in range(4000)]
+    assert all(len(set(drawn)) == 2 and "d" not in drawn for drawn in draws)
+    # a comes first with 2/4, and second with 2/3 after b or c: 1/2 + 1/2·2/3 = 5/6, 3333 ± 24 of 4000
+    assert abs(sum(drawn[0] == "a" for drawn in draws) - 2000) < 130
+    assert abs(sum("a" in drawn for drawn in draws) - 3333) < 95
+    assert prompts.draw(0, 5, 2) == prompts.draw(0, 5, 2)
+    assert len(set(draws)) > 4 and draws[:50] != [
+        "".join(prompt.text for prompt in prompts.draw(1, iteration, 2)) for iteration in range(50)
+    ]
+
+
+def test_a_text_on_two_lines_is_drawn_once_and_as_often_as_both():
+    items = (Prompt("a", metadata={"line": 1}), Prompt("b"), Prompt("a", metadata={"line": 3}), Prompt("c"))
+    prompts = draw_distinct(PromptList("list", items, (1.0,) * 4), "list", 3)
+    draws = [prompts.draw(0, iteration, 3) for iteration in range(2000)]
+    assert {tuple(sorted(prompt.text for prompt in drawn)) for drawn in draws} == {("a", "b", "c")}
+    # two lines of four: 1000 ± 22 begin with a, half of them with its first line
+    first = [drawn[0] for drawn in draws if drawn[0].text == "a"]
+    assert abs(len(first) - 1000) < 90 and abs(sum(prompt.metadata["line"] == 1 for prompt in first) - 500) < 90
+
+
+def test_distinct_prompts_are_refused_where_a_source_can_not_promise_them(functions):
+    # the last weight vanishes beside the others
+    few = PromptList("few.txt", tuple(map(Prompt, "aabc")), (1.0, 1e308, 1e308, 1e-320))
+    message = "prompts.distinct is true but prompts.source 'few.txt' has 2 different prompts for train.groups_per_iter"
+    with pytest.raises(ValueError, match=f"{message}ation 3; .* at most 2 groups"):
+        draw_distinct(few, "few.txt", 3)
+    assert {prompt.text for prompt in draw_distinct(few, "few.txt", 2).draw(0, 0, 2)} == {"a", "b"}
+    with pytest.raises(
+        ValueError, match="prompts.source 'my_prompts:trl' is a function .* may answer twice alike; let"
+    ):
+        draw_distinct(load("my_prompts:trl"), "my_prompts:trl", 2)
+    # a function that returned a list is a list
+    assert len(draw_distinct(load("my_prompts:words"), "my_prompts:words", 2).draw(0, 0, 2)) == 2
 
 
 def test_weights_of_any_size_are_relative():
