@@ -91,8 +91,11 @@ def make_parsers(
     )
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add("evaluate")
-    command.add_argument("run", type=path, help="a run folder")
-    command.add_argument("--all", action="store_true", help="print every metric; evaluation.json always has them all")
+    runs = "the folder of a finished run, or a checkpoint such as RUN/checkpoints/iteration-000010"
+    command.add_argument("model", type=path, help=runs)
+    written = "JSON file to write; by default RUN/evaluation.json, and RUN/evaluation-000010.json of that checkpoint"
+    command.add_argument("--out", type=path, metavar="FILE", help=written)
+    command.add_argument("--all", action="store_true", help="print every metric; the JSON file always has them all")
     add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
     command = add("blend")
     command.add_argument("run", type=path, help="a finished run's folder")

@@ -34,10 +34,11 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
+    """Evaluate a run's tuned model, or one of its checkpoints, and its pretrained one on a fixed panel."""
     from hrf_fast.commands.evaluate import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(arguments.run, arguments.overrides, everything=arguments.all)}")
+    options = {"out": arguments.out, "everything": arguments.all}
+    print(f"written to {evaluate_run(arguments.model, arguments.overrides, **options)}")
 
 
 def blend(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
-from hrf_fast.commands.runs import load_weights, model_of_run, run_of, run_policy, with_sampler
+from hrf_fast.commands.runs import checkpoint_policy, model_of_run, run_of, run_policy, with_sampler
 from hrf_fast.config.options import FLOW_SAMPLERS, Config
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.evaluation.grids import check_picture, save_grid
@@ -128,11 +128,10 @@ def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str
         raise ValueError(
             f"--variant is {variant!r}, but {source.name} is of a run, whose weights have none; leave it out"
         )
-    name = str(source.model) if source.model else None
-    policy = run_policy(source.run, with_sampler(source.config, device, sampler), name)
+    config = with_sampler(source.config, device, sampler)
     if source.model is None:
-        load_weights(policy, Path(source.name).expanduser())
-    return policy
+        return checkpoint_policy(source.run, config, Path(source.name).expanduser())
+    return run_policy(source.run, config, str(source.model))
 
 
 def _check_noise(sampler: Mapping[str, Any], kind: str) -> None:

@@ -69,7 +69,8 @@ def test_paths_of_commands_may_be_in_the_home_folder(home, capsys):
         (["report", "~/x", "--out=~/x"], "out"),
         (["report", "~/x", "--strip=~/x"], "strip"),
         (["export", "~/x", "--out=~/x"], "checkpoint"),
-        (["evaluate", "~/x"], "run"),
+        (["evaluate", "~/x"], "model"),
+        (["evaluate", "~/x", "--out=~/x.json"], "out"),
     ):
         value = getattr(build_parser().parse_args(words), name)
         assert value.parent == home

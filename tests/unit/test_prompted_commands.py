@@ -168,7 +168,7 @@ def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
 
 def test_an_option_of_drawing_prompts_for_training_is_refused_where_nothing_trains(finished, capsys):
     assert main(["evaluate", str(finished), "prompts.distinct=true"]) == 1
-    assert "prompts.distinct would change nothing here, since the run has been trained" in capsys.readouterr().err
+    assert "prompts.distinct would change nothing here, since nothing is trained" in capsys.readouterr().err
 
 
 def test_a_caption_of_any_length_is_measured_a_few_times():
