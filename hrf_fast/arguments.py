@@ -65,10 +65,11 @@ def make_parsers(
     command = add("sample")
     models = "fashion or another shipped name, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
-    command.add_argument("--out", type=path, default="samples.png", help="picture to write")
-    command.add_argument(
-        "--count", type=int, default=64, help="images, at least 1; fewer where prompts do not divide them"
-    )
+    command.add_argument("--out", type=path, metavar="FILE", help="picture of a grid to write; samples.png by default")
+    folder = "write a PNG for each image and prompts.jsonl into a new folder instead"
+    command.add_argument("--folder", type=path, metavar="DIR", help=folder)
+    count = "images of all prompts together, at least 1; each prompt has count/prompts of them, rounded down"
+    command.add_argument("--count", type=int, default=64, help=count)
     steps = "denoising steps; a run's own, else 40"
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
     scheduler = "a run's own, else ddim; a flow-matching model has the last three"
@@ -78,6 +79,8 @@ def make_parsers(
     command.add_argument("--noise-level", type=float, help="of a flow-matching model; a run's own, else as published")
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "TEXT"}
     command.add_argument("--prompt", **many, dest="prompts", help="of a text-to-image model, may repeat; a run's own")
+    file = "prompts from a .txt or .jsonl file, as prompts.source takes them, instead of --prompt"
+    command.add_argument("--prompts", dest="prompts_file", metavar="FILE", help=file)
     command.add_argument("--negative", **many, dest="negatives", help="negative prompt, of all prompts or one of each")
     guidance = "factor of guidance; a run's own, else 1 for none"
     command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help=guidance)

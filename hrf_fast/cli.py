@@ -27,7 +27,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Write a grid of images of a model."""
+    """Write images of a model, as a grid or as a folder."""
     from hrf_fast.commands.sample import draw
 
     print(draw(**_given(arguments)))
