@@ -65,10 +65,11 @@ def make_parsers(
     command = add("sample")
     models = "fashion or another shipped name, a run folder, one of its checkpoints, a diffusers folder or a hub id"
     command.add_argument("model", help=models)
-    command.add_argument("--out", type=path, default="samples.png", help="picture to write")
-    command.add_argument(
-        "--count", type=int, default=64, help="images, at least 1; fewer where prompts do not divide them"
-    )
+    command.add_argument("--out", type=path, metavar="FILE", help="picture of a grid to write; samples.png by default")
+    folder = "write a PNG for each image and prompts.jsonl into a new folder instead"
+    command.add_argument("--folder", type=path, metavar="DIR", help=folder)
+    count = "images of all prompts together, at least 1; each prompt has count/prompts of them, rounded down"
+    command.add_argument("--count", type=int, default=64, help=count)
     steps = "denoising steps; a run's own, else 40"
     command.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help=steps)
     without_noise = "draw by so many deterministic steps (DDIM with eta 0, a flow's ODE), 0 with noise; a run's own"
@@ -80,6 +81,8 @@ def make_parsers(
     command.add_argument("--noise-level", type=float, help="of a flow-matching model; a run's own, else as published")
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "TEXT"}
     command.add_argument("--prompt", **many, dest="prompts", help="of a text-to-image model, may repeat; a run's own")
+    file = "prompts from a .txt or .jsonl file, as prompts.source takes them, instead of --prompt"
+    command.add_argument("--prompts", dest="prompts_file", metavar="FILE", help=file)
     command.add_argument("--negative", **many, dest="negatives", help="negative prompt, of all prompts or one of each")
     guidance = "factor of guidance; a run's own, else 1 for none"
     command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help=guidance)
@@ -93,8 +96,11 @@ def make_parsers(
     )
     command.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     command = add("evaluate")
-    command.add_argument("run", type=path, help="a run folder")
-    command.add_argument("--all", action="store_true", help="print every metric; evaluation.json always has them all")
+    runs = "the folder of a finished run, or a checkpoint such as RUN/checkpoints/iteration-000010"
+    command.add_argument("model", type=path, help=runs)
+    written = "JSON file to write; by default RUN/evaluation.json, and RUN/evaluation-000010.json of that checkpoint"
+    command.add_argument("--out", type=path, metavar="FILE", help=written)
+    command.add_argument("--all", action="store_true", help="print every metric; the JSON file always has them all")
     add_options(command, "overrides", "options to change, such as evaluation.panel_size=512")
     command = add("blend")
     command.add_argument("run", type=path, help="a finished run's folder")

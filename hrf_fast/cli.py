@@ -27,17 +27,18 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Write a grid of images of a model."""
+    """Write images of a model, as a grid or as a folder."""
     from hrf_fast.commands.sample import draw
 
     print(draw(**_given(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate a run's tuned model and its pretrained one on a fixed panel."""
+    """Evaluate a run's tuned model, or one of its checkpoints, and its pretrained one on a fixed panel."""
     from hrf_fast.commands.evaluate import evaluate as evaluate_run
 
-    print(f"written to {evaluate_run(arguments.run, arguments.overrides, everything=arguments.all)}")
+    options = {"out": arguments.out, "everything": arguments.all}
+    print(f"written to {evaluate_run(arguments.model, arguments.overrides, **options)}")
 
 
 def blend(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from hrf_fast.evaluation.panel import no_network_note
 from hrf_fast.memory.activations import choose_activations, memory_for
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
+from hrf_fast.prompts.draw import draw_distinct
 from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
 from hrf_fast.run.sources import BASE
@@ -99,6 +100,8 @@ def build_components(
         check_anchors(windows, config.window.anchor_steps, config.window.anchor_reuse)
         advantages = build_config_advantages(config)
         prompts, prompts_source = build_prompts(config)
+        if config.prompts.distinct:
+            prompts = draw_distinct(prompts, config.prompts.source, config.train.groups_per_iteration)
         sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
         sources[f"advantages {config.train.advantages}"] = source_of(advantages)
         # a policy of the user's may have a network of the user's

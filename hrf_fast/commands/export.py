@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hrf_fast.commands.runs import load_weights, run_of, run_policy, with_sampler
+from hrf_fast.commands.runs import checkpoint_policy, run_of, with_sampler
 from hrf_fast.policies.lora import merged
 from hrf_fast.run.card import save_model
 from hrf_fast.run.layout import RunFiles
@@ -26,8 +26,7 @@ def export(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
     if out.exists():
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
     config = RunFiles(run).read_config()
-    policy = run_policy(run, with_sampler(config, "cpu", {}))
-    load_weights(policy, checkpoint)
+    policy = checkpoint_policy(run, with_sampler(config, "cpu", {}), checkpoint)
     if merge:
         if not (policy.takes_prompts and config.lora.rank):
             raise ValueError(

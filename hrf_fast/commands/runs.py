@@ -73,13 +73,12 @@ def model_of_run(path: Path) -> tuple[Path, Path] | None:
 
 
 def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Config:
-    """A finished run's configuration with options changed by `words`, but for the `fixed` ones.
+    """A run's configuration with options changed by `words`, but for the `fixed` ones.
 
     Raises:
-        ValueError: the run has not finished, a fixed option is another than the run's, or an option of training alone
-            is changed.
+        ValueError: a fixed option is another than the run's, or an option of training alone is changed.
     """
-    files = finished_run(run)
+    files = RunFiles(run)
     config, before = files.read_config(words), files.read_config()
     changed = differences(with_absolute_paths(before), with_absolute_paths(config))
     _check_effect(before, config, changed)
@@ -104,13 +103,13 @@ def _check_effect(before: Config, config: Config, changed: Collection[str]) -> N
         check_config(replace(config, reward=reward, **{section: getattr(before, section) for section in _TRAINING}))
     except ValueError:
         return
-    raise ValueError(f"{idle[0]} would change nothing here, since the run has been trained; leave it out")
+    raise ValueError(f"{idle[0]} would change nothing here, since nothing is trained; leave it out")
 
 
 def _is_idle(option: str) -> bool:
     """Whether a tuned model and its panels do not depend on an option any more."""
     section = option.partition(".")[0]
-    alone = option in ("evaluation.every", "reward.mix")
+    alone = option in ("evaluation.every", "reward.mix", "prompts.distinct")
     return section in _TRAINING or alone or (section == "run" and option != "run.device")
 
 
@@ -145,10 +144,12 @@ def with_sampler(config: Config, device: str, sampler: dict[str, Any]) -> Config
     )
 
 
-def load_weights(policy: Policy, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into a policy, averaged ones if there are any; see `read_weights`."""
+def checkpoint_policy(run: Path, config: Config, checkpoint: Path) -> Policy:
+    """The policy of `run_policy` with a checkpoint's weights, averaged ones if there are any; see `read_weights`."""
+    policy = run_policy(run, config)
     trained = trained_weights(policy.network)
     weights = read_weights(checkpoint, {name: tuple(weight.shape) for name, weight in trained.items()})
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(weights[name])
+    return policy

@@ -1,4 +1,4 @@
-"""`hrf sample`: a grid of images of a model, a run or one of its checkpoints."""
+"""`hrf sample`: images of a model, a run or one of its checkpoints, as a grid or as a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
-from hrf_fast.commands.runs import load_weights, model_of_run, run_of, run_policy, with_sampler
+from hrf_fast.commands.image_folder import check_folder, write_folder
+from hrf_fast.commands.runs import checkpoint_policy, model_of_run, run_of, run_policy, with_sampler
 from hrf_fast.config.options import FLOW_SAMPLERS, Config
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.evaluation.grids import check_picture, save_grid
@@ -16,55 +17,70 @@ from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.prompts import Prompt
+from hrf_fast.prompts.draw import PromptList
+from hrf_fast.prompts.sources import load_prompts
 from hrf_fast.run.layout import RunFiles
 from hrf_fast.training.calls import SAMPLED_TOGETHER
 
 
 def draw(
     model: str,
-    out: Path,
+    out: Path | None = None,
     *,
+    folder: Path | None = None,
     count: int,
     images_per_call: int | None = None,
     seed: int,
     device: str,
     variant: str | None = None,
     prompts: Sequence[str] = (),
+    prompts_file: str | None = None,
     negatives: Sequence[str] = (),
     deterministic_steps: int | None = None,
     **sampler: Any,
 ) -> str:
-    """Write a grid of images of a model, a run or one of its checkpoints; returns a line about it.
+    """Write images of a model, a run or one of its checkpoints, as a grid or as a folder; returns a line about them.
 
     Args:
+        out, folder: the picture of a grid, samples.png where neither is named; or a new folder, see `write_folder`.
         images_per_call: None for those of a run's panels, or 64; of a text-to-image model that is no run's as many as
             are decoded at once, since images of 1024 pixels by the dozen fit nowhere.
         variant: of the weight files of a model's folder or a hub id.
         prompts: of equally many images each, `count` at most; none for those of the run's panel.
-        negatives: one for all prompts, or one for each.
+        prompts_file: the prompts instead, as `load_prompts` takes them: all that have a weight above 0.
+        negatives: one for all prompts, or one for each; of a file one for prompts that have none.
         deterministic_steps: None for those of a run's panels; 0, which is that of other models, draws with noise.
         sampler: scheduler, steps, eta and guidance; None for a run's own, or the defaults of `load_policy`.
 
     Raises:
-        ValueError: no such model, a run that is not finished, `out` is no name of a picture, a count below 1, prompts
-            that the model does not take, or an option of noise where images are drawn without.
+        ValueError: no such model, a run that is not finished, `out` is no name of a picture, `folder` is not empty, a
+            count below 1, prompts that the model does not take, or an option of noise where images are drawn without.
     """
+    if out is not None and folder is not None:
+        raise ValueError(f"--out is {out} and --folder is {folder}; give one of them")
+    if folder is not None:
+        check_folder(folder)
+    out = out or Path("samples.png")
     for option, value in (("--count", count), ("--images-per-call", images_per_call)):
         if value is not None and value < 1:
             raise ValueError(f"{option} is {value}; it must be at least 1")
-    # the same seed draws the same grid
+    asked = _asked(prompts, prompts_file, negatives, count)
+    # the same seed draws the same images
     set_precision_flags(choose_device(device), deterministic=True)
     source = _source(model)
-    asked = {name: value for name, value in sampler.items() if value is not None}
-    steps = _deterministic_steps(source, deterministic_steps, asked)
-    policy = _policy(source, device, variant, asked)
+    sampler = {name: value for name, value in sampler.items() if value is not None}
+    steps = _deterministic_steps(source, deterministic_steps, sampler)
+    policy = _policy(source, device, variant, sampler)
     images_per_call = images_per_call or _most_in_a_call(source, policy)
     panel = Panel(count, seed, images_per_call, deterministic_steps=steps)
-    panel = _prompted(panel, source, policy, prompts, negatives)
-    check_picture(out)
-    save_grid(panel.images(policy).cpu(), out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
+    panel = _prompted(panel, source, policy, asked, negatives)
+    if folder is None:
+        check_picture(out)
+        save_grid(panel.images(policy).cpu(), out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
+    else:
+        write_folder(folder, panel, policy)
     taken = f"{steps} deterministic steps" if steps else f"{len(policy.sampler)} steps"
-    return f"{out}: {panel.size} images of {model} in {taken}"
+    return f"{folder or out}: {panel.size} images of {model} in {taken}"
 
 
 @dataclass(frozen=True)
@@ -91,34 +107,60 @@ def _source(name: str) -> _Source:
     return _Source(name, run, RunFiles(run).read_config() if run else None, model)
 
 
-def _prompted(panel: Panel, source: _Source, policy: Policy, prompts: Sequence[str], negatives: Sequence[str]) -> Panel:
-    """The panel with the prompts to draw: those given, else those of the run's own panel.
+def _asked(texts: Sequence[str], file: str | None, negatives: Sequence[str], count: int) -> tuple[Prompt, ...]:
+    """The prompts of the command line or of a file; empty where neither is named.
 
     Raises:
-        ValueError: prompts for a model that takes none, none for a model that is no run's, more prompts than images,
-            or another number of negative prompts.
+        ValueError: both are named, a file that `load_prompts` refuses or a function of single prompts, more prompts
+            than images, or another number of negative prompts.
+    """
+    if file is None:
+        if len(negatives) > 1 and len(negatives) != len(texts):
+            raise ValueError(
+                f"--negative is given {len(negatives)} times and --prompt {len(texts)} times; give one negative prompt "
+                "for all, or one for each"
+            )
+        each = negatives if len(negatives) == len(texts) else [*negatives, ""][:1] * len(texts)
+        asked = tuple(Prompt(text, negative) for text, negative in zip(texts, each, strict=True))
+        number = f"--prompt is given {len(asked)} times"
+    else:
+        if texts:
+            raise ValueError(f"--prompts is {file} and --prompt {texts[0]!r}; give one of them")
+        if len(negatives) > 1:
+            raise ValueError(
+                f"--negative is given {len(negatives)} times with --prompts {file}; give one, for prompts that have "
+                "none, and write the others into the file"
+            )
+        source, _ = load_prompts("--prompts", file, negative="".join(negatives))
+        if not isinstance(source, PromptList):
+            raise ValueError(f"--prompts is {file}, a function of one prompt at a time; let it return a list")
+        asked = tuple(source.fixed(0, len(source.prompts)))
+        number = f"--prompts {file} has {len(asked)} prompts"
+    if len(asked) > count:
+        raise ValueError(f"{number} but --count is {count}; draw an image of each")
+    return asked
+
+
+def _prompted(
+    panel: Panel, source: _Source, policy: Policy, asked: tuple[Prompt, ...], negatives: Sequence[str]
+) -> Panel:
+    """The panel with the prompts to draw: those asked for, else those of the run's own panel.
+
+    Raises:
+        ValueError: prompts for a model that takes none, or none for a model that is no run's.
     """
     if not policy.takes_prompts:
-        if prompts or negatives:
-            raise ValueError(f"{'--prompt' if prompts else '--negative'} is given, but {source.name} takes no prompts")
+        if asked or negatives:
+            raise ValueError(f"{source.name} takes no prompts; leave --prompt, --prompts and --negative out")
         return panel
-    if len(negatives) > 1 and len(negatives) != len(prompts):
-        raise ValueError(
-            f"--negative is given {len(negatives)} times and --prompt {len(prompts)} times; give one negative prompt "
-            "for all, or one for each"
-        )
-    if len(prompts) > panel.size:
-        raise ValueError(f"--prompt is given {len(prompts)} times but --count is {panel.size}; draw an image of each")
-    if prompts:
-        each = negatives if len(negatives) == len(prompts) else [*negatives, ""][:1] * len(prompts)
-        asked = tuple(Prompt(text, negative) for text, negative in zip(prompts, each, strict=True))
+    if asked:
         each_of = panel.size // len(asked)
         return replace(panel, size=each_of * len(asked), prompts=asked, images_per_prompt=each_of)
     if source.config is None:
         raise ValueError(f'{source.name} draws what a prompt says; give one or several, as --prompt "a cat"')
     of_run = build_prompted_panel(source.config, build_prompts(source.config)[0])
-    asked = tuple(replace(prompt, negative=(*negatives, prompt.negative)[0]) for prompt in of_run.prompts)
-    return replace(panel, prompts=asked, images_per_prompt=of_run.images_per_prompt)
+    shown = tuple(replace(prompt, negative=(*negatives, prompt.negative)[0]) for prompt in of_run.prompts)
+    return replace(panel, prompts=shown, images_per_prompt=of_run.images_per_prompt)
 
 
 def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
@@ -131,11 +173,10 @@ def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str
         raise ValueError(
             f"--variant is {variant!r}, but {source.name} is of a run, whose weights have none; leave it out"
         )
-    name = str(source.model) if source.model else None
-    policy = run_policy(source.run, with_sampler(source.config, device, sampler), name)
+    config = with_sampler(source.config, device, sampler)
     if source.model is None:
-        load_weights(policy, Path(source.name).expanduser())
-    return policy
+        return checkpoint_policy(source.run, config, Path(source.name).expanduser())
+    return run_policy(source.run, config, str(source.model))
 
 
 def _deterministic_steps(source: _Source, steps: int | None, sampler: Mapping[str, Any]) -> int:

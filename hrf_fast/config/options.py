@@ -82,6 +82,8 @@ class PromptsConfig:
     """Arguments of a source that is a function."""
     negative: str = option("", panel=True)
     """Negative prompt of prompts that have none of their own; it acts under guidance only, and not for FLUX."""
+    distinct: bool = option(False)
+    """The groups of an iteration draw different prompts, as flow_grpo's sampler does; a list must have as many."""
 
 
 @dataclass

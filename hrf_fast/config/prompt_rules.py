@@ -19,6 +19,11 @@ def check_prompts(config: Config) -> None:
                     f"prompts.{name} is {value!r} but prompts.source is null, so there are no prompts; name a source, "
                     f"or leave prompts.{name} out"
                 )
+    if prompts.distinct and config.train.groups_per_iteration == 1:
+        raise ValueError(
+            "prompts.distinct is true but train.groups_per_iteration is 1: one draw is never twice alike; use more "
+            "groups, or leave prompts.distinct out"
+        )
     usual = EvaluationConfig().images_per_prompt
     # a model that takes prompts has a source, so that this is about the others
     if prompts.source is None and evaluation.prompts is None and evaluation.images_per_prompt != usual:

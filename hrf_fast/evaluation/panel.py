@@ -204,13 +204,15 @@ class Panel:
         share = -(-len(noise) // comm.world_size())
         # ranks denoise equally many, the last ones again what others do
         ids = noise.sample_id[(torch.arange(share) + comm.rank() * share).clamp(max=len(noise) - 1)]
-        prompts = [self.prompt(image) for image in ids.tolist()]
-        key, steps, most = NoiseKey(noise.seed, ids), self.deterministic_steps, self.images_per_call
+        return comm.gather_rows(self.denoise(policy, NoiseKey(noise.seed, ids)))[: len(noise)]
+
+    def denoise(self, policy: Policy, noise: NoiseKey) -> Tensor:
+        """Clean latents [B, …] of the panel's images whose numbers are the noise's sample ids."""
+        prompts = [self.prompt(image) for image in noise.sample_id.tolist()]
+        steps, most = self.deterministic_steps, self.images_per_call
         if steps:
-            part = sample_as_released(policy, key, prompts, steps=steps, images_per_call=most)
-        else:
-            part = sample(policy, key, prompts, images_per_call=most)
-        return comm.gather_rows(part)[: len(noise)]
+            return sample_as_released(policy, noise, prompts, steps=steps, images_per_call=most)
+        return sample(policy, noise, prompts, images_per_call=most)
 
     def _measure(self, images: Tensor, reward: CombinedReward) -> PanelMetrics:
         prompts = [self.prompt(image) for image in range(self.size)]

@@ -55,7 +55,7 @@ LEFT_OUT = {
         "run.folder names the run and holds all that it writes"
     ),
     ("tracker_project_name", "tracker_kwargs"): (
-        "run.writers chooses the writers; W&B's project is hrf_fast, where the run has its folder's name"
+        "run.writers chooses the writers; WANDB_PROJECT names W&B's project, where the run has its folder's name"
     ),
     ("async_reward_computation", "max_workers"): "rewards are always computed beside the next rollout",
     ("hf_hub_model_id",): "upload the run's model/ folder, which has a card, with `hf upload`",

@@ -8,6 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hrf_fast.registry import nearest
+
+_KEYS = ("prompt", "weight", "negative", "metadata")
+# likeness of a misspelt key by difflib: negative_prompt has 0.696, the keys of GenEval's files less than 0.5
+_LIKE = 0.69
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -24,11 +30,13 @@ def as_prompt(item: Any, where: str, negative: str) -> tuple[Prompt, float]:
     """A prompt and its weight from text, a pair (text, metadata), or a mapping with `prompt`.
 
     Args:
-        item: a mapping may have `weight` (1 by default), `negative` and `metadata`, and no other key.
+        item: a mapping may have `weight` (1 by default), `negative` and `metadata`; without `metadata`, its other keys
+            are the metadata.
         where: the item's place, for errors; negative: of an item that has none of its own.
 
     Raises:
-        ValueError: anything else, an empty prompt, or a weight that is negative or not finite.
+        ValueError: anything else, an empty prompt, a weight that is negative or not finite, a key that resembles one of
+            ours, or other keys beside `metadata`.
     """
     if isinstance(item, str):
         item = {"prompt": item}
@@ -36,10 +44,17 @@ def as_prompt(item: Any, where: str, negative: str) -> tuple[Prompt, float]:
         item = {"prompt": item[0], "metadata": item[1]}
     if not isinstance(item, Mapping) or "prompt" not in item:
         raise ValueError(f'{where} is {item!r}; use text, or {{"prompt": "a cat", "weight": 1, "metadata": {{…}}}}')
-    if unknown := sorted(map(str, item.keys() - {"prompt", "weight", "negative", "metadata"})):
-        raise ValueError(f"{where} has {', '.join(unknown)}; its keys are prompt, weight, negative and metadata")
+    others = {key: value for key, value in item.items() if key not in _KEYS}
+    for key in map(str, others):
+        if hint := nearest(key.lower(), _KEYS, cutoff=_LIKE):
+            raise ValueError(f"{where} has {key}{hint}; correct it, or put what is meant for rewards into metadata")
+    if others and "metadata" in item:
+        raise ValueError(
+            f"{where} has {', '.join(sorted(map(str, others)))} beside metadata; its keys are prompt, weight, negative "
+            "and metadata, so put the others into metadata"
+        )
     text, own_negative = item["prompt"], item.get("negative")
-    metadata, weight = item.get("metadata") or {}, item.get("weight", 1)
+    metadata, weight = others or item.get("metadata") or {}, item.get("weight", 1)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has the prompt {text!r}; use text that is not empty")
     if any("\ud800" <= letter <= "\udfff" for letter in f"{text}{own_negative}"):

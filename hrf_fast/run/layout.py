@@ -51,6 +51,11 @@ class RunFiles:
             raise ValueError(f"{self.path / EVENTS} has an end whose figures lack 'model'; mend or delete that line")
         return ends
 
+    def evaluation(self, checkpoint: Path | None = None) -> Path:
+        """The file that `hrf evaluate` writes about the tuned model, or about a checkpoint, without --out."""
+        number = "" if checkpoint is None else f"-{checkpoint.absolute().name.removeprefix('iteration-')}"
+        return self.path / f"evaluation{number}.json"
+
     def model_iteration(self) -> int:
         """After how many iterations a finished run's tuned model is."""
         ends = self.ends()

@@ -6,6 +6,7 @@ killed and goes on repeats iterations, to equal numbers; neither service shows o
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import asdict
 from typing import Any
@@ -112,7 +113,8 @@ class WandbWriter(Writer):
             write_atomically(known, uuid.uuid4().hex.encode())
         try:
             self._run = wandb.init(
-                project="hrf_fast",
+                # an argument beats the environment, where W&B would look itself
+                project=os.environ.get("WANDB_PROJECT", "hrf_fast"),
                 name=folder.path.name,
                 dir=str(folder.path),
                 id=known.read_text(),

@@ -270,7 +270,7 @@ def test_an_option_of_training_alone_is_refused_where_nothing_trains(finished, c
     monkeypatch.setattr("hrf_fast.commands.runs.build_policy", lambda *_: pytest.fail("loaded"))
     assert main([command, str(finished), word]) == 1
     option = word.partition("=")[0]
-    assert f"{option} would change nothing here, since the run has been trained" in capsys.readouterr().err
+    assert f"{option} would change nothing here, since nothing is trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "blend"])

@@ -320,6 +320,11 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
         ),
         # what would do nothing
         (["prompts.negative=ugly"], "prompts.negative is 'ugly' but prompts.source is null"),
+        (["prompts.distinct=true"], "prompts.distinct is True but prompts.source is null"),
+        (
+            ["prompts.distinct=true", "prompts.source=animals", "train.groups_per_iteration=1"],
+            "prompts.distinct is true but train.groups_per_iteration is 1",
+        ),
         (["prompts.kwargs.noun=cat"], "prompts.kwargs is {'noun': 'cat'} but prompts.source is null"),
         (["evaluation.images_per_prompt=2"], "evaluation.images_per_prompt is 2 but prompts.source is null.* at 4"),
         (["train.guidance=false"], "train.guidance is false but sample.guidance_scale is 1"),

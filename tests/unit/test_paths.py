@@ -66,10 +66,12 @@ def test_configs_and_their_bases_may_be_in_the_home_folder(home):
 def test_paths_of_commands_may_be_in_the_home_folder(home, capsys):
     for words, name in (
         (["sample", "fashion", "--out=~/x.png"], "out"),
+        (["sample", "fashion", "--folder=~/x"], "folder"),
         (["report", "~/x", "--out=~/x"], "out"),
         (["report", "~/x", "--strip=~/x"], "strip"),
         (["export", "~/x", "--out=~/x"], "checkpoint"),
-        (["evaluate", "~/x"], "run"),
+        (["evaluate", "~/x"], "model"),
+        (["evaluate", "~/x", "--out=~/x.json"], "out"),
     ):
         value = getattr(build_parser().parse_args(words), name)
         assert value.parent == home

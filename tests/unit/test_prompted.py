@@ -198,6 +198,17 @@ def test_a_run_logs_its_prompts_and_resumes_to_equal_numbers(tmp_path, prompted)
     assert_equal_training(*runs)
 
 
+def test_a_run_draws_each_prompt_once_an_iteration_or_refuses_to(tmp_path, prompted):  # noqa: F811
+    distinct = ["prompts.distinct=true", "train.groups_per_iteration=4", "train.groups_per_step=4"]
+    train(words(tmp_path, *distinct), reward=Colour())
+    drawn = [record["prompts"] for record in metrics(tmp_path / "run")]
+    # four groups, four words
+    assert [sorted(texts) for texts in drawn] == [sorted(WORDS)] * 2 and drawn[0] != drawn[1]
+    more = [*distinct, "train.groups_per_iteration=5", "train.groups_per_step=5"]
+    with pytest.raises(ValueError, match="has 4 different prompts for train.groups_per_iteration 5"):
+        train(words(tmp_path, *more), reward=Colour())
+
+
 def test_an_edited_file_of_prompts_is_noticed_on_resume(tmp_path, prompted):  # noqa: F811
     train(words(tmp_path, "train.iterations=1"), reward=Colour())
     (tmp_path / "words.txt").write_text("red\ngreen\nblue\ngrey\ngrey\n")

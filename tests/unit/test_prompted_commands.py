@@ -139,7 +139,7 @@ def test_sample_refuses_prompts_that_do_not_fit(words, message, tmp_path, capsys
 
 def test_sample_of_an_unconditional_model_refuses_a_prompt(tiny_model, tmp_path, capsys):
     assert main(["sample", str(tiny_model), "--prompt=a cat", "--out", str(tmp_path / "x.png")]) == 1
-    assert "--prompt is given, but" in capsys.readouterr().err
+    assert f"{tiny_model} takes no prompts; leave --prompt, --prompts and" in capsys.readouterr().err
 
 
 def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
@@ -164,6 +164,11 @@ def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
     assert "<li>&lt;b&gt;a dog &amp; a cat&lt;/b&gt;</li><li>cat</li></ol>" in html and "per prompt" in html
     card = (finished / "model" / "README.md").read_text()
     assert "text-to-image" in card and "12 images, 4 to a prompt" in card and "Vendi Score per prompt" in card
+
+
+def test_an_option_of_drawing_prompts_for_training_is_refused_where_nothing_trains(finished, capsys):
+    assert main(["evaluate", str(finished), "prompts.distinct=true"]) == 1
+    assert "prompts.distinct would change nothing here, since nothing is trained" in capsys.readouterr().err
 
 
 def test_a_caption_of_any_length_is_measured_a_few_times():

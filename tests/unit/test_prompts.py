@@ -1,5 +1,6 @@
 """Prompts: the sources, what is refused, and drawing by weight and by a function."""
 
+import json
 import random
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hrf_fast.assets import PROMPT_LISTS
 from hrf_fast.errors import UserCodeError
 from hrf_fast.prompts import Prompt
-from hrf_fast.prompts.draw import PromptList
+from hrf_fast.prompts.draw import PromptList, draw_distinct
 from hrf_fast.prompts.sources import LISTS, check_prompts, load_prompts
 
 OPTION = "prompts.source"
@@ -53,6 +54,20 @@ def test_json_lines_have_weights_negatives_and_metadata(tmp_path):
     assert prompts.weights == (3, 1, 0, 1)
 
 
+def test_other_keys_of_a_line_without_metadata_are_its_metadata_as_in_genevals_files(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    lines = [
+        {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [], "prompt": "two cats"},
+        {"tag": "color_attr", "include": [{"class": "cat", "color": "red"}], "prompt": "a red cat", "weight": 3},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = load(path, negative="blurry")
+    first, second = prompts.prompts
+    assert first.metadata == {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": []}
+    assert second == Prompt("a red cat", "blurry", {"tag": "color_attr", "include": lines[1]["include"]})
+    assert prompts.weights == (1, 3)
+
+
 @pytest.mark.parametrize("name", PROMPT_LISTS)
 def test_the_shipped_lists_are_of_distinct_prompts(name):
     prompts, source = load_prompts(OPTION, name)
@@ -80,8 +95,15 @@ def test_the_shipped_lists_are_of_distinct_prompts(name):
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
         ("a.jsonl", b"[1, 2, 3]", "line 1 is .1, 2, 3."),
         ("a.jsonl", b'{"text": "a cat"}', "line 1 is .*prompt"),
-        ("a.jsonl", b'{"prompt": "a", "wieght": 2}', "line 1 has wieght"),
-        ("a.jsonl", b'{"prompt": "a", "prompt_2": "b"}', "line 1 has prompt_2; its keys are prompt, weight, neg"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "weigth": 2}',
+            "line 1 has weigth .did you mean 'weight'.*correct it, or .*metadata",
+        ),
+        ("a.jsonl", b'{"prompt": "a", "WEIGHT": 2}', "line 1 has WEIGHT .did you mean 'weight'"),
+        ("a.jsonl", b'{"prompt": "a", "prompt_2": "b"}', "line 1 has prompt_2 .did you mean 'prompt'"),
+        ("a.jsonl", b'{"prompt": "a", "negative_prompt": "b"}', "line 1 has negative_prompt .did you mean 'negative'"),
+        ("a.jsonl", b'{"prompt": "a", "tag": "b", "metadata": {}}', "line 1 has tag beside metadata; its keys are"),
         ("a.jsonl", b'{"prompt": " "}', "line 1 has the prompt ' '"),
         ("a.jsonl", b'{"prompt": "\\ud83d cat"}', "line 1 has the prompt .*half of a character"),
         ("a.jsonl", b'{"prompt": "a", "negative": ["b", "c"]}', "line 1 has the negative prompt .*one text"),
@@ -192,6 +214,51 @@ def test_prompts_are_drawn_by_weight_with_replacement_by_seed_and_iteration():
     assert abs(sum(prompt.text == "a" for prompt in drawn) - 3000) < 110
     assert {prompt.text for prompt in drawn} == {"a", "b"}
     assert prompts.draw(0, 0, 4000) == drawn and prompts.draw(0, 1, 4000) != drawn and prompts.draw(1, 0, 4000) != drawn
+
+
+def test_a_seed_draws_what_it_has_always_drawn():
+    prompts = PromptList("list", tuple(map(Prompt, "abcd")), (3.0, 1.0, 0.0, 2.0))
+    # recorded before prompts.distinct was an option
+    drawn = ["".join(prompt.text for prompt in prompts.draw(7, iteration, 8)) for iteration in range(3)]
+    assert drawn == ["aabbaabb", "dddddadb", "baddadaa"]
+
+
+def test_distinct_prompts_are_successive_draws_by_weight_of_texts_that_are_left():
+    prompts = draw_distinct(PromptList("list", tuple(map(Prompt, "abcd")), (2.0, 1.0, 1.0, 0.0)), "list", 2)
+    draws = ["".join(prompt.text for prompt in prompts.draw(0, iteration, 2)) for iteration in range(4000)]
+    assert all(len(set(drawn)) == 2 and "d" not in drawn for drawn in draws)
+    # a comes first with 2/4, and second with 2/3 after b or c: 1/2 + 1/2·2/3 = 5/6, 3333 ± 24 of 4000
+    assert abs(sum(drawn[0] == "a" for drawn in draws) - 2000) < 130
+    assert abs(sum("a" in drawn for drawn in draws) - 3333) < 95
+    assert prompts.draw(0, 5, 2) == prompts.draw(0, 5, 2)
+    assert len(set(draws)) > 4 and draws[:50] != [
+        "".join(prompt.text for prompt in prompts.draw(1, iteration, 2)) for iteration in range(50)
+    ]
+
+
+def test_a_text_on_two_lines_is_drawn_once_and_as_often_as_both():
+    items = (Prompt("a", metadata={"line": 1}), Prompt("b"), Prompt("a", metadata={"line": 3}), Prompt("c"))
+    prompts = draw_distinct(PromptList("list", items, (1.0,) * 4), "list", 3)
+    draws = [prompts.draw(0, iteration, 3) for iteration in range(2000)]
+    assert {tuple(sorted(prompt.text for prompt in drawn)) for drawn in draws} == {("a", "b", "c")}
+    # two lines of four: 1000 ± 22 begin with a, half of them with its first line
+    first = [drawn[0] for drawn in draws if drawn[0].text == "a"]
+    assert abs(len(first) - 1000) < 90 and abs(sum(prompt.metadata["line"] == 1 for prompt in first) - 500) < 90
+
+
+def test_distinct_prompts_are_refused_where_a_source_can_not_promise_them(functions):
+    # the last weight vanishes beside the others
+    few = PromptList("few.txt", tuple(map(Prompt, "aabc")), (1.0, 1e308, 1e308, 1e-320))
+    message = "prompts.distinct is true but prompts.source 'few.txt' has 2 different prompts for train.groups_per_iter"
+    with pytest.raises(ValueError, match=f"{message}ation 3; .* at most 2 groups"):
+        draw_distinct(few, "few.txt", 3)
+    assert {prompt.text for prompt in draw_distinct(few, "few.txt", 2).draw(0, 0, 2)} == {"a", "b"}
+    with pytest.raises(
+        ValueError, match="prompts.source 'my_prompts:trl' is a function .* may answer twice alike; let"
+    ):
+        draw_distinct(load("my_prompts:trl"), "my_prompts:trl", 2)
+    # a function that returned a list is a list
+    assert len(draw_distinct(load("my_prompts:words"), "my_prompts:words", 2).draw(0, 0, 2)) == 2
 
 
 def test_weights_of_any_size_are_relative():

@@ -130,8 +130,8 @@ def test_every_field_that_becomes_no_option_is_named():
     # a project of the tracker vanished without a word once
     (note,) = (note for note in notes_of({"tracker_project_name": "mine"}) if "tracker_project_name" in note)
     assert note == (
-        "tracker_project_name 'mine': left out; run.writers chooses the writers; W&B's project is hrf_fast, where the "
-        "run has its folder's name"
+        "tracker_project_name 'mine': left out; run.writers chooses the writers; WANDB_PROJECT names W&B's project, "
+        "where the run has its folder's name"
     )
     buffer = "per_prompt_stat_tracking_buffer_size"
     assert any(note.startswith(f"{buffer} 32: left out; it acts with") for note in notes_of({buffer: 32}))

@@ -58,6 +58,7 @@ class Wandb(types.SimpleNamespace):
 @pytest.fixture
 def wandb(monkeypatch):
     fake = Wandb()
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
@@ -144,6 +145,16 @@ def test_wandb_gets_the_configuration_and_no_credential(words, wandb):
     assert "hidden" not in str(options) and options["project"] == "hrf_fast" and options["name"] == "run"
     # a resume may raise train.iterations
     assert options["allow_val_change"] is True
+
+
+def test_the_environment_names_wandbs_project_and_what_wandb_reads_itself_is_no_argument(words, wandb, monkeypatch):
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP", "TAGS"):
+        monkeypatch.setenv(f"WANDB_{name}", "mine")
+    live(words, 0, 0)
+    (options,) = wandb.inits
+    assert options["project"] == "mine"
+    # an argument would beat the environment
+    assert not {"entity", "group", "tags"} & options.keys()
 
 
 def test_the_names_that_secrets_have_are_credentials():
