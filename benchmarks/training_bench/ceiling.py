@@ -64,7 +64,7 @@ def network_flops(config: Config) -> tuple[int, int]:
 
     A call under guidance has two images. Nothing is computed.
     """
-    files = read_model(config.model.name, weights=False)
+    files = read_model(config.model.name, weights=False, max_sequence_length=config.model.max_sequence_length)
     with torch.device("meta"):
         network, shape = untrained_network(files)
         if config.lora.rank:

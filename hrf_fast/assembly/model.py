@@ -20,7 +20,7 @@ from hrf_fast.weights import digest
 
 # what `load_policy` makes of a model by name
 _OF_LOADING = {
-    *(f"model.{name}" for name in ("revision", "variant", "decoder", "image_size")),
+    *(f"model.{name}" for name in ("revision", "variant", "decoder", "image_size", "max_sequence_length")),
     *(f"sample.{name}" for name in ("scheduler", "eta", "noise_level", "shift")),
     *(f"compute.{name}" for name in ("attention", "channels_last", "offload", "encoder_precision")),
 }
@@ -52,6 +52,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         variant=config.model.variant if name is None else None,
         decoder=config.model.decoder,
         image_size=config.model.image_size,
+        max_sequence_length=config.model.max_sequence_length,
         scheduler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         eta=sample.eta,

@@ -46,6 +46,9 @@ class ModelConfig:
     faster than its VAE; null for the VAE. RUN/model has the VAE."""
     image_size: int | None = option(None, at_least=1, panel=True)
     """Height and width in pixels of a text-to-image model's images; null for the model's own, 1024 for SD3 and FLUX."""
+    max_sequence_length: int | None = option(None, at_least=1, at_most=512, panel=True)
+    """Tokens of T5 that SD3 or FLUX is given for a prompt, as diffusers' pipelines call it; null for their 256 and 512.
+    Fewer make every network call faster: flow_grpo takes 128."""
 
 
 @dataclass

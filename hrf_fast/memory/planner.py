@@ -184,9 +184,8 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     """
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; use at least 1")
-    files = read_model(config.model.name, config.model.revision, weights=False)
-    sample = config.sample
-    model, compute = config.model, config.compute
+    model, sample, compute = config.model, config.sample, config.compute
+    files = read_model(model.name, model.revision, weights=False, max_sequence_length=model.max_sequence_length)
     check_options(
         files,
         guidance_scale=sample.guidance_scale,

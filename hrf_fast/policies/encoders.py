@@ -24,14 +24,22 @@ class PromptEncoder:
     """The text encoder of Stable Diffusion 1 and 2: the last hidden states of one CLIPTextModel."""
 
     def __init__(
-        self, tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, offload: bool = False
+        self,
+        tokenizers: Sequence[Any],
+        encoders: Sequence[Any],
+        device: torch.device,
+        *,
+        t5_length: int = 0,
+        offload: bool = False,
     ) -> None:
         """Freeze the encoders.
 
         Args:
             tokenizers, encoders: in pairs, transformers' own; the encoders in fp32 or bf16.
+            t5_length: tokens of T5 for a prompt, if there is T5.
             offload: keep the encoders on the CPU between uses.
         """
+        self.t5_length = t5_length
         self._tokenizers, self._device, self._offload = tokenizers, device, offload
         self.encoders = nn.ModuleList(encoders).eval().requires_grad_(False).to("cpu" if offload else device)
         self._remembered: dict[str, Rows] = {}

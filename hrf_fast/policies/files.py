@@ -43,10 +43,17 @@ class ModelFiles:
     """unet or transformer, scheduler, and by the pipeline vqvae, or vae and pairs of text_encoder and tokenizer."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The values of model_index.json."""
+    max_sequence_length: int | None = None
+    """Tokens of T5 in place of the pipeline's own number."""
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.pipeline]
+
+    @property
+    def t5_length(self) -> int:
+        """Tokens of T5 for a prompt; 0 for a pipeline without T5."""
+        return self.max_sequence_length or self.family.t5_length
 
     @property
     def denoiser(self) -> str:
@@ -59,12 +66,17 @@ class ModelFiles:
 
 
 def read_model(
-    name: str, revision: str | None = None, variant: str | None = None, *, weights: bool = True
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    *,
+    weights: bool = True,
+    max_sequence_length: int | None = None,
 ) -> ModelFiles:
     """Find a model's parts and read their configs; without `weights` nothing else is looked for or downloaded.
 
     Args:
-        name, revision, variant: see `load_policy`.
+        name, revision, variant, max_sequence_length: see `load_policy`.
 
     Raises:
         ValueError: no such model, a pipeline without a policy, a part that is missing or of another class, or no
@@ -91,7 +103,7 @@ def read_model(
         files=CONFIGS,
         choose=choose,
     )
-    files = _read(name, folder)
+    files = replace(_read(name, folder), max_sequence_length=max_sequence_length)
     return _with_weights(files, folder, files_in(folder), variant or None) if weights else files
 
 

@@ -31,6 +31,7 @@ def load_policy(
     variant: str | None = None,
     decoder: str | None = None,
     image_size: int | None = None,
+    max_sequence_length: int | None = None,
     scheduler: str = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
@@ -53,6 +54,7 @@ def load_policy(
         variant: of the weight files, such as fp16; None for the plain ones.
         decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
         image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
+        max_sequence_length: tokens of T5 for a prompt of SD3 or FLUX; None for their pipelines' own number.
         scheduler, num_inference_steps, eta, noise_level: see `build_sampler` and, of flow models, `build_flow_sampler`.
         shift: of a flow's sigmas, in place of its scheduler's.
         guidance_scale: of a text-to-image model; 1 for no guidance.
@@ -70,7 +72,8 @@ def load_policy(
             of its config or not finite; an option that this model has no use for; or an HRF_KERNELS that can't run
             here.
     """
-    files, device = read_model(name, revision, variant), torch.device(device)
+    files = read_model(name, revision, variant, max_sequence_length=max_sequence_length)
+    device = torch.device(device)
     check_options(
         files,
         guidance_scale=guidance_scale,
@@ -196,6 +199,5 @@ def _encoder(
                 f"whose text encoder takes {most}; correct tokenizer_config.json"
             )
     assert files.family.encoder is not None
-    return files.family.encoder(
-        tokenizers, encoders, device, denoiser=config, size=shape.size, index=files.settings, offload=offload
-    )
+    facts: dict[str, Any] = {"denoiser": config, "size": shape.size, "index": files.settings}
+    return files.family.encoder(tokenizers, encoders, device, **facts, t5_length=files.t5_length, offload=offload)

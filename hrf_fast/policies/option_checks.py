@@ -38,6 +38,11 @@ def check_options(
                 f"{option} is {value} but model.name is {files.name!r}, an unconditional model, which has no prompts "
                 f"to steer it and no encoders; leave it at {neutral}, or name a text-to-image model"
             )
+    if files.max_sequence_length is not None and not files.family.t5_length:
+        raise ValueError(
+            f"model.max_sequence_length is {files.max_sequence_length} but model.name is {files.name!r}, which has no "
+            "T5; leave it out"
+        )
     for_unets: dict[str, tuple[Any, Any]] = {
         "compute.attention": (attention, "sdpa"),
         "compute.channels_last": (channels_last, False),

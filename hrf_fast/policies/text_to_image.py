@@ -141,6 +141,8 @@ class TextToImagePolicy(DenoiserPolicy):
         if negative and self.has_unconditional_branch and self.guidance_scale > 1:
             arguments += f"\n    negative_prompt={negative!r},"
         arguments += f"\n    {noise.removeprefix(', ')}," if noise else ""
+        if self._encoder.t5_length:
+            arguments += f"\n    max_sequence_length={self._encoder.t5_length},"
         if self._sized and self.shape.size:
             arguments += "\n    height={},\n    width={},".format(*self.shape.size)
         return f"""\

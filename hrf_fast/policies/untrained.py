@@ -39,7 +39,8 @@ def untrained_shape(files: ModelFiles, image_size: int | None = None) -> Shape:
 
 def untrained_condition(files: ModelFiles, images: int, guided: bool) -> Condition:
     """A condition of zeros in the shapes of the model's own; empty for an unconditional model."""
-    return files.family.zeros({name: part.config for name, part in files.parts.items()}, images, guided)
+    configs = {name: part.config for name, part in files.parts.items()}
+    return files.family.zeros(configs, images, guided, files.t5_length)
 
 
 def frozen_bytes(

@@ -54,8 +54,9 @@ def measured(plan: Plan) -> Rate:
         # which a clock waits for
         torch.cuda.set_device(device)
     set_precision_flags(device, deterministic=config.compute.deterministic)
-    files, compute = read_model(config.model.name, config.model.revision, weights=False), config.compute
-    bare, shape = untrained_network(files, config.model.image_size)
+    model, compute = config.model, config.compute
+    files = read_model(model.name, model.revision, weights=False, max_sequence_length=model.max_sequence_length)
+    bare, shape = untrained_network(files, model.image_size)
     if config.lora.rank:
         add_adapters(bare.unet, **vars(config.lora))
     unet = bare.unet.to(device).eval()

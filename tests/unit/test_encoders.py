@@ -9,7 +9,7 @@ from torch import nn
 
 from hrf_fast.policies import encoders
 from hrf_fast.policies.encoders import resident
-from hrf_fast.policies.families.sd3 import T5_LENGTH
+from hrf_fast.policies.families.sd3 import STABLE_DIFFUSION_3
 from hrf_fast.prompts import Prompt
 from tests.flow_models import load_flow_policy
 from tests.text_models import KINDS, LENGTH, SIDE, load_text_policy, text_model
@@ -111,13 +111,13 @@ def test_a_prompt_over_the_limit_is_cut_and_said_once_with_the_prompt(recwarn):
 
 def test_a_prompt_that_t5_cuts_too_is_said_for_each_length(recwarn):
     policy = load_flow_policy("sd3")
-    long = " ".join(["dog"] * (T5_LENGTH + 8))
+    long = " ".join(["dog"] * (STABLE_DIFFUSION_3.t5_length + 8))
     for _ in range(2):
         policy.condition([Prompt(long)])
         policy._encoder._remembered.clear()
     texts = [str(warning.message) for warning in recwarn if "is cut off" in str(warning.message)]
     # both CLIPs once
-    assert [re.findall(r"takes (\d+)", text) for text in texts] == [[str(LENGTH)], [str(T5_LENGTH)]]
+    assert [re.findall(r"takes (\d+)", text) for text in texts] == [[str(LENGTH)], [str(STABLE_DIFFUSION_3.t5_length)]]
 
 
 def test_offloaded_modules_are_on_the_device_inside_the_block_alone(monkeypatch):

@@ -324,6 +324,7 @@ def test_groups_are_guided_by_option_and_panels_always(guided, tmp_path):
         ({"offload": True}, "compute.offload is True.*leave it at False"),
         ({"encoder_precision": "bf16"}, "compute.encoder_precision is bf16.*leave it at fp32"),
         ({"image_size": 32}, "model.image_size is 32.*leave it at None"),
+        ({"max_sequence_length": 9}, "model.max_sequence_length is 9.*no T5; leave it out"),
     ],
 )
 def test_options_of_text_to_image_models_are_refused_for_others(tiny_model, options, match):

@@ -138,13 +138,13 @@ def test_the_card_of_adapters_draws_with_the_shift_that_they_were_trained_with(t
 
 @pytest.mark.parametrize("kind", ["sd3_no_t5", "flux"])
 def test_the_lines_of_the_card_draw_in_the_folder(kind, tmp_path, monkeypatch):
-    policy = load_flow_policy(kind)
+    policy = load_flow_policy(kind, max_sequence_length=9)
     policy.save(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
     code = policy.example("flow_sde", 4, 1.0, negative="red")
     # FLUX has no unconditional branch
-    assert ("negative_prompt='red'" in code) == (kind != "flux")
+    assert ("negative_prompt='red'" in code) == (kind != "flux") and "max_sequence_length=9," in code
     exec(code, names)
     assert names["images"].shape == (16, 3, SIZE, SIZE)
     assert torch.equal(names["pipeline"].scheduler.timesteps, policy.sampler.timesteps)

@@ -29,9 +29,13 @@ def ode(policy, condition, latents):
     return latents
 
 
-@pytest.mark.parametrize(("kind", "guided"), [*((kind, True) for kind in KINDS), ("sd3", False), ("flux", False)])
-def test_without_noise_the_policy_draws_what_the_pipeline_draws(kind, guided):
-    options = {} if guided else {"guidance_scale": 1.0}
+@pytest.mark.parametrize(
+    ("kind", "guided", "tokens"),
+    [*((kind, True, {}) for kind in KINDS), ("sd3", False, {}), ("flux", False, {})]
+    + [(kind, True, {"max_sequence_length": 9}) for kind in ("sd3", "sd3_no_t5", "flux")],
+)
+def test_without_noise_the_policy_draws_what_the_pipeline_draws(kind, guided, tokens):
+    options = tokens if guided else {"guidance_scale": 1.0}
     policy, pipeline = load_flow_policy(kind, **options), load_pipeline(flow_model(kind), kind)
     start = starting_noise(policy, NoiseKey(0, torch.arange(2)))
     negative = {"negative_prompt": NEGATIVES} if kind.startswith("sd3") else {}
@@ -46,6 +50,7 @@ def test_without_noise_the_policy_draws_what_the_pipeline_draws(kind, guided):
             width=SIZE,
             output_type=output,
             **negative,
+            **tokens,
         ).images
 
     latents = ode(policy, policy.condition(prompts()), start)
@@ -56,9 +61,11 @@ def test_without_noise_the_policy_draws_what_the_pipeline_draws(kind, guided):
     torch.testing.assert_close(policy.decode(latents), images, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [None, 9])
 @pytest.mark.parametrize("kind", ["sd3_no_t5", "sd35", "flux", "schnell"])
-def test_a_plan_sees_the_shapes_of_the_model_itself(kind):
-    files, policy = read_model(str(flow_model(kind)), weights=False), load_flow_policy(kind)
+def test_a_plan_sees_the_shapes_of_the_model_itself(kind, tokens):
+    files = read_model(str(flow_model(kind)), weights=False, max_sequence_length=tokens)
+    policy = load_flow_policy(kind, max_sequence_length=tokens)
     network, shape = untrained_network(files, size_of(kind))
     assert shape == policy.latent_shape
     ours, theirs = ({n: w.shape for n, w in each.named_parameters()} for each in (network, policy.network))

@@ -15,7 +15,7 @@ PartConfigs = Mapping[str, PartConfig]
 """PartConfigs of a pipeline's parts by name, as their files have them."""
 
 
-def nothing_steers(configs: PartConfigs, images: int, guided: bool) -> Condition:
+def nothing_steers(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
     """The empty condition of an unconditional model."""
     return Condition()
 
@@ -42,10 +42,12 @@ class Family:
     check: Callable[[str, PartConfigs], None]
     """Refuse configs that the trainer can't drive exactly, with model.name for errors."""
     encoder: Callable[..., PromptEncoder] | None = None
-    """(tokenizers, encoders, device, denoiser=config, size=(height, width), index=model_index.json, offload=…) -> the
-    prompt encoder; None for an unconditional model."""
-    zeros: Callable[[PartConfigs, int, bool], Condition] = nothing_steers
-    """(configs, images, guided) -> a condition of zeros in the shapes of the model's own, for plans."""
+    """(tokenizers, encoders, device, denoiser=config, size=(height, width), index=model_index.json, t5_length=…,
+    offload=…) -> the prompt encoder; None for an unconditional model."""
+    zeros: Callable[[PartConfigs, int, bool, int], Condition] = nothing_steers
+    """(configs, images, guided, tokens of T5) -> a condition of zeros in the shapes of the model's own, for plans."""
+    t5_length: int = 0
+    """Tokens of T5 for a prompt, as the pipeline has them by default (max_sequence_length); 0 without T5."""
     check_guidance: Callable[[str, PartConfig, float], None] = any_guidance
     """Refuse a guidance scale that the denoiser of a config does not take, with model.name for errors."""
     settings: Callable[[PartConfig], dict[str, Any]] = no_settings

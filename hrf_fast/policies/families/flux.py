@@ -16,9 +16,6 @@ from hrf_fast.policies.text_to_image import TextToImagePolicy
 from hrf_fast.policies.transformer_checks import check_transformer
 from hrf_fast.prompts import Prompt
 
-# tokens of T5, as the pipeline has them by default (max_sequence_length)
-T5_LENGTH = 512
-
 
 def call_flux(
     transformer: Any,
@@ -78,7 +75,7 @@ class PromptEncoderFlux(PromptEncoder):
     """The text encoders of FLUX: the hidden states of T5, and what CLIP has pooled."""
 
     def _output(self, number: int, text: str) -> Sequence[Tensor]:
-        return [self._call(1, text, T5_LENGTH)[0] if number else self._call(0, text).pooler_output]
+        return [self._call(1, text, self.t5_length)[0] if number else self._call(0, text).pooler_output]
 
     def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
         (pooled,), (hidden,) = outputs
@@ -86,17 +83,23 @@ class PromptEncoderFlux(PromptEncoder):
 
 
 def encoder(
-    tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, offload: bool, **facts: Any
+    tokenizers: Sequence[Any],
+    encoders: Sequence[Any],
+    device: torch.device,
+    *,
+    t5_length: int,
+    offload: bool,
+    **facts: Any,
 ) -> PromptEncoderFlux:
     """See `Family.encoder`."""
-    return PromptEncoderFlux(tokenizers, encoders, device, offload=offload)
+    return PromptEncoderFlux(tokenizers, encoders, device, t5_length=t5_length, offload=offload)
 
 
-def zeros(configs: PartConfigs, images: int, guided: bool) -> Condition:
+def zeros(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
     """See `Family.zeros`."""
     transformer = configs["transformer"]
     rows = {
-        "encoder_hidden_states": torch.zeros(images, T5_LENGTH, transformer.get("joint_attention_dim", 4096)),
+        "encoder_hidden_states": torch.zeros(images, t5_length, transformer.get("joint_attention_dim", 4096)),
         "pooled_projections": torch.zeros(images, transformer.get("pooled_projection_dim", 768)),
     }
     if transformer.get("guidance_embeds", False):
@@ -134,6 +137,7 @@ FLUX = Family(
     check,
     encoder=encoder,
     zeros=zeros,
+    t5_length=512,
     check_guidance=check_guidance,
     ddpm=False,
     flow=True,

@@ -16,9 +16,6 @@ from hrf_fast.policies.families.base import Family, PartConfig, PartConfigs
 from hrf_fast.policies.text_to_image import TextToImagePolicy
 from hrf_fast.policies.transformer_checks import check_transformer
 
-# tokens of T5, as the pipeline has them by default (max_sequence_length)
-T5_LENGTH = 256
-
 
 def call_sd3(transformer: Any, latents: Tensor, timesteps: float | Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Call an SD3Transformer2DModel on latents [B, C, H, W] at timesteps 1000·σ."""
@@ -48,14 +45,14 @@ class PromptEncoderSD3(PromptEncoder):
 
     def _output(self, number: int, text: str) -> Sequence[Tensor]:
         if number == 2:
-            return [self._call(number, text, T5_LENGTH)[0]]
+            return [self._call(number, text, self.t5_length)[0]]
         output = self._call(number, text, self._tokenizers[0].model_max_length, output_hidden_states=True)
         return [output.hidden_states[-2], output.text_embeds]
 
     def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
         (first, one), (second, other), *rest = outputs
         hidden = torch.cat([first, second], dim=-1)
-        t5 = rest[0][0] if rest else hidden.new_zeros(1, T5_LENGTH, self._width)
+        t5 = rest[0][0] if rest else hidden.new_zeros(1, self.t5_length, self._width)
         hidden = torch.cat([pad(hidden, (0, t5.shape[-1] - hidden.shape[-1])), t5], dim=-2)
         return {"encoder_hidden_states": hidden, "pooled_projections": torch.cat([one, other], dim=-1)}
 
@@ -66,17 +63,18 @@ def encoder(
     device: torch.device,
     *,
     denoiser: PartConfig,
+    t5_length: int,
     offload: bool,
     **facts: Any,
 ) -> PromptEncoderSD3:
     """See `Family.encoder`."""
     width = denoiser["joint_attention_dim"]
-    return PromptEncoderSD3(tokenizers, encoders, device, width=width, offload=offload)
+    return PromptEncoderSD3(tokenizers, encoders, device, width=width, t5_length=t5_length, offload=offload)
 
 
-def zeros(configs: PartConfigs, images: int, guided: bool) -> Condition:
+def zeros(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
     """See `Family.zeros`."""
-    transformer, tokens = configs["transformer"], configs["text_encoder"].get("max_position_embeddings", 77) + T5_LENGTH
+    transformer, tokens = configs["transformer"], configs["text_encoder"].get("max_position_embeddings", 77) + t5_length
     rows = {
         "encoder_hidden_states": torch.zeros(images, tokens, transformer.get("joint_attention_dim", 4096)),
         "pooled_projections": torch.zeros(images, transformer.get("pooled_projection_dim", 2048)),
@@ -112,6 +110,7 @@ STABLE_DIFFUSION_3 = Family(
     check,
     encoder=encoder,
     zeros=zeros,
+    t5_length=256,
     ddpm=False,
     flow=True,
 )

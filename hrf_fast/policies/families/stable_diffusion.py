@@ -117,7 +117,7 @@ def _zero_negative(index: PartConfig) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def zeros(configs: PartConfigs, images: int, guided: bool) -> Condition:
+def zeros(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
     """See `Family.zeros`."""
     encoders = [config for name, config in configs.items() if name.startswith("text_encoder")]
     length = encoders[0].get("max_position_embeddings", 77)
