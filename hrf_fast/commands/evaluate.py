@@ -51,6 +51,8 @@ def evaluate(model: Path, words: list[str], *, out: Path | None = None, everythi
     if out is not None and out.is_dir():
         raise ValueError(f"--out is {out}, which is a folder; name a JSON file")
     out = out or RunFiles(run).evaluation(checkpoint)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     config = tuned_config(run, words, (*BASE_MODEL, *ADAPTERS))
     device = choose_device(config.run.device)
     (prompts, source), reward = build_prompts(config), build_config_reward(config, device)
@@ -98,8 +100,6 @@ def evaluate(model: Path, words: list[str], *, out: Path | None = None, everythi
     try:
         print("\n".join(evaluation_lines(result, everything=everything)))
     finally:
-        with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(result, indent=1).encode())
     return out
 

@@ -22,7 +22,9 @@ PROMPTS = "prompts.jsonl"
 
 def check_folder(folder: Path) -> None:
     """Raise ValueError for a path that is neither new nor an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--folder is {folder}, which is a file; name a new folder")
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--folder is {folder}, which is there and not empty; name a new folder, or empty that one")
 
 

@@ -70,7 +70,7 @@ def draw(
     source = _source(model)
     sampler = {name: value for name, value in sampler.items() if value is not None}
     steps = _deterministic_steps(source, deterministic_steps, sampler)
-    policy = _policy(source, device, variant, sampler)
+    policy = _policy(source, device, variant, sampler, noisy=not steps)
     images_per_call = images_per_call or _most_in_a_call(source, policy)
     panel = Panel(count, seed, images_per_call, deterministic_steps=steps)
     panel = _prompted(panel, source, policy, asked, negatives)
@@ -163,10 +163,15 @@ def _prompted(
     return replace(panel, prompts=shown, images_per_prompt=of_run.images_per_prompt)
 
 
-def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str, Any]) -> Policy:
-    """The policy of a source; of a run under the sampler that it was trained with."""
+def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str, Any], *, noisy: bool) -> Policy:
+    """The policy of a source; of a run under the sampler that it was trained with.
+
+    Args:
+        noisy: whether its own sampler draws.
+    """
     if source.run is None or source.config is None:
         _check_noise(sampler, sampler.get("scheduler") or "ddim")
+        sampler = sampler if noisy else {**sampler, "scheduler": None}
         return load_policy(source.name, variant=variant, **sampler, device=choose_device(device))
     _check_noise(sampler, sampler.get("scheduler") or source.config.sample.scheduler)
     if variant is not None:
@@ -189,11 +194,12 @@ def _deterministic_steps(source: _Source, steps: int | None, sampler: Mapping[st
         raise ValueError(f"--deterministic-steps is {steps}; it must be at least 0")
     of_run = source.config.evaluation.deterministic_steps if source.config else 0
     chosen = of_run if steps is None else steps
-    for name, option in (("num_inference_steps", "--steps"), ("eta", "--eta"), ("noise_level", "--noise-level")):
+    for name in ("num_inference_steps", "scheduler", "eta", "noise_level"):
         if chosen and name in sampler:
             asks = f"--deterministic-steps is {chosen}" if steps else f"panels of the run are of {chosen} such steps"
+            option = "--" + name.removeprefix("num_inference_").replace("_", "-")
             raise ValueError(
-                f"{option} is {sampler[name]:g}, but images are drawn by deterministic steps ({asks}), which do not "
+                f"{option} is {sampler[name]}, but images are drawn by deterministic steps ({asks}), which do not "
                 f"follow it; leave it out, or draw with noise by --deterministic-steps 0"
             )
     return chosen

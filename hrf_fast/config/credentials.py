@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 _SECRET = frozenset(
@@ -28,6 +29,8 @@ _PARAMETER = re.compile(r"([?&;#])([\w.-]+)=[^&;#\s]*")
 
 def without_credentials(value: Any) -> Any:
     """A configuration without the options whose names say that they are secret, and addresses without such parts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, dict):
         return {k: without_credentials(v) for k, v in value.items() if not _is_secret(str(k))}
     if isinstance(value, list):

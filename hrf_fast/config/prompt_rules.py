@@ -15,8 +15,9 @@ def check_prompts(config: Config) -> None:
     if prompts.source is None:
         for name, default in vars(PromptsConfig()).items():
             if (value := getattr(prompts, name)) != default:
+                shown = str(value).lower() if isinstance(value, bool) else repr(value)
                 raise ValueError(
-                    f"prompts.{name} is {value!r} but prompts.source is null, so there are no prompts; name a source, "
+                    f"prompts.{name} is {shown} but prompts.source is null, so there are no prompts; name a source, "
                     f"or leave prompts.{name} out"
                 )
     if prompts.distinct and config.train.groups_per_iteration == 1:

@@ -35,6 +35,6 @@ def check_rewards(config: Config) -> None:
             )
         if (held.name, held.kwargs) in trained:
             raise ValueError(
-                f"{option} is {held.name!r} with the arguments that section reward gives it: it is trained on, and so "
-                "not held out; leave it out, or name another reward"
+                f"{option} is {held.name!r}, which section reward has with equal arguments, so that nothing of it is "
+                "held out; leave it out (evaluation.rewards=[] leaves out all), or name another reward"
             )

@@ -118,7 +118,7 @@ class EvaluationConfig:
     deterministic_steps: int = option(0, at_least=0, panel=True)
     """Draw panels by this many deterministic steps of the model's own scheduler (DDIM with eta 0, or the ODE of a
     flow), as users of the tuned model do; it may be more than T. 0 draws them as training does, with noise."""
-    rewards: list[HeldOutReward] = option([], panel=True)
+    rewards: list[HeldOutReward] = option([], panel=True, resumable=True)
     """Held-out rewards {name, kwargs}, each name once: panels measure them and nothing trains on them, so that a reward
     which rises alone shows."""
     network: str = option("auto", panel=True)

@@ -81,6 +81,10 @@ def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, A
         _check_type(name, value)
     if values["mixed_precision"] not in PRECISIONS:
         raise ValueError(f"mixed_precision is {values['mixed_precision']!r}; DDPOConfig knows {', '.join(PRECISIONS)}")
+    if not 0 < values["train_timestep_fraction"] <= 1:
+        raise ValueError(
+            f"train_timestep_fraction is {values['train_timestep_fraction']}; use a share above 0, at most 1"
+        )
     steps, precision = values["sample_num_steps"], PRECISIONS[values["mixed_precision"]]
     samples = values["sample_batch_size"] * values["sample_num_batches_per_epoch"] * (processes or 1)
     per_step = values["train_batch_size"] * values["train_gradient_accumulation_steps"] * (processes or 1)

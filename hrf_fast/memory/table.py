@@ -123,13 +123,18 @@ def _verdict(plan: Plan) -> str:
         f"fastest that fits: {_TITLES[best.engine]}, compute.precision={best.precision}, compute.activations="
         f"{best.mode}, compute.images_per_call={best.images_per_call}: {show_bytes(best.bytes)} a GPU",
         f"not counted: networks of the reward ({reward_name(plan.config.reward)}) and of evaluation.network "
-        f"({plan.config.evaluation.network}), which each GPU holds too",
+        f"({plan.config.evaluation.network}), which each GPU holds too{_held_out(plan)}",
     ]
     try:
         check_job(plan.config, plan.gpus)
     except ValueError as error:
         lines.append(f"but `hrf train` refuses it: {error}")
     return "\n".join(lines)
+
+
+def _held_out(plan: Plan) -> str:
+    names = ", ".join(held.name for held in plan.config.evaluation.rewards)
+    return f", and those of evaluation.rewards ({names}), which the first one holds" if names else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -238,8 +238,8 @@ def scheduler_sigmas(
         shift = f"shift {scheduler.config.shift}" if "mu" not in options else f"dynamic shift {options['mu']:.3g}"
         raise ValueError(
             f"{option} is {num_inference_steps}: with the {shift} of the model's scheduler the "
-            f"sigmas do not fall from 1 to 0 but are {_shown(levels)}; use fewer steps, or a scheduler_config.json "
-            "with another shift"
+            f"sigmas do not fall from 1 to 0 but are {_shown(levels)}; use fewer steps, or "
+            "another sample.shift"
         )
     return template.timesteps, levels.clamp(max=1)
 

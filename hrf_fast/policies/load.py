@@ -32,7 +32,7 @@ def load_policy(
     decoder: str | None = None,
     image_size: int | None = None,
     max_sequence_length: int | None = None,
-    scheduler: str = "ddim",
+    scheduler: str | None = "ddim",
     num_inference_steps: int = 40,
     eta: float = 1.0,
     noise_level: float | None = None,
@@ -56,6 +56,7 @@ def load_policy(
         image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
         max_sequence_length: tokens of T5 for a prompt of SD3 or FLUX; None for their pipelines' own number.
         scheduler, num_inference_steps, eta, noise_level: see `build_sampler` and, of flow models, `build_flow_sampler`.
+            A scheduler of None is ddim, or of a flow cps, for a policy that is to draw without noise alone.
         shift: of a flow's sigmas, in place of its scheduler's.
         guidance_scale: of a text-to-image model; 1 for no guidance.
         precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
@@ -102,7 +103,7 @@ def load_policy(
         shape = shape_of(name, files.family.layout, unet.config, vae, image_size)
         steps = choose_sampler(
             of_model,
-            kind=scheduler,
+            kind=scheduler or ("cps" if is_flow(of_model) else "ddim"),
             num_inference_steps=num_inference_steps,
             eta=eta,
             noise_level=noise_level,

@@ -13,6 +13,8 @@ from hrf_fast.registry import nearest
 _KEYS = ("prompt", "weight", "negative", "metadata")
 # likeness of a misspelt key by difflib: negative_prompt has 0.696, the keys of GenEval's files less than 0.5
 _LIKE = 0.69
+# other words that resemble one of them
+_NO_SLIPS = ("height", "prompt_id")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def as_prompt(item: Any, where: str, negative: str) -> tuple[Prompt, float]:
         raise ValueError(f'{where} is {item!r}; use text, or {{"prompt": "a cat", "weight": 1, "metadata": {{…}}}}')
     others = {key: value for key, value in item.items() if key not in _KEYS}
     for key in map(str, others):
-        if hint := nearest(key.lower(), _KEYS, cutoff=_LIKE):
+        if key not in _NO_SLIPS and (hint := nearest(key.lower(), _KEYS, cutoff=_LIKE)):
             raise ValueError(f"{where} has {key}{hint}; correct it, or put what is meant for rewards into metadata")
     if others and "metadata" in item:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.evaluation.diversity import Interval, paired_difference_interval
@@ -62,7 +63,11 @@ class RunLog:
     @property
     def held_out(self) -> list[str]:
         """Held-out rewards, as `metric` names them."""
-        return [name for name in intervals_of(self.panels[0]) if name.startswith(HELD_OUT)]
+        return [name for name in intervals_of(self.panels[0]) if name.startswith(HELD_OUT) and self._has(name)]
+
+    def _has(self, name: str) -> bool:
+        """Whether all panels have a figure, which a resume may have left out or added."""
+        return all(name in intervals_of(panel) for panel in self.panels)
 
     @property
     def end(self) -> float:
@@ -114,6 +119,11 @@ def _checked(names: Sequence[str], folders: Sequence[Path]) -> Sequence[str]:
     return names
 
 
+def shared_held_out(logs: Sequence[RunLog]) -> list[str]:
+    """The held-out rewards that all panels of all runs have."""
+    return [name for name in logs[0].held_out if all(name in log.held_out for log in logs)]
+
+
 def _read(folder: Path) -> RunLog:
     files = existing_run(folder)
     config = files.read_config()
@@ -124,7 +134,7 @@ def _read(folder: Path) -> RunLog:
             "wait for it, or start the run with `hrf train`"
         )
     first = panels[0]
-    measured = intervals_of(first).keys()
+    measured = {name for name in intervals_of(first) if not name.startswith(HELD_OUT)}
     if (
         any(len(p["rewards"]) != len(first["rewards"]) or measured - intervals_of(p).keys() for p in panels)
         or first.get("vendi", [1.0])[0] <= 0
@@ -159,7 +169,8 @@ def _check_comparable(first: RunLog, other: RunLog) -> None:
     both = f"{first.folder} and {other.folder} can't be compared"
     unequal = {key: pair for key, pair in differences(first.config, other.config).items() if FACTS[key].panel}
     if unequal:
-        listed = "; ".join(f"{key} is {one!r} and {two!r}" for key, (one, two) in unequal.items())
+        shown = {key: without_credentials(list(pair)) for key, pair in unequal.items()}
+        listed = "; ".join(f"{key} is {one!r} and {two!r}" for key, (one, two) in shown.items())
         raise ValueError(
             f"{both}, their panels are of different images or metrics: {listed}. Report each run alone, or train again "
             "with these options equal"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from hrf_fast.report.comparison import RunLog, lowest_end
+from hrf_fast.report.comparison import RunLog, lowest_end, shared_held_out
 from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves, start_dots
 from hrf_fast.report.tables import equal_reward_table, run_title
 from hrf_fast.run.card import reward_name
@@ -71,7 +71,7 @@ def curves(logs: Sequence[RunLog]) -> list[Figure]:
             "plot",
         )
     ]
-    for name in logs[0].held_out:
+    for name in shared_held_out(logs):
         title = f"held-out reward of the panel ({name.removeprefix(HELD_OUT)})"
         picture = interval_curves([_series(log, name) for log in logs], x_label=COST, y_label=title)
         figures.append(Figure(picture, f"A {title}, which nothing trains on, with its 95 % interval.", "plot"))

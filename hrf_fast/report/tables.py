@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hrf_fast.evaluation.diversity import Interval
-from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end
+from hrf_fast.report.comparison import RunLog, at_reward, gain, lowest_end, shared_held_out
 from hrf_fast.run.card import reward_name
 from hrf_fast.run.files import HELD_OUT
 
@@ -31,7 +31,8 @@ class Table:
 def result_table(logs: Sequence[RunLog]) -> Table:
     """Tabulate the pretrained model and each run's tuned one."""
     first, before = logs[0], logs[0].metric("vendi", 0)
-    held_out = [f"held-out {name.removeprefix(HELD_OUT)}" for name in first.held_out]
+    shared = shared_held_out(logs)
+    held_out = [f"held-out {name.removeprefix(HELD_OUT)}" for name in shared]
     scores = ["Vendi Score", "kept", "per prompt", "looks", "Inception Score"]
     rows = [["", "reward", "gain", *held_out, *scores, "UNet evaluations"]]
     for title, log, panel in [("pretrained", first, 0), *((run_title(log), log, log.model) for log in logs)]:
@@ -39,7 +40,7 @@ def result_table(logs: Sequence[RunLog]) -> Table:
         change = [interval_text(gain(log, first), "+"), _share(log.metric("vendi"), before)] if rows[1:] else ["", ""]
         names = ("reward", "vendi", "vendi_per_prompt", "looks", "inception")
         metrics = [interval_text(log.metric(name, panel)) for name in names]
-        others = [interval_text(log.metric(name, panel)) for name in first.held_out]
+        others = [interval_text(log.metric(name, panel)) for name in shared]
         evaluations = f"{log.panels[panel]['evaluations']:,}"
         rows.append([title, metrics[0], change[0], *others, metrics[1], change[1], *metrics[2:], evaluations])
     return Table(rows)

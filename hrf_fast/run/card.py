@@ -170,7 +170,9 @@ def _panel_table(panels: Sequence[dict[str, Any]], iterations: int) -> list[str]
     rows = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     measured = [intervals_of(panel) for panel in columns.values()]
     held_out = {
-        name: f"held-out reward {name.removeprefix(HELD_OUT)}" for name in measured[-1] if name.startswith(HELD_OUT)
+        name: f"held-out reward {name.removeprefix(HELD_OUT)}"
+        for name in measured[-1]
+        if name.startswith(HELD_OUT) and name in measured[0]
     }
     for key, title in (_METRICS | held_out).items():
         if key in measured[-1]:

@@ -114,7 +114,7 @@ class WandbWriter(Writer):
         try:
             self._run = wandb.init(
                 # an argument beats the environment, where W&B would look itself
-                project=os.environ.get("WANDB_PROJECT", "hrf_fast"),
+                project=os.environ.get("WANDB_PROJECT") or "hrf_fast",
                 name=folder.path.name,
                 dir=str(folder.path),
                 id=known.read_text(),

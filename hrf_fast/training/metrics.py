@@ -129,8 +129,7 @@ def iteration_record(
         "advantage_max": float(all_advantages.abs().max()),
         # a group of one has no spread
         "group_reward_std": float(torch.stack(spreads).mean()) if spreads else None,
-        # their advantages are zero
-        "flat_groups": sum(float(spread) == 0 for spread in spreads) / len(spreads) if spreads else None,
+        "flat_groups": sum(not bool(a.any()) for a in advantages.values()) / len(advantages) if advantages else None,
         **summary,
         **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],

@@ -44,17 +44,18 @@ def self_check(components: Components) -> str:
         ratios = replay_ratios(policy, result.trajectories, calls, as_in_update=True)
         error = float((ratios - 1).abs().max())
     # one rank's device may round otherwise; all ranks must come to one verdict
-    return _verdict(components, comm.largest(error), len(numbers) > 1)
+    return _verdict(components, window, comm.largest(error), len(numbers) > 1)
 
 
-def _verdict(components: Components, error: float, joined: bool) -> str:
+def _verdict(components: Components, replayed: Window, error: float, joined: bool) -> str:
     policy, plan, clips = components.policy, components.calls, components.algorithm.clips
     steps, stop = len(policy.sampler), policy.sampler.stochastic_steps
     # of a schedule that does not say so, a user's, the last stochastic step
     shortest = getattr(components.schedule, "shortest", Window(stop - 1, stop))
     smallest = clips.clip_range * (window_share(shortest, stop, steps) if clips.scale_by_window else 1.0)
     if clips.range_factors is not None:
-        smallest *= float(clips.range_factors[:stop].min())
+        # of the steps whose ratios these are
+        smallest *= float(clips.range_factors[replayed.start : replayed.stop].min())
     inside = error < smallest / 10
     if error == 0:
         verdict = "passed: replayed log-probs equal the rollout's exactly"

@@ -320,7 +320,7 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
         ),
         # what would do nothing
         (["prompts.negative=ugly"], "prompts.negative is 'ugly' but prompts.source is null"),
-        (["prompts.distinct=true"], "prompts.distinct is True but prompts.source is null"),
+        (["prompts.distinct=true"], "prompts.distinct is true but prompts.source is null"),
         (
             ["prompts.distinct=true", "prompts.source=animals", "train.groups_per_iteration=1"],
             "prompts.distinct is true but train.groups_per_iteration is 1",

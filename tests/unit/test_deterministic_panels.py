@@ -200,6 +200,7 @@ def test_sample_draws_as_the_panels_did_unless_other_steps_are_asked_for(finishe
             ["--eta", "0.5", "--deterministic-steps", "3"],
             "--eta is 0.5, but .*(--deterministic-steps is 3).*leave it out",
         ),
+        (["--scheduler", "ddpm", "--deterministic-steps", "3"], "--scheduler is ddpm, but .*leave it out"),
         (["--deterministic-steps", "-1"], "--deterministic-steps is -1; it must be at least 0"),
         (["--deterministic-steps", "1001"], "evaluation.deterministic_steps is 1001; use 1 to 1000, as trained"),
     ],
@@ -209,6 +210,12 @@ def test_options_that_deterministic_steps_do_not_follow_are_refused(words, messa
     assert main(["sample", str(finished), "--out", str(tmp_path / "grid.png"), *words]) == 1
     error = capsys.readouterr().err
     assert all(part in error for part in message.split(".*"))
+
+
+def test_a_flow_that_is_drawn_without_noise_needs_no_sampler(flow_model, tmp_path, capsys):  # noqa: F811
+    words = ["--deterministic-steps", "3", "--count", "2", "--device", "cpu"]
+    assert main(["sample", str(flow_model), *words, "--out", str(tmp_path / "grid.png")]) == 0
+    assert "in 3 deterministic steps" in capsys.readouterr().out
 
 
 def test_steps_that_the_scheduler_has_not_are_refused_before_anything_runs(tiny_run):

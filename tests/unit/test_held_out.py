@@ -117,7 +117,7 @@ def test_its_networks_are_on_the_main_rank_alone_where_panels_are_rewarded(tiny_
         ("[{kwargs: {}}]", r"evaluation.rewards\[0\].name is empty"),
         ("[{name: a:b}, {name: a:b, kwargs: {c: 1}}]", r"\[0\].name is 'a:b', which evaluation.rewards names 2 times"),
         ("[{name: a:b, weight: 2}]", r"no option evaluation.rewards\[0\].weight; .* takes name, kwargs"),
-        ("[{name: jpeg_compressibility}]", r"'jpeg_compressibility' with the arguments that section reward gives it"),
+        ("[{name: jpeg_compressibility}]", r"'jpeg_compressibility', which section reward has with equal arguments"),
         ("a:b", r"evaluation.rewards is 'a:b'; it is a list"),
     ],
     ids=str,
@@ -132,7 +132,7 @@ def test_a_term_of_a_sum_is_trained_on_unless_its_weight_is_0(tiny_run):
         terms = f"[{{name: jpeg_compressibility}}, {{name: aesthetic, weight: {weight}}}]"
         return [*tiny_run, "reward.name=null", f"reward.terms={terms}", "evaluation.rewards=[{name: aesthetic}]"]
 
-    with pytest.raises(ValueError, match="'aesthetic' .* trained on, and so not held out"):
+    with pytest.raises(ValueError, match="'aesthetic', which section reward has with equal arguments"):
         load_config(words(0.5))
     assert load_config(words(0)).evaluation.rewards[0].name == "aesthetic"
 
@@ -277,9 +277,20 @@ def test_runs_of_other_held_out_rewards_are_not_compared_and_a_panel_without_is_
     config = (two / "config.yaml").read_text()
     assert "  rewards: []\n" in config
     (two / "config.yaml").write_text(config.replace("  rewards: []\n", "  rewards: [{name: aesthetic}]\n"))
-    with pytest.raises(ValueError, match=r"evaluation.rewards is \[\] and \[HeldOutReward\(name='aesthetic'"):
+    with pytest.raises(ValueError, match=r"evaluation.rewards is \[\] and \[\{'name': 'aesthetic', 'kwargs': \{\}\}\]"):
         read_runs([one, two])
     records = read_log(with_held_out(one, [2.0, 2.0, 2.0]) / "evaluations.jsonl")
+    # as after a resume that has left it out
     write_log(one / "evaluations.jsonl", [*records[:2], {k: v for k, v in records[2].items() if k != "held_out"}])
-    with pytest.raises(ValueError, match="without its metrics"):
-        read_runs([one])
+    (log,) = read_runs([one])
+    assert log.held_out == [] and "held-out" not in str(result_table([log]).rows)
+
+
+def test_a_resume_may_leave_one_out_that_fails(tiny_run, tmp_path, capsys):
+    words = with_folder(tiny_run, tmp_path / "run", "evaluation.every=1")
+    assert main(["train", *words, "train.iterations=1", "evaluation.rewards=[{name: jpeg_incompressibility}]"]) == 0
+    assert main(["train", *words, "train.iterations=2", "evaluation.rewards=[]"]) == 0
+    first, *_, last = read_log(tmp_path / "run" / "evaluations.jsonl")
+    assert "held_out" in first and "held_out" not in last and last["iteration"] == 2
+    (log,) = read_runs([tmp_path / "run"])
+    assert log.held_out == []

@@ -132,9 +132,13 @@ def test_the_record_of_an_iteration_by_hand():
     )
 
 
-def test_groups_of_equal_rewards_are_counted():
-    groups = {0: rewards([1.0, 3.0]), 1: rewards([2.0, 2.0]), 2: rewards([0.0, 0.0]), 3: rewards([0.0, 1.0])}
-    assert iteration_record([], groups, {}, [Window(0, 1)] * 4)["flat_groups"] == 0.5
+def test_groups_that_teach_nothing_are_counted():
+    groups = {number: rewards([2.0, 2.0]) for number in range(4)}
+    # of peers beyond the group, equal rewards may teach
+    advantages = [[-1.0, 1.0], [0.0, 0.0], [-1.0, -1.0], [0.0, 0.0]]
+    record = iteration_record([], groups, dict(enumerate(map(torch.tensor, advantages))), [Window(0, 1)] * 4)
+    assert record["flat_groups"] == 0.5
+    assert iteration_record([], groups, {}, [Window(0, 1)] * 4)["flat_groups"] is None
 
 
 def test_a_group_that_is_skipped_is_in_no_mean():

@@ -168,7 +168,7 @@ def test_a_run_mixes_advantages_logs_the_sum_and_resumes_bit_for_bit(tiny_run, t
     assert one["advantage_std"] != other["advantage_std"] and one["grad_norm"] != other["grad_norm"]
     # the run is over, and its panels are of the sum; a reward without terms leaves nothing to mix
     assert main(["evaluate", str(tmp_path / "all"), "reward.mix=sum"]) == 1
-    assert "reward.mix would change nothing here, since the run has been trained" in capsys.readouterr().err
+    assert "reward.mix would change nothing here, since nothing is trained" in capsys.readouterr().err
     plain = ["reward.name=jpeg_compressibility", "reward.terms=[]", "reward.mix=sum"]
     assert main(["evaluate", str(tmp_path / "all"), *plain]) == 0
 

@@ -121,7 +121,7 @@ def test_what_can_not_be_drawn_into_a_folder_is_refused_before_a_model_is_loaded
     (tmp_path / "one_by_one.py").write_text("def draw():\n    return 'a cat', {}\n")
     full = ["--folder", tmp_path]
     assert f"--folder is {tmp_path}, which is there and not empty; name a new" in refused(capsys, "any", *full)
-    assert f"--folder is {prompts}, which is there" in refused(capsys, "any", "--folder", prompts)
+    assert f"--folder is {prompts}, which is a file" in refused(capsys, "any", "--folder", prompts)
     both = ["--folder", tmp_path / "new", "--out", "grid.png"]
     assert re.search("--out is grid.png and --folder is .*new; give one of them", refused(capsys, "any", *both))
     for words, message in (

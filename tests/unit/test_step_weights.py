@@ -110,10 +110,11 @@ def test_the_ratio_of_a_step_is_held_to_its_range(images_per_call):
     assert torch.cat(outside).bool().tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
-def test_the_self_check_holds_the_smallest_range_of_all_steps_against_rounding(tiny_run, tmp_path, capsys):
+def test_the_self_check_holds_rounding_against_the_ranges_of_the_steps_that_it_replays(tiny_run, tmp_path, capsys):
     words = with_folder(tiny_run, tmp_path / "run", "train.clip_steps=cps", "window.schedule=full")
     train([*words, "train.iterations=1"])
     sampler = build_policy(load_config(words)).sampler
-    largest = float(sampler.coefficients.std.max())
+    # of six steps the last is deterministic, and the two before it are replayed
+    largest = float(sampler.coefficients.std[3:5].max())
     (shown,) = re.findall(r"smallest clip range ([^;]*);", capsys.readouterr().out)
     assert float(shown) == pytest.approx(1e-4 / (2 * largest**2), rel=0.05)

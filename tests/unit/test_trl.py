@@ -111,6 +111,12 @@ def test_every_field_has_an_effect():
         assert translate(TrlRun(tracked | {name: value})) != plain, name
 
 
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_a_share_of_the_steps_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match=f"train_timestep_fraction is {share}; use a share above 0"):
+        translate(TrlRun({"train_timestep_fraction": share}))
+
+
 def test_what_has_no_equal_is_said():
     fields = {"train_timestep_fraction": 0.5, "train_cfg": False, "resume_from": "checkpoint_3", "push_to_hub": True}
     _, notes = translate(TrlRun(fields, "m:r", "m:p", {"train_learning_rate": "rate()"}))
