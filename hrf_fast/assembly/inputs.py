@@ -111,7 +111,7 @@ def guidance_note(model: str, policy: Policy) -> str:
     Args:
         model: model.name.
     """
-    if model in SHIPPED or policy.guidance_scale != 1 or not getattr(policy, "has_unconditional_branch", False):
+    if model in SHIPPED or policy.guidance_scale != 1 or not policy.has_unconditional_branch:
         return ""
     return (
         "sample.guidance_scale is 1: images are drawn and trained without guidance, as distilled (turbo) models want; "

@@ -98,7 +98,7 @@ class _Source:
 def _most_in_a_call(source: _Source, policy: Policy) -> int:
     if source.config is not None:
         return source.config.compute.images_per_call or SAMPLED_TOGETHER
-    return getattr(policy, "decoded_at_once", 1) if policy.takes_prompts else SAMPLED_TOGETHER
+    return policy.decoded_at_once if policy.takes_prompts else SAMPLED_TOGETHER
 
 
 def _source(name: str) -> _Source:

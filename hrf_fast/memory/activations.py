@@ -63,8 +63,7 @@ def choose_activations(
     footprints = {(policy.precision, False): measure_running(policy, checkpointing=False, guided=guided)}
     branches = policy.condition([None], guided=guided).branches
     counts = count_calls(config, policy.sampler.stochastic_steps, schedule, branches=branches)
-    encoder = getattr(policy, "visiting_bytes", 0)
-    plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints, encoder=encoder)
+    plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints, encoder=policy.visiting_bytes)
     return _fitting(plan, policy)
 
 

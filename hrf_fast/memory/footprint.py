@@ -166,14 +166,14 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
 def measure_decoding(policy: Policy) -> tuple[tuple[int, ...], int]:
     """The shape of a decoded image, and `Footprint.decoding` of a loaded policy, on one image."""
     clean = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    decoder = getattr(policy, "decoder", None)
+    decoder = policy.decoder
     weights = [*decoder.parameters(), *decoder.buffers()] if decoder is not None else []
     # what comes to the device for its work is there once, whatever the images
     moved = sum(weight.nbytes for weight in weights if weight.device != policy.device)
     with torch.no_grad(), _Live([*policy.network.parameters(), *weights, clean]) as live:
         image = tuple(policy.decode(clean).shape[1:])
         peak = live.restart()
-    return image, (peak - moved) * getattr(policy, "decoded_at_once", 1) + moved
+    return image, (peak - moved) * policy.decoded_at_once + moved
 
 
 def decoding_bytes(files: ModelFiles, image_size: int | None, decoder: Component | None, *, offload: bool) -> int:

@@ -87,11 +87,6 @@ class Prediction(NamedTuple):
         unconditional = self.unconditional_output.float()
         return unconditional + self.guidance_scale * (self.model_output.float() - unconditional)
 
-    def float(self) -> Prediction:
-        """Convert both outputs to fp32."""
-        unconditional = None if self.unconditional_output is None else self.unconditional_output.float()
-        return Prediction(self.model_output.float(), unconditional, self.guidance_scale)
-
     def detach(self) -> Prediction:
         unconditional = None if self.unconditional_output is None else self.unconditional_output.detach()
         return Prediction(self.model_output.detach(), unconditional, self.guidance_scale)
@@ -117,8 +112,19 @@ class Policy(Protocol):
     kernels_reason: str
     compiled: str
     """How the network runs: none, unet or blocks, see `compile`."""
+    decoder: nn.Module | None
+    """Makes images of latents; None where these are pixels."""
+    decoded_at_once: int
+    """Images whose decoding is one call of the decoder."""
+    has_unconditional_branch: bool
+    """Whether guidance leads away from a branch of its own, that of the negative prompt."""
     calls: NetworkCalls
     stopwatch: Stopwatch
+
+    @property
+    def visiting_bytes(self) -> int:
+        """Bytes of the largest module that comes to the device for its work alone, one at a time; 0 for none."""
+        ...
 
     def condition(self, prompts: Sequence[Prompt | None], *, guided: bool = True) -> Condition:
         """The condition of one sample per prompt, without gradient; None is the empty prompt.

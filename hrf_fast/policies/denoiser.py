@@ -30,8 +30,14 @@ class DenoiserPolicy:
     """
 
     takes_prompts = False
+    decoder: nn.Module | None = None
     decoded_at_once = 1
-    """Images whose decoding is one call of a decoder."""
+    has_unconditional_branch = False
+
+    @property
+    def visiting_bytes(self) -> int:
+        """0: nothing comes to the device for its work alone."""
+        return 0
 
     def __init__(
         self,
@@ -119,7 +125,7 @@ class DenoiserPolicy:
         if self._reference is None and not adapted_layers(self.unet):
             raise RuntimeError("there is no pretrained network to refer to; call hold_reference() before training")
         with switched_off(self.unet):
-            return self._predict(self._reference or self.network, latents, steps, condition).float().combined
+            return self._predict(self._reference or self.network, latents, steps, condition).combined.float()
 
     def _predict(
         self, forward: Callable[..., Tensor], latents: Tensor, steps: int | Tensor, condition: Condition

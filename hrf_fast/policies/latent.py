@@ -20,11 +20,12 @@ class LatentPolicy(UnconditionalPolicy):
     """The policy of an LDMPipeline such as CompVis/ldm-celebahq-256; the VQModel is frozen."""
 
     decoded_at_once = DECODED_AT_ONCE
+    decoder: Any
 
-    def __init__(self, unet: Any, scheduler: Any, sampler: Any, vqvae: Any, **options: Any) -> None:
-        """Add the decoder `vqvae`, a VQModel on the UNet's device; the other arguments are UnconditionalPolicy's."""
+    def __init__(self, unet: Any, scheduler: Any, sampler: Any, decoder: Any, **options: Any) -> None:
+        """Add the decoder, a VQModel on the UNet's device; the other arguments are UnconditionalPolicy's."""
         super().__init__(unet, scheduler, sampler, **options)
-        self.vqvae = vqvae.eval().requires_grad_(False)
+        self.decoder = decoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -34,9 +35,9 @@ class LatentPolicy(UnconditionalPolicy):
             FloatingPointError: a latent is NaN or infinite.
         """
         check_finite(latents)
-        latents = latents.float() / self.vqvae.config.scaling_factor
+        latents = latents.float() / self.decoder.config.scaling_factor
         with torch.autocast(latents.device.type, enabled=False):
-            images = torch.cat([self.vqvae.decode(part).sample for part in latents.split(DECODED_AT_ONCE)])
+            images = torch.cat([self.decoder.decode(part).sample for part in latents.split(DECODED_AT_ONCE)])
         images = (images / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
@@ -46,7 +47,7 @@ class LatentPolicy(UnconditionalPolicy):
 
         unet = merged(self.unet)
         with contiguous(unet):
-            pipeline: Any = LDMPipeline(vqvae=self.vqvae, unet=unet, scheduler=self.scheduler)
+            pipeline: Any = LDMPipeline(vqvae=self.decoder, unet=unet, scheduler=self.scheduler)
             pipeline.save_pretrained(folder, safe_serialization=True)
 
     def example(

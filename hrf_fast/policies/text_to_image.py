@@ -32,7 +32,7 @@ class TextToImagePolicy(DenoiserPolicy):
 
     takes_prompts = True
     has_unconditional_branch = True
-    """Whether guidance leads away from a branch of its own, that of the negative prompt."""
+    decoder: Any
 
     def __init__(
         self,

@@ -173,7 +173,7 @@ def _reference_output(trajectories: Mapping[int, Trajectory], call: Call, predic
     known = cat(parts)
     # several steps are of one piece, so that the last rows are those of the last steps
     return (
-        known if len(known) == call.images else torch.cat([known, prediction.detach().float().combined[len(known) :]])
+        known if len(known) == call.images else torch.cat([known, prediction.detach().combined[len(known) :].float()])
     )
 
 

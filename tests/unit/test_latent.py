@@ -8,6 +8,7 @@ import torch
 from diffusers import LDMPipeline, VQModel
 
 from hrf_fast.cli import main
+from hrf_fast.memory.footprint import decoding_bytes, measure_decoding
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.latent import LatentPolicy
@@ -77,7 +78,7 @@ def test_the_pipelines_class_decides_the_policy_and_shapes_are_the_unets_and_the
     assert isinstance(policy, LatentPolicy) and policy.latent_shape == (CHANNELS, SIDE, SIDE)
     assert policy.decode(torch.zeros(2, *policy.latent_shape)).shape == (2, 3, IMAGE_SIDE, IMAGE_SIDE)
     # the decoder is no part of what is trained, saved in checkpoints or sharded
-    assert not any(parameter.requires_grad for parameter in policy.vqvae.parameters())
+    assert not any(parameter.requires_grad for parameter in policy.decoder.parameters())
     assert all(name.startswith("unet.") for name, _ in policy.network.named_parameters())
 
 
@@ -87,6 +88,13 @@ def test_decoding_is_the_pipelines_own(model):
     torch.testing.assert_close(decoded, images, atol=1e-5, rtol=0)
     # the images differ, so that there is something to compare
     assert float((images[0] - images[1]).abs().max()) > 1e-3
+
+
+def test_a_plan_counts_what_the_decoder_of_a_running_model_takes(model):
+    counted = decoding_bytes(read_model(str(model), weights=False), None, None, offload=False)
+    _, running = measure_decoding(load(model))
+    # the policy maps images to [0, 1] too
+    assert counted == pytest.approx(running, rel=0.25)
 
 
 def test_more_images_than_are_decoded_at_once_are_all_decoded(model):
