@@ -1,4 +1,4 @@
-"""The check that anyone with a GPU runs: what is proven here without one, and the figures that nobody has measured.
+"""The check that anyone with a GPU runs: what is proven here without one, and the card's figures.
 
     hrf bench gpu                           # in at most ten minutes; the same command goes on where it stopped
     hrf bench gpu --parts 'tests: *'        # only what proves

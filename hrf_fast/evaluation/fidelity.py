@@ -2,7 +2,7 @@
 
 FID compares means and covariances (Heusel et al., arXiv 1706.08500) and is biased upwards for few samples, so compare
 at equal numbers. KID is the squared MMD of a cubic kernel (Binkowski et al., arXiv 1801.01401), unbiased. The features
-are those of any network: of the Inception network of the papers by its folder or hub id, for their numbers.
+are those of `evaluation.network`; the papers' numbers are of an Inception network that transformers does not have.
 """
 
 from __future__ import annotations
