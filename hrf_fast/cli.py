@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     if words[:1] == ["train"] and "_ARGCOMPLETE" not in os.environ:
-        # options of training are section.field=value and --config, which config.py parses
+        # options of training are section.field=value and --config, which config/load.py parses
         if not words[1:] or {"-h", "--help"} & set(words[1:]):
             from hrf_fast.config.describe import describe_options
 

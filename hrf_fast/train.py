@@ -89,9 +89,9 @@ def _loop(components: Components, run: Run, done: int, budget: Budget) -> str:
     end = run.ending()
     while True:
         end = end or budget.reached(done, components.policy.calls.evaluations)
-        if _due(run.config.evaluation.every, done, end) and not run.has_panel(done):
+        if (panel := _due(run.config.evaluation.every, done, end)) and not run.has_panel(done):
             end = run.log_panel(done, components.policy.calls.evaluations, components.evaluate_panel()) or end
-        if _due(run.config.run.save_every, done, end) or (run.keeps_best and run.best() == done):
+        if _due(run.config.run.save_every, done, end) or (panel and run.keeps_best and run.best() == done):
             run.save(components.engine)
         if end:
             run.note(components.algorithm.lr_warmup_note(done))

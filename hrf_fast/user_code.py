@@ -21,11 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hrf_fast.errors import UserCodeError
+from hrf_fast.errors import SIGNALS, UserCodeError
 
 _OURS = ("hrf_fast", "hrf_kernels")
 _STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
@@ -246,11 +245,11 @@ def _gpu() -> int | None:
 def _handlers() -> tuple[Any, ...]:
     # other threads can't change them
     main = threading.current_thread() is threading.main_thread()
-    return tuple(signal.getsignal(number) for number in _SIGNALS) if main else ()
+    return tuple(signal.getsignal(number) for number in SIGNALS) if main else ()
 
 
 def _set_handlers(handlers: tuple[Any, ...]) -> None:
-    for number, handler in zip(_SIGNALS, handlers, strict=True):
+    for number, handler in zip(SIGNALS, handlers, strict=True):
         # None: set by something else than Python, and not for Python to set
         if handler is not None:
             signal.signal(number, handler)

@@ -83,11 +83,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
     code = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        rows = tensor.detach().contiguous().flatten(1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
-        bits = rows.contiguous().view(torch.uint8)
+        rows = tensor.detach().contiguous()
+        bits = (rows.flatten(1) if rows.dim() > 1 else rows.reshape(1, -1)).view(torch.uint8)
         # as 64-bit numbers, whose sum wraps, where a row has a whole number of them: others would be copied to 64 bits
-        wide = bits.shape[1] % 8 == 0 and bits.data_ptr() % 8 == 0
-        sums = (bits.view(torch.int64) if wide else bits).sum(1, dtype=torch.int64)
+        if bits.shape[1] % 8 == 0:
+            # a view may begin in the middle of such a number
+            bits = (bits if bits.data_ptr() % 8 == 0 else bits.clone()).view(torch.int64)
+        sums = bits.sum(1, dtype=torch.int64)
         code.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + sums.cpu().numpy().tobytes())
     return code.hexdigest()
 

@@ -73,7 +73,7 @@ def check_advantages(config: Config) -> None:
         _check_mix(config)
     if not remedies.matching:
         return
-    on_policy = train.order == "on_policy" or train.groups_per_step == train.groups_per_iteration
+    order = train.order if train.one_step_a_rollout else "on_policy"
     _ask_of_others(
         f"remedies.matching is {remedies.matching:g}",
         {
@@ -86,7 +86,7 @@ def check_advantages(config: Config) -> None:
                 "matching has advantages of sum zero, which a factor would break",
             ),
             "train.inner_epochs": (train.inner_epochs, 1, "matching is on-policy"),
-            "train.order": (train.order, train.order if on_policy else "on_policy", "matching is on-policy"),
+            "train.order": (train.order, order, "matching is on-policy"),
         },
     )
 

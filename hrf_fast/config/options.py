@@ -200,6 +200,11 @@ class TrainConfig:
     """Roll out and update under sample.guidance_scale, with gradient through both branches. false trains the model
     without guidance at half the cost; panels have guidance either way."""
 
+    @property
+    def one_step_a_rollout(self) -> bool:
+        """Whether every rollout serves one optimizer step an epoch, so that the ratio is 1 in the first."""
+        return self.order == "on_policy" or self.groups_per_step == self.groups_per_iteration
+
 
 @dataclass
 class OptimizerConfig:

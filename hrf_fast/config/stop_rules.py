@@ -21,8 +21,7 @@ def check_stop(config: Config) -> None:
             f"stop.patience is {stop.patience} panels but evaluation.every is 0, so the only one to compare comes at "
             "the end; set evaluation.every, or stop.patience=0"
         )
-    one_step = train.order == "on_policy" or train.groups_per_step == train.groups_per_iteration
-    for name in _RATIO_LIMITS if one_step and train.inner_epochs == 1 else ():
+    for name in _RATIO_LIMITS if train.one_step_a_rollout and train.inner_epochs == 1 else ():
         if (value := getattr(stop, name)) not in (0, getattr(StopConfig(), name)):
             raise ValueError(
                 f"stop.{name} is {value:g}, but every rollout serves one optimizer step, where the ratio is 1 and says "

@@ -1,9 +1,9 @@
 """How different images are from each other, and how sure such a number is.
 
 Pure functions in float64 on the CPU: Inception Score and bootstrap intervals, those of the Vendi Score too, which is in
-`hrf_fast.evaluation.vendi`. The networks that give features and class probabilities are in `hrf_fast.vision`. Left out:
-distances to a reference set (FID, KID, precision and recall), which ask how real images are and not how varied; and
-intervals over training seeds, which need several runs.
+`hrf_fast.evaluation.vendi`. The networks that give features and class probabilities are in `hrf_fast.vision`. Distances
+to a reference set are in fidelity.py and neighbours.py: they ask how real images are and not how varied. Intervals over
+training seeds need several runs: `hrf_fast.study`.
 
 A bootstrap resamples the images with replacement; equal seeds and counts give equal resamples in every function here.
 Intervals of means are percentiles of the resamples. Those of a diversity are centred: an image drawn twice adds nothing

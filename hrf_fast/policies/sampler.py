@@ -32,7 +32,7 @@ class Sampler:
     coefficients: StepCoefficients
     """[T] fp32: the stochastic policy that is trained."""
     deterministic: StepCoefficients
-    """[T] fp32: DDIM with eta = 0, or a flow's ODE, for the search of HRF-D."""
+    """[T] fp32: DDIM with eta = 0, or a flow's ODE, for steps that add no noise and x̂0."""
     signal: Tensor
     """[T] fp32: sqrt(ā), or 1 − σ of a flow model; the factor of x0 at each step."""
     noise: Tensor
@@ -51,7 +51,7 @@ class Sampler:
         return replace(self.deterministic, mean_x0=zeros + 1, mean_latents=zeros, mean_output=zeros)
 
     def renoise(self, x0: Tensor, step: int, noise: Tensor) -> Tensor:
-        """Forward process: x_step = signal·x0 + noise level·noise, [B, C, H, W]."""
+        """Forward process: x_step = signal·x0 + noise·`noise`, [B, *latent_shape]."""
         return self.signal[step] * x0 + self.noise[step] * noise
 
     def to(self, device: torch.device) -> Sampler:

@@ -1,6 +1,6 @@
 """Plots of a report: each function draws one figure and returns it as PNG bytes.
 
-Values come in, pixels go out: which runs and panels they belong to is page.py's. Colours are Okabe and Ito's, which
+Values come in, pixels go out: which runs and panels they belong to is figures.py's. Colours are Okabe and Ito's, which
 colour-blind readers tell apart; markers and line styles differ too, for print. No pyplot, so no display and no state.
 """
 

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 
 from hrf_fast.distributed import comm
-from hrf_fast.errors import Interrupted
-
-# Windows has no SIGHUP, and only Windows has Ctrl-Break, by which a parent asks a child to stop
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+from hrf_fast.errors import SIGNALS, Interrupted
 
 
 class Interrupts:

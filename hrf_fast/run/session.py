@@ -226,7 +226,7 @@ class Run:
 
     def has_panel(self, iteration: int) -> bool:
         """Whether the panel after `iteration` iterations has been evaluated and logged."""
-        return any(record["iteration"] == iteration for record in self.panels())
+        return comm.main_says(lambda: any(record["iteration"] == iteration for record in self.folder.panels()))
 
     @property
     def keeps_best(self) -> bool:

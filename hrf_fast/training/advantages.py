@@ -37,7 +37,7 @@ class Advantages(Protocol):
 Factory = Callable[..., Advantages]
 # options of advantages, and the estimators that read them; others must leave the default
 _READERS = {
-    "train.advantage_scale": "group or batch",
+    "train.advantage_scale": "group, batch or prompt",
     "train.advantage_baseline": "group or batch",
     "train.advantage_floor": "group or batch",
     "train.prompt_buffer": "prompt",

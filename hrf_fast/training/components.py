@@ -25,7 +25,6 @@ from hrf_fast.training.reference import NO_REFERENCE, ReferenceWeights
 from hrf_fast.training.rewarding import Rewarder
 from hrf_fast.training.thinning import Thinning
 from hrf_fast.windows.base import WindowSchedule
-from hrf_fast.windows.schedules import load_schedule_state, schedule_state
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,15 @@ class Components:
 
         JSON-able but for `tensors`, which are tensors by name.
         """
-        remembered = {**schedule_state(self.schedule), **state_of(self.advantages, "advantages", "train.advantages")}
-        return {"iteration": iteration, "calls": asdict(self.policy.calls), **remembered, **self.anchors.state()}
+        schedule = state_of(self.schedule, "schedule", "window.schedule")
+        advantages = state_of(self.advantages, "advantages", "train.advantages")
+        calls = asdict(self.policy.calls)
+        return {"iteration": iteration, "calls": calls, **schedule, **advantages, **self.anchors.state()}
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Restore what `state` gave, or start anew; returns how many iterations are done."""
         self.policy.calls = NetworkCalls(**state["calls"]) if state else NetworkCalls()
         self.anchors.load_state(state or {})
-        load_schedule_state(self.schedule, state or {})
+        load_state_of(self.schedule, state or {}, "schedule", "window.schedule")
         load_state_of(self.advantages, state or {}, "advantages", "train.advantages")
         return state["iteration"] if state else 0

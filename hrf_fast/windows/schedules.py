@@ -17,10 +17,8 @@ from torch import Generator
 from hrf_fast.registry import (
     call_factory,
     check_count,
-    load_state_of,
     load_user_function,
     qualified_name,
-    state_of,
 )
 
 # imported to register theirs
@@ -70,16 +68,6 @@ def build_schedule(
             "resumed, or neither"
         )
     return schedule
-
-
-def schedule_state(schedule: WindowSchedule) -> dict[str, Any]:
-    """{"schedule": its state} for a checkpoint, or {} where the schedule has no state."""
-    return state_of(schedule, "schedule", "window.schedule")
-
-
-def load_schedule_state(schedule: WindowSchedule, saved: dict[str, Any]) -> None:
-    """Restore what `schedule_state` gave; a schedule without a state, or a checkpoint without one, changes nothing."""
-    load_state_of(schedule, saved, "schedule", "window.schedule")
 
 
 def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int, stop: int) -> list[int]:

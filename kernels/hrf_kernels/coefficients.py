@@ -47,10 +47,6 @@ class StepCoefficients:
     def to(self, device: torch.device | str) -> StepCoefficients:
         return self._map(lambda tensor: tensor.to(device))
 
-    def repeat_interleave(self, repeats: int) -> StepCoefficients:
-        """[S] to [S·repeats]: each step's numbers once per sample, for a time-major batch."""
-        return self._map(lambda tensor: tensor.repeat_interleave(repeats))
-
 
 class StepInputs(NamedTuple):
     """Arguments of one denoising step under the names of the public functions; every tensor is [B, ...]."""

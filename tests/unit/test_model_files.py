@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hrf_fast.cli import main
 from hrf_fast.policies.load import load_policy
+from hrf_fast.weights import digest
 from tests.conftest import tiny_words
 from tests.hub import ID, Hub
 
@@ -309,3 +310,12 @@ def test_a_bin_file_with_code_in_it_is_refused_and_not_run(copy, tiny_model, tmp
     with pytest.raises(ValueError, match="model.name.*do not load"):
         load(copy)
     assert not marker.exists()
+
+
+def test_a_digest_is_of_numbers_and_not_of_where_they_lie():
+    numbers = torch.arange(9.0)
+    # begins 4 bytes behind a multiple of 8
+    view = numbers[1:]
+    assert view.data_ptr() % 8 == 4
+    assert digest({"weight": view}) == digest({"weight": view.clone()}) != digest({"weight": view + 1})
+    assert digest({"weight": view.view(2, 4)}) == digest({"weight": view.clone().view(2, 4)})

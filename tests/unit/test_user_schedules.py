@@ -6,9 +6,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from hrf_fast.registry import load_state_of, state_of
 from hrf_fast.windows.base import Window
-from hrf_fast.windows.schedules import build_schedule, load_schedule_state, schedule_state
+from hrf_fast.windows.schedules import build_schedule
 from tests.unit.test_windows import draw, make
+
+NAMES = ("schedule", "window.schedule")
 
 
 class Fixed:
@@ -101,18 +104,18 @@ def test_a_users_schedule_that_remembers_is_saved_and_restored(user_module):
     schedule = make("my_schedules:counting", T=7)
     schedule.calls = 3
     other = make("my_schedules:counting", T=7)
-    load_schedule_state(other, {"calls": {}, **schedule_state(schedule)})
+    load_state_of(other, {"calls": {}, **state_of(schedule, *NAMES)}, *NAMES)
     assert other.calls == 3
     # a checkpoint without a state changes nothing
-    load_schedule_state(other, {"calls": {}})
+    load_state_of(other, {"calls": {}}, *NAMES)
     assert other.calls == 3
 
 
 def test_a_schedule_without_a_state_adds_nothing_to_a_checkpoint(user_module):
     user_module.fixed = Fixed
     schedule = make("my_schedules:fixed", T=7)
-    assert schedule_state(schedule) == schedule_state(make("clusters")) == {}
-    load_schedule_state(schedule, {"calls": {}, "schedule": {"calls": 3}})
+    assert state_of(schedule, *NAMES) == state_of(make("clusters"), *NAMES) == {}
+    load_state_of(schedule, {"calls": {}, "schedule": {"calls": 3}}, *NAMES)
 
 
 def test_a_state_that_could_not_be_restored_is_refused_before_the_run(user_module):

@@ -12,7 +12,7 @@ from hrf_fast.policies.encoders import PromptEncoder
 
 PartConfig = Mapping[str, Any]
 PartConfigs = Mapping[str, PartConfig]
-"""PartConfigs of a pipeline's parts by name, as their files have them."""
+"""Configs of a pipeline's parts by name, as their files have them."""
 
 
 def nothing_steers(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
