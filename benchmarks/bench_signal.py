@@ -48,9 +48,10 @@ from hrf_fast.training.advantages import group as peers
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import group_noise
 from hrf_fast.training.components import Components
+from hrf_fast.training.credit import standardise
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
-from hrf_fast.training.rewarding import gather_rewards, standardise
+from hrf_fast.training.rewarding import gather_rewards
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window, with_noise
 
