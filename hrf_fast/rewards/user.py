@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from hrf_fast.registry import check_handed_over, check_module, load_user_function
 from hrf_fast.rewards.registry import NAME_OPTION, Reward, takes_metadata
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def check_user(spec: str, option: str = NAME_OPTION) -> None:
