@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hrf_fast.config.options import RewardTerm
 from hrf_fast.prompts import Prompt
+from hrf_fast.registry import check_module
 from hrf_fast.rewards.registry import (
     NAME_OPTION,
     OPTION_PREFIX,
@@ -29,7 +30,7 @@ from hrf_fast.rewards.registry import (
     reads_prompts,
     takes_metadata,
 )
-from hrf_fast.rewards.user import build_function, build_user, check_user
+from hrf_fast.rewards.user import build_function, build_user
 from hrf_fast.user_code import note_of, source_of, user_code
 
 # images come from a clamp, so only rounding can leave [0, 1]
@@ -50,7 +51,7 @@ def check_names(names: Sequence[str], option: str = NAME_OPTION) -> list[str]:
     """
     for name in names:
         if ":" in name:
-            check_user(name, option)
+            check_module(name, option)
     return [name for name in names if ":" not in name and reads_prompts(name, option)]
 
 
