@@ -33,7 +33,7 @@ from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
 from benchmarks.training_bench.models import MODELS, make_model
 from hrf_fast.config.run_options import PRECISIONS
-from hrf_fast.devices import choose_device, peak_memory_bytes, set_precision_flags
+from hrf_fast.devices import choose_device, peak_memory_bytes, set_precision_flags, trial_backward
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
@@ -81,6 +81,7 @@ def _nothing() -> None:
 def _call(policy: Policy, images: int, kind: str) -> Callable[[], None]:
     latents = torch.randn(images, *policy.latent_shape, device=policy.device)
     condition = policy.condition([None] * images)
+    weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
 
     def forward() -> Tensor:
         return policy.predict(latents, 0, condition).model_output
@@ -90,7 +91,7 @@ def _call(policy: Policy, images: int, kind: str) -> Callable[[], None]:
             with torch.no_grad():
                 forward()
         else:
-            forward().float().square().mean().backward()
+            trial_backward(forward, weights)
 
     return run
 
