@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hrf_fast.errors import writing
+from hrf_fast.vision.base import to_bytes
 
 # images of a panel that grids and listeners are shown
 SHOWN = 64
@@ -72,19 +73,13 @@ def image_grid(
     columns = columns or grid.columns
     rows = -(-count // columns)
     scale = scale or max(1, 64 // width)
-    pixels = image_pixels(images)
     # white cells fill the last row
     canvas = torch.full((rows * columns, height, width, 3), 255, dtype=torch.uint8)
-    canvas[:count] = pixels
+    canvas[:count] = to_bytes(images)
     canvas = canvas.reshape(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
     picture = Image.fromarray(canvas.numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     return _captioned(picture, grid, captions) if captions else picture
-
-
-def image_pixels(images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] as a picture's pixels, [N, H, W, 3] uint8."""
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def captions_of(record: Mapping[str, Any]) -> dict[str, Any]:
