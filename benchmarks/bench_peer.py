@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.tables import markdown_table
 from hrf_fast.evaluation.nanoflow import COLUMNS, nanoflow_columns
@@ -173,7 +168,3 @@ def main(words: Sequence[str] | None = None) -> None:
     (arguments.out / "peer.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "peer.md").write_text(f"{page}\n")
     print(page)
-
-
-if __name__ == "__main__":
-    main()

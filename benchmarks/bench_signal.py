@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
@@ -252,7 +247,3 @@ def main(words: Sequence[str] | None = None) -> None:
         picture = interval_curves(lines, x_label="start of the window", y_label="signal over noise of a group")
         (arguments.out / "signal.png").write_bytes(picture)
         print(page)
-
-
-if __name__ == "__main__":
-    main()
