@@ -15,14 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.tables import markdown_table, with_interval
 from hrf_fast.evaluation.blend import check_floors, read_front, summary
@@ -180,7 +175,3 @@ def main(words: Sequence[str] | None = None) -> None:
     (arguments.out / "blend.md").write_text(f"{page}\n\n![Gain against the share kept](blend.png)\n")
     (arguments.out / "blend.png").write_bytes(picture(blends, arguments.keep))
     print(page)
-
-
-if __name__ == "__main__":
-    main()

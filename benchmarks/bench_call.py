@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,15 +24,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
 from benchmarks.training_bench.models import MODELS, make_model
 from hrf_fast.config.run_options import PRECISIONS
-from hrf_fast.devices import choose_device, peak_memory_bytes, set_precision_flags
+from hrf_fast.devices import choose_device, peak_memory_bytes, set_precision_flags, trial_backward
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
 from hrf_fast.policies.load import load_policy
@@ -81,6 +76,7 @@ def _nothing() -> None:
 def _call(policy: Policy, images: int, kind: str) -> Callable[[], None]:
     latents = torch.randn(images, *policy.latent_shape, device=policy.device)
     condition = policy.condition([None] * images)
+    weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
 
     def forward() -> Tensor:
         return policy.predict(latents, 0, condition).model_output
@@ -90,7 +86,7 @@ def _call(policy: Policy, images: int, kind: str) -> Callable[[], None]:
             with torch.no_grad():
                 forward()
         else:
-            forward().float().square().mean().backward()
+            trial_backward(forward, weights)
 
     return run
 
@@ -188,7 +184,3 @@ def main(words: Sequence[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "call.json").write_text(json.dumps(result, indent=1) + "\n")
         (options.out / "call.md").write_text(text)
-
-
-if __name__ == "__main__":
-    main()

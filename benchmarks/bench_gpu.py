@@ -25,10 +25,6 @@ from typing import Any
 
 import torch
 
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.gpu_bench.page import MARKERS, missing, page, table
 from benchmarks.gpu_bench.parts import PROOFS, Part, all_parts, kill_tests
 from benchmarks.gpu_bench.record import FAILED, WHOLE, Record, facts_of
@@ -156,9 +152,3 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     if options.write:
         write_between(options.write, MARKERS, table(record.facts, record.parts))
-
-
-if __name__ == "__main__":
-    from hrf_fast.command import run_command
-
-    sys.exit(run_command(main))

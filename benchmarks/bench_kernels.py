@@ -26,10 +26,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.kernel_bench import timing
 from benchmarks.kernel_bench.counting import TRITON, Count, count, count_analytic, count_compiled
 from benchmarks.kernel_bench.page import page
@@ -217,9 +213,3 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {options.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    from hrf_fast.command import run_command
-
-    sys.exit(run_command(main))

@@ -16,17 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
@@ -244,9 +239,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments.out / "memory.md").write_text(markdown(result))
     plot(result, arguments.out / "memory.png")
     print(markdown(result), end="")
-
-
-if __name__ == "__main__":
-    from hrf_fast.command import run_command
-
-    sys.exit(run_command(main))

@@ -16,24 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.tables import markdown_table
-from hrf_fast.evaluation.grids import SHOWN, Grid, captions_of
 from hrf_fast.evaluation.nanoflow import COLUMNS, nanoflow_columns
 from hrf_fast.evaluation.panel import choose_network
 from hrf_fast.report.comparison import RunLog, read_runs
+from hrf_fast.report.strip import grid_images
 from hrf_fast.report.tables import run_title
 
 DROP = 0.203
@@ -61,23 +56,10 @@ TITLES = {
 }
 
 
-def grid_images(log: RunLog, panel: int) -> Tensor:
-    """The images [N, 3, H, W] in [0, 1] of a panel's grid, at most 64, as large as they are there.
-
-    Raises:
-        ValueError: the grid is not there.
-    """
-    record = log.panels[panel]
-    path = log.folder / "samples" / f"iteration-{record['iteration']:06d}.png"
-    count = min(SHOWN, log.config.evaluation.panel_size)
-    try:
-        with Image.open(path) as grid:
-            cut = Grid(count, captions_of(record).get("images_per_prompt", 0)).cut(grid.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
-    pixels = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in cut])
-    width, height = cut[0].size
-    return pixels.view(len(cut), height, width, 3).permute(0, 3, 1, 2) / 255
+def panel_images(log: RunLog, panel: int) -> Tensor:
+    """`grid_images` as [N, 3, H, W] in [0, 1]."""
+    pixels = np.stack([np.asarray(image) for image in grid_images(log, panel)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
 def enlargement(images: Tensor) -> int:
@@ -93,7 +75,7 @@ def enlargement(images: Tensor) -> int:
 def panels_of(log: RunLog) -> list[dict[str, list[float]]]:
     """The columns of every panel of a run, the pretrained model's first."""
     network = choose_network(log.config.evaluation.network, log.config.model.name, torch.device("cpu"))
-    grids = [grid_images(log, i) for i in range(len(log.panels))]
+    grids = [panel_images(log, i) for i in range(len(log.panels))]
     # the pretrained model's: later images may be of one colour
     factor = enlargement(grids[0])
     panels = [images[..., ::factor, ::factor] for images in grids]
@@ -186,7 +168,3 @@ def main(words: Sequence[str] | None = None) -> None:
     (arguments.out / "peer.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "peer.md").write_text(f"{page}\n")
     print(page)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,10 +39,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import describe, machine
 from benchmarks.search_bench.measuring import Prober
@@ -190,9 +185,3 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (arguments.out / "search.json").write_text(json.dumps(result))
                 (arguments.out / "search.md").write_text(markdown(result))
     print(markdown(result), end="")
-
-
-if __name__ == "__main__":
-    from hrf_fast.command import run_command
-
-    sys.exit(run_command(main))

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
@@ -48,9 +43,10 @@ from hrf_fast.training.advantages import group as peers
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import group_noise
 from hrf_fast.training.components import Components
+from hrf_fast.training.credit import standardise
 from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
-from hrf_fast.training.rewarding import gather_rewards, standardise
+from hrf_fast.training.rewarding import gather_rewards
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window, with_noise
 
@@ -251,7 +247,3 @@ def main(words: Sequence[str] | None = None) -> None:
         picture = interval_curves(lines, x_label="start of the window", y_label="signal over noise of a group")
         (arguments.out / "signal.png").write_bytes(picture)
         print(page)
-
-
-if __name__ == "__main__":
-    main()

@@ -30,10 +30,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-if __name__ == "__main__":
-    # instead of this folder, whose modules would hide packages of their names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.machine import commit, describe, machine
 from benchmarks.tables import markdown_table
 from benchmarks.training_bench.ceiling import add_utilisation, unet_flops
@@ -267,9 +263,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             (arguments.out / "training.json").write_text(json.dumps(result, indent=1))
             (arguments.out / "training.md").write_text(markdown(result))
     print(markdown(result), end="")
-
-
-if __name__ == "__main__":
-    from hrf_fast.command import run_command
-
-    sys.exit(run_command(main))

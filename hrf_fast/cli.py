@@ -95,7 +95,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if not (root / "benchmarks" / f"bench_{arguments.what}.py").is_file():
         raise ValueError(
             f"there is no benchmarks folder beside {root / 'hrf_fast'} with a bench_{arguments.what}.py; clone the "
-            f"repository and install it with pip install -e ., or run it there by python"
+            "repository and install it with pip install -e ."
         )
     sys.path.insert(0, str(root))
     importlib.import_module(f"benchmarks.bench_{arguments.what}").main(arguments.words)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
 import torch
+from torch import Tensor
 
 from hrf_fast.distributed import comm, launcher
 
@@ -83,6 +84,15 @@ def deterministic_backward() -> Iterator[None]:
         raise ValueError(f"compute.deterministic is true, but {reason}; set compute.deterministic=false") from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=warns)
+
+
+def trial_backward(forward: Callable[[], Tensor], weights: Sequence[Tensor]) -> None:
+    """Call `forward` and the backward of its output as an update does; the gradients of `weights` are thrown away."""
+    with torch.enable_grad():
+        output = forward()
+    # blocks that run again in it are graphs of its mode
+    with deterministic_backward():
+        torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)
 
 
 def choose_device(name: str) -> torch.device:

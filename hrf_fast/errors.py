@@ -38,6 +38,24 @@ class UserCodeError(RuntimeError):
     """Code of the user's failed: a reward, a schedule, a listener. The message names it, with file and line."""
 
 
+def read_utf8(path: Path, instead: str = "") -> str:
+    """The text of a file of the user's, without the mark that editors of Windows begin one with.
+
+    Args:
+        instead: another way out than to mend the file, for errors.
+
+    Raises:
+        ValueError: the file is not UTF-8, or can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        way_out = "save it as UTF-8" + (f", or {instead}" if instead else "")
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); {way_out}") from error
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}" + (f"; {instead}" if instead else "")) from error
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Around what writes `path`: an error of the system, which may name no file, names it and the way out.

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from hrf_fast.errors import UserCodeError
 from hrf_fast.user_code import describe, note_of, user_code
 
 T = TypeVar("T")
+# of module:function; a module that importlib finds need not be an identifier, as my-rewards
+_FORM = re.compile(r"[\w-]+(\.[\w-]+)*:[^\W\d]\w*")
 
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
@@ -71,14 +74,18 @@ class Registry(Generic[T]):
         return self._entries[name]
 
 
-def check_module(name: str, spec: str, option: str) -> None:
+def check_module(spec: str, option: str) -> None:
     """Refuse a `module:function` whose module, or the package that holds it, is nowhere; nothing is imported.
 
+    Args:
+        option: which has the spec, for errors.
+
     Raises:
-        ValueError: no such module in the current folder or on PYTHONPATH.
+        ValueError: malformed, or no such module in the current folder or on PYTHONPATH.
     """
+    module, _ = _split(spec, option)
     _look_in_current_folder()
-    top = name.partition(".")[0]
+    top = module.partition(".")[0]
     # a module that is loaded already need not have a file
     if top not in sys.modules and importlib.util.find_spec(top) is None:
         raise ValueError(
@@ -87,8 +94,12 @@ def check_module(name: str, spec: str, option: str) -> None:
         )
 
 
-def check_handed_over(spec: str, option: str) -> None:
-    """Raise ValueError for the name of a function that a script handed over, and that nobody can import by it."""
+def _split(spec: str, option: str) -> tuple[str, str]:
+    """Module and function of a `module:function`.
+
+    Raises:
+        ValueError: malformed, or the name of a function that a script handed over, and that nobody can import by it.
+    """
     module, _, attribute = spec.partition(":")
     of_script = module == "__main__" and not callable(getattr(sys.modules["__main__"], attribute, None))
     if of_script or "<" in attribute or spec == "functools:partial":
@@ -96,6 +107,9 @@ def check_handed_over(spec: str, option: str) -> None:
             f"{option} is {spec!r}, which went with the script that trained; put the function into a module and name "
             f"it, as {option}=my_module:my_function"
         )
+    if not _FORM.fullmatch(spec):
+        raise ValueError(f'{option} is {spec!r}; write "module:function" or "package.module:function"')
+    return module, attribute
 
 
 def load_user_function(spec: str, option: str) -> Callable[..., Any]:
@@ -104,10 +118,7 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
     Raises:
         ValueError: malformed, no such module or attribute, a module that raises when imported, or not callable.
     """
-    check_handed_over(spec, option)
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute or module_name.startswith("."):
-        raise ValueError(f"{option} is {spec!r}; write module:function, e.g. my_rewards:brightness")
+    module_name, attribute = _split(spec, option)
     _look_in_current_folder()
     try:
         with _before_the_run(f"importing {module_name}", UserCodeError):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 Shape = Sequence[int]
 # names that an error lists
@@ -28,9 +29,6 @@ def read_tensors(path: Path, way_out: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is damaged or can't be read, by its path.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -79,8 +77,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     A sum reads each number once, at the speed of the memory that holds it: a hash of the bytes themselves would copy
     gigabytes from a GPU. It tells models apart and is no protection against forgery.
     """
-    import torch
-
     code = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         rows = tensor.detach().contiguous()

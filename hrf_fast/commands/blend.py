@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
 from hrf_fast.devices import choose_device
 from hrf_fast.evaluation import blend as blends
+from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.lora import adapted_layers
 from hrf_fast.report.plots import blend_front
+from hrf_fast.rewards import CombinedReward
 from hrf_fast.run.card import save_model
 from hrf_fast.run.files import append_line, read_object, remove_folder, sha256, write_atomically
 from hrf_fast.run.finished import finished_run
@@ -36,6 +38,37 @@ _DIGEST = "option"
 _MEASURING = ("evaluation.network", "evaluation.rewards")
 # which may say what the panel shows
 _PROMPTS = ("prompts.source", "prompts.kwargs", "prompts.negative", "evaluation.prompts")
+
+
+class Front:
+    """Panels of blends, one JSON line each in a file, so that a stop loses none of them."""
+
+    def __init__(self, path: Path, line: blends.WeightLine, policy: Policy, reward: CombinedReward) -> None:
+        """Args: path, of the file; line, of the policy's network.
+
+        Raises:
+            ValueError: the file has a line that is no panel of a blend.
+        """
+        self._path, self._line, self._policy, self._reward = path, line, policy, reward
+        self._known = {(record["alpha"], record["seed"]): record for record in blends.read_front(path)}
+
+    def at(
+        self, alpha: float, panel: Panel, *, accept: Callable[[Sequence[float]], None] | None = None
+    ) -> dict[str, Any]:
+        """The panel's record at α with `alpha` and `seed`; evaluated unless the file has it.
+
+        Args:
+            accept: raises for rewards that must not get into the file.
+        """
+        key = alpha, panel.seed
+        if key not in self._known:
+            self._line.move(alpha)
+            metrics = panel.evaluate(self._policy, self._reward)
+            if accept is not None:
+                accept(metrics.rewards)
+            self._known[key] = {"alpha": alpha, "seed": panel.seed, **metrics.record()}
+            append_line(self._path, json.dumps(self._known[key]))
+        return self._known[key]
 
 
 def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0, most: float, step: float) -> list[str]:
@@ -82,7 +115,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     with blending(folder):
         reward = build_config_reward(config, device)
         _claim_blend(folder, run, config, reward.sources | panel.held_out_sources)
-        front = blends.Front(folder / "front.jsonl", line, policy, reward, append=append_line)
+        front = Front(folder / "front.jsonl", line, policy, reward)
         panels = files.panels()
         before = files.read_config()
         changed = differences(config, before)

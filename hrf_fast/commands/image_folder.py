@@ -11,11 +11,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from hrf_fast.errors import writing
-from hrf_fast.evaluation.grids import image_pixels
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
 from hrf_fast.prompts import Prompt
 from hrf_fast.run.files import append_line, write_atomically
+from hrf_fast.vision.base import to_bytes
 
 PROMPTS = "prompts.jsonl"
 
@@ -42,8 +42,8 @@ def write_folder(folder: Path, panel: Panel, policy: Policy) -> None:
         for part in panel.noise(policy).split(panel.images_per_call):
             numbers = part.sample_id.tolist()
             prompts = [panel.prompt(number) for number in numbers]
-            images = policy.decode(panel.denoise(policy, part)).cpu()
-            for number, prompt, pixels in zip(numbers, prompts, image_pixels(images), strict=True):
+            images = policy.decode(panel.denoise(policy, part))
+            for number, prompt, pixels in zip(numbers, prompts, to_bytes(images), strict=True):
                 file = f"{number:06d}.png"
                 data = io.BytesIO()
                 Image.fromarray(pixels.numpy()).save(data, format="PNG")

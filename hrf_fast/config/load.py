@@ -20,6 +20,7 @@ from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.options import SECTIONS, Config
 from hrf_fast.config.rules import check_config
 from hrf_fast.config.shapes import check_layer, missing_space
+from hrf_fast.errors import read_utf8
 from hrf_fast.registry import nearest
 
 
@@ -141,7 +142,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ValueError(f"--config {path} does not exist{nearest(str(path), others)}")
     if path.resolve() in seen:
         raise ValueError(f"{path} is its own base; remove the circle")
-    text = _text(path)
+    text = read_utf8(path, "name a YAML file")
+    if not text.strip():
+        raise ValueError(f"{path} is empty; write sections such as `train:`, or leave --config out")
     with _naming(str(path), text):
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     if not isinstance(values, dict):
@@ -157,21 +160,6 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         for layer in (*parents, OmegaConf.create(values)):
             merged = _merge(merged, layer)
     return merged
-
-
-def _text(path: Path) -> str:
-    try:
-        # editors of Windows begin a file with a mark
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or name a YAML file"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty; write sections such as `train:`, or leave --config out")
-    return text
 
 
 def _merge(config: Any, layer: Any) -> Any:

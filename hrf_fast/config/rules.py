@@ -142,13 +142,14 @@ def _check_optimizer_kwargs(kwargs: dict[str, Any]) -> None:
                 f"optimizer.kwargs.{name} is unknown{nearest(name, ('betas', 'eps'))}; it takes betas, eps"
             )
     betas, eps = kwargs.get("betas", [0, 0]), kwargs.get("eps", 1)
-    if not isinstance(betas, list) or len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, list) or len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.kwargs.betas is {betas!r}; use two numbers in [0, 1), such as [0.9, 0.999]")
-    if not (_is_number(eps) and 0 < eps < float("inf")):
+    if not (is_number(eps) and 0 < eps < float("inf")):
         raise ValueError(f"optimizer.kwargs.eps is {eps!r}; use a finite number above 0, such as 1e-8")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether YAML has read a number, and not yes or no."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -8,7 +8,7 @@ them lie averages (WiSE-FT, arXiv 2109.01903); beyond 1 the direction that train
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ import torch
 from torch import nn
 
 from hrf_fast.evaluation.diversity import paired_difference_interval
-from hrf_fast.evaluation.panel import Panel
-from hrf_fast.policies.base import Policy
-from hrf_fast.rewards import CombinedReward
 
 # of the spread of the rewards over images: what another machine or precision may change on average
 _SAME_MODEL = 0.25
@@ -61,48 +58,8 @@ class WeightLine:
             weight.copy_(torch.lerp(self._pretrained[name], self._tuned[name], alpha))
 
 
-class Front:
-    """Panels of blends, one JSON line each in a file, so that a stop loses none of them."""
-
-    def __init__(
-        self,
-        path: Path,
-        line: WeightLine,
-        policy: Policy,
-        reward: CombinedReward,
-        *,
-        append: Callable[[Path, str], None],
-    ) -> None:
-        """Args: path, of the file; line, of the policy's network; append, which adds a line to a file whole.
-
-        Raises:
-            ValueError: the file has a line that is no panel of a blend.
-        """
-        self._path, self._line, self._policy, self._reward = path, line, policy, reward
-        self._append = append
-        self._known = {(record["alpha"], record["seed"]): record for record in read_front(path)}
-
-    def at(
-        self, alpha: float, panel: Panel, *, accept: Callable[[Sequence[float]], None] | None = None
-    ) -> dict[str, Any]:
-        """The panel's record at α with `alpha` and `seed`; evaluated unless the file has it.
-
-        Args:
-            accept: raises for rewards that must not get into the file.
-        """
-        key = alpha, panel.seed
-        if key not in self._known:
-            self._line.move(alpha)
-            metrics = panel.evaluate(self._policy, self._reward)
-            if accept is not None:
-                accept(metrics.rewards)
-            self._known[key] = {"alpha": alpha, "seed": panel.seed, **metrics.record()}
-            self._append(self._path, json.dumps(self._known[key]))
-        return self._known[key]
-
-
 def read_front(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that `Front` wrote; one that is half-written or without its end is not one.
+    """The lines of RUN/blend/front.jsonl, panels of blends; one that is half-written or without its end is not one.
 
     Raises:
         ValueError: a line that is no panel of a blend, by number.

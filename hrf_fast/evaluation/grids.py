@@ -6,16 +6,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hrf_fast.errors import writing
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+from hrf_fast.vision.base import to_bytes
 
 # images of a panel that grids and listeners are shown
 SHOWN = 64
@@ -49,7 +47,7 @@ class Grid:
         """Pixels over each row of a grid of this width."""
         return max(12, round(width * _CAPTION)) if self.images_per_prompt else 0
 
-    def cut(self, picture: Image) -> list[Image]:
+    def cut(self, picture: Image.Image) -> list[Image.Image]:
         """The images of a picture of this layout, as large as they are there."""
         width = picture.width // self.columns
         band, row = self.caption_height(picture.width), picture.height // self.rows
@@ -64,32 +62,24 @@ def image_grid(
     scale: int = 0,
     captions: Sequence[str] = (),
     images_per_prompt: int = 0,
-) -> Image:
+) -> Image.Image:
     """Images [N, 3, H, W] in [0, 1] as one picture, small ones enlarged to be seen (`scale` 0 chooses).
 
     Args:
         captions: one for every `images_per_prompt` images, written above them and shortened to their width.
     """
-    from PIL import Image
-
     count, _, height, width = images.shape
     grid = Grid(count, images_per_prompt if captions else 0)
     columns = columns or grid.columns
     rows = -(-count // columns)
     scale = scale or max(1, 64 // width)
-    pixels = image_pixels(images)
     # white cells fill the last row
     canvas = torch.full((rows * columns, height, width, 3), 255, dtype=torch.uint8)
-    canvas[:count] = pixels
+    canvas[:count] = to_bytes(images)
     canvas = canvas.reshape(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
     picture = Image.fromarray(canvas.numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     return _captioned(picture, grid, captions) if captions else picture
-
-
-def image_pixels(images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] as a picture's pixels, [N, H, W, 3] uint8."""
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def captions_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,10 +88,8 @@ def captions_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"captions": prompts, "images_per_prompt": len(record["rewards"]) // len(prompts)} if prompts else {}
 
 
-def _captioned(picture: Image, grid: Grid, captions: Sequence[str]) -> Image:
+def _captioned(picture: Image.Image, grid: Grid, captions: Sequence[str]) -> Image.Image:
     """The rows of a grid with a band above each, which holds the captions of its blocks."""
-    from PIL import Image, ImageDraw, ImageFont
-
     band, row = grid.caption_height(picture.width), picture.height // grid.rows
     higher = Image.new("RGB", (picture.width, picture.height + grid.rows * band), "white")
     for number in range(grid.rows):
@@ -129,8 +117,6 @@ def _shortened(text: str, measure: Callable[[str], float], width: float) -> str:
 
 def check_picture(path: Path) -> None:
     """Raise ValueError for a path whose suffix is that of no picture that can be written."""
-    from PIL import Image
-
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"{path} is no name of a picture (unknown file extension: {path.suffix}); end it with .png")

@@ -1,4 +1,4 @@
-"""Prompt: what one group is asked to show. No torch here, so that rewards can be listed at once."""
+"""Prompt: what one group is asked to show."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hrf_fast.assets import ASSETS, PROMPT_LISTS
+from hrf_fast.errors import read_utf8
 from hrf_fast.noise import seeded_globals
 from hrf_fast.prompts.base import as_prompt
 from hrf_fast.prompts.draw import PromptFunction, PromptList, Prompts
@@ -112,13 +113,13 @@ def _list(option: str, value: str, items: list[tuple[Any, str]], negative: str) 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The prompts of a text file with their places; comments and empty lines are none."""
     # a prompt may hold line separators of Unicode, at which splitlines would break it
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield line.strip(), f"{path}, line {number}"
 
 
 def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         where = f"{path}, line {number}"
         if line.strip():
             try:
@@ -126,13 +127,3 @@ def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f'{where} is no JSON ({error}); write {{"prompt": "a cat"}} on each line') from error
             yield item, where
-
-
-def _text(path: Path) -> str:
-    try:
-        # editors of Windows begin a file with a mark
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from hrf_fast.report.comparison import RunLog, lowest_end, shared_held_out
 from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves, start_dots
+from hrf_fast.report.strip import open_grid
 from hrf_fast.report.tables import equal_reward_table, run_title
 from hrf_fast.run.card import reward_name
 from hrf_fast.run.files import HELD_OUT, intervals_of
+from hrf_fast.run.layout import RunFiles
 
 MID_RUN_GRIDS = 5
 GRID_PIXELS, SMALL_GRID_PIXELS = 1024, 384  # larger grids are shrunk, so that the page opens at once
@@ -191,18 +191,15 @@ def _signal(log: RunLog) -> Series | None:
 
 def _grid(log: RunLog, panel: int, name: str, kind: str) -> Figure:
     record: dict[str, Any] = log.panels[panel]
-    path = log.folder / "samples" / f"iteration-{record['iteration']:06d}.png"
     limit = SMALL_GRID_PIXELS if kind == "small" else GRID_PIXELS
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            if max(picture.size) > limit:
-                picture.thumbnail((limit, limit))
-                buffer = io.BytesIO()
-                picture.save(buffer, format="png")
-                data = buffer.getvalue()
-    except OSError as error:
-        raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
+    with open_grid(log, panel) as picture:
+        if max(picture.size) > limit:
+            picture.thumbnail((limit, limit))
+            buffer = io.BytesIO()
+            picture.save(buffer, format="png")
+            data = buffer.getvalue()
+        else:
+            data = RunFiles(log.folder).grid(record["iteration"]).read_bytes()
     vendi = f", Vendi Score {record['vendi'][0]:.4g}" if "vendi" in record else ""
     caption = f"{name}, iteration {record['iteration']}: reward {record['reward'][0]:.4g}{vendi}"
     return Figure(data, caption, kind)

@@ -6,7 +6,8 @@ Images of a column start from equal noise. They are cut from the grids in sample
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from hrf_fast.evaluation.grids import SHOWN, Grid, captions_of
 from hrf_fast.report.comparison import RunLog, read_runs
 from hrf_fast.report.tables import run_title
 from hrf_fast.run.files import write_atomically
+from hrf_fast.run.layout import RunFiles
 
 IMAGES = 10
 # smaller images are enlarged to about this, so that they stay sharp on a dense display
@@ -74,16 +76,37 @@ def draw_strip(rows: Sequence[Row]) -> Image.Image:
     return strip
 
 
-def _row(log: RunLog, panel: int, name: str) -> Row:
-    record = log.panels[panel]
-    path = log.folder / "samples" / f"iteration-{record['iteration']:06d}.png"
+@contextmanager
+def open_grid(log: RunLog, panel: int) -> Iterator[Image.Image]:
+    """A panel's grid, open.
+
+    Raises:
+        ValueError: the grid is not there, or damaged.
+    """
+    path = RunFiles(log.folder).grid(log.panels[panel]["iteration"])
     try:
-        with Image.open(path) as grid:
-            count = min(SHOWN, log.config.evaluation.panel_size)
-            images = Grid(count, captions_of(record).get("images_per_prompt", 0)).cut(grid.convert("RGB"))
+        with Image.open(path) as picture:
+            yield picture
     except OSError as error:
         raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
+
+
+def grid_images(log: RunLog, panel: int) -> list[Image.Image]:
+    """The images of a panel's grid, at most SHOWN, as large as they are there.
+
+    Raises:
+        ValueError: see `open_grid`.
+    """
+    layout = Grid(
+        min(SHOWN, log.config.evaluation.panel_size), captions_of(log.panels[panel]).get("images_per_prompt", 0)
+    )
+    with open_grid(log, panel) as picture:
+        return layout.cut(picture.convert("RGB"))
+
+
+def _row(log: RunLog, panel: int, name: str) -> Row:
+    record = log.panels[panel]
     lines = [name, f"reward {record['reward'][0]:.4g}"]
     if "vendi" in record:
         lines.append(f"Vendi Score {record['vendi'][0]:.4g}")
-    return Row(lines, images[:IMAGES])
+    return Row(lines, grid_images(log, panel)[:IMAGES])

@@ -2,8 +2,7 @@
 
 `build_reward` turns the terms of a config, or a function, into one checked callable that returns `Rewards`;
 `list_rewards` lists the registered ones. A new reward is a factory under `@register_reward("name")`, or any function,
-in a config as `module:function`. Importing this package imports neither torch nor transformers; a family loads when
-it is listed or built, weights when built.
+in a config as `module:function`. A family loads when it is listed or built, weights and transformers when built.
 """
 
 from hrf_fast.config.options import RewardTerm

@@ -10,10 +10,15 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from hrf_fast.config.options import RewardTerm
 from hrf_fast.prompts import Prompt
+from hrf_fast.registry import check_module
 from hrf_fast.rewards.registry import (
     NAME_OPTION,
     OPTION_PREFIX,
@@ -25,12 +30,8 @@ from hrf_fast.rewards.registry import (
     reads_prompts,
     takes_metadata,
 )
-from hrf_fast.rewards.user import build_function, build_user, check_user
+from hrf_fast.rewards.user import build_function, build_user
 from hrf_fast.user_code import note_of, source_of, user_code
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 # images come from a clamp, so only rounding can leave [0, 1]
 RANGE_TOLERANCE = 1e-3
@@ -50,7 +51,7 @@ def check_names(names: Sequence[str], option: str = NAME_OPTION) -> list[str]:
     """
     for name in names:
         if ":" in name:
-            check_user(name, option)
+            check_module(name, option)
     return [name for name in names if ":" not in name and reads_prompts(name, option)]
 
 
@@ -144,8 +145,6 @@ class CombinedReward:
             ValueError: images or prompts are not as above.
             RewardError: a term raised, or returned something else than B finite numbers.
         """
-        import torch
-
         check_images(images, prompts)
         asked = [Prompt(item) if isinstance(item, str) else item for item in prompts or [None] * len(images)]
         total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
@@ -202,9 +201,6 @@ def check_rewards(images: Tensor, rewards: Any, name: str) -> Tensor:
     Raises:
         RewardError: not numbers, not one per image, NaN or infinite.
     """
-    import numpy as np
-    import torch
-
     expected = f"expected {len(images)} real numbers, one per image"
     try:
         if isinstance(rewards, np.ndarray):

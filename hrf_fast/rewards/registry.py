@@ -1,7 +1,6 @@
 """The registry of rewards by name, and the small types every family shares.
 
-No torch here, so that rewards can be listed before anything heavy is imported. Building and checking a reward is
-`build.py`; a `module:function` named in a config is `user.py`.
+Building and checking a reward is `build.py`; a `module:function` named in a config is `user.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
 
 from hrf_fast.errors import UserCodeError
 from hrf_fast.registry import Registry, call_factory
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FAMILIES = ("jpeg", "aesthetic", "classifier", "text_image", "remote")
 OPTION_PREFIX = "reward.kwargs."

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from hrf_fast.hub import find_file, first_line
@@ -134,7 +135,6 @@ def image_reward(
 
 def _of_pictures(score: Callable[[Sequence[Any], Sequence[str]], Tensor], batch_size: int) -> Reward:
     """A reward from a function of pictures of Pillow and prompts, called with `batch_size` of them."""
-    from PIL import Image
 
     def reward(images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         pictures = [Image.fromarray(pixels) for pixels in to_bytes(images).numpy()]

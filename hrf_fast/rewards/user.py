@@ -10,34 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hrf_fast.registry import check_handed_over, check_module, load_user_function
+from torch import Tensor
+
+from hrf_fast.registry import load_user_function
 from hrf_fast.rewards.registry import NAME_OPTION, Reward, takes_metadata
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def check_user(spec: str, option: str = NAME_OPTION) -> None:
-    """Refuse a `spec` that leads nowhere, without importing its module.
-
-    Args:
-        option: which has the spec, for errors.
-
-    Raises:
-        ValueError: `spec` is malformed, or there is no such module.
-    """
-    check_module(_check_form(spec, option), spec, option)
-
-
-def _check_form(spec: str, option: str) -> str:
-    """The module of a well-formed `spec`."""
-    check_handed_over(spec, option)
-    module, colon, attribute = spec.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ValueError(f'{option} is {spec!r}; write "module:function" or "package.module:function"')
-    return module
 
 
 def build_user(spec: str, kwargs: dict[str, Any], option: str = NAME_OPTION) -> Reward:
@@ -50,7 +28,6 @@ def build_user(spec: str, kwargs: dict[str, Any], option: str = NAME_OPTION) -> 
         ValueError: `spec` is malformed or does not lead to a function, or the function does not take
             (images, prompts, **kwargs).
     """
-    _check_form(spec, option)
     function = load_user_function(spec, option)
     if inspect.isclass(function):
         raise ValueError(f"{option} is {spec!r}, which is a class; name a function, or an instance with __call__")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock
@@ -202,10 +201,6 @@ class RunFolder(RunFiles):
         path = self.path / PRETRAINED
         way_out = "restore it, or delete it to go on without shares of the pretrained model"
         return read_tensors(path, way_out) if path.is_file() else {}
-
-    def grid(self, iteration: int) -> Path:
-        """The PNG grid of the panel after `iteration` iterations."""
-        return self.path / "samples" / f"iteration-{iteration:06d}.png"
 
     def append_panel(self, record: dict[str, Any], images: Tensor) -> None:
         """Write a panel's PNG grid and its line of evaluations.jsonl."""

@@ -51,6 +51,10 @@ class RunFiles:
             raise ValueError(f"{self.path / EVENTS} has an end whose figures lack 'model'; mend or delete that line")
         return ends
 
+    def grid(self, iteration: int) -> Path:
+        """The PNG grid of the panel after `iteration` iterations."""
+        return self.path / "samples" / f"iteration-{iteration:06d}.png"
+
     def evaluation(self, checkpoint: Path | None = None) -> Path:
         """The file that `hrf evaluate` writes about the tuned model, or about a checkpoint, without --out."""
         number = "" if checkpoint is None else f"-{checkpoint.absolute().name.removeprefix('iteration-')}"

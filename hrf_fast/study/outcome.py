@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hrf_fast.evaluation.blend import read_front, steps_to
 from hrf_fast.run.files import read_object
-from hrf_fast.run.layout import RunFiles
+from hrf_fast.run.layout import EVENTS, RunFiles
 from hrf_fast.study.plan import BlendOf
 
 
-def trained(folder: Path, log: Sequence[str]) -> dict[str, Any]:
+def trained(folder: Path) -> dict[str, Any]:
     """Seconds, reason of the end, iteration of the tuned model, and panels.
 
-    Args:
-        log: lines of the run's log, which says why it has ended.
-
     Raises:
-        ValueError: the log says nothing of an end, or a damaged file.
+        ValueError: the events have no end, or a damaged file.
     """
-    reason = reason_in(log)
-    if reason is None:
-        raise ValueError("the run says nothing of its end")
     files = RunFiles(folder)
-    panels, model, seconds = files.panels(), files.model_iteration(), _seconds(files)
+    ends = files.ends()
+    if not ends:
+        raise ValueError(f"{folder / EVENTS} has no end of the run; delete {folder}, and the run is made again")
+    reason, model = ends[-1]["text"], int(ends[-1]["figures"]["model"])
+    panels, seconds = files.panels(), _seconds(files)
     for number, panel in enumerate(panels):
         before = [value for iteration, value in seconds.items() if iteration < panel["iteration"]]
         # of training before it; a log that has lost lines does not know them
@@ -73,12 +69,6 @@ def blended(folder: Path, blend: BlendOf) -> dict[str, Any]:
         "panels": [panel(first[alpha]) for alpha in sorted(alphas)],
         "second_panel": [panel(other[alpha]) for alpha in (0, chosen["alpha"])],
     }
-
-
-def reason_in(log: Sequence[str]) -> str | None:
-    """Why a run has ended, from the lines of its log; a reward may have printed before that on its line."""
-    reasons = [match[1] for line in log if (match := re.search(r"done, (.*): .* \(hrf report", line))]
-    return reasons[-1] if reasons else None
 
 
 def _seconds(files: RunFiles) -> dict[int, float]:

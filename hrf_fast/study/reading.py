@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from hrf_fast.config.rules import is_number
 from hrf_fast.config.run_options import LARGEST_SEED
+from hrf_fast.errors import read_utf8
 from hrf_fast.evaluation.blend import steps_to
 from hrf_fast.registry import nearest
 from hrf_fast.study.plan import RATE, BlendOf, Study
@@ -30,11 +32,12 @@ def read_study(path: Path) -> Study:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    text = read_utf8(path, "name a file as in configs/study/")
     try:
         # as configurations are read: 1e-4 is a number, and a name that comes twice is an error
-        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"{path} can't be read as a study: {reason}; name a file as in configs/study/") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold {', '.join(_KEYS)}, not a {type(values).__name__}")
@@ -48,7 +51,7 @@ def read_study(path: Path) -> Study:
     if not isinstance(tune, dict) or (tune and set(tune) != {"seeds", "learning_rates"}):
         raise ValueError(f"{path}: tune is {tune!r}; write {{seeds: [...], learning_rates: [...]}}")
     keep = values.get("keep", 0.9)
-    if not _is_number(keep) or not 0 < keep <= 1:
+    if not is_number(keep) or not 0 < keep <= 1:
         raise ValueError(f"{path}: keep is {keep!r}; use a share above 0 and at most 1, such as 0.9")
     arms, blends = _arms(path, values["arms"], keep)
     study = Study(
@@ -116,7 +119,7 @@ def _blend(key: str, layer: dict[str, Any], trained: list[str], keep: float) -> 
             f"{key} blends {blend['arm']!r}{nearest(str(blend['arm']), trained)}; name an arm that is trained, "
             f"{', '.join(trained) or 'which this study lacks'}"
         )
-    if not _is_number(blend["most"]) or not _is_number(blend["step"]):
+    if not is_number(blend["most"]) or not is_number(blend["step"]):
         raise ValueError(f"{key} is {layer!r}; most and step are numbers: {example}")
     try:
         steps_to(blend["most"], blend["step"])
@@ -176,7 +179,3 @@ def _reads_as_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

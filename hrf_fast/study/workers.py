@@ -149,12 +149,11 @@ class Workers:
     def _outcome(self, job: Job, code: int) -> dict[str, Any]:
         """Read what a finished process has left, or its error."""
         path = self.out / f"{job.name}.log"
-        log = path.read_text(errors="replace").strip().splitlines()
         if code:
-            return {"error": _error(code, log, path)}
+            return {"error": _error(code, path)}
         try:
             if job.blend is None:
-                outcome = trained(self.out / job.name, log)
+                outcome = trained(self.out / job.name)
             else:
                 outcome = blended(self.out / job.training.name, job.blend)
             check_panels(outcome)
@@ -176,12 +175,13 @@ class Workers:
             process.wait()
 
 
-def _error(code: int, log: Sequence[str], path: Path) -> str:
+def _error(code: int, path: Path) -> str:
     """Say why a process failed: its signal, the last error that its log tells, or where to look."""
     if code < 0:
         name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
         # what the system does where memory runs out
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    log = path.read_text(errors="replace").strip().splitlines()
     errors = [*_ERROR.finditer("\n".join(log))]
     return errors[-1][1] or errors[-1][2] if errors else f"exit code {code}; see {path}"
 

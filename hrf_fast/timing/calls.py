@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.cpu import usable_cpus
-from hrf_fast.devices import deterministic_backward
+from hrf_fast.devices import trial_backward
 from hrf_fast.policies.base import Condition, Policy
 from hrf_fast.policies.network import Network
 
@@ -34,14 +34,7 @@ def update_call(network: Network, shape: tuple[int, ...], condition: Condition, 
     """A call and its backward; arguments as `sampling_call`. Its gradients are thrown away."""
     latents = _latents(network, shape, images * condition.branches)
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-    def call() -> None:
-        with torch.enable_grad():
-            output = network(latents, 0, **condition.inputs)
-        with deterministic_backward():
-            torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)
-
-    return call
+    return lambda: trial_backward(lambda: network(latents, 0, **condition.inputs), weights)
 
 
 def _latents(network: Network, shape: tuple[int, ...], rows: int) -> Tensor:

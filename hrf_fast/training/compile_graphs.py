@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hrf_fast.devices import deterministic_backward
+from hrf_fast.devices import trial_backward
 from hrf_fast.distributed import comm
 from hrf_fast.policies.base import Policy
 from hrf_fast.prompts import Prompt
@@ -85,8 +85,4 @@ def _run(policy: Policy, size: int, prompt: Prompt | None, guided: bool) -> None
     with torch.no_grad():
         policy.network(latents, timestep, **named)
     weights = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
-    with torch.enable_grad():
-        output = policy.network(latents, timestep, **named)
-    # blocks that run again in it are graphs of its mode
-    with deterministic_backward():
-        torch.autograd.grad(output, weights, torch.ones_like(output), allow_unused=True)
+    trial_backward(lambda: policy.network(latents, timestep, **named), weights)

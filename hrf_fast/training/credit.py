@@ -1,8 +1,9 @@
-"""Credit: advantages of single denoising steps, by the reward of the clean image that the network predicts at each.
+"""Credit: advantages of gathered rewards, of whole samples or of single denoising steps.
 
-Generalized advantage estimation (Schulman et al., arXiv 1506.02438) without discount. The value of a state x_t is the
-reward of x̂0, the clean image that the prediction at x_t stands for, and the rollout has that prediction anyway: with
-V_i of the state before step i of the window and V_S the final reward,
+A step is credited by the reward of the clean image that the network predicts there: generalized advantage estimation
+(Schulman et al., arXiv 1506.02438) without discount. The value of a state x_t is the reward of x̂0, the clean image that
+the prediction at x_t stands for, and the rollout has that prediction anyway: with V_i of the state before step i of the
+window and V_S the final reward,
 
     δ_i = V_{i+1} − V_i,   Â_i = δ_i + λ·Â_{i+1}.
 
@@ -15,8 +16,14 @@ final reward V_{S+1}.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
+
+from hrf_fast.training.advantages import Advantages, Peers, apply_advantages, mix_advantages
+from hrf_fast.training.remedies import favour_novel, matching_advantages
+from hrf_fast.training.rewarding import GroupRewards
 
 
 def step_advantages(
@@ -41,3 +48,78 @@ def step_advantages(
         advantages[i] += gae_lambda * advantages[i + 1]
     advantages = advantages[: len(values)]
     return ((advantages - advantages.mean(1, keepdim=True)) / scale).float()
+
+
+def standardise(
+    rewards: Mapping[int, GroupRewards],
+    advantages: Advantages,
+    device: torch.device,
+    *,
+    sharpness: float = 0.0,
+    gae_lambda: float | None = None,
+    term_weights: Mapping[str, float] | None = None,
+) -> dict[int, Tensor]:
+    """Advantages on `device` by group, [B], or [S, B] where steps have credit of their own.
+
+    A group without rewards has none and is no peer of the others. A sample without peers has none either.
+
+    Args:
+        gae_lambda: see `step_advantages`; None credits all steps with the final reward.
+        sharpness: of matched trajectories, see `matching_advantages`; 0 leaves advantages as they are.
+        term_weights: of reward terms that are standardised one by one, see `mix_advantages`; None standardises the sum.
+    """
+    finite = _comparable(rewards, advantages)
+    if not finite:
+        return {}
+    if gae_lambda is not None:
+        assert isinstance(advantages, Peers), "a rule of the configuration"
+        by_step = {}
+        for group, scale in advantages.scales(finite).items():
+            values = rewards[group].values
+            assert values is not None, "the rollout was not asked for the predicted clean images"
+            by_step[group] = step_advantages(
+                finite[group], values, rewards[group].after, gae_lambda=gae_lambda, scale=scale
+            ).to(device)
+        return by_step
+    prompts = {group: rewards[group].prompt for group in finite}
+    if term_weights is None:
+        by_group = apply_advantages(advantages, finite, prompts)
+    else:
+        by_group = mix_advantages(advantages, _by_term(rewards, finite, term_weights), term_weights, prompts)
+    for group, values in by_group.items():
+        factors, log_prob = rewards[group].novelty, rewards[group].log_prob
+        if factors is not None:
+            by_group[group] = favour_novel(values, factors)
+        if sharpness and log_prob is not None:
+            by_group[group] = matching_advantages(values, log_prob, sharpness=sharpness)
+    return {group: values.to(device) for group, values in by_group.items()}
+
+
+def spread_notes(
+    rewards: Mapping[int, GroupRewards], advantages: Advantages, term_weights: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`."""
+    finite, notes = _comparable(rewards, advantages), getattr(advantages, "notes", None)
+    if not finite or not notes:
+        return {}
+    if term_weights is None:
+        return dict(notes(finite))
+    return {
+        f"{term}: {kind}": f"reward {term!r}: {sentence}"
+        for term, values in _by_term(rewards, finite, term_weights).items()
+        for kind, sentence in notes(values).items()
+    }
+
+
+def _by_term(
+    rewards: Mapping[int, GroupRewards], groups: Iterable[int], terms: Iterable[str]
+) -> dict[str, dict[int, Tensor]]:
+    """The rewards [B] of each term by group."""
+    return {term: {group: rewards[group].by_term[term] for group in groups} for term in terms}
+
+
+def _comparable(rewards: Mapping[int, GroupRewards], advantages: Advantages) -> dict[int, Tensor]:
+    """Finite rewards by group; none where a batch is down to one sample, which has no spread to standardise by."""
+    finite = {group: result.rewards for group, result in rewards.items() if result.rewards is not None}
+    alone = sum(len(values) for values in finite.values()) == 1
+    return {} if alone and isinstance(advantages, Peers) and advantages.together else finite

@@ -19,9 +19,10 @@ from hrf_fast.rewards import RewardError
 from hrf_fast.run.session import Run
 from hrf_fast.training.collect import begin, collect
 from hrf_fast.training.components import Components
+from hrf_fast.training.credit import spread_notes, standardise
 from hrf_fast.training.drift import check_drift, policy_drift
 from hrf_fast.training.metrics import StepStats, iteration_record
-from hrf_fast.training.rewarding import GroupRewards, gather_rewards, spread_notes, standardise
+from hrf_fast.training.rewarding import GroupRewards, gather_rewards
 from hrf_fast.training.update import update
 from hrf_fast.windows.base import Window
 

@@ -107,12 +107,6 @@ def test_a_run_prints_tables_and_writes_json(tmp_path, capsys):
     assert 0 < result["unet"]["share_of_step"]["analytic"] < 1
 
 
-def test_it_runs_as_a_script():
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_kernels.py"), "--batch", "0"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("error: --batch is 0")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

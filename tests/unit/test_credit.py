@@ -7,8 +7,8 @@ from hrf_fast.config.load import load_config
 from hrf_fast.rewards import RewardError, Rewards
 from hrf_fast.training.advantages import build_advantages
 from hrf_fast.training.calls import CallPlan
-from hrf_fast.training.credit import step_advantages
-from hrf_fast.training.rewarding import GroupRewards, Rewarder, standardise
+from hrf_fast.training.credit import standardise, step_advantages
+from hrf_fast.training.rewarding import GroupRewards, Rewarder
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_mean

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.bench_peer import at_drop, enlargement, grid_images, main
+from benchmarks.bench_peer import at_drop, enlargement, main, panel_images
 from hrf_fast.evaluation.grids import save_grid
 from hrf_fast.evaluation.nanoflow import bits_per_pixel, nanoflow_columns, total_variation
 from hrf_fast.report.comparison import read_runs
@@ -91,7 +91,7 @@ def test_runs_beside_the_peers_figures(tmp_path, capsys):
     for i, scale in enumerate((1.0, 0.2, 0.0)):
         save_grid(noise * scale, run / "samples" / f"iteration-{i:06d}.png")
     # grids show images of 32 pixels at 64
-    shown = grid_images(read_runs([run])[0], 0)
+    shown = panel_images(read_runs([run])[0], 0)
     assert enlargement(shown) == 2 and enlargement(noise) == 1
     torch.testing.assert_close(shown[..., ::2, ::2], noise, atol=0.5 / 255 + 1e-6, rtol=0)
     main([str(run), "--drop", "0.1", "--out", str(tmp_path)])

@@ -9,9 +9,10 @@ import torch
 from hrf_fast.config.load import load_config
 from hrf_fast.training.advantages import apply_advantages, build_advantages
 from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.credit import standardise
 from hrf_fast.training.optimizer_step import Clips, call_surrogate
 from hrf_fast.training.remedies import favour_novel, matching_advantages, novelty
-from hrf_fast.training.rewarding import GroupRewards, standardise
+from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.training.rollout import rollout
 from hrf_fast.training.standardising import group_advantages, within_band
 from hrf_fast.windows.base import Window

@@ -9,7 +9,8 @@ from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
 from hrf_fast.rewards import RewardTerm, build_reward
 from hrf_fast.training.advantages import build_advantages
-from hrf_fast.training.rewarding import GroupRewards, reward_groups, spread_notes, standardise
+from hrf_fast.training.credit import spread_notes, standardise
+from hrf_fast.training.rewarding import GroupRewards, reward_groups
 from tests.runs import assert_equal_training, metrics, train, with_folder
 
 CPU = torch.device("cpu")

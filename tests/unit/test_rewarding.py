@@ -12,14 +12,8 @@ import torch
 from hrf_fast.rewards import NotFiniteError, RewardError, Rewards, build_reward
 from hrf_fast.stopwatch import Stopwatch
 from hrf_fast.training.advantages import build_advantages
-from hrf_fast.training.rewarding import (
-    GroupRewards,
-    Rewarder,
-    gather_rewards,
-    reward_groups,
-    spread_notes,
-    standardise,
-)
+from hrf_fast.training.credit import spread_notes, standardise
+from hrf_fast.training.rewarding import GroupRewards, Rewarder, gather_rewards, reward_groups
 
 CPU = torch.device("cpu")
 

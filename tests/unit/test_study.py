@@ -17,7 +17,7 @@ from hrf_fast.report import plots
 from hrf_fast.run.lock import lock_folder
 from hrf_fast.study import statistics
 from hrf_fast.study.comparison import compare, measures, percent
-from hrf_fast.study.outcome import reason_in, trained
+from hrf_fast.study.outcome import trained
 from hrf_fast.study.reading import read_study
 from hrf_fast.study.report import _series, ends, write_report
 from hrf_fast.study.results import Results, code_commit, facts, key, select
@@ -454,13 +454,12 @@ def test_seconds_before_a_panel_by_hand(tmp_path):
     interval = [1.0, 0.5, 1.5]
     panels = [{"iteration": n, "evaluations": n, "reward": interval, "rewards": [1.0]} for n in (0, 2, 4)]
     lines = [{"iteration": n, "seconds": {"rollout": 10.0 * (n + 1), "update": 0.0}} for n in range(4)]
+    events = [{"iteration": 4, "event": "end", "text": "the end", "figures": {"model": 4}}]
 
     def seconds(lines):
-        for name, records in (("evaluations", panels), ("metrics", lines)):
+        for name, records in (("evaluations", panels), ("metrics", lines), ("events", events)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return [
-            panel.get("seconds") for panel in trained(tmp_path, ["done, the end: reward 1 (hrf report run)"])["panels"]
-        ]
+        return [panel.get("seconds") for panel in trained(tmp_path)["panels"]]
 
     assert seconds(lines) == [0.0, 30.0, 100.0]
     # a log that has lost a line does not know them
@@ -621,6 +620,11 @@ def test_commits_of_a_study_are_a_list_of_words(write_study):
         read_study(study)
 
 
-def test_the_reason_of_an_end_is_found_behind_what_a_reward_has_printed():
-    log = ["self-check", ".......done, train.iterations is 2: runs/a (hrf report runs/a)", "a warning"]
-    assert reason_in(log) == "train.iterations is 2" and reason_in(["..."]) is None
+def test_the_reason_and_the_model_are_those_of_the_newest_end(tmp_path):
+    with pytest.raises(ValueError, match=r"events.jsonl has no end of the run; delete .*, and the run is made again"):
+        trained(tmp_path)
+    texts = ("train.iterations is 2", "asked: to stop (hrf report x)")
+    ends = [{"iteration": 2, "event": "end", "text": text, "figures": {"model": n}} for n, text in enumerate(texts)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(end) + "\n" for end in ends))
+    outcome = trained(tmp_path)
+    assert (outcome["reason"], outcome["model"]) == (texts[1], 1)
