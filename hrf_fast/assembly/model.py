@@ -116,22 +116,13 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     Raises:
         ImportError: DeepSpeed is not installed.
     """
-    optimizer, file = config.optimizer, config.engine.deepspeed
-    options: dict[str, Any] = {
-        "optimizer": optimizer.name,
-        "weight_decay": optimizer.weight_decay,
-        "betas": optimizer.betas,
-        "eps": optimizer.eps,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "ema_decay": optimizer.ema_decay,
-        "precision": config.compute.precision,
-    }
+    optimizer, precision, file = config.optimizer, config.compute.precision, config.engine.deepspeed
     if file is None:
-        return PlainEngine(policy.network, **options)
+        return PlainEngine(policy.network, optimizer, precision)
     from hrf_fast.engines.zero import DeepSpeedEngine
 
     # DeepSpeed views weights as flat buffers, where another order is lost or fails; the network's inputs still carry it
     policy.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    engine = DeepSpeedEngine(policy.network, read_settings(file), **options)
+    engine = DeepSpeedEngine(policy.network, read_settings(file), optimizer, precision)
     policy.attach(engine.forward)
     return engine
