@@ -199,6 +199,6 @@ def _encoder(
                 f"{_model(files)}, whose tokenizer makes {tokenizer.model_max_length} tokens (model_max_length) but "
                 f"whose text encoder takes {most}; correct tokenizer_config.json"
             )
-    assert files.family.encoder is not None
-    facts: dict[str, Any] = {"denoiser": config, "size": shape.size, "index": files.settings}
+    assert files.family.encoder is not None and shape.size is not None
+    facts = {"denoiser": config, "size": shape.size, "index": files.settings}
     return files.family.encoder(tokenizers, encoders, device, **facts, t5_length=files.t5_length, offload=offload)

@@ -82,19 +82,6 @@ class PromptEncoderFlux(PromptEncoder):
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
-def encoder(
-    tokenizers: Sequence[Any],
-    encoders: Sequence[Any],
-    device: torch.device,
-    *,
-    t5_length: int,
-    offload: bool,
-    **facts: Any,
-) -> PromptEncoderFlux:
-    """See `Family.encoder`."""
-    return PromptEncoderFlux(tokenizers, encoders, device, t5_length=t5_length, offload=offload)
-
-
 def zeros(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
     """See `Family.zeros`."""
     transformer = configs["transformer"]
@@ -135,7 +122,7 @@ FLUX = Family(
     Layout(call_flux, patch=lambda config: 2, tokens=True, packed=True, side=lambda config: 128),
     FluxPolicy,
     check,
-    encoder=encoder,
+    encoder=PromptEncoderFlux,
     zeros=zeros,
     t5_length=512,
     check_guidance=check_guidance,
