@@ -12,7 +12,6 @@ import torch
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import Shape, shape_of
-from hrf_fast.policies.checks import check_unet
 from hrf_fast.policies.encoders import PromptEncoder
 from hrf_fast.policies.files import ModelFiles, read_decoder, read_model
 from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
@@ -90,9 +89,6 @@ def load_policy(
     with quiet():
         of_model = _scheduler(files, shift)
         unet = load_module(_model(files), files.parts[files.denoiser])
-        if not files.takes_prompts:
-            latent = "vqvae" in files.parts
-            check_unet(name, unet.config, of_model.config, latent=latent, is_flow=is_flow(of_model))
         if prepare is not None:
             prepare(unet)
         unet = unet.to(device)

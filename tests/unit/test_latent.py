@@ -183,9 +183,8 @@ def test_a_decoder_of_another_kind_is_refused_by_name(copy):
 def test_the_unet_of_an_ldm_alone_is_no_pixel_model(copy):
     # without its index a folder is taken for a pixel model, which has 1 or 3 channels
     (copy / "model_index.json").unlink()
-    assert "vqvae" not in read_model(str(copy)).parts
     with pytest.raises(ValueError, match=f"model.name is '{copy}'.* {CHANNELS} channels"):
-        load(copy)
+        read_model(str(copy), weights=False)
 
 
 def test_weights_of_a_decoder_that_do_not_fit_are_refused(copy):

@@ -13,8 +13,8 @@ from hrf_fast.policies.base import Condition
 from hrf_fast.policies.calling import Layout, timestep_rows
 from hrf_fast.policies.encoders import PromptEncoder, Rows
 from hrf_fast.policies.families.base import Family, PartConfigs
+from hrf_fast.policies.families.checks import check_transformer
 from hrf_fast.policies.text_to_image import TextToImagePolicy
-from hrf_fast.policies.transformer_checks import check_transformer
 
 
 def call_sd3(transformer: Any, latents: Tensor, timesteps: float | Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.calling import UNET
-from hrf_fast.policies.checks import check_size
 from hrf_fast.policies.encoders import PromptEncoder, Rows
 from hrf_fast.policies.families.base import Family, PartConfig, PartConfigs
+from hrf_fast.policies.families.checks import check_size
 from hrf_fast.policies.text_to_image import TextToImagePolicy
 
 # settings of a UNet2DConditionModel by which something else than step and prompt steers it
@@ -127,9 +127,7 @@ def check(name: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     if latent != channels[0]:
         raise ValueError(f"{start}has {channels[0]} channels but whose VAE {latent}; give the parts of one model")
     _check_widths(start, unet, encoders)
-    check_size(
-        name, unet.get("sample_size") if xl else latent_side(unet), len(unet.get("block_out_channels", (0,) * 4)) - 1
-    )
+    check_size(name, unet.get("sample_size") if xl else latent_side(unet), unet)
 
 
 def latent_side(unet: Mapping[str, Any]) -> Any:
