@@ -12,10 +12,10 @@ from hrf_fast.memory.footprint import decoding_bytes, measure_decoding
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.latent import LatentPolicy
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample, starting_noise
 from hrf_kernels import philox_normal
 from tests.conftest import make_scheduler, make_smallest_unet, tiny_words
+from tests.loading import load_policy
 from tests.runs import metrics, train
 
 pytestmark = pytest.mark.long

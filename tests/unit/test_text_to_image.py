@@ -15,7 +15,6 @@ from hrf_fast.assembly.inputs import guidance_note
 from hrf_fast.config.load import load_config
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies import compilation, text_to_image
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import starting_noise
 from hrf_fast.prompts import Prompt
 from hrf_fast.training.calls import CallPlan
@@ -27,6 +26,7 @@ from hrf_fast.training.self_check import self_check
 from hrf_fast.windows.base import Window
 from tests.conftest import make_engine, tiny_words
 from tests.flow_models import load_flow_policy
+from tests.loading import load_policy
 from tests.runs import metrics, panels, train, weights
 from tests.text_models import KINDS, SIDE, load_text_policy, text_model
 
