@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import describe, machine
 from benchmarks.tables import markdown_table
 from benchmarks.training_bench.models import MODELS, make_model
-from hrf_fast.config.run_options import PRECISIONS
+from hrf_fast.config.options import ModelConfig
+from hrf_fast.config.run_options import PRECISIONS, ComputeConfig
 from hrf_fast.devices import choose_device, peak_memory_bytes, set_precision_flags, trial_backward
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.compilation import check_compile
@@ -163,12 +164,9 @@ def main(words: Sequence[str] | None = None) -> None:
     switches = [options.precision, *(["channels_last"] if options.channels_last else [])]
     switches += [f"compile {options.compile}"] if options.compile != "none" else []
     with tempfile.TemporaryDirectory() as folder:
-        policy = load_policy(
-            make_model(options.model, Path(folder), seed=0),
-            precision=options.precision,
-            channels_last=options.channels_last,
-            device=device,
-        )
+        model = ModelConfig(make_model(options.model, Path(folder), seed=0))
+        compute = ComputeConfig(options.precision, channels_last=options.channels_last)
+        policy = load_policy(model, compute=compute, device=device)
     if options.compile != "none":
         policy.compile(options.compile)
     if device.type == "cuda":

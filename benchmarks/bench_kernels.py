@@ -129,9 +129,12 @@ def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, A
     """Measure the loss's share of a training step's forward and backward, beside the UNet that it follows."""
     if options.unet == "none":
         return None
+    from hrf_fast.config.options import ModelConfig
+    from hrf_fast.config.run_options import ComputeConfig
     from hrf_fast.policies.load import load_policy
 
-    policy = load_policy(options.unet, precision="bf16" if options.dtype == "bf16" else "fp32", device=device)
+    compute = ComputeConfig("bf16" if options.dtype == "bf16" else "fp32")
+    policy = load_policy(ModelConfig(options.unet), compute=compute, device=device)
     batch, shape = options.batch[0], policy.latent_shape
     case = make_case(shape, batch, clamp=True, dtype=DTYPES[options.dtype], device=device, seed=options.seed)
     condition, step = policy.condition([None] * batch), len(policy.sampler) // 2

@@ -13,6 +13,7 @@ import torch
 from data import fashion, portraits
 from torch import Tensor
 
+from hrf_fast.config.options import ModelConfig, SampleConfig
 from hrf_fast.evaluation.diversity import inception_score
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.evaluation.vendi import vendi_score
@@ -43,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     by_ode = arguments.scheduler == "ode"
     kind = "flow_sde" if by_ode else arguments.scheduler
-    policy = load_policy(arguments.model or arguments.name, scheduler=kind, num_inference_steps=arguments.steps)
+    policy = load_policy(ModelConfig(arguments.model or arguments.name), SampleConfig(kind, arguments.steps))
     if by_ode:
         policy.sampler = replace(policy.sampler, coefficients=policy.sampler.deterministic)
     noise = Panel(arguments.count, seed=7, images_per_call=64).noise(policy)

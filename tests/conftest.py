@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.pixel import PixelPolicy
@@ -123,8 +124,8 @@ def make_policy(seed: int = 0, **scheduler_options) -> PixelPolicy:
 
 
 def make_engine(policy, max_grad_norm: float = 0.0, ema_decay: float = 0.0) -> PlainEngine:
-    options = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
-    return PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, **options)
+    options = OptimizerConfig(weight_decay=0.0, max_grad_norm=max_grad_norm, ema_decay=ema_decay)
+    return PlainEngine(policy.network, options)
 
 
 def make_algorithm(seed: int, **options) -> SimpleNamespace:

@@ -17,9 +17,9 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
 from tests.conftest import tiny_words
+from tests.loading import load_policy
 from tests.text_models import make_text_config, make_tokenizer, make_vae, saved
 
 # sd35: dual attention and normalised queries; sd3_no_t5: without T5; schnell: without embedded guidance, unshifted

@@ -38,8 +38,8 @@ def prompted(monkeypatch):
     """Every model that is loaded is a new PromptedPolicy of equal weights; the list holds them."""
     loaded = []
 
-    def load(name, **options):
-        loaded.append(make_prompted_policy(options["num_inference_steps"]))
+    def load(model, sample, compute, **options):
+        loaded.append(make_prompted_policy(sample.num_inference_steps))
         return loaded[-1]
 
     monkeypatch.setattr("hrf_fast.assembly.model.load_policy", load)

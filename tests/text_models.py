@@ -17,8 +17,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
+from tests.loading import load_policy
 
 KINDS = ("sd1", "sd2", "sdxl")
 # latents are [4, SIDE, SIDE], images [3, 2 * SIDE, 2 * SIDE]

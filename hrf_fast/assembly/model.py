@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hrf_fast.config.load import differences
-from hrf_fast.config.options import Config
+from hrf_fast.config.options import FACTS, Config
 from hrf_fast.config.zero_settings import read_settings
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.engines.base import Engine
@@ -16,13 +17,13 @@ from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
+from hrf_fast.policies.option_checks import FOR_PROMPTS, FOR_UNETS
 from hrf_fast.weights import digest
 
 # what `load_policy` makes of a model by name
 _OF_LOADING = {
-    *(f"model.{name}" for name in ("revision", "variant", "decoder", "image_size", "max_sequence_length")),
-    *(f"sample.{name}" for name in ("scheduler", "eta", "noise_level", "shift")),
-    *(f"compute.{name}" for name in ("attention", "channels_last", "offload", "encoder_precision")),
+    *(option for option in FACTS if option.startswith(("model.", "sample.")) and option != "model.name"),
+    *(*FOR_PROMPTS, *FOR_UNETS),
 }
 
 
@@ -35,7 +36,6 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     tuned = None
     if name is not None and Path(name, LORA_WEIGHTS).is_file():
         tuned, name = Path(name), None
-    compute, sample = config.compute, config.sample
     device = choose_device(config.run.device)
     set_up(device, config)
     base = ""
@@ -46,27 +46,9 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
         if config.lora.rank:
             add_adapters(unet, **vars(config.lora), seed=config.run.seed)
 
-    policy = load_policy(
-        name or config.model.name,
-        revision=config.model.revision if name is None else None,
-        variant=config.model.variant if name is None else None,
-        decoder=config.model.decoder,
-        image_size=config.model.image_size,
-        max_sequence_length=config.model.max_sequence_length,
-        scheduler=sample.scheduler,
-        num_inference_steps=sample.num_inference_steps,
-        eta=sample.eta,
-        noise_level=sample.noise_level,
-        shift=sample.shift,
-        guidance_scale=sample.guidance_scale,
-        precision=compute.precision,
-        attention=compute.attention,
-        channels_last=compute.channels_last,
-        offload=compute.offload,
-        encoder_precision=compute.encoder_precision,
-        device=device,
-        prepare=prepare if name is None else None,
-    )
+    model = config.model if name is None else replace(config.model, name=name, revision=None, variant=None)
+    preparing = prepare if name is None else None
+    policy = load_policy(model, config.sample, config.compute, device=device, prepare=preparing)
     policy.network.base_digest = base
     if tuned is not None:
         load_adapters(policy.network.unet, tuned)
@@ -102,7 +84,7 @@ def check_policy(policy: Policy, config: Config) -> Policy:
         if value != of_policy:
             raise ValueError(f"{option} is {value} but the policy that was given has {of_policy}; make the two equal")
     for option, (neutral, value) in differences(Config(), config).items():
-        if option in _OF_LOADING:
+        if option in _OF_LOADING - values.keys():
             raise ValueError(
                 f"{option} is {value!r}, which a policy that was given does not follow; leave it at {neutral!r}, and "
                 "make the policy so"
@@ -116,22 +98,13 @@ def build_engine(policy: Policy, config: Config) -> Engine:
     Raises:
         ImportError: DeepSpeed is not installed.
     """
-    optimizer, file = config.optimizer, config.engine.deepspeed
-    options: dict[str, Any] = {
-        "optimizer": optimizer.name,
-        "weight_decay": optimizer.weight_decay,
-        "betas": optimizer.betas,
-        "eps": optimizer.eps,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "ema_decay": optimizer.ema_decay,
-        "precision": config.compute.precision,
-    }
+    optimizer, precision, file = config.optimizer, config.compute.precision, config.engine.deepspeed
     if file is None:
-        return PlainEngine(policy.network, **options)
+        return PlainEngine(policy.network, optimizer, precision)
     from hrf_fast.engines.zero import DeepSpeedEngine
 
     # DeepSpeed views weights as flat buffers, where another order is lost or fails; the network's inputs still carry it
     policy.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    engine = DeepSpeedEngine(policy.network, read_settings(file), **options)
+    engine = DeepSpeedEngine(policy.network, read_settings(file), optimizer, precision)
     policy.attach(engine.forward)
     return engine

@@ -10,7 +10,7 @@ from typing import Any
 from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
 from hrf_fast.commands.image_folder import check_folder, write_folder
 from hrf_fast.commands.runs import checkpoint_policy, model_of_run, run_of, run_policy, with_sampler
-from hrf_fast.config.options import FLOW_SAMPLERS, Config
+from hrf_fast.config.options import FLOW_SAMPLERS, Config, ModelConfig, SampleConfig
 from hrf_fast.devices import choose_device, set_precision_flags
 from hrf_fast.evaluation.grids import check_picture, save_grid
 from hrf_fast.evaluation.panel import Panel
@@ -50,7 +50,7 @@ def draw(
         prompts_file: the prompts instead, as `load_prompts` takes them: all that have a weight above 0.
         negatives: one for all prompts, or one for each; of a file one for prompts that have none.
         deterministic_steps: None for those of a run's panels; 0, which is that of other models, draws with noise.
-        sampler: scheduler, steps, eta and guidance; None for a run's own, or the defaults of `load_policy`.
+        sampler: scheduler, steps, eta and guidance; None for a run's own, or the options' defaults.
 
     Raises:
         ValueError: no such model, a run that is not finished, `out` is no name of a picture, `folder` is not empty, a
@@ -171,8 +171,8 @@ def _policy(source: _Source, device: str, variant: str | None, sampler: dict[str
     """
     if source.run is None or source.config is None:
         _check_noise(sampler, sampler.get("scheduler") or "ddim")
-        sampler = sampler if noisy else {**sampler, "scheduler": None}
-        return load_policy(source.name, variant=variant, **sampler, device=choose_device(device))
+        model = ModelConfig(source.name, variant=variant)
+        return load_policy(model, SampleConfig(**sampler), noisy=noisy, device=choose_device(device))
     _check_noise(sampler, sampler.get("scheduler") or source.config.sample.scheduler)
     if variant is not None:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hrf_fast.config.options import LEARNING_RATE_SCHEDULES, OPTIMIZERS
+from hrf_fast.config.options import LEARNING_RATE_SCHEDULES, OPTIMIZERS, OptimizerConfig
 from hrf_fast.registry import nearest
 from hrf_fast.weights import compare, not_finite
 
@@ -24,20 +24,14 @@ _LEAST_8BIT = 4096
 
 
 def build_optimizer(
-    name: str,
-    parameters: Sequence[nn.Parameter],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    device: torch.device,
-    fuses: bool = False,
+    config: OptimizerConfig, parameters: Sequence[nn.Parameter], *, device: torch.device, fuses: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that optimizer.name names, with learning rate 0 until one is set.
 
     Args:
-        name: adamw; fused_adamw, one kernel for all tensors; cpu_adam, DeepSpeed's for offloaded weights; adamw_8bit,
-            2 bytes of state a weight instead of 8; paged_adamw_8bit, the same in memory that CUDA may move to the host.
+        config: by its name adamw; fused_adamw, one kernel for all tensors; cpu_adam, DeepSpeed's for offloaded weights;
+            adamw_8bit, 2 bytes of state a weight instead of 8; paged_adamw_8bit, the same in memory that CUDA may move
+            to the host.
         device: where the model computes.
         fuses: take torch's fused form for adamw where all parameters are on CUDA; they must stay there.
 
@@ -45,7 +39,8 @@ def build_optimizer(
         ImportError: its package is missing; says how to install it.
         ValueError: this machine can't run it; says why and what to use.
     """
-    settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    name, decay = config.name, config.weight_decay
+    settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "weight_decay": decay}
     if name in ("adamw", "fused_adamw"):
         fused = name == "fused_adamw" or (fuses and all(parameter.is_cuda for parameter in parameters))
         return torch.optim.AdamW(parameters, **settings, fused=True if fused else None)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Ema, LossScale, averaged, trained_weights
@@ -25,27 +26,14 @@ class PlainEngine:
 
     lockstep = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-        max_grad_norm: float,
-        ema_decay: float = 0.0,
-        precision: str = "fp32",
-        optimizer: str = "adamw",
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, precision: str = "fp32") -> None:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = optimizer.max_grad_norm
         device = next(model.parameters()).device
-        self.optimizer = build_optimizer(
-            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device, fuses=True
-        )
+        self.optimizer = build_optimizer(optimizer, self.parameters, device=device, fuses=True)
         self.loss_scale = LossScale(precision)
-        self.ema = Ema(self.parameters, ema_decay)
+        self.ema = Ema(self.parameters, optimizer.ema_decay)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.config.zero_settings import complete, offload_device
 from hrf_fast.devices import deterministic_backward
 from hrf_fast.distributed import comm
@@ -34,21 +35,11 @@ class DeepSpeedEngine:
     """AdamW under ZeRO; `forward` is what a policy calls where gradients are wanted."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        settings: dict[str, Any],
-        *,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-        max_grad_norm: float,
-        ema_decay: float = 0.0,
-        precision: str = "fp32",
-        optimizer: str = "adamw",
+        self, model: nn.Module, settings: dict[str, Any], optimizer: OptimizerConfig, precision: str = "fp32"
     ) -> None:
         """Shard `model`; `settings` are those that `read_settings` has checked."""
         deepspeed = import_deepspeed(next(model.parameters()).device)
-        self.model, self.max_grad_norm = model, max_grad_norm
+        self.model, self.max_grad_norm = model, optimizer.max_grad_norm
         self.stage = int(settings["zero_optimization"].get("stage", 0))
         self.lockstep = self.stage >= 2
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -56,10 +47,8 @@ class DeepSpeedEngine:
         # offloaded weights are stepped on the CPU
         offloads = ("offload_optimizer", "offload_param")
         fuses = all(offload_device(settings["zero_optimization"], key) == "none" for key in offloads)
-        self.optimizer = build_optimizer(
-            optimizer, self.parameters, betas=betas, eps=eps, weight_decay=weight_decay, device=device, fuses=fuses
-        )
-        settings = complete(settings, max_grad_norm=max_grad_norm)
+        self.optimizer = build_optimizer(optimizer, self.parameters, device=device, fuses=fuses)
+        settings = complete(settings, max_grad_norm=optimizer.max_grad_norm)
         check_settings(settings)
         with on_device(device):
             self.module, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
@@ -72,7 +61,7 @@ class DeepSpeedEngine:
         if not self.stage:
             # stage 0 reduces inside step(): this is the only place between that and the optimizer
             self.optimizer.register_step_pre_hook(self._before_step)
-        self.ema = Ema(self._held(), ema_decay)
+        self.ema = Ema(self._held(), optimizer.ema_decay)
 
     def _held(self) -> list[Tensor]:
         """This rank's part of each trained weight: all of it, or at stage 3 its shard."""

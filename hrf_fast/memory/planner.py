@@ -186,16 +186,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(f"--gpus is {gpus}; use at least 1")
     model, sample, compute = config.model, config.sample, config.compute
     files = read_model(model.name, model.revision, weights=False, max_sequence_length=model.max_sequence_length)
-    check_options(
-        files,
-        guidance_scale=sample.guidance_scale,
-        decoder=model.decoder,
-        image_size=model.image_size,
-        attention=compute.attention,
-        channels_last=compute.channels_last,
-        offload=compute.offload,
-        encoder_precision=compute.encoder_precision,
-    )
+    check_options(files, model, sample, compute)
     decoder = read_decoder(model.decoder, weights=False) if model.decoder else None
     sampler = plan_sampler(files, sample, model.image_size)
     conditions = sample.guidance_scale > 1, sample.guidance_scale > 1 and config.train.guidance

@@ -29,17 +29,22 @@ class PromptEncoder:
         encoders: Sequence[Any],
         device: torch.device,
         *,
-        t5_length: int = 0,
-        offload: bool = False,
+        denoiser: Mapping[str, Any],
+        size: tuple[int, int],
+        index: Mapping[str, Any],
+        t5_length: int,
+        offload: bool,
     ) -> None:
         """Freeze the encoders.
 
         Args:
             tokenizers, encoders: in pairs, transformers' own; the encoders in fp32 or bf16.
+            denoiser: config of the denoiser; size: height and width of images; index: values of model_index.json.
             t5_length: tokens of T5 for a prompt, if there is T5.
             offload: keep the encoders on the CPU between uses.
         """
         self.t5_length = t5_length
+        self._denoiser, self._size, self._index = denoiser, size, index
         self._tokenizers, self._device, self._offload = tokenizers, device, offload
         self.encoders = nn.ModuleList(encoders).eval().requires_grad_(False).to("cpu" if offload else device)
         self._remembered: dict[str, Rows] = {}

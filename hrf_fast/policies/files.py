@@ -76,7 +76,7 @@ def read_model(
     """Find a model's parts and read their configs; without `weights` nothing else is looked for or downloaded.
 
     Args:
-        name, revision, variant, max_sequence_length: see `load_policy`.
+        name, revision, variant, max_sequence_length: see `ModelConfig`.
 
     Raises:
         ValueError: no such model, a pipeline without a policy, a part that is missing or of another class, or no

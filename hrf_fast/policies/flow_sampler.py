@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hrf_fast.config.options import DDPM_SAMPLERS, FLOW_SAMPLERS
+from hrf_fast.config.options import DDPM_SAMPLERS, FLOW_SAMPLERS, SampleConfig
 from hrf_fast.policies.sampler import (
     DETERMINISTIC,
     Sampler,
@@ -43,20 +43,14 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def choose_sampler(
-    scheduler: Any,
-    *,
-    kind: str,
-    num_inference_steps: int,
-    eta: float = 1.0,
-    noise_level: float | None = None,
-    image_tokens: int | None = None,
-    linear_sigmas: bool = False,
+    scheduler: Any, sample: SampleConfig, *, image_tokens: int | None = None, linear_sigmas: bool = False
 ) -> Sampler:
     """The sampler of a model by its scheduler's class: `build_flow_sampler` or `build_sampler`.
 
     Raises:
         ValueError: a sampler of the other kind of model; else as those two.
     """
+    kind, steps = sample.scheduler, sample.num_inference_steps
     if is_flow(scheduler):
         if kind not in FLOW_SAMPLERS:
             raise ValueError(
@@ -66,8 +60,8 @@ def choose_sampler(
         return build_flow_sampler(
             scheduler,
             kind=kind,
-            num_inference_steps=num_inference_steps,
-            noise_level=noise_level,
+            num_inference_steps=steps,
+            noise_level=sample.noise_level,
             image_tokens=image_tokens,
             linear_sigmas=linear_sigmas,
         )
@@ -76,7 +70,7 @@ def choose_sampler(
             f"sample.scheduler is {kind!r} but the model is none of flow matching: its scheduler is a "
             f"{type(scheduler).__name__}; use one of {', '.join(DDPM_SAMPLERS)}"
         )
-    return build_sampler(scheduler, kind=kind, num_inference_steps=num_inference_steps, eta=eta)
+    return build_sampler(scheduler, kind=kind, num_inference_steps=steps, eta=sample.eta)
 
 
 def choose_deterministic_sampler(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hrf_fast.config.options import ModelConfig, SampleConfig
+from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.policies.attention import set_attention
 from hrf_fast.policies.base import Policy
 from hrf_fast.policies.calling import Shape, shape_of
-from hrf_fast.policies.checks import check_unet
 from hrf_fast.policies.encoders import PromptEncoder
 from hrf_fast.policies.files import ModelFiles, read_decoder, read_model
 from hrf_fast.policies.flow_sampler import choose_sampler, is_flow
@@ -25,43 +27,19 @@ from hrf_fast.policies.text_to_image import TextToImagePolicy
 
 
 def load_policy(
-    name: str,
+    model: ModelConfig,
+    sample: SampleConfig | None = None,
+    compute: ComputeConfig | None = None,
     *,
-    revision: str | None = None,
-    variant: str | None = None,
-    decoder: str | None = None,
-    image_size: int | None = None,
-    max_sequence_length: int | None = None,
-    scheduler: str | None = "ddim",
-    num_inference_steps: int = 40,
-    eta: float = 1.0,
-    noise_level: float | None = None,
-    shift: float | None = None,
-    guidance_scale: float = 1.0,
-    precision: str = "fp32",
-    attention: str = "sdpa",
-    channels_last: bool = False,
-    offload: bool = False,
-    encoder_precision: str = "fp32",
+    noisy: bool = True,
     device: str | torch.device = "cpu",
     prepare: Callable[[Any], None] | None = None,
 ) -> Policy:
     """Load a diffusers model as a policy: an unconditional one (DDPM, DDIM, LDM), a Stable Diffusion or a FLUX.
 
     Args:
-        name: `fashion` or another shipped name, a local diffusers folder, or a hub id such as
-            google/ddpm-celebahq-256; revision: of a hub id.
-        variant: of the weight files, such as fp16; None for the plain ones.
-        decoder: an AutoencoderTiny to decode with, a folder or a hub id; None for the model's own.
-        image_size: height and width in pixels of a text-to-image model's images; None for the model's own size.
-        max_sequence_length: tokens of T5 for a prompt of SD3 or FLUX; None for their pipelines' own number.
-        scheduler, num_inference_steps, eta, noise_level: see `build_sampler` and, of flow models, `build_flow_sampler`.
-            A scheduler of None is ddim, or of a flow cps, for a policy that is to draw without noise alone.
-        shift: of a flow's sigmas, in place of its scheduler's.
-        guidance_scale: of a text-to-image model; 1 for no guidance.
-        precision, channels_last: see `DenoiserPolicy`; attention: see `set_attention`.
-        offload: keep text encoders and decoder on the CPU between uses.
-        encoder_precision: of text encoders' weights, fp32 or bf16.
+        model, sample, compute: sections of a configuration; None for their defaults.
+        noisy: false for a policy that is to draw without noise alone, which needs no sample.scheduler of its kind.
         prepare: makes of the denoiser on the CPU what is trained, before it goes to the device: frozen weights of half
             the size never are there in full.
 
@@ -73,56 +51,41 @@ def load_policy(
             of its config or not finite; an option that this model has no use for; or an HRF_KERNELS that can't run
             here.
     """
-    files = read_model(name, revision, variant, max_sequence_length=max_sequence_length)
+    sample, compute = sample or SampleConfig(), compute or ComputeConfig()
+    files = read_model(model.name, model.revision, model.variant, max_sequence_length=model.max_sequence_length)
     device = torch.device(device)
-    check_options(
-        files,
-        guidance_scale=guidance_scale,
-        decoder=decoder,
-        image_size=image_size,
-        attention=attention,
-        channels_last=channels_last,
-        offload=offload,
-        encoder_precision=encoder_precision,
-    )
-    if offload and device.type == "cpu":
+    check_options(files, model, sample, compute)
+    if compute.offload and device.type == "cpu":
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():
-        of_model = _scheduler(files, shift)
+        of_model = _scheduler(files, sample.shift)
+        if not noisy:
+            sample = replace(sample, scheduler="cps" if is_flow(of_model) else "ddim")
         unet = load_module(_model(files), files.parts[files.denoiser])
-        if not files.takes_prompts:
-            latent = "vqvae" in files.parts
-            check_unet(name, unet.config, of_model.config, latent=latent, is_flow=is_flow(of_model))
         if prepare is not None:
             prepare(unet)
         unet = unet.to(device)
-        set_attention(unet, attention)
+        set_attention(unet, compute.attention)
         kernels = os.environ.get("HRF_KERNELS") or "auto"
         parts = _other_parts(files)
         vae = parts["vae"].config if "vae" in parts else None
-        shape = shape_of(name, files.family.layout, unet.config, vae, image_size)
-        steps = choose_sampler(
-            of_model,
-            kind=scheduler or ("cps" if is_flow(of_model) else "ddim"),
-            num_inference_steps=num_inference_steps,
-            eta=eta,
-            noise_level=noise_level,
-            image_tokens=shape.tokens,
-            linear_sigmas=files.family.linear_sigmas,
-        )
+        shape = shape_of(files.name, files.family.layout, unet.config, vae, model.image_size)
+        linear = files.family.linear_sigmas
+        steps = choose_sampler(of_model, sample, image_tokens=shape.tokens, linear_sigmas=linear)
         options: dict[str, Any] = {
-            "precision": precision,
+            "precision": compute.precision,
             "kernels": kernels,
-            "channels_last": channels_last,
+            "channels_last": compute.channels_last,
             "shape": shape,
-            "linear_sigmas": files.family.linear_sigmas,
+            "linear_sigmas": linear,
         }
         if files.takes_prompts:
-            options |= {"guidance_scale": guidance_scale, "offload": offload, "sized": image_size is not None}
+            options |= {"guidance_scale": sample.guidance_scale, "offload": compute.offload}
+            options["sized"] = model.image_size is not None
             for name, part in parts.items():
                 if part is not None and name.startswith("text_encoder"):
-                    part.to(DTYPES[encoder_precision])
-            return _text_to_image(files, unet, of_model, steps, parts, decoder, device, **options)
+                    part.to(DTYPES[compute.encoder_precision])
+            return _text_to_image(files, unet, of_model, steps, parts, model.decoder, device, **options)
         policy: Policy = files.family.policy(
             unet, of_model, steps, *(part.to(device) for part in parts.values()), **options
         )
@@ -199,6 +162,6 @@ def _encoder(
                 f"{_model(files)}, whose tokenizer makes {tokenizer.model_max_length} tokens (model_max_length) but "
                 f"whose text encoder takes {most}; correct tokenizer_config.json"
             )
-    assert files.family.encoder is not None
-    facts: dict[str, Any] = {"denoiser": config, "size": shape.size, "index": files.settings}
+    assert files.family.encoder is not None and shape.size is not None
+    facts = {"denoiser": config, "size": shape.size, "index": files.settings}
     return files.family.encoder(tokenizers, encoders, device, **facts, t5_length=files.t5_length, offload=offload)

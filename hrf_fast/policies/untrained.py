@@ -91,15 +91,8 @@ def plan_sampler(files: ModelFiles, sample: SampleConfig, image_size: int | None
     """The sampler of a model at model.image_size, made from its configs alone; see `choose_sampler`."""
     config, imposed = files.parts["scheduler"].config, files.family.scheduler
     scheduler = make_scheduler(f"model.name is {files.name!r}", config, imposed, sample.shift)
-    return choose_sampler(
-        scheduler,
-        kind=sample.scheduler,
-        num_inference_steps=sample.num_inference_steps,
-        eta=sample.eta,
-        noise_level=sample.noise_level,
-        image_tokens=untrained_shape(files, image_size).tokens,
-        linear_sigmas=files.family.linear_sigmas,
-    )
+    tokens = untrained_shape(files, image_size).tokens
+    return choose_sampler(scheduler, sample, image_tokens=tokens, linear_sigmas=files.family.linear_sigmas)
 
 
 def _configured(part: Component) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition
@@ -47,7 +48,7 @@ def load_case(golden, name):
 
 def run_update(numbers, case, policy, trajectory, images_per_call=0):
     """Our optimizer step on a golden case; returns (stats, gradients by name)."""
-    engine = PlainEngine(policy.unet, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    engine = PlainEngine(policy.unet, OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0))
     stats = optimizer_step(
         engine,
         policy,

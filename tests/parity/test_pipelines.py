@@ -73,10 +73,11 @@ def test_a_condition_holds_a_prompt_for_the_second_encoder_and_sizes_for_the_neg
     denoise(loaded, condition, tensors, loaded.sampler.coefficients)
 
 
-def test_latents_follow_the_time_ids():
+def test_latents_follow_the_time_ids(monkeypatch):
     facts, tensors, loaded, prompts = load("xl.positive_sizes_batch")
     names = ("original_size", "crops_coords_top_left", "target_size")
-    loaded._encoder._time_ids = time_ids(*(facts[name] for name in names))
+    ids = time_ids(*(facts[name] for name in names))
+    monkeypatch.setattr("hrf_fast.policies.families.stable_diffusion.time_ids", lambda *_: ids)
     condition = loaded.condition(prompts)
     assert torch.equal(condition.inputs["time_ids"], tensors["unet_time_ids"])
     denoise(loaded, condition, tensors, loaded.sampler.deterministic)

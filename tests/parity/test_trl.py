@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.engines.base import trained_weights
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
@@ -16,7 +17,7 @@ from hrf_fast.training.standardising import group_advantages
 from hrf_fast.training.trajectory import Trajectory
 from hrf_fast.windows.base import Window
 from hrf_kernels import gaussian_log_prob, gaussian_mean
-from tests.conftest import GRADIENT_TOLERANCE, make_scheduler
+from tests.conftest import GRADIENT_TOLERANCE, make_engine, make_scheduler
 from tests.parity.text_golden import LOG_PROBS, LOSSES, case, close, denoise, module, policy, read
 
 CASES = [f"{kind}.T{steps}.{guidance}" for kind in ("eps", "v") for steps in (5, 8) for guidance in ("cfg", "nocfg")]
@@ -113,7 +114,7 @@ def test_log_probs_ratios_kl_and_losses_under_other_weights(key):
 def update(key, clip_range, images_per_call=0):
     """(stats, gradients by name) of our optimizer step over all steps of a case."""
     facts, tensors, loaded, condition = load(key, new=True)
-    engine = PlainEngine(loaded.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    engine = make_engine(loaded)
     trajectory = recorded(tensors, condition)
     calls = CallPlan(facts["batch"], images_per_call).replay({0: trajectory.window})
     clips = Clips(clip_range, ADVANTAGE_CLIP, scale_by_window=False)
@@ -152,13 +153,9 @@ def test_a_whole_step_of_theirs_is_two_inner_epochs_with_bounds_times_the_steps(
     _, _, loaded, condition = load("eps.T5.cfg")
     steps, advantages = facts["num_inference_steps"], tensors["advantages"]
     # their loss is the mean over steps and ours the sum: gradients are so many times theirs, and what bounds them too
-    engine = PlainEngine(
-        loaded.network,
-        weight_decay=facts["weight_decay"],
-        betas=tuple(facts["betas"]),
-        eps=steps * facts["eps"],
-        max_grad_norm=steps * facts["max_grad_norm"],
-    )
+    adam = {"betas": facts["betas"], "eps": steps * facts["eps"]}
+    options = {"weight_decay": facts["weight_decay"], "max_grad_norm": steps * facts["max_grad_norm"]}
+    engine = PlainEngine(loaded.network, OptimizerConfig(**options, kwargs=adam))
     engine.set_learning_rate(facts["lr"])
     before = {name: weight.detach().clone() for name, weight in loaded.unet.named_parameters()}
     trajectory, clips = recorded(tensors, condition), Clips(facts["clip_range"], facts["adv_clip_max"], False)

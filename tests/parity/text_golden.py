@@ -16,10 +16,10 @@ from diffusers import (
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
 from hrf_kernels import gaussian_log_prob, gaussian_mean
 from tests.conftest import GOLDEN
+from tests.loading import load_policy
 
 # latents and images, relative to their scale; log-probs; losses, which nearly cancel, so that only a difference counts
 LATENTS = LOG_PROBS = 1e-5

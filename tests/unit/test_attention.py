@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnP
 from hrf_fast.config.load import load_config
 from hrf_fast.policies import attention
 from hrf_fast.policies.attention import set_attention
-from hrf_fast.policies.load import load_policy
 from tests.conftest import make_unet
+from tests.loading import load_policy
 
 
 class OnCuda:

@@ -24,7 +24,7 @@ from hrf_fast.assembly.components import build_components
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.activations import choose_activations, memory_for
-from hrf_fast.policies.load import load_policy
+from tests.loading import load_policy
 
 pytestmark = pytest.mark.long
 

@@ -11,11 +11,11 @@ from PIL import Image
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation.panel import Panel
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.version import __version__
 from hrf_kernels import philox_normal
 from tests.conftest import make_scheduler, make_smallest_unet, make_unet, tiny_words
+from tests.loading import load_policy
 from tests.runs import panels, train
 from tests.unit.test_latent import CHANNELS, SIDE, make_vqvae
 

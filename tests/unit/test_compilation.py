@@ -12,13 +12,13 @@ from hrf_fast.config.load import load_config
 from hrf_fast.policies import compilation
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.compilation import canonical, obstacle
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.normalisation import HalfGroupNorm
 from hrf_fast.run.files import read_log
 from hrf_fast.train import train
 from hrf_fast.training.compile_graphs import compile_graphs
 from tests.conftest import make_scheduler, make_smallest_unet
+from tests.loading import load_policy
 
 COMPILE_SIZES = "hrf_fast.training.compile_graphs.compile_sizes"
 

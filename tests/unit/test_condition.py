@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition, Prediction
 from hrf_fast.policies.pixel import PixelPolicy
@@ -17,7 +16,7 @@ from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratios
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
-from tests.conftest import make_scheduler
+from tests.conftest import make_engine, make_scheduler
 
 T, SIZE = 6, 3
 WINDOWS = {0: Window(1, 5), 1: Window(3, 5), 2: Window(2, 4)}
@@ -74,7 +73,7 @@ def roll_out(policy, groups, images_per_call=0):
 
 def step(policy, trajectories, plan, **options):
     """(stats, gradient) of one optimizer step over all trajectories."""
-    engine = PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    engine = make_engine(policy)
     calls = plan.replay({number: trajectory.window for number, trajectory in trajectories.items()})
     advantages = dict.fromkeys(trajectories, ADVANTAGES)
     policy.unet.seen.clear()

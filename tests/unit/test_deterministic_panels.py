@@ -13,10 +13,10 @@ from hrf_fast.config.load import load_config
 from hrf_fast.config.options import FACTS
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample, sample_as_released, starting_noise
 from hrf_fast.prompts import Prompt
 from tests.conftest import make_policy, tiny_words
+from tests.loading import load_policy
 from tests.prompted import make_prompted_policy
 from tests.runs import assert_equal_training, panels, train, with_folder
 from tests.unit.test_card import drawn, lines_of, save

@@ -46,7 +46,7 @@ def test_rows_are_what_the_pipeline_encodes(kind):
 
 def test_without_zeros_an_empty_negative_prompt_of_sdxl_is_encoded():
     policy = load_text_policy("sdxl")
-    policy._encoder._zero_negative = False
+    policy._encoder._index = {"force_zeros_for_empty_prompt": False}
     rows = policy.condition([Prompt("dog")])
     for name, tensor in policy.condition([Prompt("")]).conditional.items():
         assert torch.equal(rows.unconditional[name], tensor)

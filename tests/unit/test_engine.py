@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.engines.base import Ema, LossScale, LossScaleOverflow
 from hrf_fast.engines.optimizers import learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
@@ -18,7 +19,9 @@ def make_engine(max_grad_norm, weight_decay=0.5):
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0]]))
-    engine = PlainEngine(model, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1.0, max_grad_norm=max_grad_norm)
+    engine = PlainEngine(
+        model, OptimizerConfig(weight_decay=weight_decay, kwargs={"eps": 1.0}, max_grad_norm=max_grad_norm)
+    )
     engine.set_learning_rate(0.1)
     return model, engine
 
@@ -51,7 +54,7 @@ def test_a_maximum_norm_of_zero_is_off_and_a_smaller_gradient_is_untouched(max_g
 def test_the_norm_is_over_all_parameters_together():
     # gradients 3 and 4 in two tensors: norm 5, both divided by 5
     model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
-    engine = PlainEngine(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=0.0))
     with engine.accumulating():
         engine.backward(3 * model[0].sum() + 4 * model[1].sum())
     assert float(engine.step()) == pytest.approx(5.0)
@@ -72,7 +75,7 @@ def test_backwards_of_one_step_add_up_and_the_next_step_starts_from_zero():
 def test_the_learning_rate_is_zero_until_it_is_set():
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    engine = PlainEngine(model, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=0.5))
     one_step(model, engine)
     assert torch.equal(model.weight, before)
 
@@ -80,7 +83,7 @@ def test_the_learning_rate_is_zero_until_it_is_set():
 def test_frozen_parameters_are_left_alone():
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
-    engine = PlainEngine(model, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=0.5))
     engine.set_learning_rate(0.1)
     before = model.bias.clone()
     one_step(model, engine)
@@ -104,7 +107,8 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_are_as_they_we
 
 def test_averaged_weights_follow_by_their_decay_and_stand_in_for_the_weights_while_gathered():
     model = nn.Linear(2, 1, bias=False)
-    engine = PlainEngine(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1.0, max_grad_norm=0.0, ema_decay=0.2)
+    options = {"weight_decay": 0.0, "kwargs": {"eps": 1.0}, "max_grad_norm": 0.0, "ema_decay": 0.2}
+    engine = PlainEngine(model, OptimizerConfig(**options))
     first = model.weight.detach().clone()
     engine.set_learning_rate(0.1)
     one_step(model, engine)
@@ -135,8 +139,8 @@ def test_the_average_of_a_short_run_is_of_its_own_weights():
 
 def test_fp16_scales_the_loss_and_drops_a_step_that_overflows():
     model = nn.Linear(2, 1, bias=False)
-    options = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1.0, "max_grad_norm": 0.0}
-    engine = PlainEngine(model, **options, precision="fp16")
+    options = OptimizerConfig(weight_decay=0.0, kwargs={"eps": 1.0}, max_grad_norm=0.0)
+    engine = PlainEngine(model, options, "fp16")
     engine.set_learning_rate(0.1)
     before = model.weight.detach().clone()
     with pytest.raises(LossScaleOverflow, match="32768"):
@@ -176,7 +180,7 @@ def test_a_plain_engine_waits_for_nobody_and_finishes_without_padding():
 def test_weights_and_their_shapes_are_those_that_are_trained():
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
-    engine = PlainEngine(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=0.0))
     assert engine.shapes() == {"weight": (1, 2)}
     assert list(engine.weights()) == ["weight"] and torch.equal(engine.weights()["weight"], model.weight)
 
@@ -218,7 +222,7 @@ def test_burn_in_leaves_weights_alone_and_makes_the_first_step_small_where_gradi
     # .3358 of the rate, and by all of it without burn-in
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    engine = PlainEngine(model, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-12, max_grad_norm=0.0)
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=0.5, kwargs={"eps": 1e-12}, max_grad_norm=0.0))
     rate = learning_rate_at("constant", peak=0.1, burn_in_iterations=2, warmup_iterations=0, iterations=3)
     for iteration, gradient in enumerate((1.0, -1.0, 1.0)):
         assert model.weight.item() == 0

@@ -7,11 +7,11 @@ import torch
 from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from hrf_fast.evaluation.panel import Panel
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.pixel import PixelPolicy
 from hrf_fast.policies.sample import starting_noise
 from hrf_kernels import gaussian_mean
 from tests.conftest import make_smallest_unet, make_unet, tiny_words
+from tests.loading import load_policy
 from tests.runs import assert_equal_training, equal, metrics, train, weights
 from tests.unit.test_card import drawn, lines_of
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
+from hrf_fast.config.options import SampleConfig
 from hrf_fast.policies.flow_sampler import (
     build_flow_sampler,
     choose_sampler,
@@ -99,11 +100,11 @@ def test_a_dynamic_shift_is_that_of_the_pipelines(tokens, linear):
 def test_the_model_says_which_samplers_it_has():
     for kind in ("ddim", "ddpm", "ddim_trl"):
         with pytest.raises(ValueError, match=rf"sample.scheduler is '{kind}'.*use one of flow_sde, dance_sde, cps"):
-            choose_sampler(flow(), kind=kind, num_inference_steps=6)
+            choose_sampler(flow(), SampleConfig(kind, 6))
     with pytest.raises(ValueError, match=r"sample.scheduler is 'cps'.*DDIMScheduler; use one of ddim, ddpm"):
-        choose_sampler(make_scheduler(), kind="cps", num_inference_steps=6)
-    assert choose_sampler(flow(), kind="cps", num_inference_steps=6).stochastic_steps == 5
-    assert choose_sampler(make_scheduler(), kind="ddim", num_inference_steps=6).timesteps.dtype == torch.int64
+        choose_sampler(make_scheduler(), SampleConfig("cps", 6))
+    assert choose_sampler(flow(), SampleConfig("cps", 6)).stochastic_steps == 5
+    assert choose_sampler(make_scheduler(), SampleConfig("ddim", 6)).timesteps.dtype == torch.int64
 
 
 @pytest.mark.parametrize(

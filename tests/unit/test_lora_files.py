@@ -24,13 +24,13 @@ from hrf_fast.engines.base import trained_weights
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.memory.planner import plan
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.lora import LORA_WEIGHTS, add_adapters, load_adapters
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_kernels import philox_normal
 from tests.conftest import tiny_words
+from tests.loading import load_policy
 from tests.runs import equal, panels, train
 from tests.text_models import SIDE, load_text_policy, text_model
 

@@ -9,10 +9,10 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.cli import main
-from hrf_fast.policies.load import load_policy
 from hrf_fast.weights import digest
 from tests.conftest import tiny_words
 from tests.hub import ID, Hub
+from tests.loading import load_policy
 
 pytestmark = pytest.mark.long
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.normalisation import ChannelsLastGroupNorm, HalfGroupNorm, keep_channels_last, keep_halves
+from tests.loading import load_policy
 
 INPUTS = {
     "contiguous": torch.randn(3, 8, 5, 4),

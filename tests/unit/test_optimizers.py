@@ -10,6 +10,7 @@ from torch import nn
 
 from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
+from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.engines import optimizers
 from hrf_fast.engines.optimizers import build_optimizer
 from hrf_fast.engines.plain import PlainEngine
@@ -22,7 +23,8 @@ CPU = torch.device("cpu")
 
 def build(name, parameters=None, device=CPU):
     parameters = [nn.Parameter(torch.ones(3))] if parameters is None else list(parameters)
-    return build_optimizer(name, parameters, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, device=device)
+    options = OptimizerConfig(name=name, kwargs={"betas": (0.9, 0.99)}, weight_decay=0.5)
+    return build_optimizer(options, parameters, device=device)
 
 
 class Fake8bit(torch.optim.Optimizer):
@@ -73,9 +75,9 @@ def test_torchs_adamw_has_the_options_and_does_the_arithmetic(name):
 def test_adamw_is_fused_where_all_weights_are_on_cuda_and_stay_there(monkeypatch):
     made = []
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **settings: made.append(settings["fused"]))
-    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "device": CPU}
     for places, fuses in (([True, True], True), ([True, False], True), ([True, True], False)):
-        build_optimizer("adamw", [SimpleNamespace(is_cuda=place) for place in places], **options, fuses=fuses)
+        parameters = [SimpleNamespace(is_cuda=place) for place in places]
+        build_optimizer(OptimizerConfig(), parameters, device=CPU, fuses=fuses)
     assert made == [True, None, None]
 
 
@@ -97,9 +99,8 @@ def test_zero_asks_for_the_fused_form_but_with_offload(monkeypatch, zero, fuses)
 
     monkeypatch.setattr("hrf_fast.engines.zero.import_deepspeed", lambda device: None)
     monkeypatch.setattr("hrf_fast.engines.zero.build_optimizer", stop)
-    numbers = {"weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.0}
     with pytest.raises(Built) as built:
-        DeepSpeedEngine(nn.Linear(2, 2), {"zero_optimization": zero}, **numbers)
+        DeepSpeedEngine(nn.Linear(2, 2), {"zero_optimization": zero}, OptimizerConfig())
     assert built.value.args == (fuses,)
 
 
@@ -121,8 +122,8 @@ def train_one_step(policy, optimizer, seed):
 
 def assert_resumes_exactly(name, folder):
     policy, resumed = make_policy(), make_policy(seed=1)
-    settings = {"weight_decay": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.0, "optimizer": name}
-    engine, again = PlainEngine(policy.network, **settings), PlainEngine(resumed.network, **settings)
+    options = OptimizerConfig(name=name, weight_decay=0.5, kwargs={"betas": (0.9, 0.99)}, max_grad_norm=0.0)
+    engine, again = PlainEngine(policy.network, options), PlainEngine(resumed.network, options)
     optimizer, other = engine.optimizer, again.optimizer
     train_one_step(policy, optimizer, 0)
     save_checkpoint(folder, engine, {"iteration": 1}, keep=1)
@@ -144,10 +145,9 @@ def test_the_state_resumes_exactly(name, tmp_path):
 
 
 def test_a_fused_optimizer_stays_fused_behind_a_checkpoint_of_one_that_was_not(tmp_path):
-    settings = {"weight_decay": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.0}
     policies = make_policy(), make_policy(seed=1)
     plain, fused = (
-        PlainEngine(policy.network, **settings, optimizer=name)
+        PlainEngine(policy.network, OptimizerConfig(name=name, weight_decay=0.5, max_grad_norm=0.0))
         for policy, name in zip(policies, ("adamw", "fused_adamw"), strict=True)
     )
     train_one_step(policies[0], plain.optimizer, 0)
@@ -240,7 +240,5 @@ def test_a_cpu_adam_that_does_not_compile_says_what_it_needs(monkeypatch):
 def test_frozen_weights_are_not_the_optimizers():
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
-    engine = PlainEngine(
-        model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0, optimizer="fused_adamw"
-    )
+    engine = PlainEngine(model, OptimizerConfig(name="fused_adamw"))
     assert [len(group["params"]) for group in engine.optimizer.param_groups] == [1]

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from hrf_fast.assets import ASSETS
 from hrf_fast.noise import NoiseKey
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import sample
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import RewardError, build_reward
 from hrf_fast.vision.load import load_classifier, load_feature_network
 from hrf_fast.vision.shipped import load_reference, load_shipped
+from tests.loading import load_policy
 
 PEEPS = ASSETS / "peeps"
 CAPTIONS = (PEEPS / "captions.txt").read_text().splitlines()

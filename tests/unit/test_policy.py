@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from hrf_fast.assets import ASSETS
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.base import Condition, Prediction
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.network import NetworkCalls
 from hrf_fast.policies.sample import sample
 from tests.conftest import make_scheduler, make_unet
+from tests.loading import load_policy
 
 
 def load(name, **options):

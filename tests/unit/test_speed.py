@@ -12,10 +12,10 @@ from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device, deterministic_backward, set_precision_flags
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.load import load_policy
 from hrf_fast.train import train
 from hrf_fast.training import self_check as module
 from hrf_fast.training.self_check import self_check
+from tests.loading import load_policy
 from tests.waits import loop_parts
 
 pytestmark = pytest.mark.long

@@ -9,11 +9,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.policies.files import read_model
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.parts import quiet
 from hrf_fast.policies.untrained import untrained_shape
 from hrf_fast.prompts import Prompt
 from tests.hub import ID, Hub
+from tests.loading import load_policy
 from tests.text_models import SIDE, make_pipeline, text_model
 
 WEIGHTS = {

@@ -13,10 +13,8 @@ from transformers import CLIPTokenizer
 from hrf_fast.assembly.components import build_components
 from hrf_fast.assembly.inputs import guidance_note
 from hrf_fast.config.load import load_config
-from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies import compilation, text_to_image
-from hrf_fast.policies.load import load_policy
 from hrf_fast.policies.sample import starting_noise
 from hrf_fast.prompts import Prompt
 from hrf_fast.training.calls import CallPlan
@@ -26,8 +24,9 @@ from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratio
 from hrf_fast.training.rollout import rollout
 from hrf_fast.training.self_check import self_check
 from hrf_fast.windows.base import Window
-from tests.conftest import tiny_words
+from tests.conftest import make_engine, tiny_words
 from tests.flow_models import load_flow_policy
+from tests.loading import load_policy
 from tests.runs import metrics, panels, train, weights
 from tests.text_models import KINDS, SIDE, load_text_policy, text_model
 
@@ -224,7 +223,7 @@ def test_on_policy_the_ratio_is_exactly_one(kind, precision, guided, mode):
         ratios = replay_ratios(policy, rolled_out.trajectories, calls, as_in_update=True)
         assert ratios.tolist() == [1.0] * (2 * SIZE * len(window))
     forwards = policy.calls.forwards
-    engine = PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    engine = make_engine(policy)
     advantages = dict.fromkeys((0, 1), torch.tensor([1.0, -0.5, 0.25]))
     stats = optimizer_step(engine, policy, rolled_out.trajectories, advantages, calls, Clips(1e-4, 2.5, False))
     assert float(stats.ratio_mean) == float(stats.ratio_max) == 1.0 and float(stats.grad_norm) > 0

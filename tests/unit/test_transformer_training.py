@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hrf_fast.engines.base import trained_weights
-from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies.files import read_model
 from hrf_fast.policies.lora import LORA_WEIGHTS, WrongTarget, add_adapters
@@ -19,6 +18,7 @@ from hrf_fast.training.groups import Group
 from hrf_fast.training.optimizer_step import Clips, optimizer_step, replay_ratios
 from hrf_fast.training.rollout import rollout
 from hrf_fast.windows.base import Window
+from tests.conftest import make_engine
 from tests.flow_models import SIZE, flow_model, flow_words, load_flow_policy, load_pipeline
 from tests.runs import assert_equal_checkpoints, assert_equal_training, metrics, train, weights, with_folder
 
@@ -44,7 +44,7 @@ def test_an_optimizer_step_starts_at_ratio_one_and_moves_what_is_trained(kind, l
     rolled_out = rollout(policy, [group], plan)
     calls = plan.update(rolled_out.calls, {0: window})
     assert replay_ratios(policy, rolled_out.trajectories, calls, as_in_update=True).tolist() == [1.0] * 2 * len(window)
-    engine = PlainEngine(policy.network, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    engine = make_engine(policy)
     engine.set_learning_rate(0.01)
     before = {name: weight.detach().clone() for name, weight in policy.network.named_parameters()}
     advantages = {0: torch.tensor([1.0, -1.0])}

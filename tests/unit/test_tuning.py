@@ -6,9 +6,9 @@ import torch
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
 from hrf_fast.memory.planner import plan
-from hrf_fast.policies.load import load_policy
 from hrf_fast.timing import calls, tuning
 from hrf_fast.timing.rates import Rate, seconds_line, stated
+from tests.loading import load_policy
 from tests.runs import assert_equal_training, train, with_folder
 
 pytestmark = pytest.mark.long

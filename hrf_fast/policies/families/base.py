@@ -41,9 +41,8 @@ class Family:
     """The class that drives it, a DenoiserPolicy. Of an unconditional model it takes the decoders among the parts."""
     check: Callable[[str, PartConfigs], None]
     """Refuse configs that the trainer can't drive exactly, with model.name for errors."""
-    encoder: Callable[..., PromptEncoder] | None = None
-    """(tokenizers, encoders, device, denoiser=config, size=(height, width), index=model_index.json, t5_length=…,
-    offload=…) -> the prompt encoder; None for an unconditional model."""
+    encoder: type[PromptEncoder] | None = None
+    """The class of the prompt encoder; None for an unconditional model."""
     zeros: Callable[[PartConfigs, int, bool, int], Condition] = nothing_steers
     """(configs, images, guided, tokens of T5) -> a condition of zeros in the shapes of the model's own, for plans."""
     t5_length: int = 0

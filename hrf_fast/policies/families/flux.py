@@ -12,8 +12,8 @@ from hrf_fast.policies.base import Condition
 from hrf_fast.policies.calling import Layout, timestep_rows
 from hrf_fast.policies.encoders import PromptEncoder, Rows
 from hrf_fast.policies.families.base import Family, PartConfig, PartConfigs
+from hrf_fast.policies.families.checks import check_transformer
 from hrf_fast.policies.text_to_image import TextToImagePolicy
-from hrf_fast.policies.transformer_checks import check_transformer
 from hrf_fast.prompts import Prompt
 
 
@@ -82,19 +82,6 @@ class PromptEncoderFlux(PromptEncoder):
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
-def encoder(
-    tokenizers: Sequence[Any],
-    encoders: Sequence[Any],
-    device: torch.device,
-    *,
-    t5_length: int,
-    offload: bool,
-    **facts: Any,
-) -> PromptEncoderFlux:
-    """See `Family.encoder`."""
-    return PromptEncoderFlux(tokenizers, encoders, device, t5_length=t5_length, offload=offload)
-
-
 def zeros(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
     """See `Family.zeros`."""
     transformer = configs["transformer"]
@@ -135,7 +122,7 @@ FLUX = Family(
     Layout(call_flux, patch=lambda config: 2, tokens=True, packed=True, side=lambda config: 128),
     FluxPolicy,
     check,
-    encoder=encoder,
+    encoder=PromptEncoderFlux,
     zeros=zeros,
     t5_length=512,
     check_guidance=check_guidance,

@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.calling import Layout, timestep_rows
 from hrf_fast.policies.encoders import PromptEncoder, Rows
-from hrf_fast.policies.families.base import Family, PartConfig, PartConfigs
+from hrf_fast.policies.families.base import Family, PartConfigs
+from hrf_fast.policies.families.checks import check_transformer
 from hrf_fast.policies.text_to_image import TextToImagePolicy
-from hrf_fast.policies.transformer_checks import check_transformer
 
 
 def call_sd3(transformer: Any, latents: Tensor, timesteps: float | Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -31,18 +31,6 @@ class PromptEncoderSD3(PromptEncoder):
     Without T5 its hidden states are zeros.
     """
 
-    def __init__(
-        self, tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, width: int, **options: Any
-    ) -> None:
-        """Freeze the encoders.
-
-        Args:
-            tokenizers, encoders: two CLIPs, and T5 unless the pipeline lacks it.
-            width: of the transformer's text tokens (joint_attention_dim).
-        """
-        super().__init__(tokenizers, encoders, device, **options)
-        self._width = width
-
     def _output(self, number: int, text: str) -> Sequence[Tensor]:
         if number == 2:
             return [self._call(number, text, self.t5_length)[0]]
@@ -52,24 +40,9 @@ class PromptEncoderSD3(PromptEncoder):
     def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
         (first, one), (second, other), *rest = outputs
         hidden = torch.cat([first, second], dim=-1)
-        t5 = rest[0][0] if rest else hidden.new_zeros(1, self.t5_length, self._width)
+        t5 = rest[0][0] if rest else hidden.new_zeros(1, self.t5_length, self._denoiser["joint_attention_dim"])
         hidden = torch.cat([pad(hidden, (0, t5.shape[-1] - hidden.shape[-1])), t5], dim=-2)
         return {"encoder_hidden_states": hidden, "pooled_projections": torch.cat([one, other], dim=-1)}
-
-
-def encoder(
-    tokenizers: Sequence[Any],
-    encoders: Sequence[Any],
-    device: torch.device,
-    *,
-    denoiser: PartConfig,
-    t5_length: int,
-    offload: bool,
-    **facts: Any,
-) -> PromptEncoderSD3:
-    """See `Family.encoder`."""
-    width = denoiser["joint_attention_dim"]
-    return PromptEncoderSD3(tokenizers, encoders, device, width=width, t5_length=t5_length, offload=offload)
 
 
 def zeros(configs: PartConfigs, images: int, guided: bool, t5_length: int) -> Condition:
@@ -108,7 +81,7 @@ STABLE_DIFFUSION_3 = Family(
     Layout(call_sd3, patch=lambda config: int(config["patch_size"]), tokens=True),
     TextToImagePolicy,
     check,
-    encoder=encoder,
+    encoder=PromptEncoderSD3,
     zeros=zeros,
     t5_length=256,
     ddpm=False,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hrf_fast.policies.base import Condition
 from hrf_fast.policies.calling import UNET
-from hrf_fast.policies.checks import check_size
 from hrf_fast.policies.encoders import PromptEncoder, Rows
 from hrf_fast.policies.families.base import Family, PartConfig, PartConfigs
+from hrf_fast.policies.families.checks import check_size
 from hrf_fast.policies.text_to_image import TextToImagePolicy
 
 # settings of a UNet2DConditionModel by which something else than step and prompt steers it
@@ -45,31 +45,13 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 class PromptEncoderXL(PromptEncoder):
     """The text encoders of SDXL: the penultimate hidden states of both, side by side, and what is pooled by the second.
 
-    Every image is described as uncropped and of the size that the model draws (`time_ids`).
+    Every image is described as uncropped and of the size that the model draws (`time_ids`). An empty negative prompt is
+    zeros where model_index.json says so, and else is encoded.
     """
-
-    def __init__(
-        self,
-        tokenizers: Sequence[Any],
-        encoders: Sequence[Any],
-        device: torch.device,
-        *,
-        time_ids: Tensor,
-        zero_negative: bool,
-        offload: bool = False,
-    ) -> None:
-        """Freeze the encoders.
-
-        Args:
-            time_ids: [6], see `time_ids`.
-            zero_negative: an empty negative prompt is zeros (force_zeros_for_empty_prompt), and else is encoded.
-        """
-        super().__init__(tokenizers, encoders, device, offload=offload)
-        self._time_ids, self._zero_negative = time_ids, zero_negative
 
     def negative(self, rows: Rows, texts: Sequence[str]) -> Rows:
         """The inputs of the unconditional branch for B negative prompts, of their rows."""
-        if self._zero_negative:
+        if _zero_negative(self._index):
             empty = torch.tensor([not text for text in texts], device=self._device)
             for name in ("encoder_hidden_states", "text_embeds"):
                 rows[name][empty] = 0
@@ -81,35 +63,13 @@ class PromptEncoderXL(PromptEncoder):
 
     def _join(self, outputs: Sequence[Sequence[Tensor]]) -> Rows:
         (first,), (second, pooled) = outputs
-        hidden = torch.cat([first, second], dim=-1)
-        return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": self._time_ids[None]}
+        hidden, ids = torch.cat([first, second], dim=-1), time_ids(self._size, (0, 0), self._size)
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": ids[None]}
 
 
 def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """SDXL's description of an image [6]: (height, width) before cropping, (top, left) of the crop, size as drawn."""
     return torch.tensor([*original, *corner, *target], dtype=torch.float32)
-
-
-def encoder(
-    tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, offload: bool, **facts: Any
-) -> PromptEncoder:
-    """The prompt encoder of Stable Diffusion 1 and 2; see `Family.encoder`."""
-    return PromptEncoder(tokenizers, encoders, device, offload=offload)
-
-
-def encoder_xl(
-    tokenizers: Sequence[Any],
-    encoders: Sequence[Any],
-    device: torch.device,
-    *,
-    size: tuple[int, int],
-    index: PartConfig,
-    offload: bool,
-    **facts: Any,
-) -> PromptEncoderXL:
-    """The prompt encoder of SDXL; see `Family.encoder`."""
-    ids, zero = time_ids(size, (0, 0), size), _zero_negative(index)
-    return PromptEncoderXL(tokenizers, encoders, device, time_ids=ids, zero_negative=zero, offload=offload)
 
 
 def _zero_negative(index: PartConfig) -> bool:
@@ -167,9 +127,7 @@ def check(name: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     if latent != channels[0]:
         raise ValueError(f"{start}has {channels[0]} channels but whose VAE {latent}; give the parts of one model")
     _check_widths(start, unet, encoders)
-    check_size(
-        name, unet.get("sample_size") if xl else latent_side(unet), len(unet.get("block_out_channels", (0,) * 4)) - 1
-    )
+    check_size(name, unet.get("sample_size") if xl else latent_side(unet), unet)
 
 
 def latent_side(unet: Mapping[str, Any]) -> Any:
@@ -220,7 +178,7 @@ STABLE_DIFFUSION = Family(
     replace(UNET, side=latent_side),
     StableDiffusionPolicy,
     check,
-    encoder=encoder,
+    encoder=PromptEncoder,
     zeros=zeros,
     settings=unchecked,
     scheduler={"steps_offset": 1, "clip_sample": False},
@@ -230,7 +188,7 @@ STABLE_DIFFUSION_XL = replace(
     parts={**_PARTS, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"},
     layout=UNET,
     policy=StableDiffusionXLPolicy,
-    encoder=encoder_xl,
+    encoder=PromptEncoderXL,
     settings=settings_xl,
     scheduler={},
 )

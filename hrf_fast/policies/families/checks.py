@@ -1,20 +1,31 @@
-"""Checks of SD3 and FLUX: what their configs say that the trainer can't drive, each refused by name."""
+"""Checks that several families have: what configs say that the trainer can't drive, each refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
+
+from hrf_fast.policies.families.base import PartConfig, PartConfigs
+
+
+def check_size(name: str, size: Any, unet: PartConfig) -> None:
+    """Refuse a UNet without a size of its latents, or one that it can't halve as often as it has levels."""
+    sides, blocks = [size] if isinstance(size, int) else size, unet.get("block_out_channels", (0,) * 4)
+    if not sides:
+        raise ValueError(
+            f"model.name is {name!r}, whose UNet has no sample_size: that of its latents; add it to unet/config.json"
+        )
+    # diffusers refuses blocks of another type
+    levels = len(blocks) - 1 if isinstance(blocks, list | tuple) else 0
+    if any(side % 2**levels for side in sides):
+        raise ValueError(
+            f"model.name is {name!r}, whose sample_size is {size}: its UNet halves the image {levels} times, so use a "
+            f"size divisible by {2**levels}"
+        )
 
 
 def check_transformer(
-    name: str,
-    configs: Mapping[str, Mapping[str, Any]],
-    *,
-    channels: int,
-    patch: int,
-    pooled: str,
-    pooled_width: int,
-) -> list[Mapping[str, Any]]:
+    name: str, configs: PartConfigs, *, channels: int, patch: int, pooled: str, pooled_width: int
+) -> list[PartConfig]:
     """Refuse a transformer whose inputs are not what the VAE and the text encoders make.
 
     Args:
