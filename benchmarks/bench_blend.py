@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import markdown_table, with_interval
-from hrf_fast.evaluation.blend import check_floors, read_front, summary
+from hrf_fast.evaluation.blend import check_shares, read_front, summary
 from hrf_fast.report.plots import Series, paths
 from hrf_fast.study.comparison import measures
 from hrf_fast.study.report import comparisons
@@ -157,7 +157,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.95, help="share of the Vendi Score that gains are compared at")
     parser.add_argument("--out", type=Path, default=Path("runs/blends"), help="folder of the tables and the picture")
     arguments = parser.parse_args(words)
-    check_floors(arguments.keep, quality=0.0)
+    check_shares(arguments.keep, quality=0.0)
     return arguments
 
 

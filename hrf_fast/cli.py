@@ -137,7 +137,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from hrf_fast.config.amounts import parse_memory
     from hrf_fast.config.load import load_config
     from hrf_fast.memory.planner import plan as make_plan
-    from hrf_fast.memory.table import describe
+    from hrf_fast.memory.table import plan_page
     from hrf_fast.timing.rates import NO_RATE, measured, seconds_line, stated
 
     if arguments.measure and arguments.rate is not None:
@@ -153,7 +153,7 @@ def plan(arguments: argparse.Namespace) -> None:
     config = load_config([*(word for file in arguments.config for word in ("--config", file)), *arguments.overrides])
     made = make_plan(config, gpus=arguments.gpus, memory=memory)
     rate = measured(made) if arguments.measure else rate
-    print(describe(made), seconds_line(made, rate, target) if rate else NO_RATE, sep="\n\n")
+    print(plan_page(made), seconds_line(made, rate, target) if rate else NO_RATE, sep="\n\n")
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:

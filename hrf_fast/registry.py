@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, Generic, TypeVar
 
 from hrf_fast.errors import UserCodeError
-from hrf_fast.user_code import describe, note_of, user_code
+from hrf_fast.user_code import error_text, note_of, user_code
 
 T = TypeVar("T")
 # of module:function; a module that importlib finds need not be an identifier, as my-rewards
@@ -130,7 +130,7 @@ def load_user_function(spec: str, option: str) -> Callable[..., Any]:
                 f"{option} is {spec!r} but importing {module_name!r} failed: {problem}; is it on PYTHONPATH?"
             ) from problem
         raise ValueError(
-            f"{option} is {spec!r} but importing {module_name!r} raised {describe(problem)}; correct that module"
+            f"{option} is {spec!r} but importing {module_name!r} raised {error_text(problem)}; correct that module"
         ) from problem
     function = getattr(module, attribute, None)
     if not callable(function):

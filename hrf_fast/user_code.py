@@ -48,7 +48,7 @@ def user_code(what: str, error: type[UserCodeError] | None = None) -> Iterator[l
     except BaseException as problem:
         if error is None and _raised_by_us(problem):
             raise
-        raise (error or UserCodeError)(f"{what} failed with {describe(problem)}") from _cause(problem)
+        raise (error or UserCodeError)(f"{what} failed with {error_text(problem)}") from _cause(problem)
     finally:
         changes += _restore(before)
 
@@ -60,7 +60,7 @@ def _cause(problem: BaseException) -> BaseException:
     return RuntimeError("StopIteration").with_traceback(problem.__traceback__)
 
 
-def describe(problem: BaseException) -> str:
+def error_text(problem: BaseException) -> str:
     """An error of user code as its type, its message and, in brackets, its place."""
     message = str(problem)
     if isinstance(problem, SystemExit):

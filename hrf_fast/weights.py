@@ -41,16 +41,16 @@ def judge(needed: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> str:
 
 
 def compare(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -> str:
-    """The difference between two mappings of shapes by name, as `describe` puts it."""
+    """The difference between two mappings of shapes by name, as `in_words` puts it."""
     wrong = [(name, present[name], shape) for name, shape in needed.items() if name in present]
-    return describe(
+    return in_words(
         needed.keys() - present.keys(),
         present.keys() - needed.keys(),
         [entry for entry in wrong if tuple(entry[1]) != tuple(entry[2])],
     )
 
 
-def describe(missing: Collection[str], unexpected: Collection[str], wrong: Iterable[tuple[str, Shape, Shape]]) -> str:
+def in_words(missing: Collection[str], unexpected: Collection[str], wrong: Iterable[tuple[str, Shape, Shape]]) -> str:
     """Missing and unexpected tensors, and wrong shapes as (name, shape in the file, shape needed), in words.
 
     Returns:

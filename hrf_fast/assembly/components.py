@@ -136,7 +136,7 @@ def build_components(
         schedule=windows,
         advantages=advantages,
         groups=build_groups(config),
-        calls=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
+        call_plan=replace(build_call_plan(config), kept_pairs=activations.kept_pairs),
         algorithm=build_algorithm(config, policy.sampler),
         noise_scale=NoiseScale(config.train.groups_per_step, config.train.step_weights),
         panel=panel,

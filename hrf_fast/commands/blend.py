@@ -89,7 +89,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     """
     alphas, files = blends.steps_to(most, step), finished_run(run)
     folder = files.blend
-    blends.check_floors(keep, quality)
+    blends.check_shares(keep, quality)
     # another model.name is judged by its rewards
     config = tuned_config(run, words, ADAPTERS)
     device = choose_device(config.run.device)
@@ -147,7 +147,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
             described = replace(config, evaluation=replace(config.evaluation, seed=other.seed))
             _save(folder / "model", policy, described, run, [base, others[-1]])
         write_atomically(folder / "blend.json", json.dumps(result, indent=1).encode())
-    return blends.describe(result)
+    return blends.blend_lines(result)
 
 
 def _save(folder: Path, policy: Policy, config: Config, run: Path, panels: Sequence[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hrf_fast.config.options import Config, EvaluationConfig, PromptsConfig
 
 
-def check_prompts(config: Config) -> None:
+def check_prompt_options(config: Config) -> None:
     """Check that every option of prompts and of guidance does something.
 
     Raises:

@@ -7,7 +7,7 @@ from collections import Counter
 from hrf_fast.config.options import Config
 
 
-def check_rewards(config: Config) -> None:
+def check_reward_options(config: Config) -> None:
     """Refuse a reward that is two or none, and a held-out one that is trained on or named twice.
 
     Raises:

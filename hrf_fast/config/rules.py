@@ -11,8 +11,8 @@ from typing import Any
 from hrf_fast.config.advantage_rules import check_advantages
 from hrf_fast.config.amounts import parse_memory
 from hrf_fast.config.options import FACTS, FLOW_SAMPLERS, Config, LoraConfig, SampleConfig
-from hrf_fast.config.prompt_rules import check_prompts
-from hrf_fast.config.reward_rules import check_rewards
+from hrf_fast.config.prompt_rules import check_prompt_options
+from hrf_fast.config.reward_rules import check_reward_options
 from hrf_fast.config.stop_rules import check_stop
 from hrf_fast.config.zero_settings import offload_device, read_settings
 from hrf_fast.registry import nearest
@@ -50,9 +50,9 @@ def check_config(config: Config) -> None:
     _check_lora(config)
     _check_remedies(config)
     check_advantages(config)
-    check_prompts(config)
+    check_prompt_options(config)
     check_stop(config)
-    check_rewards(config)
+    check_reward_options(config)
 
 
 def _check_sample(sample: SampleConfig) -> None:

@@ -125,7 +125,7 @@ def share_kept(record: Mapping[str, Any], pretrained: Mapping[str, Any], metric:
     return float(record[metric][0] / pretrained[metric][0])
 
 
-def check_floors(keep: float, quality: float) -> None:
+def check_shares(keep: float, quality: float) -> None:
     """Raise ValueError for a share that the pretrained model itself does not keep, or for no diversity at all."""
     if not 0 < keep <= 1:
         raise ValueError(f"--keep is {keep:g}; use a share above 0 and at most 1, such as 0.95")
@@ -160,7 +160,7 @@ def summary(record: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict[st
     return {**figures, **shares, "gain": list(gain)}
 
 
-def describe(result: Mapping[str, Any]) -> list[str]:
+def blend_lines(result: Mapping[str, Any]) -> list[str]:
     """Lines about the panels of a result: alpha (chosen), most (tried), keep, quality and panels, each a `summary`."""
     lines = []
     for panel in result["panels"]:

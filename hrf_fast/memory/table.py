@@ -22,7 +22,7 @@ _TITLES = {
 }
 
 
-def describe(plan: Plan) -> str:
+def plan_page(plan: Plan) -> str:
     """States per GPU, activations per mode, what fits, network calls, and a verdict on the configuration itself."""
     footprint, lora = plan.footprints[plan.config.compute.precision, False], plan.config.lora
     side = f"{plan.config.model.name}: {footprint.parameters / 1e6:.1f} M parameters"

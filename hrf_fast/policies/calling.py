@@ -18,7 +18,7 @@ from torch import Tensor
 # inputs that SDXL's UNet takes in a mapping of their own; flat here, so that engines and rows treat all inputs alike
 _ADDED = ("text_embeds", "time_ids")
 
-Call = Callable[[Any, Tensor, float | Tensor, Mapping[str, Tensor]], Tensor]
+Forward = Callable[[Any, Tensor, float | Tensor, Mapping[str, Tensor]], Tensor]
 """(denoiser, latents [B, …], timesteps: one value or [B], inputs of a `Condition`) -> the output [B, …]."""
 
 
@@ -44,7 +44,7 @@ class Shape:
 
     latents: tuple[int, ...]
     """[C, h, w], or [tokens, C] where they are packed."""
-    call: Call
+    call: Forward
     size: tuple[int, int] | None
     """Height and width of the images in pixels; None for an unconditional model."""
     grid: tuple[int, int] | None = None
@@ -66,7 +66,7 @@ class Layout:
     """How a kind of denoiser is called, and what its latents are."""
 
     call: Callable[..., Tensor]
-    """A `Call`; of packed latents with `grid`, rows and columns of the tokens, besides."""
+    """A `Forward`; of packed latents with `grid`, rows and columns of the tokens, besides."""
     patch: Callable[[Mapping[str, Any]], int]
     """The denoiser's config -> side in latents of what it can't divide further."""
     tokens: bool = False

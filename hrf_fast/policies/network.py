@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hrf_fast.config.run_options import PRECISIONS
 from hrf_fast.distributed import comm
-from hrf_fast.policies.calling import Call, call_unet
+from hrf_fast.policies.calling import Forward, call_unet
 from hrf_fast.policies.compilation import canonical
 from hrf_fast.policies.normalisation import keep_channels_last, keep_halves
 from hrf_kernels import choose_backend
@@ -58,7 +58,7 @@ class Network(nn.Module):
         precision: str,
         *,
         channels_last: bool = False,
-        call: Call = call_unet,
+        call: Forward = call_unet,
         device: str | None = None,
         kernels: str | None = None,
     ) -> None:

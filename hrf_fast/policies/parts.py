@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from hrf_fast.hub import first_line
 from hrf_fast.policies.component import Component, shards_of
-from hrf_fast.weights import describe, not_finite
+from hrf_fast.weights import in_words, not_finite
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def load_module(model: str, part: Component) -> Any:
         **options,
     )
     problem = (
-        describe(report["missing_keys"], _unexpected(report["unexpected_keys"]), report["mismatched_keys"])
+        in_words(report["missing_keys"], _unexpected(report["unexpected_keys"]), report["mismatched_keys"])
         or _shard_problem(part)
         or not_finite(module.state_dict())
     )
@@ -106,7 +106,7 @@ def _shard_problem(part: Component) -> str:
     promised, held = shards_of(part.folder / index).keys(), set[str]()
     for shard in shards:
         held |= _names(part.folder / shard)
-    return describe(promised - held, held - promised, [])
+    return in_words(promised - held, held - promised, [])
 
 
 def _names(shard: Path) -> set[str]:

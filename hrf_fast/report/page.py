@@ -15,7 +15,7 @@ from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences, to_yaml
 from hrf_fast.report.comparison import RunLog, lowest_end, read_runs
 from hrf_fast.report.figures import COST, curves, front, grids, grids_on_the_way, last_grids, training, windows
-from hrf_fast.report.tables import Table, describe, equal_reward_table, findings, happenings, result_table, run_title
+from hrf_fast.report.tables import Table, equal_reward_table, findings, happenings, result_table, run_line, run_title
 from hrf_fast.run.card import reward_name
 from hrf_fast.run.files import write_atomically
 
@@ -54,7 +54,7 @@ def summary_lines(runs: list[Path], *, names: Sequence[str] = ()) -> list[str]:
         ValueError: as `read_runs`.
     """
     logs = read_runs(runs, names)
-    lines = [*map(describe, logs), "", *result_table(logs).lines(), ""]
+    lines = [*map(run_line, logs), "", *result_table(logs).lines(), ""]
     if equal := equal_reward_table(logs):
         lines += [f"at equal reward, {lowest_end(logs):.4g}:", *equal.lines(), ""]
     return lines + findings(logs) + happenings(logs)
@@ -78,7 +78,7 @@ def _values(logs: Sequence[RunLog]) -> dict[str, Any]:
     config, equal = logs[0].config, equal_reward_table(logs)
     return {
         "title": f"{' vs '.join(log.name for log in logs)}: {config.model.name}, {reward_name(config.reward)}",
-        "runs": [describe(log) for log in logs],
+        "runs": [run_line(log) for log in logs],
         "results": result_table(logs).rows,
         "equal_reward": equal.rows if equal else None,
         "level": f"{lowest_end(logs):.4g}",

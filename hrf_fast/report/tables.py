@@ -118,7 +118,7 @@ def run_title(log: RunLog) -> str:
     return log.name if log.finished else f"{log.name} (unfinished)"
 
 
-def describe(log: RunLog) -> str:
+def run_line(log: RunLog) -> str:
     """Describe a run in one line."""
     config, last = log.config, log.metrics[-1]
     # where a budget of evaluations ends the run, its iterations are only a ceiling

@@ -16,10 +16,9 @@ from hrf_fast.policies.network import Network
 
 # timed rounds after one that warms up
 _ROUNDS = 3
-Call = Callable[[], None]
 
 
-def sampling_call(network: Network, shape: tuple[int, ...], condition: Condition, images: int) -> Call:
+def sampling_call(network: Network, shape: tuple[int, ...], condition: Condition, images: int) -> Callable[[], None]:
     """A call without gradient on `images` latents of `shape`, which has the condition's branches as rows."""
     latents = _latents(network, shape, images * condition.branches)
 
@@ -30,7 +29,7 @@ def sampling_call(network: Network, shape: tuple[int, ...], condition: Condition
     return call
 
 
-def update_call(network: Network, shape: tuple[int, ...], condition: Condition, images: int) -> Call:
+def update_call(network: Network, shape: tuple[int, ...], condition: Condition, images: int) -> Callable[[], None]:
     """A call and its backward; arguments as `sampling_call`. Its gradients are thrown away."""
     latents = _latents(network, shape, images * condition.branches)
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -41,7 +40,7 @@ def _latents(network: Network, shape: tuple[int, ...], rows: int) -> Tensor:
     return torch.randn(rows, *shape, device=next(network.parameters()).device)
 
 
-def seconds(call: Call) -> float:
+def seconds(call: Callable[[], None]) -> float:
     """The median seconds of a call, of a few after one that warms up."""
     call()
     times = []
@@ -50,7 +49,7 @@ def seconds(call: Call) -> float:
     return statistics.median(times)
 
 
-def _once(call: Call) -> float:
+def _once(call: Callable[[], None]) -> float:
     cuda = torch.cuda.is_initialized()
     if cuda:
         torch.cuda.synchronize()

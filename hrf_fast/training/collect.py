@@ -47,7 +47,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
     if schedule.needs_anchors:
         with run.phase("anchors"):
             noise = NoiseKey(noise_key(seed, iteration, "anchors"), torch.tensor(numbers, device=policy.device))
-            options: dict[str, Any] = {"images_per_call": components.calls.sampled, "guided": guided}
+            options: dict[str, Any] = {"images_per_call": components.call_plan.sampled, "guided": guided}
 
             def draw() -> Tensor:
                 if few := components.anchors.steps:
@@ -89,7 +89,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
     }
     if windows[0].deterministic and not anchors:
         with run.phase("anchors"):
-            origins = prefixes(policy, own_groups.values(), images_per_call=components.calls.sampled)
+            origins = prefixes(policy, own_groups.values(), images_per_call=components.call_plan.sampled)
         own_groups = {number: replace(group, origin=origins[number]) for number, group in own_groups.items()}
     return windows, own_groups
 
@@ -102,7 +102,7 @@ def collect(
     Raises:
         FloatingPointError: images are not finite.
     """
-    plan = components.calls
+    plan = components.call_plan
     windows = {group.number: group.window for group in groups}
     by_number = {group.number: group for group in groups}
     keep_from = plan.keep_from(windows.values())

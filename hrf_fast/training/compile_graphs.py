@@ -27,7 +27,7 @@ def compile_graphs(components: Components, note: Callable[[str], None]) -> None:
         splits = (groups.per_iteration // groups.ranks, groups.size, -(-panel.size // groups.ranks))
         compile_sizes(
             components.policy,
-            components.calls.sizes(splits),
+            components.call_plan.sizes(splits),
             note,
             panel.prompt(0),
             guided=components.algorithm.guided,

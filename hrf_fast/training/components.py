@@ -78,7 +78,7 @@ class Components:
     schedule: WindowSchedule
     advantages: Advantages
     groups: Groups
-    calls: CallPlan
+    call_plan: CallPlan
     algorithm: Algorithm
     noise_scale: NoiseScale
     """Adds up what train.gradient_noise measures."""

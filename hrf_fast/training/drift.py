@@ -32,7 +32,7 @@ def policy_drift(components: Components, rolled_out: Rollout, windows: Sequence[
     with components.policy.uncounted(), components.engine.gathered():
         if group in rolled_out.trajectories:
             middle = (windows[group].start + windows[group].stop) // 2
-            calls = components.calls.replay({group: Window(middle, middle + 1)})
+            calls = components.call_plan.replay({group: Window(middle, middle + 1)})
             ratios = replay_ratios(components.policy, rolled_out.trajectories, calls)
             drift = float(ratios.log().abs().max())
     return comm.largest(drift)

@@ -122,7 +122,7 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
             key="reference penalty",
         )
     outcome = Outcome(windows)
-    rounds = components.groups.rounds(components.calls.order)
+    rounds = components.groups.rounds(components.call_plan.order)
     for steps in rounds:
         rank_groups = [groups[number] for number in components.groups.own(steps)]
         with engine.gathered():

@@ -58,7 +58,7 @@ class StartProbe:
                 [self._noises[group] for group in numbers],
                 [self._prompts[group] for group in numbers],
                 estimate=estimate,
-                images_per_call=components.calls.sampled,
+                images_per_call=components.call_plan.sampled,
                 guided=components.algorithm.guided,
             )
         by_group: dict[int, tuple[Tensor, Tensor]] = {}

@@ -31,7 +31,7 @@ def self_check(components: Components) -> str:
         One line for the user: whether replayed log-probs equal the rollout's, the largest |ratio − 1|, the smallest
         clip range, and which implementation of the kernels ran in what precision.
     """
-    policy, plan = components.policy, components.calls
+    policy, plan = components.policy, components.call_plan
     stop = policy.sampler.stochastic_steps
     window = Window(max(0, stop - max(_STEPS, plan.steps_per_call)), stop)
     numbers = range(_joined(components))
@@ -48,7 +48,7 @@ def self_check(components: Components) -> str:
 
 
 def _verdict(components: Components, replayed: Window, error: float, joined: bool) -> str:
-    policy, plan, clips = components.policy, components.calls, components.algorithm.clips
+    policy, plan, clips = components.policy, components.call_plan, components.algorithm.clips
     steps, stop = len(policy.sampler), policy.sampler.stochastic_steps
     # of a schedule that does not say so, a user's, the last stochastic step
     shortest = getattr(components.schedule, "shortest", Window(stop - 1, stop))
@@ -94,8 +94,8 @@ def _verdict(components: Components, replayed: Window, error: float, joined: boo
 def _joined(components: Components) -> int:
     """How many groups share calls: as many as a rank rolls out together and as fit into a call."""
     groups = components.groups
-    together = min(len(groups.own(steps)) for steps in groups.rounds(components.calls.order))
-    return max(1, min(components.calls.groups_per_call, together))
+    together = min(len(groups.own(steps)) for steps in groups.rounds(components.call_plan.order))
+    return max(1, min(components.call_plan.groups_per_call, together))
 
 
 def _group(components: Components, number: int, window: Window) -> Group:

@@ -71,7 +71,7 @@ def _step(
     iteration: int,
     offset: float,
 ) -> StepStats:
-    groups, plan = components.groups, components.calls
+    groups, plan = components.groups, components.call_plan
     rank_groups = groups.of_rank(step, groups.rank)
     calls: Sequence[Call] = plan.update(rolled_out.calls, {group: windows[group] for group in rank_groups})
     pairs, factor, thinning = groups.size * sum(len(windows[g]) for g in groups.of_step(step)), 1.0, None
@@ -106,7 +106,7 @@ def _replay(
     components: Components, windows: Sequence[Window], step: int, rank: int, thinning: Thin | None
 ) -> list[Call]:
     """The calls that a rank makes in an optimizer step which replays."""
-    calls = components.calls.replay({group: windows[group] for group in components.groups.of_rank(step, rank)})
+    calls = components.call_plan.replay({group: windows[group] for group in components.groups.of_rank(step, rank)})
     return thinning(calls)[0] if thinning else calls
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hrf_fast.hub import find_folder, find_local_folder, first_line
 from hrf_fast.vision.base import BATCH, in_batches
 from hrf_fast.vision.processor import FILES, Source, import_transformers, load_processor, process
-from hrf_fast.weights import describe, not_finite
+from hrf_fast.weights import in_words, not_finite
 
 # a file or its shards, the better kind first; files of a variant have another name
 WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
@@ -104,7 +104,7 @@ def load_network(
     finally:
         logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
-    problem = describe(
+    problem = in_words(
         [name for name in missing if not optional(name)],
         _stray_layers(network, report["unexpected_keys"]),
         report["mismatched_keys"],

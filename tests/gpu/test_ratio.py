@@ -23,7 +23,7 @@ def test_the_on_policy_ratio_is_one_to_the_bit(device, words, tmp_path, precisio
     roll_out, _ = loop_parts(components)
     rollout = roll_out()
     windows = {number: trajectory.window for number, trajectory in rollout.trajectories.items()}
-    calls = components.calls.replay(windows)
+    calls = components.call_plan.replay(windows)
     ratios = replay_ratios(components.policy, rollout.trajectories, calls, as_in_update=True)
     assert len(ratios) == 6 * len(range(*next((w.start, w.stop) for w in windows.values())))
     assert torch.equal(ratios, torch.ones_like(ratios))

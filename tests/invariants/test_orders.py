@@ -198,7 +198,7 @@ def test_auto_keeps_what_fits_and_says_so(tiny_run, tmp_path, capsys, measured_o
         components_with(tiny_run, tmp_path, *words, f"compute.memory_budget={budget}")
         for budget in ("1GB", "10MB", "6MB", "3MB")
     ]
-    kept = [components.calls.kept_pairs for components in chosen]
+    kept = [components.call_plan.kept_pairs for components in chosen]
     reasons = [next(note for note in components.notes if "activations" in note) for components in chosen]
     assert kept[0] == math.inf and "activations: keep, " in reasons[0]
     # at 0.39 MB for a sample and step, beside 3.6 MB that replay needs: some steps of a group of 8

@@ -29,7 +29,7 @@ def status(field: str) -> int:
 
 
 def iteration(components: Components) -> None:
-    policy, groups, plan = components.policy, components.groups, components.calls
+    policy, groups, plan = components.policy, components.groups, components.call_plan
     windows = [Window(0, policy.sampler.stochastic_steps)] * groups.per_iteration
     keep_from = plan.keep_from(windows)
     rolled_out, condition = Rollout(), policy.condition([None] * groups.size)

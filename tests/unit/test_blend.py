@@ -13,7 +13,7 @@ from hrf_fast.commands.blend import _claim_blend, blend
 from hrf_fast.commands.runs import model_of_run
 from hrf_fast.config.load import load_config
 from hrf_fast.evaluation import blend as blends
-from hrf_fast.evaluation.blend import WeightLine, check_pretrained, choose, describe, read_front, steps_to, summary
+from hrf_fast.evaluation.blend import WeightLine, blend_lines, check_pretrained, choose, read_front, steps_to, summary
 from hrf_fast.policies.lora import add_adapters, merged
 from tests.conftest import make_policy, make_unet, tiny_words
 from tests.runs import train, weights
@@ -127,7 +127,7 @@ def test_a_choice_at_the_end_of_the_range_and_one_that_was_chance_are_said():
             summary(record(0, 1.0, 20), record(0, 1.0, 20)),
             summary(record(alpha, 1.0 + gain, 20), record(0, 1.0, 20)),
         ]
-        return " ".join(describe({"alpha": alpha, "most": 2.0, "keep": 0.9, "quality": 0.0, "panels": ends}))
+        return " ".join(blend_lines({"alpha": alpha, "most": 2.0, "keep": 0.9, "quality": 0.0, "panels": ends}))
 
     assert "largest alpha that was tried" in lines(2.0, 0.5) and "chance" not in lines(2.0, 0.5)
     assert "gains nothing" in lines(1.5, -0.1) and "largest" not in lines(1.5, -0.1)

@@ -61,7 +61,7 @@ def test_options_of_a_plan_stand_anywhere_among_its_words(words, monkeypatch, ca
         return f"{config.train.group_size} {config.train.iterations} {config.run.seed} {gpus} {memory}"
 
     monkeypatch.setattr("hrf_fast.memory.planner.plan", plan)
-    monkeypatch.setattr("hrf_fast.memory.table.describe", lambda text: text)
+    monkeypatch.setattr("hrf_fast.memory.table.plan_page", lambda text: text)
     assert main(["plan", *words]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"4 3 2 8 {80 * 10**9}"
 

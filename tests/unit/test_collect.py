@@ -82,7 +82,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, plan=No
         rewarder=Rewarder(reward, CPU),
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=Groups(per_iteration=4, size=SIZE, per_step=2, rank=rank, ranks=ranks),
-        calls=plan or CallPlan(SIZE),
+        call_plan=plan or CallPlan(SIZE),
         anchors=Anchors(),
         algorithm=make_algorithm(SEED, guided=guided, shared_noise=asked.get("shared_noise")),
         draw_prompts=lambda iteration: prompts or [None] * 4,

@@ -218,7 +218,7 @@ def thinned_components(thinning, groups, inner_epochs=1):
         seed=3, inner_epochs=inner_epochs, thinning=thinning, clips=None, reference=lambda iteration: None
     )
     engine = SimpleNamespace(lockstep=False)
-    return SimpleNamespace(algorithm=algorithm, groups=groups, calls=CallPlan(3), engine=engine, policy=None)
+    return SimpleNamespace(algorithm=algorithm, groups=groups, call_plan=CallPlan(3), engine=engine, policy=None)
 
 
 def test_every_pass_over_the_rollouts_leaves_out_steps_of_its_own(monkeypatch):

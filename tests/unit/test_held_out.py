@@ -8,7 +8,7 @@ import torch
 from hrf_fast.assembly.components import build_components
 from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
-from hrf_fast.evaluation.blend import describe
+from hrf_fast.evaluation.blend import blend_lines
 from hrf_fast.evaluation.diversity import mean_interval
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.report import figures
@@ -221,7 +221,7 @@ def read_log_of(path):
 
 def test_lines_of_a_blend_end_with_it():
     panel = {"alpha": 1.0, "reward": [1.0, 0, 2], "gain": [0.5, 0, 1], "share": 0.9, "held_out": {"x": [0.25, 0, 1]}}
-    line, *_ = describe({"panels": [panel], "alpha": 1.0, "most": 2.0, "keep": 0.5, "quality": 0})
+    line, *_ = blend_lines({"panels": [panel], "alpha": 1.0, "most": 2.0, "keep": 0.5, "quality": 0})
     assert line.endswith("90.0% of the Vendi Score, held-out x 0.25")
 
 

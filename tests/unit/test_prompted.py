@@ -52,7 +52,7 @@ def make_components(choose=late, *, needs_anchors=True, rank=0, ranks=1, guided=
         rewarder=Rewarder(reward, torch.device("cpu")),
         schedule=Schedule(choose, needs_anchors=needs_anchors),
         groups=groups,
-        calls=CallPlan(3, images_per_call),
+        call_plan=CallPlan(3, images_per_call),
         anchors=Anchors(),
         algorithm=make_algorithm(SEED, guided=guided),
         prompts=SOURCE,

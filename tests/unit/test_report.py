@@ -29,7 +29,7 @@ from hrf_fast.report import figures
 from hrf_fast.report.comparison import at_reward, gain, read_runs
 from hrf_fast.report.figures import MID_RUN_GRIDS
 from hrf_fast.report.page import summary_lines, write_report
-from hrf_fast.report.tables import describe, findings, result_table
+from hrf_fast.report.tables import findings, result_table, run_line
 
 START = [0.0, 1.0, 2.0, 3.0]  # rewards of the pretrained panel, mean 1.5
 UP_BY_3 = [(1.0, 3.0), (3.0, 1.0)]  # (gain, Vendi Score) of the panels after the pretrained one, whose Vendi is 4
@@ -176,7 +176,7 @@ def test_a_run_in_one_line(tmp_path):
     reward = RewardConfig(name=None, terms=[RewardTerm("a", 0.5), RewardTerm("b", -1.0)])
     folder = write_run(tmp_path / "run", "dynamic", reward=reward)
     counts = "2 of 2 iterations · 40 images trained · 200 UNet evaluations"
-    assert describe(read_runs([folder])[0]) == f"HRF-D · fashion · 0.5 a + -1 b · T 40 · {counts} · seed 0 · {folder}"
+    assert run_line(read_runs([folder])[0]) == f"HRF-D · fashion · 0.5 a + -1 b · T 40 · {counts} · seed 0 · {folder}"
 
 
 def test_the_gain_is_paired_by_image(tmp_path):
@@ -232,7 +232,7 @@ def test_an_unfinished_run_is_labelled_also_while_it_is_extended_or_young(tmp_pa
     extended = write_run(tmp_path / "b", train=TrainConfig(iterations=9))
     young, budget = write_run(tmp_path / "c", later=[]), StopConfig(max_evaluations=200)
     for folder in (stopped, extended, young):
-        assert describe(read_runs([folder])[0]).startswith("HRF (unfinished) ·")
+        assert run_line(read_runs([folder])[0]).startswith("HRF (unfinished) ·")
     assert "HRF: no panel after the pretrained one yet." in findings(read_runs([young]))
     assert read_runs([write_run(tmp_path / "d", train=TrainConfig(iterations=9), stop=budget)])[0].finished
 

@@ -221,8 +221,8 @@ def test_the_self_check_replays_where_only_some_steps_are_kept(tiny_run):
     # two late steps and the last: kept from the rollout, or rolled out and replayed
     for kept_pairs, expected in ((math.inf, [True, True, False]), (1000, [False] * 3 + [True] * 2)):
         gradients.clear()
-        calls = replace(components.calls, kept_pairs=kept_pairs)
-        assert "exact" in self_check(replace(components, calls=calls))
+        calls = replace(components.call_plan, kept_pairs=kept_pairs)
+        assert "exact" in self_check(replace(components, call_plan=calls))
         assert gradients == expected
 
 
