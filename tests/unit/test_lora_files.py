@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hrf_fast.assembly.model import build_policy
-from hrf_fast.commands import sample as sample_module
 from hrf_fast.commands.evaluate import evaluate
 from hrf_fast.commands.export import export
 from hrf_fast.commands.runs import with_sampler
@@ -21,6 +20,7 @@ from hrf_fast.commands.sample import draw
 from hrf_fast.config.load import load_config
 from hrf_fast.config.run_options import ComputeConfig
 from hrf_fast.engines.base import trained_weights
+from hrf_fast.evaluation import panel as panel_module
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.memory.planner import plan
 from hrf_fast.noise import NoiseKey
@@ -244,13 +244,13 @@ def test_a_run_is_drawn_in_full_precision_on_a_cpu_and_in_its_own_on_a_gpu(monke
 
 def test_a_call_of_a_drawn_grid_is_one_that_fits(run, tmp_path, monkeypatch):
     asked, folder = [], run[0]
-    draws = sample_module.sample
+    draws = panel_module.sample
 
     def watched(*arguments, **options):
         asked.append(options["images_per_call"])
         return draws(*arguments, **options)
 
-    monkeypatch.setattr(sample_module, "sample", watched)
+    monkeypatch.setattr(panel_module, "sample", watched)
     monkeypatch.setattr("hrf_fast.policies.text_to_image._PIXELS_AT_ONCE", 2 * (2 * SIDE) ** 2)
     options = {"count": 2, "seed": 0, "device": "cpu"}
     draw(str(folder), tmp_path / "run.png", **options)
