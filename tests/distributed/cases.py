@@ -151,7 +151,7 @@ def four_groups(words: Sequence[str]) -> FourGroups:
     advantages = {group: torch.randn(groups.size, generator=generator) for group in range(len(windows))}
     unused: dict[str, Any] = dict.fromkeys(("reward", "rewarder", "schedule", "advantages", "panel", "noise_scale"))
     algorithm = build_algorithm(config, policy.sampler)
-    components = Components(policy, engine, groups=groups, calls=plan, algorithm=algorithm, **unused)
+    components = Components(policy, engine, groups=groups, call_plan=plan, algorithm=algorithm, **unused)
     return FourGroups(components, rolled_out, windows, advantages, [0])
 
 

@@ -237,10 +237,10 @@ def test_auto_says_what_would_fit(tiny_run, tmp_path, measured_once, budget, sai
 
 def test_auto_looks_for_free_memory_where_no_budget_is_given(tiny_run, tmp_path, monkeypatch, measured_once):
     chosen = components_with(tiny_run, tmp_path, "compute.activations=auto")
-    assert chosen.calls.kept_pairs == math.inf and "free" in chosen.notes[0]
+    assert chosen.call_plan.kept_pairs == math.inf and "free" in chosen.notes[0]
     # published order: nothing can be kept
     published = components_with(tiny_run, tmp_path, "compute.activations=auto", "train.order=collect")
-    assert published.calls.kept_pairs == 0
+    assert published.call_plan.kept_pairs == 0
 
 
 def test_measuring_leaves_no_trace(tiny_run, tmp_path):
