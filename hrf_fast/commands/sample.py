@@ -58,9 +58,11 @@ def draw(
     """
     if out is not None and folder is not None:
         raise ValueError(f"--out is {out} and --folder is {folder}; give one of them")
+    out = out or Path("samples.png")
     if folder is not None:
         check_folder(folder)
-    out = out or Path("samples.png")
+    else:
+        check_picture(out)
     for option, value in (("--count", count), ("--images-per-call", images_per_call)):
         if value is not None and value < 1:
             raise ValueError(f"{option} is {value}; it must be at least 1")
@@ -75,7 +77,6 @@ def draw(
     panel = Panel(count, seed, images_per_call, deterministic_steps=steps)
     panel = _prompted(panel, source, policy, asked, negatives)
     if folder is None:
-        check_picture(out)
         save_grid(panel.images(policy).cpu(), out, captions=panel.texts, images_per_prompt=panel.images_per_prompt)
     else:
         write_folder(folder, panel, policy)
