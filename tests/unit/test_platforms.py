@@ -49,7 +49,7 @@ def test_peak_memory_is_in_the_systems_unit(monkeypatch, platform, factor):
 def test_signals_that_a_system_has_are_heeded(monkeypatch):
     monkeypatch.delattr(signal, "SIGHUP")
     monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
-    assert fresh("run.interrupts").SIGNALS == (signal.SIGINT, signal.SIGTERM, 21)
+    assert fresh("errors").SIGNALS == (signal.SIGINT, signal.SIGTERM, 21)
 
 
 def test_the_watch_needs_no_fork(monkeypatch):
