@@ -17,7 +17,7 @@ CHECKED = hrf_fast kernels benchmarks pretraining tests setup.py
 # DDPO as published, which is shown to its end, DDPO and HRF with this project's options; all stop at one reward
 DEMO = --config configs/demo_peeps.yaml run.folder=runs/demo
 demo: $(VENV)/.base
-	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published stop.on_collapse=warn
+	$(BIN)/hrf train --config configs/peeps_published.yaml $(DEMO)-published stop.on_collapse=warn evaluation.every=7
 	$(BIN)/hrf train --config configs/peeps_ddpo.yaml $(DEMO)-ddpo
 	$(BIN)/hrf train --config configs/peeps_hrf.yaml $(DEMO)-hrf
 	$(BIN)/hrf report runs/demo-published runs/demo-ddpo runs/demo-hrf --out runs/demo.html --strip runs/demo.png \
