@@ -169,9 +169,9 @@ def test_a_checkpoint_is_drawn_from_inside_the_run_too(finished, tmp_path, monke
 
 def test_a_checkpoint_out_of_its_place_and_the_folder_of_all_say_what_to_do(finished, tmp_path, capsys):
     checkpoints = finished / "checkpoints"
-    for command in (["sample"], ["export"]):
-        out = ["--out", str(tmp_path / "out")]
-        assert main([*command, str(checkpoints), *out]) == 1
+    out = ["--out", str(tmp_path / "out.png")]
+    for command in ("sample", "export"):
+        assert main([command, str(checkpoints), *out]) == 1
         assert f"{checkpoints} holds the checkpoints of a run; name one of them" in capsys.readouterr().err
     stray = tmp_path / "a" / "b"
     stray.parent.mkdir()
@@ -191,7 +191,7 @@ def test_a_broken_checkpoint_is_neither_drawn_nor_exported(finished, tmp_path, c
     (checkpoint / "ema.safetensors").write_bytes(data[:-1] + b"x")
     try:
         for command in ("sample", "export"):
-            assert main([command, str(checkpoint), "--out", str(tmp_path / "out")]) == 1
+            assert main([command, str(checkpoint), "--out", str(tmp_path / "out.png")]) == 1
             assert f"{checkpoint} is broken: ema.safetensors is not what was written" in capsys.readouterr().err
     finally:
         (checkpoint / "ema.safetensors").write_bytes(data)
