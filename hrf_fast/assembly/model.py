@@ -67,9 +67,12 @@ def check_policy(policy: Policy, config: Config) -> Policy:
     """A policy of the user's own class, unless options that it was made without say otherwise.
 
     Raises:
-        ValueError: another number of steps, precision, guidance or device than the configuration's, adapters, or
-            another option that only a model which is loaded by name follows.
+        ValueError: it lacks a part of the protocol; another number of steps, precision, guidance or device than the
+            configuration's, adapters, or another option that only a model which is loaded by name follows.
     """
+    parts = {*Policy.__annotations__, *(name for name in vars(Policy) if not name.startswith("_"))}
+    if lacking := sorted(part for part in parts if not hasattr(policy, part)):
+        raise ValueError(f"the policy that was given lacks {', '.join(lacking)}; policies/base.py has the protocol")
     sample, device = config.sample, choose_device(config.run.device)
     set_up(device, config)
     values = {

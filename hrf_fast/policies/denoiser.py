@@ -33,11 +33,7 @@ class DenoiserPolicy:
     decoder: nn.Module | None = None
     decoded_at_once = 1
     has_unconditional_branch = False
-
-    @property
-    def visiting_bytes(self) -> int:
-        """0: nothing comes to the device for its work alone."""
-        return 0
+    visiting_bytes: int = 0
 
     def __init__(
         self,

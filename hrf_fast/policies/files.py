@@ -163,9 +163,15 @@ def _read(name: str, folder: Path) -> ModelFiles:
     }
     files = ModelFiles(name, pipeline, parts, settings)
     configs = {part: component.config for part, component in parts.items()}
-    files.family.check(name, configs)
     flow = [known for known, family in FAMILIES.items() if family.flow]
-    check_scheduler(name, configs["scheduler"], pipeline, ddpm=files.family.ddpm, flow_pipelines=flow)
+    try:
+        files.family.check(name, configs)
+        check_scheduler(name, configs["scheduler"], pipeline, ddpm=files.family.ddpm, flow_pipelines=flow)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"model.name is {name!r}, whose configs have a value of a wrong type ({error}); take the files that the "
+            "model was saved with"
+        ) from error
     return files
 
 

@@ -80,7 +80,7 @@ class TextToImagePolicy(DenoiserPolicy):
         return Condition(positive, self._encoder.negative(negative, negatives))
 
     @property
-    def visiting_bytes(self) -> int:
+    def visiting_bytes(self) -> int:  # type: ignore[override]
         """Bytes of the largest text encoder, where one at a time comes to the device for its work; else 0."""
         sizes = [sum(weight.nbytes for weight in each.parameters()) for each in self._encoder.encoders]
         return max(sizes) if self.offload else 0

@@ -183,6 +183,22 @@ def test_learned_steps_load_where_they_are_as_many_as_the_schedulers(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("unet/config.json", {"sample_size": "16"}),
+        ("unet/config.json", {"sample_size": 16.0}),
+        ("unet/config.json", {"time_embedding_type": "learned", "num_train_timesteps": "1000"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}),
+    ],
+    ids=str,
+)
+def test_a_value_of_a_wrong_type_is_refused_by_the_models_name(copy, part, values):
+    edit(copy / part, **values)
+    with pytest.raises(ValueError, match=re.escape(f"model.name is {str(copy)!r}")):
+        load(copy)
+
+
 def test_a_foreign_scheduler_is_refused_by_name(copy):
     edit(copy / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
     with pytest.raises(ValueError, match="model.name.*ScoreSdeVeScheduler"):

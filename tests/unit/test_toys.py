@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,15 @@ def test_options_that_contradict_the_policy_that_was_given_are_refused(word, tmp
     words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path}", "run.device=cpu", word]
     with pytest.raises(ValueError, match=f"{option} is {value}"):
         build_components(load_config(words), policy=policy_of(Mlp(), num_inference_steps=STEPS))
+
+
+def test_a_policy_that_lacks_a_part_of_the_protocol_is_refused_by_name(tmp_path):
+    policy = policy_of(Mlp(), num_inference_steps=STEPS)
+    parts = {name: getattr(policy, name) for name in dir(policy) if not name.startswith("_")}
+    del parts["has_unconditional_branch"], parts["decode"]
+    words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path}", "run.device=cpu"]
+    with pytest.raises(ValueError, match="lacks decode, has_unconditional_branch; policies/base.py"):
+        build_components(load_config(words), policy=SimpleNamespace(**parts))
 
 
 def line(arm="DDPO", rate=1e-3, end=0.5, share=0.2, **keys):
