@@ -152,7 +152,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: a floor that is no share.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="hrf bench blend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with a blend each, NAME-SEED")
     parser.add_argument("--keep", type=float, default=0.95, help="share of the Vendi Score that gains are compared at")
     parser.add_argument("--out", type=Path, default=Path("runs/blends"), help="folder of the tables and the picture")

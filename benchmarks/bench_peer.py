@@ -144,7 +144,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: a drop that is no share.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="hrf bench peer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders that started from one model")
     parser.add_argument("--drop", type=float, default=DROP, help="share of the pretrained model's bits per pixel")
     parser.add_argument("--out", type=Path, default=Path("runs/peer"), help="folder of peer.json and peer.md")

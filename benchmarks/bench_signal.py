@@ -198,7 +198,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: fewer than two groups, or a configuration that can't work.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="hrf bench signal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--starts", nargs="+", default=["ddpo", "0", "5", "10", "14"], help="ddpo, or a step")
     parser.add_argument("--groups", type=int, default=24, help="groups of each start, at least 2")
     parser.add_argument("--out", type=Path, default=Path("runs/signal"), help="folder of signal.json and signal.md")

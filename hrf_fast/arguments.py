@@ -132,6 +132,7 @@ def make_parsers(
     command.add_argument("--target-evaluations", type=float, metavar="N", help=target)
     add_options(command, "overrides", "section.option=value, anywhere among the words")
     add("rewards")
+    add("schedules")
     command = add("serve_reward")
     command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
     command.add_argument("words", nargs="*", help="its arguments, as name=value in YAML")

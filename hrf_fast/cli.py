@@ -76,9 +76,19 @@ def rewards(arguments: argparse.Namespace) -> None:
         prompts = ", and a model with prompts" if info.reads_prompts else ""
         print(f"{info.name}\n  {info.description}\n  needs: {info.needs}{prompts}")
         for argument in info.arguments:
-            default = "required" if argument.required else f"default {argument.default!r}"
-            print(f"    {argument.name} ({argument.type}, {default}): {argument.doc}")
+            print(f"    {argument}")
     print("module:function\n  your own: function(images [B, 3, H, W] in [0, 1], prompts, **kwargs) -> B numbers")
+
+
+def schedules(arguments: argparse.Namespace) -> None:
+    """List the window schedules with their options, which are window.kwargs."""
+    from hrf_fast.windows.schedules import list_schedules
+
+    for name, description, options in list_schedules():
+        print(f"{name}\n  {description}")
+        for option in options:
+            print(f"    {option}")
+    print("module:function\n  your own: see docs/windows.md")
 
 
 def serve_reward(arguments: argparse.Namespace) -> None:
@@ -172,6 +182,7 @@ COMMANDS = {
         report,
         plan,
         rewards,
+        schedules,
         serve_reward,
         bench,
         study,

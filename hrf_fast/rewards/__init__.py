@@ -10,7 +10,6 @@ from hrf_fast.rewards.build import CombinedReward, build_reward, check_images, c
 from hrf_fast.rewards.registry import (
     NotFiniteError,
     Reward,
-    RewardArgument,
     RewardError,
     RewardInfo,
     Rewards,
@@ -22,7 +21,6 @@ __all__ = [
     "CombinedReward",
     "NotFiniteError",
     "Reward",
-    "RewardArgument",
     "RewardError",
     "RewardInfo",
     "RewardTerm",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from hrf_fast.errors import UserCodeError
 from hrf_fast.registry import Registry, call_factory
+from hrf_fast.signatures import Argument, arguments_of, summary
 
 FAMILIES = ("jpeg", "aesthetic", "classifier", "text_image", "remote")
 OPTION_PREFIX = "reward.kwargs."
@@ -52,23 +52,12 @@ class NotFiniteError(RewardError):
 
 
 @dataclass(frozen=True)
-class RewardArgument:
-    """One argument of a registered reward, read from its signature and docstring."""
-
-    name: str
-    type: str
-    default: Any
-    required: bool
-    doc: str
-
-
-@dataclass(frozen=True)
 class RewardInfo:
     """One reward as `hrf rewards` prints it."""
 
     name: str
     description: str
-    arguments: tuple[RewardArgument, ...]
+    arguments: tuple[Argument, ...]
     needs: str
     reads_prompts: bool
     """Whether it can't reward an unconditional model."""
@@ -118,27 +107,12 @@ def register_reward(
 def list_rewards() -> list[RewardInfo]:
     """Every registered reward, by name. Loads no weights and imports no model library."""
     _load_families()
-    infos = []
-    for name in sorted(_rewards):
-        factory = _rewards[name].factory
-        doc = inspect.getdoc(factory) or ""
-        docs = _argument_docs(doc)
-        arguments = tuple(
-            RewardArgument(
-                name=key,
-                type=inspect.formatannotation(parameter.annotation).strip("'")
-                if parameter.annotation is not parameter.empty
-                else "",
-                default=None if parameter.default is parameter.empty else parameter.default,
-                required=parameter.default is parameter.empty,
-                doc=docs.get(key, ""),
-            )
-            for key, parameter in _config_parameters(factory).items()
+    return [
+        RewardInfo(
+            name, summary(entry.factory), arguments_of(entry.factory, _OF_THE_RUN), entry.needs, entry.reads_prompts
         )
-        infos.append(
-            RewardInfo(name, doc.partition("\n")[0], arguments, _rewards[name].needs, _rewards[name].reads_prompts)
-        )
-    return infos
+        for name, entry in ((name, _rewards[name]) for name in sorted(_rewards))
+    ]
 
 
 def build_registered(name: str, kwargs: dict[str, Any], device: Any, option_prefix: str = OPTION_PREFIX) -> Reward:
@@ -189,22 +163,3 @@ def takes_metadata(function: Callable[..., Any], kwargs: Mapping[str, Any], *, f
 def _load_families() -> None:
     for family in FAMILIES:
         importlib.import_module(f"hrf_fast.rewards.{family}")
-
-
-def _config_parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {key: item for key, item in inspect.signature(factory).parameters.items() if key not in _OF_THE_RUN}
-
-
-def _argument_docs(doc: str) -> dict[str, str]:
-    """The `name: text` entries of a docstring's `Args:` section, continuation lines joined."""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", doc, re.MULTILINE)
-    docs: dict[str, str] = {}
-    name = ""
-    for line in section.group(1).splitlines() if section else ():
-        entry = re.match(r" {4}(\w+): (.*)", line)
-        if entry:
-            name = entry.group(1)
-            docs[name] = entry.group(2)
-        elif name and line.strip():
-            docs[name] += f" {line.strip()}"
-    return docs

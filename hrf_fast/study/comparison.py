@@ -63,6 +63,12 @@ def measures(keep: float, target: float | None) -> list[Measure]:
             highest_within,
             lambda line, gain: seconds_to_gain(line, gain, keep),
         ),
+        Measure(
+            "evaluations to gain {level}",
+            "count",
+            highest_common,
+            lambda line, gain: evaluations_to_gain(path_of(line), gain, 0.0),
+        ),
         Measure("hypervolume", "area", lambda _: 0.0, lambda line, _: hypervolume(path_of(line))),
     ]
 

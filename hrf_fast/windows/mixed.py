@@ -40,10 +40,14 @@ def mixgrpo(
     stride: int = 1,
     wrap: bool = True,
 ) -> Mixed:
-    """MixGRPO (arXiv 2507.21802): a window of `width` steps that all groups share moves to later steps.
+    """MixGRPO (arXiv 2507.21802): a window that all groups share moves to later steps.
 
-    It moves by `stride` every `iterations_per_start` iterations. At the end it begins again, as its authors' runs do
-    (their --roll_back), or with `wrap` false stays, as in the paper.
+    Args:
+        width: steps of the window.
+        iterations_per_start: after so many iterations it moves.
+        stride: by so many steps.
+        wrap: at the end it begins again, as its authors' runs do (their --roll_back); false lets it stay, as in the
+            paper.
     """
     check_count("window.kwargs.iterations_per_start", iterations_per_start)
     check_count("window.kwargs.stride", stride)
@@ -62,9 +66,11 @@ def mixgrpo(
 
 @register_schedule("flow_grpo_fast")
 def flow_grpo_fast(*, num_inference_steps: int, stop: int, width: int = 2, inside: Any = None) -> Mixed:
-    """Flow-GRPO-Fast (github.com/yifan123/flow_grpo): each group trains `width` steps at a random place.
+    """Flow-GRPO-Fast (github.com/yifan123/flow_grpo): each group trains some steps at a random place.
 
-    Windows lie in `inside`, a half-open range of steps, by default the first half of the trajectory.
+    Args:
+        width: steps of a window.
+        inside: the half-open range of steps that windows lie in; null for the first half of the trajectory.
     """
     check_width(width, stop)
     first, end = _bounds([0, min(stop, max(width, num_inference_steps // 2))] if inside is None else inside)

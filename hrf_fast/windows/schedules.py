@@ -20,6 +20,7 @@ from hrf_fast.registry import (
     load_user_function,
     qualified_name,
 )
+from hrf_fast.signatures import Argument, arguments_of, summary
 
 # imported to register theirs
 from hrf_fast.windows import dynamic, mixed  # noqa: F401
@@ -70,6 +71,14 @@ def build_schedule(
     return schedule
 
 
+def list_schedules() -> list[tuple[str, str, tuple[Argument, ...]]]:
+    """The registered schedules by name: what each is, and its options."""
+    return [
+        (name, summary(SCHEDULES[name]), arguments_of(SCHEDULES[name], ("num_inference_steps", "stop")))
+        for name in sorted(SCHEDULES)
+    ]
+
+
 def check_starts(starts: Sequence[int], *, option: str, num_inference_steps: int, stop: int) -> list[int]:
     """Starts that can be trained: those in [0, stop). The steps in [stop, T) are deterministic and silently dropped.
 
@@ -104,9 +113,12 @@ class _Uniform:
 class Full:
     """DDPO (arXiv 2305.13301): every stochastic step, from pure noise.
 
-    With `renoised` groups start from anchors taken back to step `start`, and train every step from there on: DDPO from
-    noisy states, which shows what HRF's anchors do without its windows. With `end` the steps from there on are run and
-    not trained, as Flow-GRPO's `timestep_fraction` leaves them out.
+    Args:
+        renoised: groups start from anchors taken back to step `start`, and train every step from there on: DDPO from
+            noisy states, which shows what HRF's anchors do without its windows.
+        start: the step that anchors are taken back to.
+        end: steps from this one on are run and not trained, as Flow-GRPO's `timestep_fraction` leaves them out; null
+            trains to the last stochastic step.
     """
 
     def __init__(
@@ -137,8 +149,10 @@ def clusters(
 ) -> WindowSchedule:
     """HRF (arXiv 2410.08315): uniform in one cluster of starts for some iterations, then in the next, and round again.
 
-    `clusters` lists half-open ranges [first, stop), of steps or as shares of T such as [0.5, 1.0], or explicit
-    `{steps: [...]}`; by default the two halves of the trajectory. `iterations_per_cluster` is how long one is used.
+    Args:
+        clusters: half-open ranges [first, stop), of steps or as shares of T such as [0.5, 1.0], or explicit
+            `{steps: [...]}`; null for the two halves of the trajectory.
+        iterations_per_cluster: how long one is used.
     """
     check_count("window.kwargs.iterations_per_cluster", iterations_per_cluster)
     if clusters is None:
@@ -194,7 +208,12 @@ def random(*, num_inference_steps: int, stop: int) -> WindowSchedule:
 
 @register_schedule("sliding")
 def sliding(*, num_inference_steps: int, stop: int, iterations_per_start: int = 1, stride: int = 1) -> WindowSchedule:
-    """All groups share a start, which moves `stride` steps later every `iterations_per_start` iterations and wraps."""
+    """All groups share a start, which moves to later steps and wraps.
+
+    Args:
+        iterations_per_start: after so many iterations it moves.
+        stride: by so many steps.
+    """
     check_count("window.kwargs.iterations_per_start", iterations_per_start)
     check_count("window.kwargs.stride", stride)
     starts = range(0, stop, stride)
@@ -210,8 +229,12 @@ def progressive(
     """B²-DiffuRL (arXiv 2503.11240): the late steps first, then more of them, back to step 0.
 
     Iteration i trains the last first_steps + ⌊i·(T − first_steps + 1)/iterations⌋ of T steps, at most all, as its
-    authors' run does (the last 14 of 20, then up to 20 over 100 stages); by default `first_steps` is 0.7·T. Its groups
-    branch off one trajectory, ours are re-noised from an anchor.
+    authors' run does (the last 14 of 20, then up to 20 over 100 stages). Its groups branch off one trajectory, ours are
+    re-noised from an anchor.
+
+    Args:
+        first_steps: steps that are trained at first; null for 0.7·T.
+        iterations: until all steps are.
     """
     total = num_inference_steps
     # the deterministic end has nothing to train
@@ -233,7 +256,10 @@ class Interior:
 
     The steps after a window run to the clean image, with noise as the sampler has them, and are not trained. The
     schedules mixgrpo and flow_grpo_fast have such windows from pure noise, with deterministic steps around them.
-    `starts` narrows s to a half-open range or {steps: [...]}, as in `clusters`.
+
+    Args:
+        width: steps of a window.
+        starts: narrows s to a half-open range, or {steps: [...]}, as in the schedule clusters; null for all.
     """
 
     needs_anchors = True

@@ -21,6 +21,7 @@ from hrf_fast.cli import main
 from hrf_fast.command import run_command
 from hrf_fast.config.load import load_config, to_yaml
 from hrf_fast.errors import Interrupted
+from hrf_fast.windows.base import SCHEDULES
 from tests.conftest import tiny_words
 from tests.runs import panels, weights
 
@@ -95,6 +96,16 @@ def test_a_shell_is_told_what_may_follow(line, words, tmp_path):
     code = "import sys; from hrf_fast.cli import main; main()"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, check=True)
     assert (tmp_path / "out").read_text().split(",") == words
+
+
+def test_schedules_are_listed_with_their_options(capsys):
+    assert main(["schedules"]) == 0
+    out = capsys.readouterr().out
+    assert "    iterations_per_cluster (int, default 35): how long one is used.\n" in out
+    assert all(f"\n{name}\n" in f"\n{out}" for name in [*SCHEDULES, "module:function"])
+    assert "stop (" not in out and "num_inference_steps (" not in out
+    # every option has its words
+    assert [line for line in out.splitlines() if line.startswith("    ") and line.endswith(": ")] == []
 
 
 def test_rewards_are_listed_with_arguments_and_needs(capsys):

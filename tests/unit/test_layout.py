@@ -38,7 +38,7 @@ LAYERS = (
     ("hub", "weights"),
     ("devices", "stopwatch"),
     ("distributed",),
-    ("noise", "registry", "user_code", "assets", "cpu", "errors", "version"),
+    ("noise", "registry", "signatures", "user_code", "assets", "cpu", "errors", "version"),
 )
 MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
 SOURCES = sorted(

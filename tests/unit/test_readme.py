@@ -98,7 +98,7 @@ def test_commands_at_the_head_of_a_configuration_are_ones(words, monkeypatch):
 
 
 def test_the_index_of_configurations_names_every_one():
-    named = set(re.findall(r"`([\w./]+)`", (ROOT / "configs" / "README.md").read_text()))
+    named = set(re.findall(r"`([\w/]+(?:/|\.yaml))`", (ROOT / "configs" / "README.md").read_text()))
     for path in CONFIGS:
         name = path.relative_to(ROOT / "configs").as_posix()
         assert name in named or f"{name.split('/')[0]}/" in named, name
@@ -175,8 +175,16 @@ def run_block(code, monkeypatch, words):
     return names
 
 
-def test_the_python_of_the_readme_trains(tiny_run, tmp_path, monkeypatch, capsys):
-    (code,) = blocks(README, "python")
+def test_the_reward_of_the_readme_has_the_name_of_its_command():
+    ((code, name, _),) = own_reward(README)
+    names = {}
+    exec(code, names)
+    assert name == "my_rewards:brightness"
+    assert names["brightness"](torch.ones(2, 3, 4, 4), None).tolist() == [1, 1]
+
+
+def test_the_python_of_the_docs_trains(tiny_run, tmp_path, monkeypatch, capsys):
+    (code, _) = blocks(ROOT / "docs" / "run_folder.md", "python")
     # the fashion network reads any picture, so that the block's Vendi Score is there
     words = [*tiny_run, "train.groups_per_step=2", "stop.max_evaluations=0", "evaluation.network=fashion"]
     # a panel of six images has no share of the pretrained model's
@@ -259,12 +267,12 @@ def test_the_schedule_of_the_docs_trains(tiny_run, monkeypatch):
 
 
 def test_the_listener_of_the_docs_ends_the_run_when_the_images_are_dark(monkeypatch):
-    (code,) = blocks(ROOT / "docs" / "run_folder.md", "python")
+    (_, code) = blocks(ROOT / "docs" / "run_folder.md", "python")
     calls = []
     monkeypatch.setattr(hrf_fast, "train", lambda config, **options: calls.append((config, options)))
     run_block(code, monkeypatch, [])
     ((config, options),) = calls
-    assert config.run.folder == "runs/bright"
+    assert config.run.folder == "runs/not_dark"
     (listener,) = options["listeners"]
     reasons = [listener.panel({}, torch.full((2, 3, 4, 4), level)) for level in (0.5, 0.1)]
     assert reasons == [None, "the images are dark"]

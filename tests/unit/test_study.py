@@ -145,13 +145,15 @@ def test_a_run_reaches_the_gain_of_its_best_panel():
 def test_two_arms_at_their_common_levels():
     hrf = {1: line((0, 0.0, 10.0), (100, 2.0, 9.0)), 2: line((0, 0.0, 10.0), (100, 1.0, 10.0))}
     ddpo = {1: line((0, 0.0, 10.0), (100, 4.0, 6.0)), 2: line((0, 0.0, 10.0), (50, 2.0, 8.0))}
-    gain, share, evaluations, _, area = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
+    gain, share, evaluations, _, anyhow, area = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
     # at .9: 2 and 1 against 1 and 1
     assert gain.arm.mean == pytest.approx(1.5) and gain.reference.mean == pytest.approx(1.0)
     # the common gain is 1: .95 and 1 against .9 and .9
     assert share.title == "kept at gain 1" and share.result.difference.mean == pytest.approx(0.075)
     # within the floor the common gain is 1 too: 50 and 100 against 25 and 25
     assert evaluations.result.difference.mean == pytest.approx(50)
+    # whatever is kept, to the gain of the second measure
+    assert anyhow.title == "evaluations to gain 1" and (anyhow.arm.mean, anyhow.reference.mean) == (75, 25)
     assert area.arm.mean == pytest.approx((1.8 + 1) / 2)
     # a target that one run does not reach leaves its seed out
     missed = compare(hrf, ddpo, measures(0.9, 1.5)[2])
