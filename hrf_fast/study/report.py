@@ -127,7 +127,10 @@ def ends(arms: Mapping[str, Lines], shown_rate: Callable[[float], str] | None = 
     Args:
         shown_rate: says an arm's learning rate, where the study has chosen it.
     """
-    rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *_QUALITY.values(), "evaluations"]]
+    firsts = [reported(line)[0] for by_seed in arms.values() for line in by_seed.values()]
+    held_out = dict.fromkeys(name for first in firsts for name in first.get("held_out", ()))
+    columns = [*_QUALITY.values(), *(f"held-out {name}, change" for name in held_out)]
+    rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *columns, "evaluations"]]
     for arm, by_seed in arms.items():
         lines = list(by_seed.values())
         pairs = [reported(line) for line in lines]
@@ -137,12 +140,19 @@ def ends(arms: Mapping[str, Lines], shown_rate: Callable[[float], str] | None = 
         for name in _QUALITY:
             shares = [end[name][0] / first[name][0] for first, end in pairs if name in first and name in end]
             quality.append(_shown(estimate(shares), "share") if shares else "")
+        for name in held_out:
+            means = [[panel["held_out"][name][0] for panel in pair] for pair in pairs if _all_hold_out(pair, name)]
+            quality.append(_shown(estimate([end - first for first, end in means]), "gain") if means else "")
         gains, kept_shares = estimate([point.gain for point in last]), estimate([point.kept for point in last])
         evaluations = _SHOWN["count"](estimate([path_of(line)[-1].evaluations for line in lines]).mean)
         rows.append(
             [arm, rate, str(len(lines)), _shown(gains, "gain"), _shown(kept_shares, "share"), *quality, evaluations]
         )
     return Table(rows)
+
+
+def _all_hold_out(panels: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return all(name in panel.get("held_out", {}) for panel in panels)
 
 
 def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Measure]) -> Table:

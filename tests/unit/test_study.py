@@ -548,6 +548,20 @@ def test_an_arm_ends_with_the_models_that_its_runs_restored():
     assert mean.x == pytest.approx([0, 1, 1.5]) and mean.y == pytest.approx([1, 0.9, 0.7])
 
 
+def test_the_ends_of_runs_show_how_held_out_rewards_changed():
+    def held(first, end):
+        run = line((0, 0.0, 10.0), (100, 1.0, 9.0))
+        for panel, value in zip(run["panels"], (first, end), strict=True):
+            panel["held_out"] = {"aesthetic": [value, value, value]}
+        return run
+
+    without = line((0, 0.0, 10.0), (100, 1.0, 9.0))
+    titles, hrf, ddpo = ends({"hrf": {1: held(5.0, 4.0), 2: held(5.0, 5.5), 3: without}, "ddpo": {1: without}}).rows
+    column = titles.index("held-out aesthetic, change")
+    # changes of −1 and .5: −.25 on average, with a standard error of .75 times 12.706, the t of one degree of freedom
+    assert hrf[column] == "-0.25 [-9.78, +9.28]" and ddpo[column] == ""
+
+
 def test_the_mean_path_of_runs_of_other_lengths_ends_at_the_mean_of_their_ends():
     short = line((0, 0.0, 10.0), (100, 1.0, 9.0))
     long = line((0, 0.0, 10.0), (100, 2.0, 8.0), (200, 3.0, 7.0), (300, 5.0, 5.0))
