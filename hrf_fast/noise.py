@@ -33,8 +33,8 @@ def noise_key(seed: int, iteration: int, purpose: str) -> int:
 class NoiseKey:
     """Names the noise of a batch: a key, and a counter for each sample."""
 
-    seed: int
-    """Unsigned 64-bit."""
+    key: int
+    """Unsigned 64-bit, of `noise_key`."""
     sample_id: Tensor
     """[B] int64, on the device that the noise is wanted on."""
 
@@ -42,17 +42,17 @@ class NoiseKey:
         return len(self.sample_id)
 
     def __getitem__(self, rows: slice) -> NoiseKey:
-        return NoiseKey(self.seed, self.sample_id[rows])
+        return NoiseKey(self.key, self.sample_id[rows])
 
     @staticmethod
-    def join(keys: Sequence[NoiseKey]) -> NoiseKey:
+    def join(parts: Sequence[NoiseKey]) -> NoiseKey:
         """One batch of several, which must have one key."""
-        if len({key.seed for key in keys}) != 1:
+        if len({part.key for part in parts}) != 1:
             raise ValueError("samples of different keys do not share a batch: their noise is drawn under one key")
-        return keys[0] if len(keys) == 1 else NoiseKey(keys[0].seed, torch.cat([key.sample_id for key in keys]))
+        return parts[0] if len(parts) == 1 else NoiseKey(parts[0].key, torch.cat([part.sample_id for part in parts]))
 
     def split(self, size: int) -> Iterator[NoiseKey]:
-        return (NoiseKey(self.seed, ids) for ids in self.sample_id.split(size))
+        return (NoiseKey(self.key, ids) for ids in self.sample_id.split(size))
 
 
 def noise_generator(seed: int, iteration: int, purpose: str) -> torch.Generator:

@@ -204,7 +204,7 @@ class Panel:
         share = -(-len(noise) // comm.world_size())
         # ranks denoise equally many, the last ones again what others do
         ids = noise.sample_id[(torch.arange(share) + comm.rank() * share).clamp(max=len(noise) - 1)]
-        return comm.gather_rows(self.denoise(policy, NoiseKey(noise.seed, ids)))[: len(noise)]
+        return comm.gather_rows(self.denoise(policy, NoiseKey(noise.key, ids)))[: len(noise)]
 
     def denoise(self, policy: Policy, noise: NoiseKey) -> Tensor:
         """Clean latents [B, …] of the panel's images whose numbers are the noise's sample ids."""

@@ -20,7 +20,7 @@ _START = 0xFFFFFFFF
 
 def starting_noise(policy: Policy, noise: NoiseKey) -> Tensor:
     """Standard normal latents [B, *latent_shape], one per sample id."""
-    return philox_normal(policy.latent_shape, seed=noise.seed, sample_id=noise.sample_id, step=_START)
+    return philox_normal(policy.latent_shape, seed=noise.key, sample_id=noise.sample_id, step=_START)
 
 
 def renoised(policy: Policy, anchor: Tensor, step: int, noise: NoiseKey) -> Tensor:
@@ -36,7 +36,7 @@ def advance(
         prediction.model_output,
         latents,
         policy.sampler.coefficients[step],
-        seed=noise.seed,
+        seed=noise.key,
         sample_id=noise.sample_id,
         step=step,
         unconditional_output=prediction.unconditional_output,

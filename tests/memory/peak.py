@@ -34,7 +34,7 @@ def iteration(components: Components) -> None:
     keep_from = plan.keep_from(windows)
     rolled_out, condition = Rollout(), policy.condition([None] * groups.size)
     for number in groups.own():
-        noise = NoiseKey(seed=0, sample_id=torch.tensor(groups.sample_ids(number)))
+        noise = NoiseKey(key=0, sample_id=torch.tensor(groups.sample_ids(number)))
         group = Group(number, windows[number], noise, condition)
         rolled_out.join(rollout(policy, [group], plan, keep_from=keep_from))
     advantages = {number: torch.linspace(-1, 1, groups.size) for number in groups.own()}

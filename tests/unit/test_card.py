@@ -60,7 +60,7 @@ def drawn(code, noise, shape, folder, monkeypatch):
     def randn_tensor(asked, **_):
         step = next(steps)
         assert tuple(asked) == (len(noise), *shape)
-        return philox_normal(shape, seed=noise.seed, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
+        return philox_normal(shape, seed=noise.key, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
 
     with monkeypatch.context() as patch:
         for module in DRAWING:

@@ -124,7 +124,7 @@ def test_groups_and_samples_are_numbered_over_the_iteration_under_the_rollouts_k
     _, groups = begin(make_components(), Phases(), iteration=5)
     assert list(groups) == [group.number for group in groups.values()] == [0, 1, 2, 3]
     assert groups[2].noise.sample_id.tolist() == [6, 7, 8]
-    assert {group.noise.seed for group in groups.values()} == {noise_key(SEED, 5, "rollout")}
+    assert {group.noise.key for group in groups.values()} == {noise_key(SEED, 5, "rollout")}
     assert all(group.size == SIZE and group.condition.conditional == {} for group in groups.values())
 
 
@@ -145,7 +145,7 @@ def test_the_ranks_have_the_groups_of_one_process():
 
 
 def test_iterations_differ_in_their_noise():
-    seeds = [begin(make_components(), Phases(), iteration)[1][0].noise.seed for iteration in range(3)]
+    seeds = [begin(make_components(), Phases(), iteration)[1][0].noise.key for iteration in range(3)]
     assert len(set(seeds)) == 3
 
 

@@ -122,7 +122,7 @@ def test_sampling_is_that_of_diffusers_driven_with_the_same_noise(model, eta):
     scheduler.set_timesteps(4)
     latents = starting_noise(policy, key)
     for step, timestep in enumerate(scheduler.timesteps):
-        noise = philox_normal(policy.latent_shape, seed=key.seed, sample_id=key.sample_id, step=step)
+        noise = philox_normal(policy.latent_shape, seed=key.key, sample_id=key.sample_id, step=step)
         output = policy.unet(latents, timestep).sample
         latents = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise).prev_sample
     # of latents of size 1: float32 tables against float32 arithmetic in another order

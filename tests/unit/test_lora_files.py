@@ -83,7 +83,7 @@ def drawn(code, policy, noise, folder, monkeypatch):
     def randn_tensor(asked, **_):
         step = next(steps)
         shape = policy.latent_shape
-        return philox_normal(shape, seed=noise.seed, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
+        return philox_normal(shape, seed=noise.key, sample_id=noise.sample_id, step=0xFFFFFFFF if step < 0 else step)
 
     names = {}
     with quiet(), monkeypatch.context() as patch:

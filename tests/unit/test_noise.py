@@ -68,7 +68,7 @@ def test_rows_of_a_key_are_split_and_joined_in_their_order():
     parts = list(key.split(3))
     assert [part.sample_id.tolist() for part in parts] == [[4, 5, 6], [9]]
     joined = NoiseKey.join(parts)
-    assert joined.seed == 7 and torch.equal(joined.sample_id, key.sample_id)
+    assert joined.key == 7 and torch.equal(joined.sample_id, key.sample_id)
 
 
 def test_samples_of_different_keys_do_not_share_a_batch():
