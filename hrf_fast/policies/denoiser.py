@@ -33,7 +33,7 @@ class DenoiserPolicy:
     decoder: nn.Module | None = None
     decoded_at_once = 1
     has_unconditional_branch = False
-    visiting_bytes: int = 0
+    visiting_bytes = 0
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from hrf_fast.report.plots import Series, paths
 from hrf_fast.report.tables import Table
-from hrf_fast.run.files import write_atomically
+from hrf_fast.run.files import HELD_OUT, intervals_of, write_atomically
 from hrf_fast.study.comparison import Compared, Lines, Measure, compare, measures
 from hrf_fast.study.plan import Study
 from hrf_fast.study.results import Results, code_commit, key, select
@@ -127,9 +127,9 @@ def ends(arms: Mapping[str, Lines], shown_rate: Callable[[float], str] | None = 
     Args:
         shown_rate: says an arm's learning rate, where the study has chosen it.
     """
-    firsts = [reported(line)[0] for by_seed in arms.values() for line in by_seed.values()]
-    held_out = dict.fromkeys(name for first in firsts for name in first.get("held_out", ()))
-    columns = [*_QUALITY.values(), *(f"held-out {name}, change" for name in held_out)]
+    firsts = [intervals_of(reported(line)[0]) for by_seed in arms.values() for line in by_seed.values()]
+    held_out = dict.fromkeys(name for first in firsts for name in first if name.startswith(HELD_OUT))
+    columns = [*_QUALITY.values(), *(f"held-out {name.removeprefix(HELD_OUT)}, change" for name in held_out)]
     rows = [["arm", "learning rate", "seeds", "gain at the end", "kept", *columns, "evaluations"]]
     for arm, by_seed in arms.items():
         lines = list(by_seed.values())
@@ -140,19 +140,16 @@ def ends(arms: Mapping[str, Lines], shown_rate: Callable[[float], str] | None = 
         for name in _QUALITY:
             shares = [end[name][0] / first[name][0] for first, end in pairs if name in first and name in end]
             quality.append(_shown(estimate(shares), "share") if shares else "")
+        measured = [[intervals_of(panel) for panel in pair] for pair in pairs]
         for name in held_out:
-            means = [[panel["held_out"][name][0] for panel in pair] for pair in pairs if _all_hold_out(pair, name)]
-            quality.append(_shown(estimate([end - first for first, end in means]), "gain") if means else "")
+            changes = [end[name][0] - first[name][0] for first, end in measured if name in first and name in end]
+            quality.append(_shown(estimate(changes), "gain") if changes else "")
         gains, kept_shares = estimate([point.gain for point in last]), estimate([point.kept for point in last])
         evaluations = _SHOWN["count"](estimate([path_of(line)[-1].evaluations for line in lines]).mean)
         rows.append(
             [arm, rate, str(len(lines)), _shown(gains, "gain"), _shown(kept_shares, "share"), *quality, evaluations]
         )
     return Table(rows)
-
-
-def _all_hold_out(panels: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return all(name in panel.get("held_out", {}) for panel in panels)
 
 
 def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Measure]) -> Table:

@@ -145,8 +145,8 @@ def test_the_ranks_have_the_groups_of_one_process():
 
 
 def test_iterations_differ_in_their_noise():
-    seeds = [begin(make_components(), Phases(), iteration)[1][0].noise.key for iteration in range(3)]
-    assert len(set(seeds)) == 3
+    keys = [begin(make_components(), Phases(), iteration)[1][0].noise.key for iteration in range(3)]
+    assert len(set(keys)) == 3
 
 
 def test_a_probe_measures_every_groups_anchor_under_the_searchs_own_noise():
