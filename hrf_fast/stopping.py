@@ -78,9 +78,14 @@ def check_floors(stop: StopConfig, shares: Collection[str]) -> None:
     Raises:
         ValueError: a floor that is set, or an answer to a collapse that nothing would show.
     """
-    way_out = "name an evaluation.network that gives it, and show it at least 8 images (or prompts)"
+    any_network = "name an evaluation.network that gives it, and show it at least 8 images (or prompts)"
+    with_classes = (
+        "name an evaluation.network with classes (a shipped one, or an image classifier of the hub) and show it at "
+        "least 8 images, or watch stop.quality=precision, which any network gives"
+    )
     diversity, quality = ("diversity_floor", stop.diversity_floor), ("quality_floor", stop.quality_floor)
     for metric, (option, value) in {stop.diversity: diversity, stop.quality: quality}.items():
+        way_out = with_classes if metric == "inception" else any_network
         if value and metric not in shares:
             raise ValueError(
                 f"stop.{option} is {value:g}, a share of the pretrained model's {metric}, which the panel does not "
@@ -95,7 +100,7 @@ def check_floors(stop: StopConfig, shares: Collection[str]) -> None:
     if stop.on_collapse != "warn" and stop.diversity_floor is None and stop.diversity not in shares:
         raise ValueError(
             f"stop.on_collapse is {stop.on_collapse}, but the panel does not measure {stop.diversity}, so a collapse "
-            f"would not show; {way_out}, or set stop.diversity_floor=0 to do without"
+            f"would not show; {any_network}, or set stop.diversity_floor=0 to do without"
         )
 
 
@@ -117,6 +122,24 @@ def check_first_panel(stop: StopConfig, record: dict[str, Any]) -> None:
                 "that no panel could fall under the floor; use a higher floor, a larger evaluation.panel_size, another "
                 f"evaluation.network, or {option}=0"
             )
+
+
+def unwatched_note(stop: StopConfig, record: dict[str, Any], shares: Collection[str]) -> str:
+    """A line where the first panel has a diversity, and no later panel would be seen to lose it; else empty.
+
+    Args:
+        record: of the first panel; shares: the metrics of which later panels have a share.
+    """
+    metric, floor = stop.diversity, FLOOR if stop.diversity_floor is None else stop.diversity_floor
+    if metric not in record or not floor:
+        return ""
+    if metric not in shares:
+        why = "halves of so few images say nothing of its share: use an evaluation.panel_size of at least 8"
+    elif floor * (value := record[metric][0]) <= 1:
+        why = f"{floor:g} of the pretrained model's {value:.3g} is under 1, which no panel is: use more images"
+    else:
+        return ""
+    return f"nothing watches {metric}: {why}, or stop.diversity_floor=0 to do without"
 
 
 def above_floors(record: dict[str, Any], stop: StopConfig) -> bool:

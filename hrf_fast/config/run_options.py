@@ -122,7 +122,8 @@ class EvaluationConfig:
     """Held-out rewards {name, kwargs}, each name once: panels measure them and nothing trains on them, so that a reward
     which rises alone shows."""
     network: str = option("auto", panel=True)
-    """Features for the Vendi Score: auto (a shipped model's own, else none), none, a shipped name, hub id or folder."""
+    """Features for the Vendi Score, and with classes an Inception Score: auto (a shipped model's own, else none), none,
+    a shipped name, hub id or folder."""
 
 
 @dataclass

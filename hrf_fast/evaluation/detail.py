@@ -14,7 +14,17 @@ from torch import Tensor
 
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.fidelity import fid, kid
-from hrf_fast.evaluation.neighbours import NEAREST, Overlap, distances, duplicates, overlap_of, radius, spread
+from hrf_fast.evaluation.neighbours import (
+    NEAREST,
+    Overlap,
+    Spread,
+    distances,
+    duplicates_of,
+    nearly_equal,
+    overlap_of,
+    radius,
+    spread_of,
+)
 from hrf_fast.evaluation.vendi import median_distance, vendi_score
 
 DRAWS = 100
@@ -29,6 +39,8 @@ RBF_MOST = 2000
 def half_intervals(statistic: Callable[[Tensor], Sequence[float]], count: int, *, seed: int) -> list[Interval]:
     """Statistics of an index into `count` samples, each with the spread over random halves of them around its value.
 
+    The value is inside: halves of few samples may all lie on one side of their mean.
+
     Raises:
         ValueError: fewer samples than LEAST.
     """
@@ -40,7 +52,10 @@ def half_intervals(statistic: Callable[[Tensor], Sequence[float]], count: int, *
     deviations = (drawn - drawn.mean(0)) * math.sqrt(size / (count - size))
     low, high = deviations.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
     values = statistic(torch.arange(count))
-    return [Interval(value, value + down, value + up) for value, down, up in zip(values, low, high, strict=True)]
+    return [
+        Interval(value, value + min(down, 0.0), value + max(up, 0.0))
+        for value, down, up in zip(values, low, high, strict=True)
+    ]
 
 
 def share_interval(interval: Interval, count: int) -> Interval:
@@ -59,7 +74,7 @@ def share_interval(interval: Interval, count: int) -> Interval:
 def detail(
     features: Tensor, images: Tensor, reference: Tensor, *, seed: int, fidelity: bool = True
 ) -> dict[str, list[float]]:
-    """All metrics by name, each [value] or [value, low, high].
+    """All metrics by name, each [value, low, high]; FID and KID, which no half can give, are [value].
 
     Args:
         features: [N, D] of images [N, 3, H, W]; reference: [M, D] of the pretrained model's, of other noises.
@@ -73,15 +88,19 @@ def detail(
     radii, among, between = radius(distances(other, other)), distances(rows, rows), distances(other, rows)
     orders = half_intervals(lambda i: [vendi_score(rows[i], order=q) for q in ORDERS.values()], len(rows), seed=seed)
     overlaps = half_intervals(lambda i: overlap_of(radii, among[i][:, i], between[:, i]), len(rows), seed=seed)
+    near, bandwidth = nearly_equal(images), median_distance(other[:RBF_MOST])
+    (rbf,) = half_intervals(
+        lambda i: [vendi_score(rows[i], kernel="rbf", bandwidth=bandwidth)], len(rows[:RBF_MOST]), seed=seed
+    )
+    apart = half_intervals(lambda i: spread_of(among[i][:, i]), len(rows), seed=seed)
+    (equal,) = half_intervals(lambda i: [duplicates_of(near[i][:, i])], len(rows), seed=seed)
     # of the images, and of the reference's; a density is no share
     counts = {"precision": len(rows), "recall": len(other), "coverage": len(other)}
-    apart = spread(rows)
     return {
         **{name: list(interval) for name, interval in zip(ORDERS, orders, strict=True)},
-        "vendi_rbf": [vendi_score(rows[:RBF_MOST], kernel="rbf", bandwidth=median_distance(other[:RBF_MOST]))],
-        "pairwise_distance": [apart.pairwise],
-        "nearest_distance": [apart.nearest],
-        "duplicates": [duplicates(images)],
+        "vendi_rbf": list(rbf),
+        **{f"{name}_distance": list(interval) for name, interval in zip(Spread._fields, apart, strict=True)},
+        "duplicates": list(share_interval(equal, len(rows))),
         **{
             name: list(share_interval(interval, counts[name]) if name in counts else interval)
             for name, interval in zip(Overlap._fields, overlaps, strict=True)

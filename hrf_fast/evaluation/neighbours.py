@@ -52,15 +52,29 @@ def spread(features: Tensor) -> Spread:
         ValueError: fewer than two images.
     """
     rows = _rows("features", features, 2)
-    between = distances(rows, rows)
-    pairwise = between.sum() / (len(rows) * (len(rows) - 1))
-    return Spread(float(pairwise), float(between.fill_diagonal_(torch.inf).amin(1).mean()))
+    return spread_of(distances(rows, rows))
+
+
+def spread_of(among: Tensor) -> Spread:
+    """`spread` from the distances [N, N] among images."""
+    count = len(among)
+    nearest = among + torch.diag(among.new_full((count,), torch.inf))
+    return Spread(float(among.sum() / (count * (count - 1))), float(nearest.amin(1).mean()))
 
 
 def duplicates(images: Tensor) -> float:
     """The share of images [N, 3, H, W] that an earlier image of nearly equal pixels makes superfluous."""
+    return duplicates_of(nearly_equal(images))
+
+
+def nearly_equal(images: Tensor) -> Tensor:
+    """Which two of images [N, 3, H, W] have nearly equal pixels: [N, N] bool."""
     pixels = images.detach().to("cpu", torch.float64).flatten(1)
-    near = distances(pixels, pixels) <= EQUAL * pixels.shape[1] ** 0.5
+    return distances(pixels, pixels) <= EQUAL * pixels.shape[1] ** 0.5
+
+
+def duplicates_of(near: Tensor) -> float:
+    """`duplicates` from what `nearly_equal` gives."""
     return float(near.tril(-1).any(1).double().mean())
 
 

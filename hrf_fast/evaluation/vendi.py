@@ -43,7 +43,7 @@ def vendi_score(
     if (kernel == "rbf") != (bandwidth is not None) or (bandwidth is not None and not bandwidth > 0):
         raise ValueError(f"bandwidth is {bandwidth} with kernel {kernel!r}; rbf needs one above 0, cosine has none")
     if bandwidth is None:
-        gram = _gram(_unit_rows(features), None)
+        gram = _gram_of(_unit_rows(features))(None)
     else:
         rows = features.detach().to("cpu", torch.float64)
         gram = distances(rows, rows).square_().div_(-2 * bandwidth**2).exp_().div_(len(rows))
@@ -56,8 +56,8 @@ def vendi_score(
 
 def vendi_of(features: Tensor) -> Callable[[Tensor | None], Tensor]:
     """The Vendi Score of a panel's features [N, D] as a function of their weights [R, N]; None: of all."""
-    unit = _unit_rows(features)
-    return lambda weights: _of_order_1(torch.linalg.eigvalsh(_gram(unit, weights)))
+    gram_of = _gram_of(_unit_rows(features))
+    return lambda weights: _of_order_1(torch.linalg.eigvalsh(gram_of(weights)))
 
 
 def affordable(resamples: int, features: Tensor) -> int:
@@ -69,8 +69,8 @@ def affordable(resamples: int, features: Tensor) -> int:
 
 
 def chunk_of(features: Tensor) -> int:
-    """Resamples of features [N, D] that are in memory at a time: half a gigabyte of float64 at most."""
-    return max(1, min(CHUNK, 2**26 // features.numel()))
+    """Resamples of features [N, D] whose kernel matrices are in memory at a time: 32 MiB where they are several."""
+    return max(1, min(CHUNK, 2**22 // min(features.shape) ** 2))
 
 
 def median_distance(features: Tensor) -> float:
@@ -100,13 +100,30 @@ def _unit_rows(features: Tensor) -> Tensor:
     return features / norm
 
 
-def _gram(unit: Tensor, weights: Tensor | None) -> Tensor:
-    """The cosine kernel of unit rows [N, D] over N: of all, or of each resample that weights [R, N] describe."""
-    if weights is None:
-        weights = torch.full((len(unit),), 1 / len(unit), dtype=torch.float64)
-    rows = weights.sqrt()[..., None] * unit
-    # [N, N] and [D, D] have the same eigenvalues but for zeros, which add nothing to an entropy
-    return rows.mT @ rows if unit.shape[1] < unit.shape[0] else rows @ rows.mT
+def _gram_of(unit: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The cosine kernel of unit rows [N, D] over N as a function of weights [R, N]; None: of all.
+
+    It is [N, N], or [D, D] where D is smaller: both have the same eigenvalues but for zeros, which add nothing to an
+    entropy.
+    """
+    count, width = unit.shape
+    equal = torch.full((count,), 1 / count, dtype=torch.float64)
+    if width < count:
+        # one for all resamples: fresh memory of this size costs more than the product
+        rows = torch.empty_like(unit)
+
+        def gram(weights: Tensor) -> Tensor:
+            torch.mul(unit, weights.sqrt()[:, None], out=rows)
+            return rows.mT @ rows
+
+        return lambda weights: gram(equal) if weights is None else torch.stack([gram(row) for row in weights])
+    kernel = unit @ unit.mT
+
+    def scaled(weights: Tensor | None) -> Tensor:
+        roots = (equal if weights is None else weights).sqrt()
+        return kernel * roots[..., :, None] * roots[..., None, :]
+
+    return scaled
 
 
 def _of_order_1(eigenvalues: Tensor) -> Tensor:

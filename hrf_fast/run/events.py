@@ -18,7 +18,7 @@ from hrf_fast.evaluation.neighbours import inside
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.run.folder import PRETRAINED, RunFolder
 from hrf_fast.run.layout import EVENTS
-from hrf_fast.stopping import Event, StopRules, above_floors, by_merit, check_first_panel, floors
+from hrf_fast.stopping import Event, StopRules, above_floors, by_merit, check_first_panel, floors, unwatched_note
 
 # the pretrained panel's features among its halves
 FEATURES = "features"
@@ -89,6 +89,8 @@ class EventLog:
         """
         if record["iteration"] == 0:
             check_first_panel(self._stop, record)
+            if line := unwatched_note(self._stop, record, panel.halves):
+                self._note(line)
             features = self._features(panel)
             self._pretrained = {**panel.halves, **({} if features is None else {FEATURES: features})}
             if self._pretrained:

@@ -194,31 +194,6 @@ class HubFeatures:
         return self._pooled(images)
 
 
-class HubClassifier:
-    """An image classifier of transformers as a `Classifier` with the one head "label"."""
-
-    def __init__(self, source: Source, device: torch.device | str, batch_size: int = BATCH) -> None:
-        config = load_config(source)
-        if config.problem_type == "multi_label_classification":
-            raise source.error("which gives several labels per image", "use one with exclusive classes")
-        processor = load_processor(source)
-        if processor is None:
-            raise source.error(
-                f"whose folder {source.folder} has no {FILES[0]}, so the size and colour scale that it was trained "
-                "on are unknown",
-                "copy the file there",
-            )
-        self.labels = {"label": [str(config.id2label[index]) for index in range(len(config.id2label))]}
-        network, _ = load_network(source, "AutoModelForImageClassification", config)
-        self._logits = HubNetwork(
-            source, network, processor, lambda output: output.logits, device=device, batch_size=batch_size
-        )
-
-    def log_probs(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] in [0, 1] -> {"label": [B, classes]}."""
-        return {"label": self._logits(images).log_softmax(1)}
-
-
 def _assume_processor(source: Source, config: Any) -> Any:
     """The processor of a network that was saved without one: the network's square, mean and std 0.5."""
     side = getattr(config, "image_size", None) or 224

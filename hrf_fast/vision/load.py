@@ -8,14 +8,15 @@ import torch
 
 from hrf_fast.assets import ASSETS, DATA, SHIPPED
 from hrf_fast.vision.base import BATCH, Classifier, FeatureNetwork
-from hrf_fast.vision.hub import HubClassifier, HubFeatures, find_network
+from hrf_fast.vision.hub import find_network
+from hrf_fast.vision.hub_classifier import HubClassifier, load_hub_features
 from hrf_fast.vision.shipped import load_shipped
 
 FOLDERS = {name: ASSETS / DATA.get(name, name) / "classifier" for name in SHIPPED}
 
 
 def load_feature_network(option: str, value: Any, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """Open a network that turns images into features.
+    """Open a network that turns images into features; a `FeatureClassifier` where it knows classes too.
 
     Args:
         option, value: the option that names the network, for errors, and what it was set to: a shipped name, a folder
@@ -27,7 +28,7 @@ def load_feature_network(option: str, value: Any, device: torch.device | str = "
     """
     if isinstance(value, str) and value in FOLDERS:
         return load_shipped(value, device)
-    return HubFeatures(find_network(option, value, FOLDERS), device)
+    return load_hub_features(find_network(option, value, FOLDERS), device)
 
 
 def load_classifier(option: str, value: Any, device: torch.device | str = "cpu", batch_size: int = BATCH) -> Classifier:

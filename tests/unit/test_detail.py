@@ -12,7 +12,17 @@ from hrf_fast.evaluation.detail import detail, half_intervals, share_interval
 from hrf_fast.evaluation.diversity import Interval, vendi_interval
 from hrf_fast.evaluation.fidelity import fid, kid
 from hrf_fast.evaluation.kept import panel_halves
-from hrf_fast.evaluation.neighbours import distances, duplicates, inside, overlap_of, radius, spread
+from hrf_fast.evaluation.neighbours import (
+    distances,
+    duplicates,
+    duplicates_of,
+    inside,
+    nearly_equal,
+    overlap_of,
+    radius,
+    spread,
+    spread_of,
+)
 from hrf_fast.evaluation.vendi import median_distance, vendi_of, vendi_score
 
 ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)
@@ -63,8 +73,10 @@ def test_the_order_1_is_the_panels():
 
 
 @pytest.mark.slow
-def test_vendi_of_5000_images_takes_seconds():
-    features, began = normal(5000, 128), time.process_time()
+# of the shipped networks, and of CLIP's larger ones
+@pytest.mark.parametrize("width", [128, 768])
+def test_vendi_of_5000_images_takes_seconds(width):
+    features, began = normal(5000, width), time.process_time()
     # what a panel measures, on one core
     vendi_interval(features, seed=0)
     panel_halves(features, {}, None, seed=0)
@@ -175,4 +187,25 @@ def test_detail_has_every_metric_and_intervals_of_the_biased_ones():
         *("precision", "recall", "density", "coverage", "fid", "kid"),
     }
     assert all(low <= value <= high for value, low, high in (v for v in found.values() if len(v) == 3))
-    assert len(found["vendi_q2"]) == len(found["recall"]) == 3
+    assert [name for name, values in found.items() if len(values) != 3] == ["fid", "kid"]
+    # what halves of 40 say of how far images are apart: something, and less than a third
+    for name in ("vendi_rbf", "pairwise_distance", "nearest_distance"):
+        value, low, high = found[name]
+        assert low < value < high and high - low < value / 3
+
+
+def test_an_interval_holds_its_value_where_most_halves_say_the_same():
+    # one image of 40 counts as 1, and only in halves that hold it: nearly all deviations are of one sign in both tails
+    rare = torch.zeros(40)
+    rare[0] = 1
+    for sign in (1, -1):
+        (found,) = half_intervals(lambda index, sign=sign: [sign * float(rare[index[:1]].sum())], 40, seed=0)
+        assert found.low <= found.value <= found.high
+
+
+def test_distances_and_duplicates_of_a_half_are_those_of_its_images():
+    features, images = normal(9, 4), torch.rand(9, 3, 4, 4)[[0, 1, 0, 2, 3, 4, 5, 6, 2]]
+    half = torch.tensor([8, 3, 0, 2])
+    among, near = distances(features, features), nearly_equal(images)
+    assert spread_of(among[half][:, half]) == pytest.approx(spread(features[half]))
+    assert duplicates_of(near[half][:, half]) == duplicates(images[half]) == 0.5

@@ -172,8 +172,8 @@ def test_larger_matrices_have_fewer_resamples_and_less_of_them_in_memory():
     sides = {256: 1000, 512: 125, 2000: 100}
     assert {side: affordable(1000, torch.empty(5000, side)) for side in sides} == sides
     assert affordable(1000, torch.empty(64, 768)) == 1000 and affordable(50, torch.empty(5000, 768)) == 50
-    assert chunk_of(torch.empty(5000, 768)) == 17 and chunk_of(torch.empty(256, 128)) == 64
-    assert chunk_of(torch.empty(100_000, 768)) == 1
+    assert chunk_of(torch.empty(5000, 768)) == 7 and chunk_of(torch.empty(256, 128)) == 64
+    assert chunk_of(torch.empty(10_000, 4096)) == 1
 
 
 def test_fewer_halves_are_the_first_of_all():

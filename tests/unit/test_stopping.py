@@ -17,7 +17,7 @@ from hrf_fast.report.page import write_report
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_log
 from hrf_fast.run.finished import finished_run
-from hrf_fast.stopping import StopRules, above_floors, by_merit, check_first_panel, check_floors
+from hrf_fast.stopping import StopRules, above_floors, by_merit, check_first_panel, check_floors, unwatched_note
 from tests.runs import checkpoint_weights, equal, metrics, panels, train, weights, with_folder
 
 pytestmark = pytest.mark.long
@@ -232,6 +232,17 @@ def test_a_floor_that_no_panel_can_fall_under_is_refused_at_the_first_panel():
             check_first_panel(StopConfig(**options), record)
     check_first_panel(StopConfig(), record)
     check_first_panel(StopConfig(on_collapse="stop", diversity_floor=0.7), record)
+
+
+def test_a_panel_that_nothing_watches_says_so():
+    low, high = {"vendi": [1.5, 1.4, 1.6]}, {"vendi": [9.0, 8.0, 10.0]}
+    assert "nothing watches vendi: 0.6 of the pretrained model's 1.5 is under 1" in unwatched_note(
+        StopConfig(), low, {"vendi"}
+    )
+    assert "panel_size of at least 8" in unwatched_note(StopConfig(), high, set())
+    assert unwatched_note(StopConfig(), high, {"vendi"}) == ""
+    # nobody asked, or no network: `no_network_note` speaks of that
+    assert unwatched_note(StopConfig(diversity_floor=0.0), low, set()) == unwatched_note(StopConfig(), {}, set()) == ""
 
 
 def test_a_panel_knows_which_metrics_have_a_share():

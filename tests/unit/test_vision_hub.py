@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hrf_fast.vision.base import FeatureClassifier
 from hrf_fast.vision.load import load_classifier, load_feature_network
 from tests.hub import ID, Hub
 
@@ -78,6 +79,39 @@ def test_a_classification_checkpoint_has_no_pooler_and_gives_its_class_token(vit
     # twice: a random pooler would differ between the two
     for _ in range(2):
         assert torch.allclose(features(vit, images), expected, atol=1e-5)
+
+
+def save_classifier(folder, kind, config):
+    """Write a random classifier of three classes, whose images are those of the ViT above."""
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    model.save_pretrained(folder)
+    settings(folder, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    return model
+
+
+CLASSES = {"num_labels": 3, "id2label": {0: "cat", 1: "dog", 2: "cow"}}
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ResNet", "Dinov2"])
+def test_a_panel_network_that_is_a_classifier_has_classes_too(vit, kind):
+    own = dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1]) if kind == "ResNet" else TINY
+    config = getattr(transformers, f"{kind}Config")(**own, **CLASSES)
+    model = save_classifier(vit, getattr(transformers, f"{kind}ForImageClassification"), config)
+    network, (_, images) = load_feature_network(OPTION, str(vit)), pictures(3, SIDE, SIDE)
+    assert isinstance(network, FeatureClassifier) and network.labels == {"label": ["cat", "dog", "cow"]}
+    with torch.no_grad():
+        expected = model(pixel_values=images).logits.log_softmax(1)
+    # the features are what the last layer sees, whatever a kind puts into it
+    assert torch.allclose(network.log_probs_of(network.features(images))["label"], expected, atol=1e-5)
+    assert torch.allclose(network.log_probs(images)["label"], expected, atol=1e-5)
+    assert network.features(images).dim() == 2 and network.name == str(vit)
+
+
+def test_a_network_of_several_labels_or_of_one_gives_a_panel_features_alone(vit):
+    for more in ({"problem_type": "multi_label_classification", **CLASSES}, {"num_labels": 1}):
+        save_classifier(vit, transformers.ViTForImageClassification, transformers.ViTConfig(**TINY, **more))
+        assert not isinstance(load_feature_network(OPTION, str(vit)), FeatureClassifier)
 
 
 def test_clip_gives_the_features_of_its_vision_half_in_the_centre_of_the_picture(tmp_path):
