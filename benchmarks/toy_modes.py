@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) 
         for job in tqdm(jobs, total=count, desc=title, unit="run"):
             if _key(job) not in done:
                 toy, arm = job["toy"], job["arm"]
+                began = time.monotonic()
                 panels = run(TOYS[toy], mlps[toy], configs[arm], seed=job["seed"], learning_rate=job["learning_rate"])
-                lines.append({**job, **where, "good": TOYS[toy].good.tolist(), "panels": panels})
+                took = {"seconds": round(time.monotonic() - began, 1)}
+                lines.append({**job, **where, **took, "good": TOYS[toy].good.tolist(), "panels": panels})
                 append_line(path, json.dumps(lines[-1]))
 
     tuning = (

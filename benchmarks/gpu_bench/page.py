@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.gpu_bench.record import WHOLE
 from benchmarks.kernel_bench.page import page as kernel_page
+from benchmarks.kernel_bench.page import with_spread
 from benchmarks.machine import describe
 from benchmarks.tables import markdown_table
 
@@ -60,7 +61,7 @@ def _head(facts: dict[str, Any]) -> list[str]:
         f"{describe(facts)}; {software}",
         "",
         f"A card may be shared: {shared}. Times of training below are medians of turns with the least and the most "
-        "beside them; those of kernels are medians, with their 20th and 80th percentiles in the JSON file.",
+        "beside them; those of kernels are medians, with their 20th and 80th percentiles.",
     ]
 
 
@@ -132,7 +133,7 @@ def table(facts: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
             gpu = case["providers"].get(_OURS, {}).get("gpu")
             if gpu and case["shape"] == _SHAPE and case["clamp"] and gpu["cold_gb_per_s"]:
                 share = f", {gpu['cold_share_of_peak']:.0%} of the card's" if gpu["cold_share_of_peak"] else ""
-                speed = f"{gpu['cold_ms'] * 1e3:.1f} µs, {gpu['cold_gb_per_s']:.0f} GB/s{share}"
+                speed = f"{with_spread(gpu, 'cold', '.1f', 1e3)} µs, {gpu['cold_gb_per_s']:.0f} GB/s{share}"
                 times = {name: case["providers"].get(name, {}).get("gpu", {}).get("cold_ms") for name in _REPLACED}
                 over = ", ".join(f"{ms / gpu['cold_ms']:.1f}× {name}" for name, ms in times.items() if ms)
                 rows.append([f"{name}, loss and gradient at {case['batch']}×3×256²", speed, over])

@@ -75,20 +75,30 @@ def _cpu(cases: list[dict[str, Any]]) -> str:
 
 
 def _gpu(result: dict[str, Any]) -> str:
-    columns = ("cold_ms", "warm_ms", "launched_ms", "cold_gb_per_s", "cold_share_of_peak", "warm_gb_per_s", "launches")
+    times, columns = ("cold", "warm", "launched"), ("cold_gb_per_s", "cold_share_of_peak", "warm_gb_per_s", "launches")
     rows = []
     for case in result["cases"]:
         for name, values in case["providers"].items():
-            rows.append([*_where(case), name, *(values["gpu"][column] for column in columns)])
+            gpu = values["gpu"]
+            spread = (with_spread(gpu, time, ".3g") for time in times)
+            rows.append([*_where(case), name, *spread, *(gpu[column] for column in columns)])
     header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "launched ms", "cold GB/s", "of peak"]
     header += ["warm GB/s", "launches"]
     peak, copy = (f"{rate:.0f}" if rate else "unknown" for rate in (result["peak_gb_per_s"], result["copy_gb_per_s"]))
     return (
         "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache (64 at "
         "most); warm: a graph over one input, whose rates may be the cache's; launched: from the host, the cache "
-        f"emptied. The card's GB/s by its clock and bus, which the share is of: {peak}; of a kernel that reads and "
-        f"writes 1 GB: {copy}.\n\n{markdown_table(header, rows)}"
+        "emptied. Medians, with their 20th and 80th percentiles. The card's GB/s by its clock and bus, which the share "
+        f"is of: {peak}; of a kernel that reads and writes 1 GB: {copy}.\n\n{markdown_table(header, rows)}"
     )
+
+
+def with_spread(gpu: dict[str, Any], time: str, spec: str, scale: float = 1.0) -> str | None:
+    """A median time of a GPU and its 20th and 80th percentiles, in milliseconds times `scale`; None: not measured."""
+    if (median := gpu[f"{time}_ms"]) is None:
+        return None
+    low, high = (f"{value * scale:{spec}}" for value in gpu[f"{time}_ms_spread"])
+    return f"{median * scale:{spec}} [{low}, {high}]"
 
 
 def _unet(unet: dict[str, Any]) -> str:

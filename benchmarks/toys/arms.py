@@ -25,12 +25,21 @@ _DDPO = ("window.schedule=full", "train.groups_per_iteration=1", "train.groups_p
 _HRF = ("train.groups_per_iteration=4", "train.groups_per_step=4", "train.group_size=96")
 # all but the two published ones take the factor 1/std out of the gradient: see docs/numerics.md
 _STD_DDPO, _STD_HRF = ((*arm, "train.step_weights=std") for arm in (_DDPO, _HRF))
+_CREDIT = (*_STD_DDPO, "train.gae_lambda=0")
+_PENALTY = ("remedies.reference_penalty=3",)
+# a group is one state here, so that an iteration has more groups of fewer samples
+_SHARED = (
+    *(*_STD_HRF, "window.kwargs.clusters=[[4,8]]", "window.shared_noise=true"),
+    *("train.groups_per_iteration=20", "train.groups_per_step=20", "train.group_size=32"),
+)
 
 ARMS: dict[str, tuple[str, ...]] = {
     "DDPO": _DDPO,
     "DDPO, weights by std": _STD_DDPO,
+    "DDPO, credit": _CREDIT,
+    "DDPO, credit and penalty": (*_CREDIT, *_PENALTY),
     "DDPO + KL": (*_STD_DDPO, "remedies.kl_weight=0.005"),
-    "DDPO + penalty": (*_STD_DDPO, "remedies.reference_penalty=3"),
+    "DDPO + penalty": (*_STD_DDPO, *_PENALTY),
     "DDPO, no std": (*_STD_DDPO, "train.advantage_scale=none"),
     "DDPO + novelty": (*_STD_DDPO, "train.advantage_scale=none", "remedies.novelty=true"),
     "DDPO + matching": (*_STD_DDPO, "remedies.matching=1", "train.advantage_clip=256"),
@@ -38,11 +47,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "from re-noised": (*_STD_HRF, "window.schedule=full", "window.kwargs.renoised=true", "train.group_size=64"),
     "HRF, published": (*_HRF, "window.kwargs.iterations_per_cluster=6"),
     "HRF, clean half": (*_STD_HRF, "window.kwargs.clusters=[[4,8]]", "train.group_size=160"),
-    # a group is one state here, so that an iteration has more groups of fewer samples
-    "HRF, clean half, shared noise": (
-        *(*_STD_HRF, "window.kwargs.clusters=[[4,8]]", "window.shared_noise=true"),
-        *("train.groups_per_iteration=20", "train.groups_per_step=20", "train.group_size=32"),
-    ),
+    "HRF, clean half, shared noise": _SHARED,
+    "HRF, clean half, shared noise, credit": (*_SHARED, "train.gae_lambda=0"),
     "HRF-D": (*_STD_HRF, "window.schedule=dynamic"),
     "random": (*_STD_HRF, "window.schedule=random"),
     "progressive": (*_STD_HRF, "window.schedule=progressive", "window.kwargs.iterations=12"),
