@@ -7,7 +7,8 @@ one is left. Left out: how attributes go together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def attribute_shares(
         counts = torch.bincount(values.argmax(1).cpu(), minlength=len(labels[name])).double() / len(values)
         shares[name] = dict(zip(labels[name], counts.tolist(), strict=True))
     return shares
+
+
+def effective_number(shares: Collection[float]) -> float:
+    """exp of the entropy of shares that sum to 1, in nats: how many values of an attribute are in use."""
+    return math.exp(-sum(share * math.log(share) for share in shares if share))
 
 
 def looks_interval(log_probs: Mapping[str, Tensor], *, seed: int) -> Interval:

@@ -32,7 +32,7 @@ METRICS = {
     **dict.fromkeys(("reward_mean", "reward_std"), "number"),
     # an iteration may make no optimizer step
     **dict.fromkeys(("approx_kl", "clip_fraction", "grad_norm"), "number or null"),
-    "window_starts": "list of numbers?",
+    **dict.fromkeys(("window_starts", "window_stops"), "list of numbers?"),
     **dict.fromkeys(("gradient_signal", "gradient_noise"), "number?"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hrf_fast.evaluation.diversity import paired_difference_interval
+from hrf_fast.evaluation.looks import effective_number
 from hrf_fast.report.tables import Table, interval_text, percent_text
 from hrf_fast.run.files import intervals_of
 
@@ -49,7 +50,10 @@ def evaluation_lines(record: Mapping[str, Any], *, everything: bool = False) -> 
 def _metrics(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     """Every metric of one model by its name, [value] or [value, low, high]."""
     terms = {f"reward/{name}": [mean] for name, mean in model.get("terms", {}).items()}
-    return {**intervals_of(model), **terms, **model.get("detail", {}), **model["peer"]}
+    looks = {
+        f"looks of {name}": [effective_number(shares.values())] for name, shares in model.get("attributes", {}).items()
+    }
+    return {**intervals_of(model), **terms, **looks, **model.get("detail", {}), **model["peer"]}
 
 
 def _cells(

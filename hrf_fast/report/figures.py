@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from hrf_fast.report.comparison import RunLog, lowest_end, shared_held_out
-from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves, start_dots
+from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves, window_bars
 from hrf_fast.report.strip import open_grid
 from hrf_fast.report.tables import equal_reward_table, run_title
 from hrf_fast.run.card import reward_name
@@ -102,25 +102,31 @@ def training(log: RunLog) -> Figure:
 
 
 def windows(logs: Sequence[RunLog]) -> list[Figure]:
-    """Where each run's windows start, by iteration; a run without the numbers has none."""
+    """Each run's windows, by iteration; a run without the numbers has none."""
     figures = []
     for log in logs:
         counts = [
-            (record["iteration"] + 1, start, count)
+            (record["iteration"] + 1, *window, count)
             for record in log.metrics
-            for start, count in sorted(Counter(record.get("window_starts", [])).items())
+            for window, count in sorted(Counter(_windows_of(record)).items())
         ]
         if counts:
             steps = log.config.sample.num_inference_steps
             figures.append(
                 Figure(
-                    start_dots(counts, steps=steps, title=log.name),
-                    f"{run_title(log)}: first step of every group's window, 0 the noisiest of {steps}. A larger dot "
-                    "is more groups.",
+                    window_bars(counts, steps=steps, title=log.name),
+                    f"{run_title(log)}: the trained steps of every group's window, 0 the noisiest of {steps}. A dot is "
+                    "where windows start, and a larger one is more groups.",
                     "plot",
                 )
             )
     return figures
+
+
+def _windows_of(record: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """First step and end of every group's window; an older version's run has no ends, and one step stands for all."""
+    starts = record.get("window_starts", [])
+    return list(zip(starts, record.get("window_stops", [start + 1 for start in starts]), strict=True))
 
 
 def grids(logs: Sequence[RunLog]) -> list[Figure]:

@@ -179,11 +179,18 @@ def _arm(
     axes.plot(mean.x[-1:], mean.y[-1:], **{**look, "markersize": end})
 
 
-def start_dots(counts: Sequence[tuple[int, int, int]], *, steps: int, title: str) -> bytes:
-    """Dots of (iteration, start, groups), the noisiest of the `steps` on top; the area grows with the groups."""
-    figure, axes = _axes("iteration", "first step of the window")
-    iterations, starts, groups = zip(*counts, strict=True)
-    largest = max(groups)
+def window_bars(counts: Sequence[tuple[int, int, int, int]], *, steps: int, title: str) -> bytes:
+    """Bars of (iteration, start, stop, groups) over the steps [start, stop), the noisiest of the `steps` on top.
+
+    A dot marks the start; its area grows with the groups.
+    """
+    figure, axes = _axes("iteration", "trained steps")
+    iterations, starts, stops, groups = zip(*counts, strict=True)
+    largest, span = max(groups), max(iterations) - min(iterations) + 1
+    # those of neighbouring iterations do not touch
+    width = min(5.0, 0.5 * 72 * WIDTH / span)
+    first, last = ([value - 0.5 for value in ends] for ends in (starts, stops))
+    axes.vlines(iterations, first, last, color=COLOURS[0], linewidth=width, alpha=0.25)
     axes.scatter(iterations, starts, s=[4 + 26 * count / largest for count in groups], color=COLOURS[0], linewidths=0)
     axes.set_ylim(steps - 0.5, -0.5)
     for axis in (axes.xaxis, axes.yaxis):

@@ -133,6 +133,7 @@ def iteration_record(
         **summary,
         **({"prompts": prompts} if any(prompts) else {}),
         "window_starts": [window.start for window in windows],
+        "window_stops": [window.stop for window in windows],
         "window_steps": sum(len(window) for window in windows),
     }
 

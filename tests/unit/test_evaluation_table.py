@@ -56,8 +56,8 @@ def test_the_table_has_the_most_useful_rows_and_their_changes():
         "hat: none": ["50.0 %", "0.0 %", "-50.0 %"],
         "wall: red": ["25.0 %", "50.0 %", "+25.0 %"],
     }
-    # skin, vendi_q2, fid, duplicates and jpeg_bpp
-    assert lines[-1].endswith(f"What the metrics mean: {EXPLAINED}; 5 more metrics: --all")
+    # skin, the looks of three attributes, vendi_q2, fid, duplicates and jpeg_bpp
+    assert lines[-1].endswith(f"What the metrics mean: {EXPLAINED}; 8 more metrics: --all")
 
 
 def test_the_terms_of_a_sum_are_below_its_reward():
@@ -71,7 +71,10 @@ def test_the_terms_of_a_sum_are_below_its_reward():
 def test_all_metrics_are_there_on_request_and_each_once():
     lines = evaluation_lines(record(), everything=True)
     table = rows(lines)
-    assert len(table) == len(lines) - 2 == 10 and lines[-1].endswith(EXPLAINED)
+    assert len(table) == len(lines) - 2 == 13 and lines[-1].endswith(EXPLAINED)
+    # two values in use, and one; of 1/4 and 3/4 the entropy is (ln 4)/4 + 3 (ln 4/3)/4 = 0.5623
+    assert table["looks of hat"] == ["2.000", "1.000", "50.0 %"]
+    assert table["looks of wall"] == ["1.755", "2.000", "114.0 %"]
     # without halves a share has no interval; another order of the score is compared by its share too
     assert table["Vendi Score"][-1] == "75.0 %" and table["vendi_q2"][-1] == "25.0 %"
     assert table["fid"] == ["3.000", "5.000", "+2.000"] and "skin: light" in table

@@ -107,7 +107,7 @@ def test_the_record_of_an_iteration_by_hand():
         {0: torch.tensor([-1.0, 1.0]), 1: torch.tensor([-2.0, 1.0])},
         [Window(0, 5), Window(3, 5)],
     )
-    assert record.pop("window_starts") == [0, 3]
+    assert (record.pop("window_starts"), record.pop("window_stops")) == ([0, 3], [5, 5])
     assert record == pytest.approx(
         {
             "reward_mean": 3.5,

@@ -98,7 +98,7 @@ def no_plots(monkeypatch):
     """Figures of one pixel, for tests of what is beside them."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, format="png")
-    for name in ("interval_curves", "frontier", "diagnostics", "start_dots"):
+    for name in ("interval_curves", "frontier", "diagnostics", "window_bars"):
         monkeypatch.setattr(figures, name, lambda *_, **__: buffer.getvalue())
 
 
@@ -147,17 +147,18 @@ def test_grids_are_of_the_panels_nearest_to_the_level_and_the_ends_follow(tmp_pa
 
 def test_windows_and_signal_are_drawn_where_they_are_logged(tmp_path, monkeypatch, no_plots):
     drawn = {}
-    monkeypatch.setattr(figures, "start_dots", lambda counts, **_: drawn.setdefault("starts", counts) and b"")
+    monkeypatch.setattr(figures, "window_bars", lambda counts, **_: drawn.setdefault("starts", counts) and b"")
     monkeypatch.setattr(figures, "diagnostics", lambda panels, **_: drawn.setdefault("panels", panels) and b"")
     run = write_run(tmp_path / "run", train=TrainConfig(iterations=2, groups_per_iteration=4, groups_per_step=4))
     assert "<h2>Windows</h2>" not in write_report([run]).read_text() and len(drawn["panels"]) == 4
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[0] |= {"window_starts": [3, 0, 3], "gradient_signal": 1.0, "gradient_noise": 8.0}
+    lines[0] |= {"window_starts": [3, 0, 3], "window_stops": [5, 2, 5], "gradient_signal": 1.0, "gradient_noise": 8.0}
     lines[1] |= {"window_starts": [1, 1, 1], "gradient_signal": 2.0, "gradient_noise": 4.0}
     write_log(run / "metrics.jsonl", lines)
     drawn.clear()
     assert "<h2>Windows</h2>" in write_report([run]).read_text()
-    assert drawn["starts"] == [(1, 0, 1), (1, 3, 2), (2, 1, 3)]
+    # the second line is of an older version, without ends
+    assert drawn["starts"] == [(1, 0, 2, 1), (1, 3, 5, 2), (2, 1, 2, 3)]
     # steps of 4 groups: 4 · 1/8, then 4 · (1 + 2)/(8 + 4)
     assert drawn["panels"][-1][1].y == [0.5, 1.0]
 
