@@ -24,6 +24,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
 
+    def __str__(self) -> str:
+        return f"stopped by {self.name}; the same call resumes the run"
+
     @property
     def name(self) -> str:
         """The signal as people call it."""

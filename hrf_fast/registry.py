@@ -24,6 +24,8 @@ from hrf_fast.user_code import error_text, note_of, user_code
 T = TypeVar("T")
 # of module:function; a module that importlib finds need not be an identifier, as my-rewards
 _FORM = re.compile(r"[\w-]+(\.[\w-]+)*:[^\W\d]\w*")
+# the page that shows a factory and what it makes, by the option that is handed to `call_factory`
+_PAGES = {"window.kwargs": "docs/windows.md", "train.advantages": "docs/remedies.md"}
 
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
@@ -189,7 +191,7 @@ def call_factory(
         if required and name in made[:1]:
             raise ValueError(
                 f"{qualified_name(factory)} takes ({', '.join(made)}) itself; name a factory, a function without them "
-                "that returns it (docs/windows.md has both kinds)"
+                f"that returns it ({_PAGES[option]} has an example)"
             )
         if required and name in accepted and name not in kwargs:
             raise ValueError(f"{option}.{name} is missing; this choice needs it")

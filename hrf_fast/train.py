@@ -23,10 +23,10 @@ from typing import Any
 
 from hrf_fast.assembly.components import build_components
 from hrf_fast.command import RESUMES, run_command
-from hrf_fast.config.load import load_config
+from hrf_fast.config.load import checked, load_config
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
-from hrf_fast.run.listeners import Listener
+from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.result import RunResult
 from hrf_fast.run.session import Run
 from hrf_fast.stopping import Budget
@@ -51,12 +51,12 @@ def train(
         listeners: hear of every iteration and panel, and may end the run; on the main rank.
 
     Raises:
-        ValueError: the configuration can't work; nothing has run.
+        TypeError, ValueError: an argument or option can't work; nothing has run. KeyboardInterrupt: Ctrl-C, saved.
         RewardError, FloatingPointError: a reward or a gradient is not finite; no step was made of it.
         UserCodeError: a reward (RewardError is one), a schedule or a listener failed; the message says where.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
-    with comm.job(config.run.lost_after):
+    listeners = check_listeners(listeners)
+    with comm.job(checked(config).run.lost_after):
         return train_components(*build_components(config, reward=reward, schedule=schedule), listeners)
 
 
@@ -72,7 +72,7 @@ def train_components(config: Config, components: Components, listeners: Sequence
 
 def _resume(components: Components, run: Run, budget: Budget) -> int:
     """Restore the newest checkpoint and get ready to train; returns how many iterations are done."""
-    done = components.restore(run.load(components.engine))
+    done = components.restore(run.load(components.engine, components.sources))
     run.begin(done, components.sources)
     run.commit(components.state(done))
     with components.engine.gathered():

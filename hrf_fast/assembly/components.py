@@ -29,7 +29,7 @@ from hrf_fast.policies.compilation import check_compile
 from hrf_fast.prompts.draw import draw_distinct
 from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
-from hrf_fast.run.sources import BASE
+from hrf_fast.run.sources import BASE, POLICY, policy_source
 from hrf_fast.stopping import check_floors
 from hrf_fast.timing.tuning import set_threads, tuned
 from hrf_fast.training.anchors import Anchors, check_anchors
@@ -63,6 +63,7 @@ def build_components(
         ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
     config = with_names(config, reward, schedule)
+    own_policy = policy
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():
         # a configuration may have been changed since it was loaded
@@ -107,6 +108,8 @@ def build_components(
         # a policy of the user's may have a network of the user's
         if base := getattr(policy.network, "base_digest", ""):
             sources[BASE] = {"file": config.model.name, "sha256": base}
+        if own_policy is not None:
+            sources[POLICY] = policy_source(own_policy)
         panel = build_panel(config, device, prompts, network)
         sources |= prompt_sources(config, prompts_source, panel) | panel.held_out_sources
         if panel.deterministic_steps:

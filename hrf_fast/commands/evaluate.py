@@ -70,10 +70,7 @@ def evaluate(model: Path, words: list[str], *, out: Path | None = None, everythi
     before: Mapping[str, Tensor] = {}
     pretrained: Tensor | None = None
     if network is not None and panel.size < LEAST:
-        print(
-            f"evaluation.panel_size is {panel.size}: metrics of neighbours and shares kept, which need {LEAST} images, "
-            "are left out"
-        )
+        print(f"evaluation.panel_size is {panel.size}: metrics of neighbours, which need {LEAST} images, are left out")
         network = None
     fidelity = importlib.util.find_spec("torchmetrics") is not None
     if network is not None and not fidelity:
@@ -82,18 +79,19 @@ def evaluate(model: Path, words: list[str], *, out: Path | None = None, everythi
         policy = load()
         metrics = panel.evaluate(policy, reward)
         result[title] = metrics.record()
-        pretrained = metrics.images if pretrained is None else pretrained
+        if pretrained is None:
+            pretrained, before = metrics.images, metrics.halves
+        elif before:
+            result[title]["kept"] = {
+                metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
+                for metric, values in metrics.halves.items()
+            }
         result[title]["peer"] = nanoflow_columns(metrics.images, pretrained, panel.network, seed=panel.seed)
         if network is not None:
             if reference is None:
-                reference, before = network.features(panel.with_next_seed().images(policy)), metrics.halves
+                reference = network.features(panel.with_next_seed().images(policy))
             features = network.features(metrics.images)
             result[title]["detail"] = detail(features, metrics.images, reference, seed=panel.seed, fidelity=fidelity)
-            if title == "tuned":
-                result[title]["kept"] = {
-                    metric: list(kept_interval(before[metric], values, metrics.samples[metric]))
-                    for metric, values in metrics.halves.items()
-                }
         # a GPU that trained one model need not hold two
         del policy
     # neither a file that can't be written nor a closed output costs the other

@@ -21,7 +21,7 @@ from hrf_fast.policies.base import Policy
 from hrf_fast.run.checkpoint import WEIGHTS, list_checkpoints, read_weights
 from hrf_fast.run.finished import finished_run
 from hrf_fast.run.layout import RunFiles
-from hrf_fast.run.sources import check_base
+from hrf_fast.run.sources import check_base, check_policy_kind
 
 # options that say what a run's tuned model is
 BASE_MODEL = ("model.name", "model.revision", "model.variant")
@@ -76,8 +76,11 @@ def tuned_config(run: Path, words: Sequence[str], fixed: Collection[str]) -> Con
     """A run's configuration with options changed by `words`, but for the `fixed` ones.
 
     Raises:
-        ValueError: a fixed option is another than the run's, or an option of training alone is changed.
+        ValueError: a fixed option is another than the run's, or an option of training alone is changed; or see
+            `check_policy_kind`.
     """
+    # before the reward and the panel, which may have gone with the policy's script
+    check_policy_kind(run)
     files = RunFiles(run)
     config, before = files.read_config(words), files.read_config()
     changed = differences(with_absolute_paths(before), with_absolute_paths(config))
@@ -117,8 +120,9 @@ def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:
     """The policy of `build_policy` for a run, whose pretrained weights are those that it was trained beside.
 
     Raises:
-        ValueError: see `check_base`.
+        ValueError: see `check_base` and `check_policy_kind`.
     """
+    check_policy_kind(run)
     policy = build_policy(config, name)
     if policy.network.base_digest:
         check_base(run, config.model.name, policy.network.base_digest)

@@ -34,9 +34,12 @@ def load_config(argv: Sequence[str], layers: Mapping[str, dict[str, Any]] | None
 
     Raises:
         ValueError: an unknown option (with the nearest name), a value of the wrong type or out of range, no such file.
+        TypeError: `argv` is no sequence of words.
     """
     from omegaconf import OmegaConf
 
+    if isinstance(argv, str | Mapping) or not all(isinstance(word, str) for word in argv):
+        raise TypeError(f'load_config takes a list of words, such as ["model.name=fashion"], and was given {argv!r}')
     files, overrides = _split(argv)
     merged = copy.deepcopy(_defaults())
     for name in files:
@@ -85,12 +88,21 @@ def _naming(source: str, text: str = "") -> Iterator[None]:
         ) from error
 
 
+def checked(config: Any) -> Config:
+    """The configuration; a TypeError says how to make one of anything else."""
+    if not isinstance(config, Config):
+        raise TypeError(f'config is of {type(config)}; make one by hrf_fast.load_config(["section.field=value", …])')
+    return config
+
+
 def _check_override(word: str) -> None:
     """Refuse one `section.field=value` that is wrong by itself, so that the message names this word only."""
     from omegaconf import OmegaConf
 
     if "=" not in word:
-        raise ValueError(f"{word!r} is not an option; write section.field=value, or --config FILE")
+        file = Path(word) / "config.yaml"
+        ways = f"--config {file} for a run's options" if file.is_file() else "--config FILE"
+        raise ValueError(f"{word!r} is not an option; write section.field=value, or {ways}")
     with _naming(word):
         layer = OmegaConf.from_dotlist([word])
         values: Any = OmegaConf.to_container(layer)

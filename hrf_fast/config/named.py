@@ -14,7 +14,14 @@ Named = str | Callable[..., Any] | None
 
 
 def with_names(config: Config, reward: Named, schedule: Named) -> Config:
-    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before."""
+    """The configuration that a run's folder will hold; another name starts without the kwargs of the one before.
+
+    Raises:
+        TypeError: a reward or schedule is neither a name nor callable.
+    """
+    for what, thing in (("reward", reward), ("schedule", schedule)):
+        if thing is not None and not (isinstance(thing, str) or callable(thing)):
+            raise TypeError(f"{what} is of {type(thing)}; pass a name or a function")
     if reward is not None:
         name, kwargs = _named(reward, config.reward.name, config.reward.kwargs)
         config = replace(config, reward=RewardConfig(name=name, kwargs=kwargs))

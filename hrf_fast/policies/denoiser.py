@@ -60,8 +60,14 @@ class DenoiserPolicy:
             linear_sigmas: see `build_flow_sampler`.
 
         Raises:
-            ValueError: an unknown precision, or kernels that can't run on the network's device.
+            ValueError: an unknown precision, kernels that can't run on the network's device, or neither a shape nor a
+                config that says one.
         """
+        if shape is None and not hasattr(unet, "config"):
+            raise ValueError(
+                f"{type(unet).__name__} has no config of diffusers, which says the shape of the latents and the call; "
+                "give shape=Shape(latents, call, size=None), as docs/models.md shows"
+            )
         self.scheduler, self.precision = scheduler, precision
         self.guidance_scale, self._linear_sigmas = guidance_scale, linear_sigmas
         shape = shape or shape_of("", UNET, unet.config)
@@ -161,12 +167,17 @@ class DenoiserPolicy:
 
     def compile(self, mode: str) -> None:
         """Run the denoiser compiled, see `compile_network`; `compile_graphs` makes the graphs before training."""
-        unets = [self.unet, *([self._reference.unet] if self._reference else [])]
-        blocks = [block for unet in unets for block in _blocks(unet)]
-        compile_network({"none": [], "unet": unets, "blocks": blocks}[mode])
+        if mode == "none":
+            return
+        modules = [self.unet, *([self._reference.unet] if self._reference else [])]
+        if mode == "blocks":
+            # the reference is a copy, whose modules have the same names
+            names = {module: name for name, module in self.unet.named_modules()}
+            modules = [unet.get_submodule(names[block]) for unet in modules for block in self.blocks()]
+        compile_network(modules)
         if self._reference:
-            self._reference.compiled = mode != "none"
-        self.compiled, self.network.compiled = mode, mode != "none"
+            self._reference.compiled = True
+        self.compiled, self.network.compiled = mode, True
 
 
 def _blocks(unet: Any) -> list[nn.Module]:

@@ -79,7 +79,9 @@ def _attribute_rows(record: Mapping[str, Any]) -> list[list[str]]:
     changes = []
     for attribute, shares in record["pretrained"].get("attributes", {}).items():
         after = record["tuned"]["attributes"][attribute]
-        value = max(shares, key=lambda value: abs(after[value] - shares[value]))
+        moved = {value: abs(after[value] - share) for value, share in shares.items()}
+        # the most common one where nothing has changed
+        value = max(moved, key=lambda value: moved[value] if any(moved.values()) else shares[value])
         changes.append((f"{attribute}: {value}", shares[value], after[value]))
     changes.sort(key=lambda change: -abs(change[2] - change[1]))
     return [[title, percent_text([a]), percent_text([b]), percent_text([b - a], "+")] for title, a, b in changes]

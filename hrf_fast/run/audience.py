@@ -70,6 +70,8 @@ class Audience:
         what = f"listener {type(listener).__name__}"
         with user_code(what) as changes:
             reason: str | None = getattr(listener, event)(*arguments)
+            if reason is not None and not isinstance(reason, str):
+                raise TypeError(f"{event}() returned {reason!r}; return a reason to end the run as a str, or None")
         if changes:
             self._note_once(note_of(what, changes), what)
         return reason

@@ -134,9 +134,13 @@ class EventLog:
                 "gone, or the run began without it; set stop.on_collapse=warn, or begin again in another run.folder"
             )
 
+    def error(self, text: str) -> None:
+        """Write that the next iteration has failed."""
+        self._write([Event(self._done + 1, "error", text)])
+
     def failure(self, text: str) -> str | None:
         """Write that the next iteration has failed; returns the reason to end in order where the best is restored."""
-        self._write([Event(self._done + 1, "error", text)])
+        self.error(text)
         self._failure = text if self.keeps_pretrained else None
         return self._failure
 

@@ -86,7 +86,8 @@ class RunFolder(RunFiles):
                 listed = "; ".join(f"{option} was {old!r} and is {new!r}" for option, (old, new) in shown.items())
                 raise ValueError(
                     f"run.folder {self.path} holds a run of another configuration ({listed}); choose another "
-                    "run.folder, restore those options to resume, or delete the folder"
+                    "run.folder, restore those options to resume, or delete the folder; docs/run_folder.md has the "
+                    "command that goes on from its model under other options"
                 )
         elif any(path.name not in (lock.NAME, lock.OWNER) and not is_leftover(path) for path in self.path.iterdir()):
             raise ValueError(f"run.folder {self.path} is not empty and holds no run; choose another run.folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +35,17 @@ def check_listeners(listeners: Any) -> list[Listener]:
     """The listeners as a list.
 
     Raises:
-        TypeError: one lacks a method of `Listener`.
+        TypeError: they are no sequence, or one is a class or lacks a method of `Listener`.
     """
+    if not isinstance(listeners, Iterable):
+        raise TypeError(f"listeners is {listeners!r}; pass a list of them")
+    listeners = list(listeners)
     for listener in listeners:
+        if isinstance(listener, type):
+            raise TypeError(f"listener {listener.__name__} is a class; pass an object of it, {listener.__name__}()")
         missing = [name for name in ("iteration", "panel", "finished") if not callable(getattr(listener, name, None))]
         if missing:
             raise TypeError(
                 f"listener {listener!r} lacks {', '.join(missing)}; subclass hrf_fast.Listener, which has all three"
             )
-    return list(listeners)
+    return listeners

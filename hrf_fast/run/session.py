@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from hrf_fast.run.layout import METRICS
 from hrf_fast.run.listeners import Listener, check_listeners
 from hrf_fast.run.progress import Progress, Silence, build_progress
 from hrf_fast.run.result import RunResult
+from hrf_fast.run.sources import check_policy_kind
 from hrf_fast.run.writers import build_writers
 
 
@@ -84,8 +85,13 @@ class Run:
             self._noted.add(key)
             self.note(text)
 
-    def load(self, engine: Engine) -> dict[str, Any] | None:
-        """Restore the newest intact checkpoint; returns the state that was committed, or None without one."""
+    def load(self, engine: Engine, sources: Mapping[str, dict[str, str]]) -> dict[str, Any] | None:
+        """Restore the newest intact checkpoint; returns the state that was committed, or None without one.
+
+        Raises:
+            ValueError: see `check_policy_kind`.
+        """
+        check_policy_kind(self.folder.path, sources)
         return load_newest(self.folder.checkpoints, engine, warn=self.note)
 
     def begin(self, done: int, sources: Mapping[str, dict[str, str]] | None = None) -> None:
@@ -172,6 +178,11 @@ class Run:
             hopeless = isinstance(error, (OSError, FloatingPointError)) and not isinstance(error, BrokenPipeError)
             if together and not hopeless:
                 self.save(engine)
+            # before the first commit the folder may be another run's
+            if together and self._state is not None and isinstance(error, Exception):
+                text = str(error) or type(error).__name__
+                with suppress(OSError):
+                    comm.main_says(lambda: self._events.error(text))
             raise
 
     def log(self, record: dict[str, Any], state: dict[str, Any], *, images: int, network_seconds: float) -> str | None:

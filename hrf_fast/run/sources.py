@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hrf_fast.run.files import read_object
+from hrf_fast.user_code import source_of
 
 SOURCES = "sources.json"
 # in it: the pretrained weights, which no checkpoint holds
 BASE = "base model"
+# where a caller has handed over a policy, which no configuration can build again
+POLICY = "policy"
 
 
 def read_sources(run: Path) -> dict[str, dict[str, str]]:
@@ -40,6 +44,38 @@ def check_base(run: Path, name: str, base: str) -> None:
             f"model.name is {name!r}, whose weights are not those of {before['file']!r} when the run in {run} began; "
             f"restore them, or begin another run. Where all weights were trained, a checkpoint has them, and {BASE!r} "
             f"can be taken out of {run / SOURCES}"
+        )
+
+
+def policy_source(policy: Any) -> dict[str, str]:
+    """The entry of a policy of the user's: its class, and the SHA-256 of its source where there is one."""
+    kind = type(policy)
+    source = source_of(policy) or {}
+    return {"file": f"{kind.__module__}:{kind.__qualname__}", "sha256": source.get("sha256", "")}
+
+
+def check_policy_kind(run: Path, sources: Mapping[str, Any] | None = None) -> None:
+    """Refuse a run that began with a policy of the user's where there is none now, and the other way round.
+
+    Args:
+        sources: of what goes on with the run; None for a command, which has no such policy.
+
+    Raises:
+        ValueError: says whose policy the run's is.
+    """
+    if not (run / SOURCES).is_file():
+        return
+    before, handed_over = read_sources(run).get(POLICY), POLICY in (sources or {})
+    if before and not handed_over:
+        raise ValueError(
+            f"{run} is a run of a policy of your own, {before['file']}, which its configuration can't build: "
+            "model.name only labels it. Hand the policy to build_components(config, policy=…) and go on from Python "
+            "(docs/models.md)"
+        )
+    if handed_over and not before:
+        raise ValueError(
+            f"{run} began with the model that its configuration names, and now has a policy of your own; use another "
+            "run.folder"
         )
 
 

@@ -60,10 +60,21 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         noises = {number: group_noise(components, iteration, "search", number) for number in numbers}
         probe = StartProbe(components, anchors, noises, prompts)
         what = f"window.schedule {qualified_name(schedule)}"
-        with user_code(what) as changes:
-            windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
+        before = _memory(schedule)
+        try:
+            with user_code(what) as changes:
+                windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
+        except ValueError as error:
+            # of a window that can't be, or of the probe
+            raise ValueError(f"{what}: {error}") from error
         if changes:
             run.note_once(note_of(what, changes), key=what)
+        if _memory(schedule) != before:
+            run.note_once(
+                f"{what} remembers something and has no state(): a resumed run begins it anew, with other windows than "
+                "an unbroken one; give it state() and load_state(state) (docs/windows.md)",
+                key=f"{what}.state",
+            )
         with comm.agreed():
             _check_windows(
                 windows, groups.per_iteration, policy.sampler.stochastic_steps, what, anchored=schedule.needs_anchors
@@ -132,6 +143,11 @@ def group_noise(components: Components, iteration: int, purpose: str, group: int
     """The noise of a group's samples, which are numbered over the whole iteration."""
     ids = torch.tensor(components.groups.sample_ids(group), device=components.policy.device)
     return NoiseKey(noise_key(components.algorithm.seed, iteration, purpose), ids)
+
+
+def _memory(schedule: Any) -> str:
+    """A schedule's attributes as text, to see whether a call changes them; empty where it has a state."""
+    return "" if hasattr(schedule, "state") else repr(getattr(schedule, "__dict__", ""))
 
 
 def _check_windows(windows: Any, groups: int, stop: int, what: str, *, anchored: bool) -> None:

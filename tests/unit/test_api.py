@@ -1,13 +1,14 @@
 """The Python API: rewards, schedules and listeners as values, what a run returns, and what importing costs."""
 
 import importlib
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import hrf_fast
-from hrf_fast.errors import UserCodeError
+from hrf_fast.errors import Interrupted, UserCodeError
 from hrf_fast.run.files import read_log
 from tests.runs import metrics, panels, train, with_folder
 
@@ -175,6 +176,18 @@ def test_an_object_that_is_no_listener_is_refused_with_the_methods_that_it_lacks
     assert not (tmp_path / "run").exists()
 
 
+def test_a_class_of_listeners_is_no_listener_and_a_listener_is_no_list(words):
+    with pytest.raises(TypeError, match=r"listener Recorder is a class; pass an object of it, Recorder\(\)"):
+        train(words, listeners=[Recorder])
+    with pytest.raises(TypeError, match="listeners is .*Recorder.*pass a list"):
+        train(words, listeners=Recorder())
+
+
+def test_a_reason_that_is_no_text_is_an_error_of_the_listener(words):
+    with pytest.raises(UserCodeError, match=r"listener Recorder failed with TypeError: iteration\(\) returned True"):
+        train(words, reward=brightness, listeners=[Recorder(lambda record: True)])
+
+
 # --- refusals and names -----------------------------------------------------------------------------------------------
 
 
@@ -191,6 +204,30 @@ def test_what_can_not_work_is_refused_before_the_folder_is_made(words, tmp_path,
     with pytest.raises(ValueError, match=message):
         train(words, **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["model.name=fashion", {"model": {"name": "fashion"}}, [3]])
+def test_words_that_are_no_list_of_words_are_refused(given):
+    with pytest.raises(TypeError, match="load_config takes a list of words"):
+        hrf_fast.load_config(given)
+    with pytest.raises(TypeError, match="config is of .*load_config"):
+        hrf_fast.train(given)
+
+
+@pytest.mark.parametrize("option", ["reward", "schedule"])
+def test_a_reward_or_schedule_that_is_neither_a_name_nor_a_function_is_refused(words, option):
+    with pytest.raises(TypeError, match=f"{option} is of <class 'int'>; pass a name or a function"):
+        train(words, **{option: 3})
+
+
+def test_the_package_shows_its_names_before_their_first_use():
+    code = "import hrf_fast; print(*dir(hrf_fast))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert shown == sorted(hrf_fast.__all__)
+
+
+def test_a_signal_says_in_a_notebook_what_to_do():
+    assert str(Interrupted(signal.SIGINT)) == "stopped by Ctrl-C; the same call resumes the run"
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -175,6 +175,8 @@ def test_a_run_is_evaluated_and_reported(finished, capsys):
     value, low, high = result["pretrained"]["reward"]
     assert low <= value <= high
     assert value == pytest.approx(sum(result["pretrained"]["rewards"]) / 8, abs=1e-6)
+    # too few for neighbours, and enough for shares
+    assert "detail" not in result["tuned"] and len(result["tuned"]["kept"]["vendi"]) == 3
     # the training's panel is the first part of a larger one: the same images, the same rewards
     first = panels(finished)[0]
     assert result["pretrained"]["rewards"][:6] == pytest.approx(first["rewards"], abs=1e-3)

@@ -60,6 +60,13 @@ def test_the_table_has_the_most_useful_rows_and_their_changes():
     assert lines[-1].endswith(f"What the metrics mean: {EXPLAINED}; 8 more metrics: --all")
 
 
+def test_of_an_attribute_that_did_not_change_the_commonest_value_is_shown():
+    figures = record()
+    for title in ("pretrained", "tuned"):
+        figures[title]["attributes"] = {"hair": {"none": 0.0, "long": 0.25, "short": 0.75}}
+    assert rows(evaluation_lines(figures))["hair: short"] == ["75.0 %", "75.0 %", "+0.0 %"]
+
+
 def test_the_terms_of_a_sum_are_below_its_reward():
     figures = record(terms={"jpeg": -1.5, "sneaker": 2.0})
     figures["pretrained"]["terms"] = {"jpeg": -2.0, "sneaker": 0.5}

@@ -6,16 +6,22 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
 from hrf_fast.assets import ASSETS
 from hrf_fast.noise import NoiseKey
+from hrf_fast.policies import denoiser
 from hrf_fast.policies.base import Condition, Prediction
+from hrf_fast.policies.calling import Shape
 from hrf_fast.policies.network import NetworkCalls
 from hrf_fast.policies.sample import sample
+from hrf_fast.policies.sampler import build_sampler
+from hrf_fast.policies.unconditional import UnconditionalPolicy
+from hrf_fast.run.files import read_log
 from tests.conftest import make_scheduler, make_unet
 from tests.loading import load_policy
+from tests.unit.test_readme import ROOT, blocks, run_block
 
 
 def load(name, **options):
@@ -292,3 +298,49 @@ def test_images_that_are_not_finite_stop_the_run(tiny_model, value):
     latents[1, 0, 0, 0] = value
     with pytest.raises(FloatingPointError, match="not finite.*optimizer.learning_rate.*model.name"):
         load(tiny_model).decode(latents)
+
+
+# --- a policy of the user's -------------------------------------------------------------------------------------------
+
+
+def run_own_policy(monkeypatch, folder, iterations):
+    """Run the script on docs/models.md in seconds; returns its names."""
+    (code,) = (code for code in blocks(ROOT / "docs" / "models.md", "python") if "build_components" in code)
+    assert len([line for line in code.splitlines() if line]) <= 30
+    words = ["sample.num_inference_steps=4", "train.groups_per_iteration=2", "train.groups_per_step=2"]
+    words += ["train.group_size=3", f"train.iterations={iterations}", "evaluation.panel_size=4"]
+    return run_block(code, monkeypatch, [*words, "run.progress=quiet", f"run.folder={folder}"])
+
+
+def test_the_policy_of_the_docs_trains_and_its_script_resumes(tmp_path, monkeypatch):
+    names = run_own_policy(monkeypatch, tmp_path / "run", 1)
+    saved = load_file(tmp_path / "run" / "model" / "mlp.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in names["mlp"].state_dict().items())
+    assert names["components"].panel.images(names["policy"]).shape == (4, 3, 1, 1)
+    run_own_policy(monkeypatch, tmp_path / "run", 2)
+    assert [record["iteration"] for record in read_log(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+
+
+def own(**options):
+    scheduler = DDPMScheduler()
+    sampler = build_sampler(scheduler, kind="ddim", num_inference_steps=4, eta=1.0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+    return UnconditionalPolicy(mlp, scheduler, sampler, **options)
+
+
+def test_a_network_that_says_no_shape_is_named_with_the_way_out():
+    with pytest.raises(ValueError, match=r"Sequential has no config of diffusers.*shape=Shape\(.*docs/models.md"):
+        own()
+
+
+def test_blocks_of_ones_own_are_compiled_and_those_of_the_reference_too(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(denoiser, "compile_network", compiled.extend)
+    policy = own(shape=Shape((3,), lambda mlp, latents, timesteps, inputs: latents, size=None))
+    # an MLP has no blocks of a UNet, which nobody asks for then
+    policy.compile("none")
+    assert compiled == [] and policy.compiled == "none"
+    policy.hold_reference()
+    policy.blocks = lambda: [policy.unet[1]]
+    policy.compile("blocks")
+    assert compiled == [policy.unet[1], policy._reference.unet[1]] and policy.compiled == "blocks"

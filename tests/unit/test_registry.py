@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hrf_fast.registry import Registry, call_factory, load_user_function, nearest, qualified_name, state_of
+from hrf_fast.training.advantages import apply_advantages, build_advantages
 from hrf_fast.windows.schedules import build_schedule
+from tests.unit.test_readme import ROOT, blocks, run_block
 
 
 @pytest.fixture
@@ -32,8 +34,34 @@ def test_what_a_factory_should_return_is_no_factory():
     def late(iteration, num_groups, *, generator, probe):
         return []
 
-    with pytest.raises(ValueError, match=r"late takes \(iteration, num_groups, generator, probe\) itself; name a fact"):
+    with pytest.raises(
+        ValueError, match=r"late takes \(iteration, num_groups, generator, probe\) itself; name a fact"
+    ) as e:
         build_schedule(late, {}, num_inference_steps=4, stop=3)
+    assert str(e.value).endswith("(docs/windows.md has an example)")
+
+
+def test_advantages_that_are_no_factory_name_the_page_of_advantages(folder):
+    (folder / "my_adv.py").write_text("def direct(rewards, prompts):\n    return rewards\n")
+    with pytest.raises(
+        ValueError, match=r"my_adv:direct takes \(rewards, prompts\) .* \(docs/remedies.md has an example"
+    ):
+        build_advantages("my_adv:direct")
+
+
+def test_the_advantages_of_the_docs_are_ones(folder):
+    (code,) = blocks(ROOT / "docs" / "remedies.md", "python")
+    (folder / "my_advantages.py").write_text(code)
+    answer = apply_advantages(build_advantages("my_advantages:beaten"), {3: torch.tensor([5.0, 1.0, 5.0])}, {3: ""})
+    # of three, the first beats one, ties with one and itself; the second is beaten by two
+    torch.testing.assert_close(answer[3], torch.tensor([1 / 3, -2 / 3, 1 / 3]))
+
+
+def test_the_factory_of_the_docs_makes_a_schedule(monkeypatch):
+    (code,) = blocks(ROOT / "docs" / "windows.md", "python")
+    every_second = run_block(code, monkeypatch, [])["every_second"]
+    schedule = build_schedule(every_second, {}, num_inference_steps=12, stop=11)
+    assert [schedule(i, 1, generator=None, probe=None)[0].start for i in range(3)] == [8, 10, 8]
 
 
 def test_the_nearest_name_is_offered_if_one_is_near():

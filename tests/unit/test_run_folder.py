@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from hrf_fast.run.folder import RunFolder
 from hrf_fast.run.lock import lock_folder
 from hrf_fast.run.session import Run
 from hrf_fast.run.writers import TensorBoardWriter
+from hrf_fast.train import train
 from tests.unit.test_run import log, panel
 
 # tensorboard fails in a thread, which tells its next call, and pytest during a later test
@@ -70,8 +72,24 @@ def test_a_run_that_has_done_nothing_may_change_its_configuration(config, words,
 
 def test_another_configuration_is_refused_with_its_options(config, words):
     begin(config)
-    with pytest.raises(ValueError, match="train.group_size was 5 and is 9; run.seed was 0 and is 3"):
+    with pytest.raises(
+        ValueError, match="train.group_size was 5 and is 9; run.seed was 0 and is 3.*docs/run_folder.md has"
+    ):
         Run(load_config([*words, "train.group_size=9", "run.seed=3"]))
+
+
+def test_the_command_of_the_docs_goes_on_from_a_runs_model_under_other_options(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    once = ["train.iterations=1", "evaluation.every=0", "train.groups_per_step=2", "window.kwargs.clusters=[[0, 6]]"]
+    first = train(load_config([*tiny_run, *once, "run.progress=quiet", "evaluation.network=fashion"]))
+    page = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text()
+    (command,) = re.findall(r"`hrf train (--config RUN/config.yaml .*)`", page)
+    config = load_config(command.replace("RUN", "run").split())
+    assert config.optimizer.learning_rate == 1e-4 and config.run.folder == "runs/next"
+    second = train(config)
+    # it begins where the first has ended, and gains count from there
+    assert second.panel["iteration"] == 1
+    assert read_log(tmp_path / "runs" / "next" / "evaluations.jsonl")[0]["reward"] == first.panel["reward"]
 
 
 def test_a_folder_of_something_else_is_refused(config, tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import hrf_fast
 from benchmarks import toy_modes
 from benchmarks.toy_modes import chosen_rates, compare, read_lines
 from benchmarks.toys.arms import LEARNING_RATES, STEPS
@@ -15,7 +16,10 @@ from benchmarks.toys.mixtures import TOYS, effective_modes, images_of, modes_kep
 from benchmarks.toys.policy import Mlp, PointFeatures, policy_of
 from benchmarks.toys.results import path_of, write_report
 from hrf_fast.assembly.components import build_components
+from hrf_fast.cli import main
 from hrf_fast.config.load import load_config
+from hrf_fast.distributed import comm
+from hrf_fast.train import train_components
 
 
 def test_reward_and_shares_by_hand():
@@ -88,6 +92,29 @@ def test_a_policy_of_ones_own_is_trained_and_its_reference_stays():
     latents = torch.ones(4, 2)
     expected = mlp(latents, int(policy.sampler.timesteps[3]))[0]
     torch.testing.assert_close(policy.reference(latents, 3, policy.condition([None] * 4)), expected)
+
+
+def test_a_command_refuses_a_run_of_a_policy_of_ones_own(tmp_path, capsys):
+    run, mlp = tmp_path / "run", Mlp()
+    words = [f"sample.num_inference_steps={STEPS}", "model.name=fashion", "run.device=cpu", f"run.folder={run}"]
+    words += ["train.group_size=2", "train.iterations=1", "evaluation.panel_size=2", "window.schedule=full"]
+
+    def train(iterations):
+        config = load_config([*words, f"train.iterations={iterations}"])
+        with comm.job(config.run.lost_after):
+            policy, network = policy_of(mlp, num_inference_steps=STEPS), PointFeatures()
+            toy = TOYS["equal"]
+            return train_components(*build_components(config, reward=toy.reward, policy=policy, network=network))
+
+    train(1)
+    # the one that model.name labels it by would be compared instead
+    for command in (["evaluate", str(run)], ["sample", str(run)], ["blend", str(run)]):
+        assert main(command) == 1
+        assert "a policy of your own, benchmarks.toys.policy:" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is a run of a policy of your own"):
+        hrf_fast.train(load_config([*words, "train.iterations=2"]), reward=TOYS["equal"].reward)
+    # with its policy it goes on
+    assert train(2).reason == "train.iterations is 2"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,11 @@ def test_sys_exit_in_a_reward_ends_the_run_as_an_error_after_a_checkpoint(words,
     error, hint = capsys.readouterr().err.splitlines()[-2:]
     assert error.startswith("error: reward 'my_rewards:exits' failed with SystemExit: sys.exit() ")
     assert error.endswith("(my_rewards.py:9 in exits)") and "HRF_TRACEBACK=1" in hint
+    assert hint.endswith("once it is mended, the same command resumes the run")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
+    # the folder says it too
+    (event,) = read_log(tmp_path / "run" / "events.jsonl")
+    assert (event["iteration"], event["event"]) == (2, "error") and error == f"error: {event['text']}"
 
 
 def test_sys_exit_in_a_schedule_or_a_listener_is_an_error_too(words, tmp_path):
@@ -150,6 +154,38 @@ def test_a_schedule_that_changes_state_is_named_too(words, tmp_path, capsys):
     train([*words, "train.iterations=1"], schedule=scheduled(choose))
     (note,) = notes(capsys, "torch's default dtype")
     assert note.startswith("window.schedule ") and torch.get_default_dtype() == torch.float32
+
+
+def test_a_window_of_a_users_schedule_that_can_not_be_is_named_by_it(words):
+    with pytest.raises(ValueError, match=r"window.schedule .*Chosen: window \[2, 2\) is empty"):
+        train(words, schedule=scheduled(lambda groups, probe: [Window(2, 2)] * groups))
+
+
+class Counting:
+    """A user's schedule with a counter."""
+
+    needs_anchors = False
+
+    def __init__(self, *, num_inference_steps, stop):
+        self.stop, self.calls = stop, 0
+
+    def __call__(self, iteration, num_groups, *, generator, probe):
+        self.calls += 1
+        return [Window(0, self.stop)] * num_groups
+
+
+class Remembering(Counting):
+    def state(self):
+        return {"calls": self.calls}
+
+    def load_state(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize(("schedule", "said"), [(Counting, 1), (Remembering, 0)])
+def test_a_schedule_that_remembers_without_a_state_is_said_once(words, capsys, schedule, said):
+    train(words, schedule=schedule)
+    assert len(notes(capsys, "remembers something and has no state()")) == said
 
 
 def test_what_user_code_prints_is_not_taken_for_a_line_of_json(words, capsys):
