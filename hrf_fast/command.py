@@ -92,8 +92,6 @@ def _run(command: Callable[[], Any], interrupted: str) -> int:
             text = f"{(str(error) or 'out of memory.').splitlines()[0]} {LESS_MEMORY}" if out_of_memory else str(error)
             print(f"error: rank {rank}: {text}" if rank else f"error: {text}", file=sys.stderr)
             if not traced and (isinstance(error, UserCodeError) or out_of_memory or error.__cause__ is not None):
-                mended = (
-                    f"; once it is mended, {interrupted}" if interrupted and isinstance(error, UserCodeError) else ""
-                )
+                mended = f"; mend it, and {interrupted}" if interrupted and isinstance(error, UserCodeError) else ""
                 print(f"HRF_TRACEBACK=1 in the environment shows the whole traceback{mended}", file=sys.stderr)
         return 1

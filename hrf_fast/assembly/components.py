@@ -15,6 +15,7 @@ from hrf_fast.assembly.inputs import (
     prompt_sources,
 )
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
+from hrf_fast.config.load import checked
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
 from hrf_fast.config.rules import check_config, check_job
@@ -62,7 +63,7 @@ def build_components(
     Raises:
         ValueError, ImportError, OSError: names the option, its value and the way out; on all ranks.
     """
-    config = with_names(config, reward, schedule)
+    config = with_names(checked(config), reward, schedule)
     own_policy = policy
     sources: dict[str, dict[str, str] | None] = {}
     with comm.agreed():

@@ -10,8 +10,9 @@ import copy
 import dataclasses
 import functools
 import io
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,7 @@ def load_config(argv: Sequence[str], layers: Mapping[str, dict[str, Any]] | None
     """
     from omegaconf import OmegaConf
 
-    if isinstance(argv, str | Mapping) or not all(isinstance(word, str) for word in argv):
-        raise TypeError(f'load_config takes a list of words, such as ["model.name=fashion"], and was given {argv!r}')
-    files, overrides = _split(argv)
+    files, overrides = _split(_words(argv))
     merged = copy.deepcopy(_defaults())
     for name in files:
         layer = _read(Path(name).expanduser(), ())
@@ -86,6 +85,15 @@ def _naming(source: str, text: str = "") -> Iterator[None]:
             f"{source} has a list where a mapping belongs, or the reverse; "
             "write a list whole, as [a, b], and a mapping as {name: value}"
         ) from error
+
+
+def _words(argv: Any) -> list[str]:
+    """The words of a command, of which a file may be a Path."""
+    words = list(argv) if isinstance(argv, Iterable) and not isinstance(argv, str | Mapping) else [argv]
+    words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in words]
+    if isinstance(argv, str) or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"load_config takes a list of words, such as ['model.name=fashion'], and was given {argv!r}")
+    return words
 
 
 def checked(config: Any) -> Config:

@@ -59,15 +59,16 @@ def half_intervals(statistic: Callable[[Tensor], Sequence[float]], count: int, *
 
 
 def share_interval(interval: Interval, count: int) -> Interval:
-    """The interval of a share of `count` images: within [0, 1], and Wilson's (1927) where all or none are counted.
+    """The interval of a share of `count` images: within [0, 1], and Wilson's (1927) where all halves say the same.
 
-    There every half says the same, and random halves have no spread.
+    As where all or none are counted: random halves have no spread there.
     """
     value, low, high = interval
-    if value in (0.0, 1.0):
+    if value in (0.0, 1.0) or low == high:
         # z² of 95 %
         z2 = 1.959964**2
-        return Interval(value, value * count / (count + z2), (value * count + z2) / (count + z2))
+        centre, reach = value + z2 / (2 * count), math.sqrt(z2 * (value * (1 - value) + z2 / (4 * count)) / count)
+        return Interval(value, *((centre + sign * reach) / (1 + z2 / count) for sign in (-1, 1)))
     return Interval(value, max(0.0, low), min(1.0, high))
 
 

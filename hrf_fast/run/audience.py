@@ -70,7 +70,7 @@ class Audience:
         what = f"listener {type(listener).__name__}"
         with user_code(what) as changes:
             reason: str | None = getattr(listener, event)(*arguments)
-            if reason is not None and not isinstance(reason, str):
+            if event != "finished" and not isinstance(reason, str | None):
                 raise TypeError(f"{event}() returned {reason!r}; return a reason to end the run as a str, or None")
         if changes:
             self._note_once(note_of(what, changes), what)

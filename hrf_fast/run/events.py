@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hrf_fast.config.credentials import without_credentials
 from hrf_fast.evaluation.diversity import mean_of
 from hrf_fast.evaluation.kept import LEAST, halves, kept_interval
 from hrf_fast.evaluation.neighbours import inside
@@ -127,7 +128,10 @@ class EventLog:
     def _check_pretrained(self, panel: PanelMetrics) -> None:
         measured = {*panel.halves, *([] if self._features(panel) is None else ["precision"])}
         known = {"precision" if name == FEATURES else name for name in self._pretrained}
-        lacking = [option for name, (option, _) in floors(self._stop, measured).items() if name not in known]
+        # an older version had no Inception Score by a classifier of the hub, and nobody has asked for its floor
+        unasked = {"stop.quality_floor"} if known and self._stop.quality_floor is None else set()
+        watched = floors(self._stop, measured).items()
+        lacking = [option for name, (option, _) in watched if name not in known and option not in unasked]
         if lacking and self._stop.on_collapse != "warn":
             raise ValueError(
                 f"{lacking[0]} can't be judged: {self._folder.path / PRETRAINED}, which panels are compared with, is "
@@ -135,8 +139,8 @@ class EventLog:
             )
 
     def error(self, text: str) -> None:
-        """Write that the next iteration has failed."""
-        self._write([Event(self._done + 1, "error", text)])
+        """Write that the next iteration has failed; reports show it, so without logins and tokens of addresses."""
+        self._write([Event(self._done + 1, "error", without_credentials(text))])
 
     def failure(self, text: str) -> str | None:
         """Write that the next iteration has failed; returns the reason to end in order where the best is restored."""

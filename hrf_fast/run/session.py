@@ -53,6 +53,7 @@ class Run:
         # what a checkpoint would hold beside the weights; None while these stand for no iteration
         self._state: dict[str, Any] | None = None
         self._unbroken = False
+        self._claimed = False  # the folder may be another run's
         self._noted: set[str] = set()
 
     def __enter__(self) -> Run:
@@ -91,7 +92,7 @@ class Run:
         Raises:
             ValueError: see `check_policy_kind`.
         """
-        check_policy_kind(self.folder.path, sources)
+        comm.main_says(lambda: check_policy_kind(self.folder.path, sources))
         return load_newest(self.folder.checkpoints, engine, warn=self.note)
 
     def begin(self, done: int, sources: Mapping[str, dict[str, str]] | None = None) -> None:
@@ -115,6 +116,7 @@ class Run:
             self._audience.begin(build_writers(self.folder))
 
         comm.main_says(begin)
+        self._claimed = True
 
     def ending(self) -> str | None:
         """A rule's reason to end the run after the lines that are logged so far, on all ranks."""
@@ -178,8 +180,7 @@ class Run:
             hopeless = isinstance(error, (OSError, FloatingPointError)) and not isinstance(error, BrokenPipeError)
             if together and not hopeless:
                 self.save(engine)
-            # before the first commit the folder may be another run's
-            if together and self._state is not None and isinstance(error, Exception):
+            if together and self._claimed and isinstance(error, Exception):
                 text = str(error) or type(error).__name__
                 with suppress(OSError):
                     comm.main_says(lambda: self._events.error(text))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_object
 from hrf_fast.user_code import source_of
 
@@ -55,7 +56,7 @@ def policy_source(policy: Any) -> dict[str, str]:
 
 
 def check_policy_kind(run: Path, sources: Mapping[str, Any] | None = None) -> None:
-    """Refuse a run that began with a policy of the user's where there is none now, and the other way round.
+    """Refuse a run that was trained from a policy of the user's where there is none now.
 
     Args:
         sources: of what goes on with the run; None for a command, which has no such policy.
@@ -63,19 +64,13 @@ def check_policy_kind(run: Path, sources: Mapping[str, Any] | None = None) -> No
     Raises:
         ValueError: says whose policy the run's is.
     """
-    if not (run / SOURCES).is_file():
-        return
-    before, handed_over = read_sources(run).get(POLICY), POLICY in (sources or {})
-    if before and not handed_over:
+    trained = list_checkpoints(run / "checkpoints") or (run / "model").is_dir()
+    before = read_sources(run).get(POLICY) if trained else None
+    if before and POLICY not in (sources or {}):
         raise ValueError(
             f"{run} is a run of a policy of your own, {before['file']}, which its configuration can't build: "
             "model.name only labels it. Hand the policy to build_components(config, policy=…) and go on from Python "
-            "(docs/models.md)"
-        )
-    if handed_over and not before:
-        raise ValueError(
-            f"{run} began with the model that its configuration names, and now has a policy of your own; use another "
-            "run.folder"
+            "(docs/models.md#a-policy-of-your-own)"
         )
 
 

@@ -60,19 +60,23 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         noises = {number: group_noise(components, iteration, "search", number) for number in numbers}
         probe = StartProbe(components, anchors, noises, prompts)
         what = f"window.schedule {qualified_name(schedule)}"
-        before = _memory(schedule)
         try:
             with user_code(what) as changes:
+                before = _memory(schedule)
                 windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
+                after = _memory(schedule)
         except ValueError as error:
-            # of a window that can't be, or of the probe
+            # those of the probe name the schedule, and are every rank's
+            if comm.said_by_main(error) or str(error).startswith(what):
+                raise
             raise ValueError(f"{what}: {error}") from error
         if changes:
             run.note_once(note_of(what, changes), key=what)
-        if _memory(schedule) != before:
+        # what a call has added is a cache, as of functools.cached_property
+        if any(after.get(name) != value for name, value in before.items()):
             run.note_once(
-                f"{what} remembers something and has no state(): a resumed run begins it anew, with other windows than "
-                "an unbroken one; give it state() and load_state(state) (docs/windows.md)",
+                f"{what} remembers something and has no state(): a resumed run begins it anew, and may choose other "
+                "windows than an unbroken one; give it state() and load_state(state) (docs/windows.md)",
                 key=f"{what}.state",
             )
         with comm.agreed():
@@ -145,9 +149,10 @@ def group_noise(components: Components, iteration: int, purpose: str, group: int
     return NoiseKey(noise_key(components.algorithm.seed, iteration, purpose), ids)
 
 
-def _memory(schedule: Any) -> str:
+def _memory(schedule: Any) -> dict[str, str]:
     """A schedule's attributes as text, to see whether a call changes them; empty where it has a state."""
-    return "" if hasattr(schedule, "state") else repr(getattr(schedule, "__dict__", ""))
+    attributes = {} if hasattr(schedule, "state") else getattr(schedule, "__dict__", {})
+    return {name: repr(value) for name, value in attributes.items()}
 
 
 def _check_windows(windows: Any, groups: int, stop: int, what: str, *, anchored: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hrf_fast.vision.base import BATCH
-from hrf_fast.vision.hub import HubFeatures, HubNetwork, load_config, load_network
+from hrf_fast.vision.hub import TRIAL, HubFeatures, HubNetwork, load_config, load_network
 from hrf_fast.vision.processor import FILES, Source, load_processor
 
 KIND = "AutoModelForImageClassification"
@@ -40,26 +40,15 @@ class HubClassifier:
 
 
 class HubFeatureClassifier:
-    """An image classifier of transformers as a `FeatureClassifier`: its features are what its last layer sees."""
+    """Features of transformers whose classes their network's last layer tells, a `FeatureClassifier`."""
 
-    def __init__(
-        self,
-        source: Source,
-        network: nn.Module,
-        head: nn.Module,
-        labels: dict[str, list[str]],
-        processor: Any,
-        device: torch.device | str,
-    ) -> None:
-        """Take over a network whose last layer, `classifier`, is `head`."""
-        self.name, self.labels, self._head = source.value, labels, head.to(device)
-        # without its last layer the network gives what goes into it
-        network.classifier = nn.Identity()
-        self._features = HubNetwork(source, network, processor, lambda output: output.logits.flatten(1), device=device)
+    def __init__(self, features: HubFeatures, head: nn.Module, labels: dict[str, list[str]]) -> None:
+        self.name, self.labels = features.name, labels
+        self._features, self._head = features, head
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] floating point in [0, 1] -> [B, D] fp32, without gradient."""
-        return self._features(images)
+        return self._features.features(images)
 
     def log_probs(self, images: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] in [0, 1] -> {"label": [B, classes]}."""
@@ -75,18 +64,30 @@ class HubFeatureClassifier:
 def load_hub_features(source: Source, device: torch.device | str) -> HubFeatures | HubFeatureClassifier:
     """A network of transformers for a panel: with classes where it is a classifier of exclusive ones.
 
-    Without them also where the image settings are missing, or where the last layer is not `classifier`.
+    Without them where its last layer, `classifier`, sees something else than `HubFeatures` has, as DINOv2's does, or
+    where the image settings are missing.
     """
-    config = load_config(source)
+    features, config = HubFeatures(source, device), load_config(source)
     kinds = config.architectures or []
     exclusive = config.problem_type != "multi_label_classification" and len(config.id2label) > 1
+    if not exclusive or not any(kind.endswith("ForImageClassification") for kind in kinds):
+        return features
     processor = load_processor(source)
-    if exclusive and processor is not None and any(kind.endswith("ForImageClassification") for kind in kinds):
-        network, _ = load_network(source, KIND, config)
-        head = getattr(network, "classifier", None)
-        if isinstance(head, nn.Module):
-            return HubFeatureClassifier(source, network, head, _labels(config), processor, device)
-    return HubFeatures(source, device)
+    if processor is None:
+        return features
+    network, _ = load_network(source, KIND, config)
+    head = getattr(network, "classifier", None)
+    if not isinstance(head, nn.Module):
+        return features
+    classifier = HubFeatureClassifier(features, head.to(device), _labels(config))
+    logits = HubNetwork(source, network, processor, lambda output: output.logits, device=device)
+    picture = torch.linspace(0, 1, TRIAL[1] * TRIAL[2] * TRIAL[3]).reshape(TRIAL)
+    try:
+        same = torch.allclose(classifier.log_probs(picture)["label"], logits(picture).log_softmax(1), atol=1e-3)
+    # a layer of another width, or several that are no function
+    except (RuntimeError, NotImplementedError, TypeError):
+        return features
+    return classifier if same else features
 
 
 def _labels(config: Any) -> dict[str, list[str]]:

@@ -195,12 +195,17 @@ def test_detail_has_every_metric_and_intervals_of_the_biased_ones():
 
 
 def test_an_interval_holds_its_value_where_most_halves_say_the_same():
-    # one image of 40 counts as 1, and only in halves that hold it: nearly all deviations are of one sign in both tails
-    rare = torch.zeros(40)
-    rare[0] = 1
+    # a pair of images counts where it begins a half, as it does in one of 100: deviations of both tails have one sign
+    pair = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:2]
     for sign in (1, -1):
-        (found,) = half_intervals(lambda index, sign=sign: [sign * float(rare[index[:1]].sum())], 40, seed=0)
+        (found,) = half_intervals(lambda i, sign=sign: [sign * float(torch.equal(i[:2], pair))], 40, seed=0)
         assert found.low <= found.value <= found.high
+        assert found.value in (found.low, found.high)
+
+
+def test_a_share_in_which_all_halves_agree_has_wilsons_interval():
+    # 39 of 40: centre (0.975 + 0.04802)/1.09604, reach sqrt(3.84146·(0.975·0.025 + 0.024009)/40)/1.09604
+    assert share_interval(Interval(0.975, 0.975, 0.975), 40) == pytest.approx((0.975, 0.87122, 0.99556), abs=1e-4)
 
 
 def test_distances_and_duplicates_of_a_half_are_those_of_its_images():

@@ -62,7 +62,7 @@ def test_sys_exit_in_a_reward_ends_the_run_as_an_error_after_a_checkpoint(words,
     error, hint = capsys.readouterr().err.splitlines()[-2:]
     assert error.startswith("error: reward 'my_rewards:exits' failed with SystemExit: sys.exit() ")
     assert error.endswith("(my_rewards.py:9 in exits)") and "HRF_TRACEBACK=1" in hint
-    assert hint.endswith("once it is mended, the same command resumes the run")
+    assert hint.endswith("mend it, and the same command resumes the run")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
     # the folder says it too
     (event,) = read_log(tmp_path / "run" / "events.jsonl")
@@ -80,6 +80,22 @@ def test_sys_exit_in_a_schedule_or_a_listener_is_an_error_too(words, tmp_path):
     with pytest.raises(UserCodeError, match=r"listener Exits failed with SystemExit: sys.exit\(0\)"):
         train(with_folder(words, tmp_path / "other"), listeners=[Exits()])
     assert len(list_checkpoints(tmp_path / "other" / "checkpoints")) == 1
+
+
+def test_an_error_between_two_updates_is_an_event_and_shows_no_login_or_token(words, tmp_path):
+    calls = []
+
+    def away(images, prompts):
+        calls.append(1)
+        # the first panel, the first group, whose update is made then, and the second group
+        if len(calls) == 3:
+            raise ConnectionError("no answer of https://me:hunter2@host/score?token=SECRET&size=1")
+        return bright(images)
+
+    with pytest.raises(RewardError, match="hunter2"):
+        train([*words, "train.order=on_policy", "train.groups_per_step=1"], reward=away)
+    (event,) = read_log(tmp_path / "run" / "events.jsonl")
+    assert event["event"] == "error" and "no answer of https://host/score?token=&size=1" in event["text"]
 
 
 def test_an_os_error_of_a_listener_is_no_full_disk(words, tmp_path):
