@@ -180,7 +180,7 @@ class Run:
             hopeless = isinstance(error, (OSError, FloatingPointError)) and not isinstance(error, BrokenPipeError)
             if together and not hopeless:
                 self.save(engine)
-            if together and self._claimed and isinstance(error, Exception):
+            if together and self._claimed and isinstance(error, Exception) and not isinstance(error, OSError):
                 text = str(error) or type(error).__name__
                 with suppress(OSError):
                     comm.main_says(lambda: self._events.error(text))

@@ -192,7 +192,7 @@ def test_two_ranks_come_to_the_weights_metrics_and_panels_of_one_process(results
     drawn = set()
     for record, expected in zip(metrics(ours), metrics(one), strict=True):
         drawn |= set(record["prompts"])
-        for key in ("window_starts", "prompts"):
+        for key in ("window_starts", "window_stops", "prompts"):
             assert record.pop(key) == expected.pop(key)
         if "keep" in name:
             # a forward of each sample and step is saved, and the call in the middle is another one

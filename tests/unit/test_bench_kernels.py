@@ -160,7 +160,7 @@ def test_gpu_numbers_by_hand(monkeypatch):
     assert times["not_captured"] == "operation not permitted when stream is capturing"
     case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": times, "errors": {}}}}
     text = page._gpu({"cases": [case], "peak_gb_per_s": 400.0, "copy_gb_per_s": 350.0})
-    assert "| 3×8×8 | 4 | on | two-stage | 2 |  | 10 | 4 | 0.01 |  | 3 |" in text
+    assert "| 3×8×8 | 4 | on | two-stage | 2 [0.8, 3.2] |  | 10 [4, 16] | 4 | 0.01 |  | 3 |" in text
     assert "which the share is of: 400; of a kernel that reads and writes 1 GB: 350." in text
 
 

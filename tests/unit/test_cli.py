@@ -175,11 +175,16 @@ def test_a_run_is_evaluated_and_reported(finished, capsys):
     value, low, high = result["pretrained"]["reward"]
     assert low <= value <= high
     assert value == pytest.approx(sum(result["pretrained"]["rewards"]) / 8, abs=1e-6)
-    # too few for neighbours, and enough for shares
-    assert "detail" not in result["tuned"] and len(result["tuned"]["kept"]["vendi"]) == 3
     # the training's panel is the first part of a larger one: the same images, the same rewards
     first = panels(finished)[0]
     assert result["pretrained"]["rewards"][:6] == pytest.approx(first["rewards"], abs=1e-3)
+
+
+def test_eight_images_are_too_few_for_neighbours_and_enough_for_shares(finished, capsys):
+    assert main(["evaluate", str(finished), "evaluation.panel_size=8", "evaluation.network=fashion"]) == 0
+    assert "metrics of neighbours, which need 12 images, are left out" in capsys.readouterr().out
+    result = json.loads((finished / "evaluation.json").read_text())
+    assert "detail" not in result["tuned"] and len(result["tuned"]["kept"]["vendi"]) == 3
 
 
 def test_a_run_its_model_and_its_last_checkpoint_draw_the_same_grid(finished, tmp_path, capsys):
