@@ -73,14 +73,14 @@ def test_the_order_1_is_the_panels():
 
 
 @pytest.mark.slow
-# of the shipped networks, and of CLIP's larger ones
-@pytest.mark.parametrize("width", [128, 768])
-def test_vendi_of_5000_images_takes_seconds(width):
+# seconds of one core, for features of the shipped networks and of CLIP's larger ones
+@pytest.mark.parametrize(("width", "most"), [(128, 30), (768, 90)])
+def test_vendi_of_5000_images_takes_seconds(width, most):
     features, began = normal(5000, width), time.process_time()
     # what a panel measures, on one core
     vendi_interval(features, seed=0)
     panel_halves(features, {}, None, seed=0)
-    assert time.process_time() - began < 30
+    assert time.process_time() - began < most
     began = time.process_time()
     vendi_score(features)
     vendi_score(features, kernel="rbf", bandwidth=median_distance(features), order=2)
