@@ -130,8 +130,9 @@ def unwatched_note(stop: StopConfig, record: dict[str, Any], shares: Collection[
     Args:
         record: of the first panel; shares: the metrics of which later panels have a share.
     """
-    metric, floor = stop.diversity, FLOOR if stop.diversity_floor is None else stop.diversity_floor
-    if metric not in record or not floor:
+    metric = stop.diversity
+    _, floor = floors(stop, record).get(metric, ("", 0.0))
+    if not floor:
         return ""
     if metric not in shares:
         why = "halves of so few images say nothing of its share: use an evaluation.panel_size of at least 8"

@@ -8,6 +8,7 @@ from typing import Any
 
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_object
+from hrf_fast.run.layout import RunFiles
 from hrf_fast.user_code import source_of
 
 SOURCES = "sources.json"
@@ -64,7 +65,8 @@ def check_policy_kind(run: Path, sources: Mapping[str, Any] | None = None) -> No
     Raises:
         ValueError: says whose policy the run's is.
     """
-    trained = list_checkpoints(run / "checkpoints") or (run / "model").is_dir()
+    files = RunFiles(run)
+    trained = list_checkpoints(files.checkpoints) or files.model.is_dir()
     before = read_sources(run).get(POLICY) if trained else None
     if before and POLICY not in (sources or {}):
         raise ValueError(
