@@ -200,7 +200,9 @@ def call_factory(
 
 
 def state_of(thing: Any, key: str, option: str) -> dict[str, Any]:
-    """{key: its state} for a checkpoint, or {} where what `option` names has no state.
+    """{key: its state, as JSON has it} for a checkpoint, or {} where what `option` names has no state.
+
+    A copy: the object may go on changing what it has returned before the checkpoint is written.
 
     Raises:
         ValueError: the state is not JSON-able.
@@ -211,13 +213,12 @@ def state_of(thing: Any, key: str, option: str) -> dict[str, Any]:
     with user_code(f"{option} {qualified_name(thing)}.state()"):
         state = thing.state()
     try:
-        json.dumps(state)
+        return {key: json.loads(json.dumps(state))}
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{option} {qualified_name(thing)}.state() is no JSON ({error}), so no checkpoint can hold it; return "
             "numbers, words, lists and mappings"
         ) from error
-    return {key: state}
 
 
 def load_state_of(thing: Any, saved: dict[str, Any], key: str, option: str) -> None:

@@ -30,14 +30,13 @@ from hrf_fast.policies.compilation import check_compile
 from hrf_fast.prompts.draw import draw_distinct
 from hrf_fast.prompts.sources import check_prompts
 from hrf_fast.rewards import build_reward
-from hrf_fast.run.sources import BASE, POLICY, policy_source
+from hrf_fast.run.sources import BASE, POLICY, made_source, policy_source
 from hrf_fast.stopping import check_floors
 from hrf_fast.timing.tuning import set_threads, tuned
 from hrf_fast.training.anchors import Anchors, check_anchors
 from hrf_fast.training.components import Components
 from hrf_fast.training.gradient_noise import NoiseScale
 from hrf_fast.training.rewarding import Rewarder
-from hrf_fast.user_code import source_of
 from hrf_fast.vision.base import FeatureNetwork
 from hrf_fast.windows.schedules import build_schedule
 
@@ -73,6 +72,11 @@ def build_components(
         if not callable(reward):
             check_reward(config)
         check_held_out(config)
+        if policy is not None and config.compute.auto_tune:
+            raise ValueError(
+                "compute.auto_tune is true, which tries calls of the model that model.name loads, but a policy was "
+                "given; leave it out, and set what it chooses: compute.threads, and how you made the policy"
+            )
         config, tuning = tuned(config, build_policy)
         set_threads(config)
         device = choose_device(config.run.device)
@@ -93,8 +97,9 @@ def build_components(
             if callable(reward)
             else build_config_reward(config, device)
         )
+        scheduled = schedule if callable(schedule) else config.window.schedule
         windows = build_schedule(
-            schedule if callable(schedule) else config.window.schedule,
+            scheduled,
             config.window.kwargs,
             num_inference_steps=config.sample.num_inference_steps,
             stop=policy.sampler.stochastic_steps,
@@ -104,8 +109,13 @@ def build_components(
         prompts, prompts_source = build_prompts(config)
         if config.prompts.distinct:
             prompts = draw_distinct(prompts, config.prompts.source, config.train.groups_per_iteration)
-        sources = {**combined.sources, f"schedule {config.window.schedule}": source_of(windows)}
-        sources[f"advantages {config.train.advantages}"] = source_of(advantages)
+        sources = {
+            **combined.sources,
+            f"schedule {config.window.schedule}": made_source(windows, scheduled, "window.schedule"),
+            f"advantages {config.train.advantages}": made_source(
+                advantages, config.train.advantages, "train.advantages"
+            ),
+        }
         # a policy of the user's may have a network of the user's
         if base := getattr(policy.network, "base_digest", ""):
             sources[BASE] = {"file": config.model.name, "sha256": base}
@@ -129,7 +139,7 @@ def build_components(
     # what auto has measured is the network as it is
     policy.compile(config.compute.compile)
     emulation = emulation_note(config.compute.precision, device.type)
-    no_network = no_network_note(config.evaluation.network, config.model.name)
+    no_network = "" if panel.network else no_network_note(config.evaluation.network, config.model.name)
     guidance = guidance_note(config.model.name, policy)
     notes = (tuning, activations.reason, emulation, no_network, guidance, panel.note, spans_note(config))
     return config, Components(

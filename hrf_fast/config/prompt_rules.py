@@ -32,6 +32,11 @@ def check_prompt_options(config: Config) -> None:
             f"evaluation.images_per_prompt is {evaluation.images_per_prompt} but prompts.source is null, so the panel "
             f"has no prompts; name a source, or leave it at {usual}"
         )
+    if prompts.negative and config.sample.guidance_scale == 1:
+        raise ValueError(
+            f"prompts.negative is {prompts.negative!r} but sample.guidance_scale is 1, and a negative prompt acts "
+            "through guidance; use a scale above 1, or leave prompts.negative out"
+        )
     if not config.train.guidance and config.sample.guidance_scale == 1:
         raise ValueError(
             "train.guidance is false but sample.guidance_scale is 1, which guides nothing; use a scale above 1, or "

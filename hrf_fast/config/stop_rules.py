@@ -21,7 +21,14 @@ def check_stop(config: Config) -> None:
             f"stop.patience is {stop.patience} panels but evaluation.every is 0, so the only one to compare comes at "
             "the end; set evaluation.every, or stop.patience=0"
         )
-    for name in _RATIO_LIMITS if train.one_step_a_rollout and train.inner_epochs == 1 else ():
+    on_policy = train.one_step_a_rollout and train.inner_epochs == 1
+    if on_policy and train.clip_steps != "equal":
+        raise ValueError(
+            f"train.clip_steps is {train.clip_steps}, but every rollout serves one optimizer step, where the ratio is "
+            "1 and no clip acts; leave it at equal, or use train.order=collect with several steps an iteration, or "
+            "train.inner_epochs above 1"
+        )
+    for name in _RATIO_LIMITS if on_policy else ():
         if (value := getattr(stop, name)) not in (0, getattr(StopConfig(), name)):
             raise ValueError(
                 f"stop.{name} is {value:g}, but every rollout serves one optimizer step, where the ratio is 1 and says "

@@ -88,10 +88,14 @@ def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, A
     steps, precision = values["sample_num_steps"], PRECISIONS[values["mixed_precision"]]
     samples = values["sample_batch_size"] * values["sample_num_batches_per_epoch"] * (processes or 1)
     per_step = values["train_batch_size"] * values["train_gradient_accumulation_steps"] * (processes or 1)
-    tracked = values["per_prompt_stat_tracking"]
+    tracked, guided = values["per_prompt_stat_tracking"], values["sample_guidance_scale"] > 1
     options = {option: values[name] for name, option in SAME.items()} | {
         "model.name": MOVED.get(values["pretrained_model"], values["pretrained_model"]),
         "sample.scheduler": "ddim",
+        # up to 1 diffusers' pipelines do not guide
+        "sample.guidance_scale": values["sample_guidance_scale"] if guided else 1.0,
+        "train.guidance": values["train_cfg"] or not guided,
+        "prompts.negative": values["negative_prompts"] if guided else "",
         "window.schedule": "full",
         "prompts.source": run.prompts or "animals",
         "reward.name": run.reward or UNNAMED,

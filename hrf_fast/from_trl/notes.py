@@ -115,6 +115,8 @@ def _unlike_trl(values: Mapping[str, Any], numbers: Numbers) -> Iterator[str]:
             "train_cfg false: TRL samples with guidance and trains without, so its ratio is not 1 on policy; "
             "train.guidance=false leaves guidance out of both, and panels keep it"
         )
+    if values["negative_prompts"] and values["sample_guidance_scale"] <= 1:
+        yield "negative_prompts: left out; a guidance scale of at most 1 does not use it"
     if mirror := MOVED.get(values["pretrained_model"]):
         yield f"model.name: {mirror} takes the place of {values['pretrained_model']}, which is deprecated"
     if numbers.samples % numbers.per_step:

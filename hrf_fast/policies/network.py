@@ -89,8 +89,18 @@ class Network(nn.Module):
             keep_halves(unet, self.dtype, lean=device != "cpu")
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Keep only the inputs of the denoiser's blocks and run each block again in the backward; or stop doing so."""
+        """Keep only the inputs of the denoiser's blocks and run each block again in the backward; or stop doing so.
+
+        Raises:
+            ValueError: the denoiser has no such mode.
+        """
         unet: Any = self.unet
+        if not hasattr(unet, "enable_gradient_checkpointing"):
+            raise ValueError(
+                f"{type(unet).__name__} has no enable_gradient_checkpointing, as diffusers' networks have, which "
+                "compute.activations=checkpoint calls, and auto where memory is short; use keep or replay with smaller "
+                "compute.images_per_call"
+            )
         if enabled:
             unet.enable_gradient_checkpointing(NOT_REENTRANT)
         else:

@@ -143,9 +143,12 @@ class EventLog:
         self._write([Event(self._done + 1, "error", without_credentials(text))])
 
     def failure(self, text: str) -> str | None:
-        """Write that the next iteration has failed; returns the reason to end in order where the best is restored."""
+        """Write that the next iteration has failed; returns the reason to end in order where the best is restored.
+
+        Before the first panel there is none.
+        """
         self.error(text)
-        self._failure = text if self.keeps_pretrained else None
+        self._failure = text if self.keeps_pretrained and self._folder.panels() else None
         return self._failure
 
     def resumed(self, lines: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hrf_fast.registry import load_user_function
 from hrf_fast.run.checkpoint import list_checkpoints
 from hrf_fast.run.files import read_object
 from hrf_fast.run.layout import RunFiles
@@ -54,6 +55,16 @@ def policy_source(policy: Any) -> dict[str, str]:
     kind = type(policy)
     source = source_of(policy) or {}
     return {"file": f"{kind.__module__}:{kind.__qualname__}", "sha256": source.get("sha256", "")}
+
+
+def made_source(made: Any, named: Any, option: str) -> dict[str, str] | None:
+    """The source of what a factory has made; of the factory, where the class of that is not the user's.
+
+    Args:
+        named: the factory, or the name that `option` has for it.
+    """
+    factory = load_user_function(named, option) if isinstance(named, str) and ":" in named else named
+    return source_of(made) or (source_of(factory) if callable(factory) else None)
 
 
 def check_policy_kind(run: Path, sources: Mapping[str, Any] | None = None) -> None:

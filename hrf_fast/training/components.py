@@ -117,7 +117,15 @@ class Components:
         return {"iteration": iteration, "calls": calls, **schedule, **advantages, **self.anchors.state()}
 
     def restore(self, state: dict[str, Any] | None) -> int:
-        """Restore what `state` gave, or start anew; returns how many iterations are done."""
+        """Restore what `state` gave, or start anew; returns how many iterations are done.
+
+        Raises:
+            ValueError: a run has ended with these components.
+        """
+        if self.rewarder.closed:
+            raise ValueError(
+                "a run has ended with these components, also one that was refused; `build_components` makes others"
+            )
         self.policy.calls = NetworkCalls(**state["calls"]) if state else NetworkCalls()
         self.anchors.load_state(state or {})
         load_state_of(self.schedule, state or {}, "schedule", "window.schedule")

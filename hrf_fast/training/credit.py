@@ -21,9 +21,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from hrf_fast.registry import qualified_name
 from hrf_fast.training.advantages import Advantages, Peers, apply_advantages, mix_advantages
 from hrf_fast.training.remedies import favour_novel, matching_advantages
 from hrf_fast.training.rewarding import GroupRewards
+from hrf_fast.user_code import user_code
 
 
 def step_advantages(
@@ -98,17 +100,22 @@ def standardise(
 def spread_notes(
     rewards: Mapping[int, GroupRewards], advantages: Advantages, term_weights: Mapping[str, float] | None = None
 ) -> dict[str, str]:
-    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`."""
+    """Sentences about rewards whose spread is too small to learn from, by kind; arguments as `standardise`.
+
+    Raises:
+        UserCodeError: notes() of the user's advantages failed.
+    """
     finite, notes = _comparable(rewards, advantages), getattr(advantages, "notes", None)
     if not finite or not notes:
         return {}
-    if term_weights is None:
-        return dict(notes(finite))
-    return {
-        f"{term}: {kind}": f"reward {term!r}: {sentence}"
-        for term, values in _by_term(rewards, finite, term_weights).items()
-        for kind, sentence in notes(values).items()
-    }
+    with user_code(f"train.advantages {qualified_name(advantages)}.notes()"):
+        if term_weights is None:
+            return dict(notes(finite))
+        return {
+            f"{term}: {kind}": f"reward {term!r}: {sentence}"
+            for term, values in _by_term(rewards, finite, term_weights).items()
+            for kind, sentence in notes(values).items()
+        }
 
 
 def _by_term(

@@ -129,15 +129,18 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
             rolled_out, pending = collect(components, run, rank_groups, iteration)
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=algorithm.skip_not_finite)
-            advantages = standardise(
-                rewards,
-                components.advantages,
-                components.policy.device,
-                sharpness=algorithm.sharpness,
-                gae_lambda=algorithm.gae_lambda,
-                term_weights=components.term_weights,
-            )
-            for kind, sentence in spread_notes(rewards, components.advantages, components.term_weights).items():
+            # advantages may be the user's
+            with comm.agreed():
+                advantages = standardise(
+                    rewards,
+                    components.advantages,
+                    components.policy.device,
+                    sharpness=algorithm.sharpness,
+                    gae_lambda=algorithm.gae_lambda,
+                    term_weights=components.term_weights,
+                )
+                weak = spread_notes(rewards, components.advantages, components.term_weights)
+            for kind, sentence in weak.items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards
         outcome.advantages |= advantages

@@ -100,6 +100,11 @@ class Rewarder:
                 rewards[group] = replace(rewards[group], novelty=novelty(self._network.features(images[group]).cpu()))
         return rewards
 
+    @property
+    def closed(self) -> bool:
+        """Whether it rewards nothing any more."""
+        return self._pool.closed
+
     def close(self) -> None:
         """Drop what has not begun; what runs is not waited for."""
         self._pool.close()

@@ -20,17 +20,25 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         """Start the thread; `name` is the thread's."""
+        self.closed = False
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """The result to be of a call, or the error that it raises."""
+        """The result to be of a call, or the error that it raises.
+
+        Raises:
+            RuntimeError: the thread was closed, so nobody would ever do it.
+        """
+        if self.closed:
+            raise RuntimeError("the worker is closed")
         future: Future[Any] = Future()
         self._tasks.put(_Task(future, function, arguments))
         return future
 
     def close(self) -> None:
         """Cancel what has not begun and end the thread after what it does now."""
+        self.closed = True
         while True:
             try:
                 task = self._tasks.get_nowait()

@@ -73,6 +73,19 @@ def failing(images, prompts=None):
     return images.mean((1, 2, 3))
 
 
+def failing_advantages():
+    """Advantages that the second rank can compute in one iteration only."""
+    asked = []
+
+    def centred(rewards, prompts):
+        asked.append(rewards)
+        if os.environ["RANK"] == "1" and len(asked) > 1:
+            raise KeyError("no model")
+        return {group: values - values.mean() for group, values in rewards.items()}
+
+    return centred
+
+
 def holding(images, prompts=None):
     """A reward of native code that keeps Python's lock on the second rank for more than half a minute."""
     if os.environ["RANK"] == "1":

@@ -151,18 +151,20 @@ def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path):
-    reward = "tests.distributed.cases:failing"
+@pytest.mark.parametrize(
+    ("option", "function"), [("reward.name", "failing"), ("train.advantages", "failing_advantages")]
+)
+def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path, option, function):
     words = [
         *tiny_run,
         "train.groups_per_step=2",
-        f"reward.name={reward}",
+        f"{option}=tests.distributed.cases:{function}",
         "evaluation.every=0",
         "run.save_every=0",
     ]
     (first, errors), (second, _) = finish(start(tmp_path, words))
     assert first == second == 1
-    assert all(part in errors for part in ("rank 1", repr(reward), "KeyError"))
+    assert all(part in errors for part in ("rank 1", f"tests.distributed.cases:{function}", "KeyError"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
 
 

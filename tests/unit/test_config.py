@@ -66,7 +66,7 @@ def test_options_of_a_file_that_names_no_schedule_are_those_of_the_default(tmp_p
 def test_any_text_survives_the_file_of_a_run(tmp_path, text):
     config = load_config([])
     config.reward.kwargs = {"text": text, "texts": [text], text: {text: 1}}
-    config.prompts.negative = text
+    config.prompts.negative, config.sample.guidance_scale = text, 2.0
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     again = load_config(["--config", str(tmp_path / "run.yaml")], {"the test": {"prompts": {"source": "animals"}}})
     assert again.reward.kwargs == config.reward.kwargs and again.prompts.negative == text
@@ -336,6 +336,11 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
         # the ratio of a rollout's only step is 1
         (["stop.max_kl=0.1", "train.order=on_policy"], "stop.max_kl is 0.1, but every rollout serves one.*max_drift"),
         (["stop.max_ratio=2", *ONE_STEP], "stop.max_ratio is 2, but every rollout serves one.*inner_epochs above 1"),
+        (["train.clip_steps=std", *ONE_STEP], "train.clip_steps is std, but every rollout serves one.*no clip acts"),
+        (
+            ["prompts.negative=ugly", "prompts.source=animals"],
+            "prompts.negative is 'ugly' but sample.guidance_scale is 1",
+        ),
         (["compute.memory_budget=8GB"], "compute.memory_budget is 8GB.*compute.activations is replay"),
         (["compute.memory_budget=8", "compute.activations=auto"], "compute.memory_budget is '8'"),
     ],

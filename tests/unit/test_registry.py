@@ -241,3 +241,17 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"window.schedule .*Remembers.*state\(\) is no JSON \(.*Tensor"):
         state_of(Remembers(), "schedule", "window.schedule")
+
+
+def test_a_state_that_goes_on_changing_is_a_checkpoints_as_it_was():
+    class Remembers:
+        def __init__(self):
+            self.seen = [1]
+
+        def state(self):
+            return {"seen": self.seen}
+
+    schedule = Remembers()
+    saved = state_of(schedule, "schedule", "window.schedule")
+    schedule.seen.append(2)
+    assert saved == {"schedule": {"seen": [1]}}

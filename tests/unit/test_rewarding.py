@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+from hrf_fast.errors import UserCodeError
 from hrf_fast.rewards import NotFiniteError, RewardError, Rewards, build_reward
 from hrf_fast.stopwatch import Stopwatch
 from hrf_fast.training.advantages import build_advantages
@@ -100,6 +101,13 @@ def test_closing_drops_what_has_not_begun():
     assert second.cancelled() and not first.done()
     go_on.set()
     first.result(60)
+
+
+def test_who_asks_after_the_end_does_not_wait_for_ever():
+    rewarder = Rewarder(stand_in(lambda batch: batch.mean((1, 2, 3))), CPU)
+    rewarder.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        rewarder.submit({0: images(0.5)})
 
 
 def test_a_process_ends_beside_a_reward_that_does_not():
@@ -200,6 +208,16 @@ def test_a_sample_without_peers_has_no_advantage():
     batch, rewards = build_advantages("batch", advantage_floor=1e-6), {0: finite(1.0), 1: POISONED}
     assert standardise(rewards, batch, CPU) == {} and spread_notes(rewards, batch) == {}
     assert list(standardise({**rewards, 2: finite(3.0)}, batch, CPU)) == [0, 2]
+
+
+def test_notes_of_own_advantages_that_fail_are_named():
+    class Broken:
+        def notes(self, rewards):
+            return rewards["nobody"]
+
+    rewards = {0: GroupRewards(torch.tensor([1.0, 2.0]), {})}
+    with pytest.raises(UserCodeError, match=r"train.advantages .*Broken.notes\(\) failed with KeyError: 'nobody'"):
+        spread_notes(rewards, Broken())
 
 
 # --- the stopwatch ----------------------------------------------------------------------------------------------------

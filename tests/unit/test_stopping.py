@@ -421,6 +421,16 @@ def test_a_wrecked_step_is_an_event_and_restores_the_best(tiny_run, tmp_path, mo
     assert "stop.max_drift" in result.reason and events(result.folder) == [(1, "error"), (0, "end")]
 
 
+def test_a_first_panel_that_fails_is_an_error_for_there_is_nothing_to_restore(tiny_run, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise FloatingPointError("the images are not finite")
+
+    monkeypatch.setattr(Panel, "evaluate", fails)
+    with pytest.raises(FloatingPointError, match="the images are not finite"):
+        train(watched(tiny_run, tmp_path / "run", "stop.on_collapse=restore_best"), reward=peaked())
+    assert events(tmp_path / "run") == [(1, "error")]
+
+
 @pytest.mark.parametrize("moment", ["before the line", "after the line"])
 def test_a_kill_between_an_event_and_its_line_neither_loses_nor_repeats_it(tiny_run, tmp_path, monkeypatch, moment):
     from hrf_fast.run.folder import RunFolder

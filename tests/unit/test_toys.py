@@ -122,6 +122,7 @@ def test_a_command_refuses_a_run_of_a_policy_of_ones_own(tmp_path, capsys):
     [
         *("sample.num_inference_steps=9", "sample.guidance_scale=2", "compute.precision=bf16", "lora.rank=4"),
         *("sample.eta=0.3", "compute.channels_last=True", "model.image_size=512", "compute.offload=True"),
+        "compute.auto_tune=true",
     ],
 )
 def test_options_that_contradict_the_policy_that_was_given_are_refused(word, tmp_path):
@@ -129,6 +130,26 @@ def test_options_that_contradict_the_policy_that_was_given_are_refused(word, tmp
     words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path}", "run.device=cpu", word]
     with pytest.raises(ValueError, match=f"{option} is {value}"):
         build_components(load_config(words), policy=policy_of(Mlp(), num_inference_steps=STEPS))
+
+
+def test_a_network_that_can_not_checkpoint_activations_is_refused_by_name(tmp_path):
+    words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path}", "run.device=cpu"]
+    config = load_config([*words, "compute.activations=checkpoint"])
+    with pytest.raises(ValueError, match="Mlp has no enable_gradient_checkpointing.*use keep or replay"):
+        build_components(config, reward=TOYS["equal"].reward, policy=policy_of(Mlp(), num_inference_steps=STEPS))
+
+
+def test_components_train_one_run(tmp_path):
+    words = [f"sample.num_inference_steps={STEPS}", f"run.folder={tmp_path / 'run'}", "run.device=cpu"]
+    words += ["train.group_size=2", "train.iterations=1", "evaluation.panel_size=2", "window.schedule=full"]
+    config = load_config(words)
+    with comm.job(config.run.lost_after):
+        policy, network = policy_of(Mlp(), num_inference_steps=STEPS), PointFeatures()
+        parts = build_components(config, reward=TOYS["equal"].reward, policy=policy, network=network)
+        train_components(*parts)
+        # its thread for rewards has ended, and would be waited for
+        with pytest.raises(ValueError, match="a run has ended with these components.*build_components"):
+            train_components(*parts)
 
 
 def test_a_policy_that_lacks_a_part_of_the_protocol_is_refused_by_name(tmp_path):

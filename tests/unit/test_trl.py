@@ -124,6 +124,19 @@ def test_what_has_no_equal_is_said():
         assert any(word in note for note in notes), word
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_a_scale_that_does_not_guide_becomes_no_guidance(scale, tmp_path):
+    fields = {"train_cfg": False, "sample_guidance_scale": scale, "negative_prompts": "blurry", "use_lora": False}
+    file = tmp_path / "fields.json"
+    file.write_text(json.dumps(fields))
+    text, notes = convert(file)
+    assert any("negative_prompts: left out" in note for note in notes)
+    (tmp_path / "config.yaml").write_text(text)
+    words = ["reward.name=jpeg_compressibility", "train.groups_per_iteration=2", "train.groups_per_step=1"]
+    config = load_config(["--config", str(tmp_path / "config.yaml"), *words])
+    assert (config.sample.guidance_scale, config.train.guidance, config.prompts.negative) == (1, True, "")
+
+
 def notes_of(fields, **options):
     """The notes on a run of these fields whose reward and prompts are named."""
     return translate(TrlRun(fields, "m:r", "m:p"), **options)[1]

@@ -273,6 +273,21 @@ def test_an_edited_reward_is_said_at_a_resume_and_refused_by_option(words, tmp_p
     assert notes(capsys, "has changed") == []
 
 
+def test_an_edited_factory_of_a_shipped_schedule_is_said_too(words, tmp_path, write, capsys):
+    text = (
+        "from hrf_fast.windows.schedules import build_schedule\n\n\n"
+        "def mine(*, num_inference_steps, stop):\n"
+        "    kwargs = {'clusters': [[1, 3]]}\n"
+        "    return build_schedule('clusters', kwargs, num_inference_steps=num_inference_steps, stop=stop)\n"
+    )
+    words = [*words, "window.schedule=my_rewards:mine"]
+    write(text)
+    assert main([*words, "train.iterations=1"]) == 0
+    write(text.replace("[1, 3]", "[1, 2]"))
+    assert main(words) == 0
+    assert len(notes(capsys, "schedule my_rewards:mine has changed since the run began")) == 1
+
+
 def test_an_edited_reward_of_a_run_that_never_trained_is_a_new_run(words, tmp_path, write, capsys):
     write(
         "def f(images, prompts=None):\n    if len(images) == 2:\n        raise KeyError\n    return [1.0, 2.0, 3.0]\n"
