@@ -110,7 +110,7 @@ def make_parsers(
     command.add_argument("--step", type=float, default=0.2, help="distance of the alphas")
     add_options(command, "words", "options to change, such as run.device=cpu")
     command = add("export")
-    command.add_argument("checkpoint", type=path, help="such as RUN/checkpoints/iteration-000010")
+    command.add_argument("model", type=path, help=runs)
     command.add_argument("--out", type=path, required=True, help="a new folder")
     merge = "a whole pipeline with the adapters merged into its weights, of a text-to-image model tuned by LoRA"
     command.add_argument("--merge", action="store_true", help=merge)

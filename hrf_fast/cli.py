@@ -49,10 +49,10 @@ def blend(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write a checkpoint as a diffusers folder."""
-    from hrf_fast.commands.export import export as export_checkpoint
+    """Write a run's tuned model, or one of its checkpoints, as a diffusers folder."""
+    from hrf_fast.commands.export import export as export_model
 
-    export_checkpoint(arguments.checkpoint, arguments.out, merge=arguments.merge)
+    export_model(arguments.model, arguments.out, merge=arguments.merge)
     print(f"written to {arguments.out}")
 
 

@@ -7,7 +7,6 @@ one is left. Left out: how attributes go together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -33,7 +32,7 @@ def attribute_shares(
 
 def effective_number(shares: Collection[float]) -> float:
     """exp of the entropy of shares that sum to 1, in nats: how many values of an attribute are in use."""
-    return math.exp(-sum(share * math.log(share) for share in shares if share))
+    return float(_entropy(torch.tensor([list(shares)], dtype=torch.float64), None).exp())
 
 
 def looks_interval(log_probs: Mapping[str, Tensor], *, seed: int) -> Interval:

@@ -238,7 +238,7 @@ def _component(name: str, folder: Path, pipeline: str, part: str, kind: str) -> 
     if (folder / LORA_WEIGHTS).is_file():
         raise ValueError(
             f"model.name is {str(folder)!r}, which holds adapters and no model; `hrf sample` draws with those of a "
-            "RUN or a RUN/blend, and `hrf export --merge` makes a whole model of a checkpoint"
+            "RUN or a RUN/blend, and `hrf export RUN --merge` makes a whole model of them"
         )
     raise ValueError(
         f"model.name is {str(folder)!r}, which holds no {part}/{config} (nor {config}); "

@@ -221,11 +221,26 @@ def test_a_run_that_was_trained_by_what_only_cuda_has_is_drawn_and_exported_on_a
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "out").items())
 
 
+def test_a_run_is_exported_as_its_tuned_model(finished, tmp_path):
+    for model, out in ((finished, tmp_path / "of_run"), (finished / "model", tmp_path / "of_model")):
+        assert main(["export", str(model), "--out", str(out)]) == 0
+        names = ("unet/diffusion_pytorch_model.safetensors", "README.md")
+        assert all((out / name).read_bytes() == (finished / "model" / name).read_bytes() for name in names)
+
+
 def test_what_is_no_checkpoint_is_not_exported_and_nothing_is_written_over(finished, tmp_path, capsys):
     out = str(tmp_path / "out")
-    for folder in (finished, tmp_path / "nowhere"):
+    for folder in (finished / "checkpoints" / "iteration-000009", tmp_path / "nowhere"):
         assert main(["export", str(folder), "--out", out]) == 1
         assert f"{folder} is no checkpoint" in capsys.readouterr().err
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(finished / "config.yaml", unfinished)
+    assert main(["export", str(unfinished), "--out", out]) == 1
+    assert f"{unfinished} has no model/ yet" in capsys.readouterr().err
+    (shutil.copytree(finished, tmp_path / "run") / "blend" / "model").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "run" / "blend"), "--out", out]) == 1
+    assert "is a blend" in capsys.readouterr().err
     checkpoint = str(finished / "checkpoints" / "iteration-000002")
     (tmp_path / "out").mkdir()
     assert main(["export", checkpoint, "--out", out]) == 1

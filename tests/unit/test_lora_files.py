@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -218,6 +219,10 @@ def test_a_run_its_checkpoint_and_its_merged_pipeline_draw_the_same(run, tmp_pat
     assert equal(*(load_file(f / LORA_WEIGHTS) for f in (tmp_path / "adapters", folder / "model")))
     export(checkpoint, tmp_path / "whole", merge=True)
     assert "load_lora_weights" not in lines_of(tmp_path / "whole")
+    export(folder, tmp_path / "of_run", merge=True)
+    unet = Path("unet") / "diffusion_pytorch_model.safetensors"
+    # saved adapters have alpha / rank within B, which rounds otherwise
+    torch.testing.assert_close(*(load_file(tmp_path / name / unet) for name in ("of_run", "whole")))
     with quiet():
         merged = StableDiffusionPipeline.from_pretrained(tmp_path / "whole").unet
     policy = build_policy(load_config(words), str(folder / "model"))

@@ -69,7 +69,7 @@ def test_paths_of_commands_may_be_in_the_home_folder(home, capsys):
         (["sample", "fashion", "--folder=~/x"], "folder"),
         (["report", "~/x", "--out=~/x"], "out"),
         (["report", "~/x", "--strip=~/x"], "strip"),
-        (["export", "~/x", "--out=~/x"], "checkpoint"),
+        (["export", "~/x", "--out=~/x"], "model"),
         (["evaluate", "~/x"], "model"),
         (["evaluate", "~/x", "--out=~/x.json"], "out"),
     ):
