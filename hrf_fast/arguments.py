@@ -57,7 +57,9 @@ def make_parsers(
         return command
 
     def add_options(command: argparse.ArgumentParser, name: str, text: str) -> None:
-        command.add_argument(name, nargs="*", help=text).completer = complete_option  # type: ignore[attr-defined]
+        # without a default argparse names it among the arguments that are missing
+        action = command.add_argument(name, nargs="*", default=[], help=text)
+        action.completer = complete_option  # type: ignore[attr-defined]
 
     command = add("train")
     command.add_argument("--config", action="append")
@@ -135,7 +137,7 @@ def make_parsers(
     add("schedules")
     command = add("serve_reward")
     command.add_argument("reward", help="a name of `hrf rewards`, or module:function")
-    command.add_argument("words", nargs="*", help="its arguments, as name=value in YAML")
+    command.add_argument("words", nargs="*", default=[], help="its arguments, as name=value in YAML")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it can ask")
     command.add_argument("--port", type=int, default=8000, help="port, 0 for any that is free")
     command.add_argument("--max-bytes", type=int, default=1 << 30, help="largest request, in bytes")

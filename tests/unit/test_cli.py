@@ -260,6 +260,13 @@ def test_weights_of_another_architecture_are_not_put_into_the_model(finished, tm
     assert "weights.safetensors" in err and "model.name" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("command", "missing"), [("evaluate", "model"), ("blend", "run"), ("serve-reward", "reward")])
+def test_only_what_is_needed_is_said_to_be_missing(command, missing, capsys):
+    with pytest.raises(SystemExit):
+        main([command])
+    assert f"arguments are required: {missing}\n" in capsys.readouterr().err
+
+
 def test_evaluate_wants_a_finished_run(finished, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert f"{tmp_path} is not a run folder" in capsys.readouterr().err
