@@ -91,6 +91,8 @@ def build_components(
             policy.takes_prompts,
             config.model.name,
             {"prompts.source": config.prompts.source, "evaluation.prompts": config.evaluation.prompts},
+            negative=config.prompts.negative,
+            negatable=policy.has_unconditional_branch,
         )
         combined = (
             build_reward(reward, device, config.reward.kwargs)

@@ -154,6 +154,10 @@ def _prompted(
         if asked or negatives:
             raise ValueError(f"{source.name} takes no prompts; leave --prompt, --prompts and --negative out")
         return panel
+    if negatives and not policy.has_unconditional_branch:
+        raise ValueError(f"--negative is given, but {source.name} has no negative prompts; leave it out")
+    if negatives and policy.guidance_scale == 1:
+        raise ValueError("--negative is given, but acts through guidance, of which there is none; add --guidance 5")
     if asked:
         each_of = panel.size // len(asked)
         return replace(panel, size=each_of * len(asked), prompts=asked, images_per_prompt=each_of)

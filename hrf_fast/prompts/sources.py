@@ -81,12 +81,15 @@ def load_prompts(
     return _list(option, value, items, negative), source_of(function)
 
 
-def check_prompts(takes_prompts: bool, model: str, sources: Mapping[str, str | None]) -> None:
+def check_prompts(
+    takes_prompts: bool, model: str, sources: Mapping[str, str | None], *, negative: str = "", negatable: bool = True
+) -> None:
     """Refuse prompts for a model that takes none, and a model without those that it needs.
 
     Args:
         takes_prompts: whether the model does; model: model.name, for errors.
         sources: the values of the options that name sources, the training's first.
+        negative: prompts.negative; negatable: whether the model's guidance has a negative prompt.
 
     Raises:
         ValueError: names the option, its value and the way out.
@@ -99,6 +102,10 @@ def check_prompts(takes_prompts: bool, model: str, sources: Mapping[str, str | N
     for option, value in sources.items() if not takes_prompts else ():
         if value is not None:
             raise ValueError(f"{option} is {value!r}, but model.name {model} takes no prompts; leave it out")
+    if negative and not negatable:
+        raise ValueError(
+            f"prompts.negative is {negative!r}, but model.name {model} has no negative prompts; leave it out"
+        )
 
 
 def _list(option: str, value: str, items: list[tuple[Any, str]], negative: str) -> PromptList:

@@ -128,6 +128,7 @@ def test_sample_draws_a_prompt_of_the_command_line_and_a_run_its_panel(finished,
         (["--prompt=a", "--prompt=b", "--prompt=c", "--negative=x", "--negative=y"], "--negative is given 2 times"),
         (["--prompt=a", "--prompt=b", "--count=1"], "--prompt is given 2 times but --count is 1"),
         ([], "draws what a prompt says.*--prompt"),
+        (["--prompt=a", "--negative=x"], "--negative is given, but acts through guidance.*--guidance 5"),
         (["--prompt=a", "--guidance=0.5"], "sample.guidance_scale is 0.5; it must be at least 1"),
     ],
 )

@@ -278,7 +278,11 @@ def test_a_panel_has_the_first_prompts_that_can_be_drawn():
 def test_prompts_and_models_that_do_not_go_together_are_refused():
     none = {"prompts.source": None, "evaluation.prompts": None}
     check_prompts(False, "fashion", none)
-    check_prompts(True, "peeps", {**none, "prompts.source": "animals"})
+    some = {**none, "prompts.source": "animals"}
+    check_prompts(True, "peeps", some)
+    check_prompts(True, "peeps", some, negative="red")
+    with pytest.raises(ValueError, match="prompts.negative is 'red', but model.name flux has no negative prompts"):
+        check_prompts(True, "flux", some, negative="red", negatable=False)
     with pytest.raises(ValueError, match="prompts.source is null, but model.name peeps .*animals"):
         check_prompts(True, "peeps", {**none, "evaluation.prompts": "animals"})
     for option in none:
