@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# a torch for CUDA wants one version of Triton, which came with it
+ON_CPU = $$($(BIN)/python -c "import torch; print('' if torch.version.cuda else '-c constraints-cpu.txt')")
 # kernel tests that `make test` also runs in Triton's interpreter; without the variable they run on compiled PTX
 INTERPRETED = tests/kernels/test_accuracy.py
 # one run of every method
@@ -74,8 +76,8 @@ $(VENV)/.base: setup.py pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.base
-	$(PIP_INSTALL) -e ".[test]"
+$(VENV)/.test: $(VENV)/.base constraints-cpu.txt
+	$(PIP_INSTALL) $(ON_CPU) -e ".[test]"
 	touch $@
 
 # triton, deepspeed, bitsandbytes, xformers: on a machine with a CUDA GPU

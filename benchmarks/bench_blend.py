@@ -53,7 +53,7 @@ def read_blends(runs: Sequence[Path]) -> Blends:
         here = {key: value for key, value in json.loads(belongs.read_text()).items() if key != "weights"}
         # how often a training made panels says nothing about those of a blend
         here.get("evaluation", {}).pop("every", None)
-        differing = [key for key in here if settings and here[key] != settings[key]]
+        differing = [key for key in {**settings, **here} if settings and here.get(key) != settings.get(key)]
         if differing:
             raise ValueError(f"{run} is a blend of another {differing[0]} than {runs[0]}; compare blends of one kind")
         settings = here

@@ -147,7 +147,7 @@ def unet_share(options: argparse.Namespace, device: torch.device) -> dict[str, A
     steps: dict[str, Callable[[], Any]] = {"unet": unet}
     steps |= {name: partial(run, case) for name, run in providers(names, shape).items()}
     if device.type == "cuda":
-        # as a training loop launches them
+        # from the host, by the kernels' own functions: training adds checks, the custom operation and autograd
         times = {name: timing.launched_ms(step)[0] for name, step in steps.items()}
     else:
         rounds = timing.interleaved(steps, clock=options.clock, seconds=options.seconds)
@@ -174,7 +174,7 @@ def benchmark(options: argparse.Namespace, *, until: float = math.inf) -> dict[s
     result = {"machine": machine(device, torch.get_num_threads())}
     cuda = device.type == "cuda"
     result |= {"peak_gb_per_s": timing.peak_gb_per_second() if cuda else None}
-    result |= {"copy_gb_per_s": timing.copy_gb_per_second(device) if cuda else None}
+    result |= {"read_write_gb_per_s": timing.read_write_gb_per_second(device) if cuda else None}
     result |= {name: getattr(options, name) for name in ("seed", "dtype", "clock")}
     result |= {"left_out": {}, "counted": {}, "cases": [], "unet": None, "unfinished": []}
     if "torch.compile" in names and (reason := compile_fails(device)):

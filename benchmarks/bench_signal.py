@@ -4,9 +4,11 @@
     hrf bench signal --starts ddpo 5 --groups 12 --config configs/peeps.yaml
     hrf bench signal --starts ddpo 10 model.name=fashion window.shared_noise=true train.gae_lambda=0
 
-The words after the options are a configuration. At the pretrained weights, groups of each start are rolled out and
-rewarded, and the gradient of every group's loss is taken step by step. `ddpo` starts from pure noise; a number takes an
-anchor of each group back to that step. With n groups of gradients g_k at step k and step weights w_k:
+The words after the options are a configuration, of which what makes advantages and weighs steps has no part here: every
+group is standardised by itself without a floor, and there are no clips, no remedies and no schedule. At the pretrained
+weights, groups of each start are rolled out and rewarded, and the gradient of every group's loss is taken step by step.
+`ddpo` starts from pure noise; a number takes an anchor of each group back to that step. With n groups of gradients g_k
+at step k and step weights w_k:
 
     g = Σ w_k g_k of a group,   noise = tr Cov(g),   signal = |mean of g|² − noise/n,   ratio = signal/noise per group
 
@@ -209,6 +211,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     arguments, arguments.words = parser.parse_known_args(words)
     if arguments.groups < 2:
         raise ValueError(f"--groups is {arguments.groups}; noise takes at least 2")
+    for start in arguments.starts:
+        if start != "ddpo" and not start.isdecimal():
+            raise ValueError(f"--starts has {start!r}; use ddpo, or the number of a step")
     load_config(arguments.words)
     return arguments
 

@@ -5,13 +5,14 @@
 
 An MLP is pretrained on each mixture, then tuned by the trainer's own loop with the arms of benchmarks/toys/arms.py, all
 to one budget of network evaluations. Each arm's learning rate is chosen on the toy `equal` and seeds that are not
-compared: the one of the highest mean gain among panels that keep 90 % of the effective number of good modes. Writes a
-line to toy_modes.jsonl as each run ends, and goes on from there; then toy_modes.md and toy_modes.png.
+compared: the one of the highest mean gain with 90 % of the effective number of good modes kept, linear between panels.
+Writes a line to toy_modes.jsonl as each run ends, and goes on from there; then toy_modes.md and toy_modes.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import machine
-from benchmarks.toys.arms import ARMS, LEARNING_RATES
+from benchmarks.toys.arms import ARMS, COMMON, LEARNING_RATES
 from benchmarks.toys.experiment import arm_config, run
 from benchmarks.toys.mixtures import TOYS
 from benchmarks.toys.policy import pretrain
@@ -53,14 +54,15 @@ def chosen_rates(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of finished runs; a half-written one is left out."""
-    lines = []
+    """The lines of finished runs, the last one of each; a half-written one is left out."""
+    lines = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
-    return lines
+        lines[_key(line)] = line
+    return list(lines.values())
 
 
 def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) -> None:
@@ -70,7 +72,8 @@ def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) 
     facts = machine(torch.device("cpu"), torch.get_num_threads())
     where = {name: facts[name] for name in ("cpu", "commit")}
     lines = read_lines(path)
-    done = {_key(line) for line in lines}
+    # lines of before have no options
+    done = {_key(line) for line in lines if line.get("options", _options(line["arm"])) == _options(line["arm"])}
     mlps = {name: pretrain(TOYS[name]) for name in toys}
     configs = {arm: arm_config(arm) for arm in arms}
 
@@ -80,7 +83,7 @@ def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) 
                 toy, arm = job["toy"], job["arm"]
                 began = time.monotonic()
                 panels = run(TOYS[toy], mlps[toy], configs[arm], seed=job["seed"], learning_rate=job["learning_rate"])
-                took = {"seconds": round(time.monotonic() - began, 1)}
+                took = {"options": _options(arm), "seconds": round(time.monotonic() - began, 1)}
                 lines.append({**job, **where, **took, "good": TOYS[toy].good.tolist(), "panels": panels})
                 append_line(path, json.dumps(lines[-1]))
 
@@ -99,6 +102,11 @@ def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) 
         for arm in arms
     )
     add(compared, seeds * len(toys) * len(arms), "runs")
+
+
+def _options(arm: str) -> str:
+    """A digest of what an arm is, so that a run of other options counts for nothing."""
+    return hashlib.sha256(json.dumps([COMMON, ARMS.get(arm)]).encode()).hexdigest()[:8]
 
 
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:

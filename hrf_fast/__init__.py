@@ -9,6 +9,7 @@ A name is imported when it is first used, so that `import hrf_fast` costs nothin
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from hrf_fast.version import __version__
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from hrf_fast.training.advantages import register_advantages
     from hrf_fast.windows.base import Window
     from hrf_fast.windows.schedules import register_schedule
+
+# CUDA's matrix products are deterministic under it; torch reads it once, at the first of a process
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _HOMES = {
     "Config": "hrf_fast.config.options",

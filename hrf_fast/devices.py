@@ -20,6 +20,10 @@ except ImportError:
     resource = None  # type: ignore[assignment]
 
 
+# environment variables that are not the user's
+_ours: set[str] = set()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: of the device's allocator on CUDA, else the process's resident set."""
     if device.type == "cuda":
@@ -29,6 +33,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     # Linux counts in KiB, macOS in bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def set_up(device: torch.device, *, deterministic: bool) -> None:
+    """Make a device the current one, and set its flags; see `set_precision_flags`."""
+    if device.type == "cuda":
+        # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
+        torch.cuda.set_device(device)
+    set_precision_flags(device, deterministic=deterministic)
 
 
 def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
@@ -56,8 +68,6 @@ def set_precision_flags(device: torch.device, *, deterministic: bool) -> None:
     # what rewards may compute
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # read when the first matrix product is made
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
@@ -78,6 +88,11 @@ def deterministic_backward() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+            raise ValueError(
+                "compute.deterministic is true, but a matrix product was made on CUDA before hrf_fast was imported; "
+                "import hrf_fast first, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+            ) from error
         if "does not have a deterministic implementation" not in str(error):
             raise
         reason = str(error).split(", but you set")[0]
@@ -120,7 +135,11 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"run.device is {name!r} but torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    if device.type == "cpu":
+    if device.type == "cpu" and "DS_ACCELERATOR" not in os.environ:
         # peft and transformers import DeepSpeed where it is installed, and it warns that it has found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _ours.add("DS_ACCELERATOR")
+    elif device.type == "cuda" and _ours:
+        # something was drawn or exported on the CPU before
+        os.environ.pop(_ours.pop(), None)
     return device

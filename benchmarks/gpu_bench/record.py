@@ -64,7 +64,7 @@ def _smi(field: str, device: torch.device) -> str | None:
 def _identity(facts: dict[str, Any]) -> list[Any]:
     """The facts that a result holds for."""
     names = ("device", "driver", "cuda", "hip", "commit", "changes", "dry_run", "missing")
-    return [*(facts.get(name) for name in names), facts["versions"]["torch"]]
+    return [*(facts.get(name) for name in names), facts["versions"]]
 
 
 class Record:

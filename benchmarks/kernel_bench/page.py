@@ -84,12 +84,15 @@ def _gpu(result: dict[str, Any]) -> str:
             rows.append([*_where(case), name, *spread, *(gpu[column] for column in columns)])
     header = ["shape", "B", "clamp", "provider", "cold ms", "warm ms", "launched ms", "cold GB/s", "of peak"]
     header += ["warm GB/s", "launches"]
-    peak, copy = (f"{rate:.0f}" if rate else "unknown" for rate in (result["peak_gb_per_s"], result["copy_gb_per_s"]))
+    # files of before timed torch's copy_
+    name = "read_write_gb_per_s" if "read_write_gb_per_s" in result else "copy_gb_per_s"
+    moved = "a kernel that reads and writes 1 GB" if name == "read_write_gb_per_s" else "a copy of 1 GB"
+    peak, rate = (f"{rate:.0f}" if rate else "unknown" for rate in (result["peak_gb_per_s"], result[name]))
     return (
         "GPU time of a forward and a backward. Cold: in a CUDA graph over inputs of four times the L2 cache (64 at "
         "most); warm: a graph over one input, whose rates may be the cache's; launched: from the host, the cache "
         "emptied. Medians, with their 20th and 80th percentiles. The card's GB/s by its clock and bus, which the share "
-        f"is of: {peak}; of a kernel that reads and writes 1 GB: {copy}.\n\n{markdown_table(header, rows)}"
+        f"is of: {peak}; of {moved}: {rate}.\n\n{markdown_table(header, rows)}"
     )
 
 

@@ -126,7 +126,7 @@ def graph_ms(calls: Sequence[Callable[[], Any]], *, keep: bool) -> list[float]:
     return torch.tensor(times).quantile(torch.tensor(QUANTILES)).tolist()
 
 
-def copy_gb_per_second(device: torch.device) -> float | None:
+def read_write_gb_per_second(device: torch.device) -> float | None:
     """Measure a kernel that reads 1 GB and writes as much: GB/s, both added up; None where there is no room for two."""
     try:
         source = torch.rand(2**28, device=device)

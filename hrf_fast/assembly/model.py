@@ -11,7 +11,7 @@ import torch
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config
 from hrf_fast.config.zero_settings import read_settings
-from hrf_fast.devices import choose_device, set_precision_flags
+from hrf_fast.devices import choose_device, set_up
 from hrf_fast.engines.base import Engine
 from hrf_fast.engines.plain import PlainEngine
 from hrf_fast.policies.base import Policy
@@ -37,7 +37,7 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     if name is not None and Path(name, LORA_WEIGHTS).is_file():
         tuned, name = Path(name), None
     device = choose_device(config.run.device)
-    set_up(device, config)
+    set_up(device, deterministic=config.compute.deterministic)
     base = ""
 
     def prepare(unet: Any) -> None:
@@ -55,14 +55,6 @@ def build_policy(config: Config, name: str | None = None) -> Policy:
     return policy
 
 
-def set_up(device: torch.device, config: Config) -> None:
-    """Make a device the current one, and let it compute as compute.deterministic asks."""
-    if device.type == "cuda":
-        # events and synchronize() are the current device's, and so is what a user's reward calls "cuda"
-        torch.cuda.set_device(device)
-    set_precision_flags(device, deterministic=config.compute.deterministic)
-
-
 def check_policy(policy: Policy, config: Config) -> Policy:
     """A policy of the user's own class, unless options that it was made without say otherwise.
 
@@ -74,7 +66,7 @@ def check_policy(policy: Policy, config: Config) -> Policy:
     if lacking := sorted(part for part in parts if not hasattr(policy, part)):
         raise ValueError(f"the policy that was given lacks {', '.join(lacking)}; policies/base.py has the protocol")
     sample, device = config.sample, choose_device(config.run.device)
-    set_up(device, config)
+    set_up(device, deterministic=config.compute.deterministic)
     values = {
         "sample.num_inference_steps": (sample.num_inference_steps, len(policy.sampler)),
         "sample.guidance_scale": (sample.guidance_scale, policy.guidance_scale),

@@ -18,7 +18,7 @@ from hrf_fast.commands.runs import ADAPTERS, run_policy, tuned_config
 from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, LoraConfig
-from hrf_fast.devices import choose_device
+from hrf_fast.devices import choose_device, set_up
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
@@ -93,6 +93,8 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     # another model.name is judged by its rewards
     config = tuned_config(run, words, ADAPTERS)
     device = choose_device(config.run.device)
+    # before networks of the reward and the panel run for the first time
+    set_up(device, deterministic=config.compute.deterministic)
     panel = build_panel(config, device, build_prompts(config)[0])
     if panel.network is None:
         raise ValueError(

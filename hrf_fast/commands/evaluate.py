@@ -16,7 +16,7 @@ from hrf_fast.assembly.inputs import build_config_reward, build_panel, build_pro
 from hrf_fast.commands.runs import ADAPTERS, BASE_MODEL, checkpoint_policy, run_of, run_policy, tuned_config
 from hrf_fast.config.credentials import without_credentials
 from hrf_fast.config.options import Config
-from hrf_fast.devices import choose_device
+from hrf_fast.devices import choose_device, set_up
 from hrf_fast.errors import writing
 from hrf_fast.evaluation.detail import LEAST, detail
 from hrf_fast.evaluation.kept import kept_interval
@@ -55,6 +55,8 @@ def evaluate(model: Path, words: list[str], *, out: Path | None = None, everythi
         out.parent.mkdir(parents=True, exist_ok=True)
     config = tuned_config(run, words, (*BASE_MODEL, *ADAPTERS))
     device = choose_device(config.run.device)
+    # before networks of the reward and the panel run for the first time
+    set_up(device, deterministic=config.compute.deterministic)
     (prompts, source), reward = build_prompts(config), build_config_reward(config, device)
     panel = build_panel(config, device, prompts)
     sources = reward.sources | prompt_sources(config, source, panel) | panel.held_out_sources

@@ -11,7 +11,7 @@ from hrf_fast.assembly.inputs import build_prompted_panel, build_prompts
 from hrf_fast.commands.image_folder import check_folder, write_folder
 from hrf_fast.commands.runs import checkpoint_policy, model_of_run, run_of, run_policy, with_sampler
 from hrf_fast.config.options import FLOW_SAMPLERS, Config, ModelConfig, SampleConfig
-from hrf_fast.devices import choose_device, set_precision_flags
+from hrf_fast.devices import choose_device, set_up
 from hrf_fast.evaluation.grids import check_picture, save_grid
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
@@ -68,7 +68,7 @@ def draw(
             raise ValueError(f"{option} is {value}; it must be at least 1")
     asked = _asked(prompts, prompts_file, negatives, count)
     # the same seed draws the same images
-    set_precision_flags(choose_device(device), deterministic=True)
+    set_up(choose_device(device), deterministic=True)
     source = _source(model)
     sampler = {name: value for name, value in sampler.items() if value is not None}
     steps = _deterministic_steps(source, deterministic_steps, sampler)

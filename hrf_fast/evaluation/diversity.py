@@ -8,8 +8,8 @@ training seeds need several runs: `hrf_fast.study`.
 A bootstrap resamples the images with replacement; equal seeds and counts give equal resamples in every function here.
 Intervals of means are percentiles of the resamples. Those of a diversity are centred: an image drawn twice adds nothing
 to it, so every resample comes out low. The spread of the resamples is kept and their level is not: value + (percentiles
-− mean of the resamples). Measured on 150 panels of 64 to 256 real images of both shipped data sets, such 95 % intervals
-held the mean over panels 93 to 99 % of the time for Vendi and 88 to 99 % for the Inception Score.
+− mean of the resamples). On 150 panels of 64 to 256 real images of both shipped data sets, such 95 % intervals held the
+mean over panels 93 to 99 % of the time for Vendi and 88 to 99 % for the Inception Score (a script that was not kept).
 """
 
 from __future__ import annotations

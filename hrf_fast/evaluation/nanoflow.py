@@ -52,7 +52,7 @@ def total_variation(images: Tensor) -> Tensor:
 def nanoflow_columns(
     images: Tensor, pretrained: Tensor, network: FeatureNetwork | None = None, *, seed: int
 ) -> dict[str, list[float]]:
-    """All columns by name, each [value, low, high] by bootstrap; duplicates, a count of pairs, have no interval.
+    """All columns by name, each [value, low, high] by bootstrap; duplicates, a share of images, have no interval.
 
     Args:
         images: [N, 3, H, W] in [0, 1]; pretrained: the pretrained model's, from equal noise.

@@ -61,9 +61,10 @@ def choose_activations(
     name, bucket = engine_of(config)
     guided = config.train.guidance
     footprints = {(policy.precision, False): measure_running(policy, checkpointing=False, guided=guided)}
-    branches = policy.condition([None], guided=guided).branches
-    counts = count_calls(config, policy.sampler.stochastic_steps, schedule, branches=branches)
-    plan = Plan(config, comm.world_size(), memory, name, bucket, counts, footprints, encoder=policy.visiting_bytes)
+    condition = policy.condition([None], guided=guided)
+    counts = count_calls(config, policy.sampler.stochastic_steps, schedule, branches=condition.branches)
+    ranks, encoder = comm.world_size(), policy.visiting_bytes
+    plan = Plan(config, ranks, memory, name, bucket, counts, footprints, encoder=encoder, condition=condition.bytes)
     return _fitting(plan, policy)
 
 

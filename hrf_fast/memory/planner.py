@@ -55,6 +55,8 @@ class Plan:
     """Bytes of text encoders and decoder, where they stay on the GPU."""
     encoder: int = 0
     """Bytes of the largest text encoder, where one at a time comes to the GPU for its work."""
+    condition: int = 0
+    """Bytes of a sample's embeddings of its prompt, in all branches."""
     copies: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the pretrained network's frozen copy by precision, whole on every GPU; empty where there is none."""
 
@@ -87,6 +89,12 @@ class Plan:
         train = self.config.train
         groups = train.groups_per_step if train.order == "on_policy" else train.groups_per_iteration
         return math.ceil(groups / self.gpus) * train.group_size
+
+    @property
+    def conditions(self) -> int:
+        """The embeddings of all samples of an iteration, a row for each."""
+        train = self.config.train
+        return math.ceil(train.groups_per_iteration / self.gpus) * train.group_size * self.condition
 
     @property
     def trajectories(self) -> int:
@@ -151,7 +159,7 @@ class Plan:
         update = self.activations(mode, precision, images_per_call) + copied
         most = max(update, sampling, states.step + 2 * copied, self.any_footprint.decoding, self.encoder)
         most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
-        return states.together + self.trajectories + most
+        return states.together + self.trajectories + self.conditions + most
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
         """The configuration's calls, or the largest smaller ones, if any fit."""
@@ -190,8 +198,8 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     decoder = read_decoder(model.decoder, weights=False) if model.decoder else None
     sampler = plan_sampler(files, sample, model.image_size)
     conditions = sample.guidance_scale > 1, sample.guidance_scale > 1 and config.train.guidance
-    branches = untrained_condition(files, 1, conditions[1]).branches
-    counts = count_calls(config, sampler.stochastic_steps, branches=branches)
+    condition = untrained_condition(files, 1, conditions[1])
+    counts = count_calls(config, sampler.stochastic_steps, branches=condition.branches)
     try:
         footprints = measure_model(
             files,
@@ -217,7 +225,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
     encoder = max(encoders, default=0) if compute.offload else 0
     copied = config.remedies.needs_reference and not config.lora.rank
     copies = {precision: copied_bytes(files, precision) for precision in PRECISIONS if copied}
-    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen, encoder, copies)
+    result = Plan(config, gpus, memory, engine, bucket, counts, footprints, frozen, encoder, condition.bytes, copies)
     if not any(result.best(engine, precision) for engine in ENGINES for precision in PRECISIONS):
         ways = {(e, p, m): result.need(e, p, m, 1) for e in ENGINES for p in PRECISIONS for m in result.modes(e)}
         least = min(ways, key=lambda way: ways[way])

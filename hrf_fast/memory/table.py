@@ -60,6 +60,8 @@ def _activations(plan: Plan) -> list[list[str]]:
     if decoding := plan.any_footprint.decoding:
         rows.append(["decoding", *[show_bytes(decoding)] * len(PRECISIONS)])
     rows.append(["trajectories", *[show_bytes(plan.trajectories)] * len(PRECISIONS)])
+    if plan.conditions:
+        rows.append(["embeddings of prompts", *[show_bytes(plan.conditions)] * len(PRECISIONS)])
     return rows
 
 

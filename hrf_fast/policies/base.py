@@ -48,9 +48,14 @@ class Condition:
     def __getitem__(self, rows: slice) -> Condition:
         return self._map(lambda tensor: tensor[rows])
 
-    def repeat(self, steps: int) -> Condition:
-        """The rows once per step, time-major: all samples of the first step, then all of the next."""
-        return self if steps == 1 else self._map(lambda tensor: tensor.repeat(steps, *[1] * (tensor.dim() - 1)))
+    def repeat(self, times: int) -> Condition:
+        """All rows so many times: of steps time-major, all samples of the first step, then all of the next."""
+        return self if times == 1 else self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+
+    @property
+    def bytes(self) -> int:
+        """Size of all rows, in both branches."""
+        return sum(tensor.nbytes for each in (self.conditional, self.unconditional) for tensor in each.values())
 
     @staticmethod
     def join(parts: Sequence[Condition]) -> Condition:

@@ -41,6 +41,9 @@ def measures(keep: float, target: float | None) -> list[Measure]:
     def highest_common(lines: Sequence[Mapping[str, Any]]) -> float | None:
         return _positive(min(max(point.gain for point in path_of(line)) for line in lines))
 
+    def wanted(lines: Sequence[Mapping[str, Any]]) -> float | None:
+        return target or highest_common(lines)
+
     def highest_within(lines: Sequence[Mapping[str, Any]]) -> float | None:
         return target or _positive(min(gain_at_diversity(path_of(line), keep) for line in lines))
 
@@ -66,10 +69,16 @@ def measures(keep: float, target: float | None) -> list[Measure]:
         Measure(
             "evaluations to gain {level}",
             "count",
-            highest_common,
+            wanted,
             lambda line, gain: evaluations_to_gain(path_of(line), gain, 0.0),
         ),
         Measure("hypervolume", "area", lambda _: 0.0, lambda line, _: hypervolume(path_of(line))),
+        Measure(
+            "gain of the best panel with {level} kept",
+            "gain",
+            lambda _: keep,
+            lambda line, _: max(point.gain for point in path_of(line) if point.kept >= keep),
+        ),
     ]
 
 
@@ -92,6 +101,7 @@ class Compared(NamedTuple):
     reference: Estimate | None
     """Over the seeds where both runs have a value."""
     result: Paired | None
+    """None too where a run has no value: those that have one are the quick ones, or the far ones."""
     loss: Estimate | None = None
     """Share lost over the reference's, where the measure is a share kept."""
 
@@ -113,4 +123,5 @@ def compare(arm: Lines, reference: Lines, measure: Measure) -> Compared | None:
     means = [estimate(list(one.values())) for one in (ours, theirs)]
     losses = [[1 - share for share in one.values()] for one in (ours, theirs)]
     loss = ratio(*losses) if measure.kind == "share" else None
-    return Compared(title, len(seeds), means[0], means[1], paired(ours, theirs), loss)
+    result = paired(ours, theirs) if len(both) == len(seeds) else None
+    return Compared(title, len(seeds), means[0], means[1], result, loss)

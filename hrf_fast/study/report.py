@@ -103,7 +103,8 @@ def _origin(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "Gains and shares are of a run's panels against its own pretrained panel. Brackets are 95 % intervals over "
         "training seeds (Student t); differences are paired by seed, p is a paired t-test's, and Holm's correction is "
-        "over the arms of a row's measure. Between panels a path is linear."
+        "over the arms of a row's measure. Between panels a path is linear: no model was there, nor within the first "
+        "step."
         + (
             " A learning rate is marked where it is the lowest or highest of those tried."
             if study.learning_rates
@@ -175,13 +176,13 @@ def comparisons(arms: Mapping[str, Lines], reference: str, wanted: Sequence[Meas
 
 
 def _cells(compared: Compared, kind: str) -> list[str]:
-    if compared.arm is None or compared.reference is None or compared.result is None:
+    if compared.arm is None or compared.reference is None:
         return [f"0 of {compared.shared}", "-", "-", "-", "-"]
-    seeds = compared.result.difference.seeds
-    difference = _shown(compared.result.difference, kind, signed=True)
-    count = str(seeds) if seeds == compared.shared else f"{seeds} of {compared.shared}"
     means = [_SHOWN[kind](one.mean) for one in (compared.arm, compared.reference)]
-    return [count, *means, difference, _p(compared.result.p)]
+    if compared.result is None:
+        return [f"{compared.arm.seeds} of {compared.shared}", *means, "-", "-"]
+    difference = _shown(compared.result.difference, kind, signed=True)
+    return [str(compared.shared), *means, difference, _p(compared.result.p)]
 
 
 def _shown(value: Estimate, kind: str, *, signed: bool = False) -> str:

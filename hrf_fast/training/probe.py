@@ -7,7 +7,7 @@ one evaluation a sample. Which candidates are asked for, and what is chosen, is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ class _Lane:
     noise: NoiseKey
     prompt: Prompt | None
     condition: Condition
+    """One row, of all samples."""
 
 
 @torch.no_grad()
@@ -120,8 +121,10 @@ def probe_starts(
     """
     measure = _MEASURES[check_estimate(estimate)]
     prompts = [None] * len(anchors) if prompts is None else prompts
+    # one row of each group's: a copy for every sample and start is gigabytes with large text encoders
+    rows = [policy.condition([prompt], guided=guided) for prompt in prompts]
     lanes = [
-        _Lane(group, start, part, prompts[group], policy.condition([prompts[group]] * len(part), guided=guided))
+        _Lane(group, start, part, prompts[group], rows[group])
         for group, starts in enumerate(candidates)
         for start in starts
         for part in noises[group].split(images_per_call)
@@ -159,7 +162,7 @@ def _denoised(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane],
             if lanes[index].start == step:
                 latents[index] = renoised(policy, anchors[lanes[index].group], step, lanes[index].noise)
         batch = torch.cat([latents[index] for index in call])
-        prediction = policy.predict(batch, step, Condition.join([lanes[index].condition for index in call]))
+        prediction = policy.predict(batch, step, _condition(lanes[index] for index in call))
         batch = follow(policy, prediction, batch, step)
         latents |= zip(call, batch.split([sizes[index] for index in call]), strict=True)
         if step == steps - 1:
@@ -173,8 +176,13 @@ def _estimated(policy: Policy, anchors: Sequence[Tensor], lanes: Sequence[_Lane]
     for _, call in together([0] * len(lanes), sizes, 1, images_per_call=images_per_call) if lanes else ():
         steps = torch.tensor([lanes[index].start for index in call for _ in range(sizes[index])], device=policy.device)
         batch = torch.cat([renoised(policy, anchors[lanes[i].group], lanes[i].start, lanes[i].noise) for i in call])
-        prediction = policy.predict(batch, steps, Condition.join([lanes[index].condition for index in call]))
+        prediction = policy.predict(batch, steps, _condition(lanes[index] for index in call))
         yield call, gaussian_mean(prediction.combined, batch, policy.sampler.clean[steps])
+
+
+def _condition(lanes: Iterable[_Lane]) -> Condition:
+    """The condition of a call, a row for each sample."""
+    return Condition.join([lane.condition.repeat(len(lane.noise)) for lane in lanes])
 
 
 _MEASURES: dict[str, Callable[..., _Clean]] = {"exact": _denoised, "x0": _estimated}

@@ -241,9 +241,12 @@ def test_a_run_that_ends_within_its_warm_up_says_what_rate_it_reached(tiny_run, 
     assert "within its warm-up" not in capsys.readouterr().out
 
 
-def test_bf16_trains(tiny_run, tmp_path):
+def test_bf16_trains(tiny_run, tiny_model, tmp_path):
     assert main([*tiny_run, "compute.precision=bf16", "train.iterations=1"]) == 0
-    assert weights(tmp_path / "run")["conv_in.weight"].dtype == torch.float32
+    tuned = weights(tmp_path / "run")
+    assert tuned["conv_in.weight"].dtype == torch.float32 and not equal(tuned, weights(tiny_model))
+    assert main([*with_folder(tiny_run, tmp_path / "fp32"), "train.iterations=1"]) == 0
+    assert not equal(tuned, weights(tmp_path / "fp32"))
 
 
 def test_fp16_and_checkpointed_activations_train(tiny_run, tmp_path):

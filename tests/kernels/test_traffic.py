@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks.kernel_bench.counting import TRITON
 from hrf_kernels import clipped_surrogate, gaussian_log_prob, gaussian_step
 from tests.kernels.cases import BF16, FP32, Case, draw
 from tests.kernels.conftest import INTERPRETED
@@ -65,6 +66,15 @@ def assert_whole_sectors(machine, inputs):
             wide = widths.get(name, inputs.rest["latents"].dtype.itemsize) // narrow
             assert traffic.read_bytes * wide == 32 * traffic.read_sectors, (launch.kernel, name)
             assert traffic.written_bytes == 32 * traffic.written_sectors, (launch.kernel, name)
+
+
+@pytest.mark.parametrize(("name", "output"), [("fp32", FP32), ("bf16", BF16)])
+@both_plans
+def test_the_benchmark_counts_what_is_moved(machine, shape, name, output):
+    train(draw(Case(shape, output=output, latents=FP32)))
+    counted = TRITON[name]["two-stage" if shape == TWO else "one-program"]
+    total = sum(sum(each.values()) for each in moved(machine))
+    assert (total / (4 * math.prod(shape)), len(machine.launches)) == (counted.tensors, counted.calls)
 
 
 @dtypes

@@ -159,9 +159,12 @@ def test_gpu_numbers_by_hand(monkeypatch):
     assert times["warm_ms"] is None and times["warm_gb_per_s"] is None
     assert times["not_captured"] == "operation not permitted when stream is capturing"
     case = {"shape": [3, 8, 8], "batch": 4, "clamp": True, "providers": {"two-stage": {"gpu": times, "errors": {}}}}
-    text = page._gpu({"cases": [case], "peak_gb_per_s": 400.0, "copy_gb_per_s": 350.0})
+    text = page._gpu({"cases": [case], "peak_gb_per_s": 400.0, "read_write_gb_per_s": 350.0})
     assert "| 3×8×8 | 4 | on | two-stage | 2 [0.8, 3.2] |  | 10 [4, 16] | 4 | 0.01 |  | 3 |" in text
     assert "which the share is of: 400; of a kernel that reads and writes 1 GB: 350." in text
+    # as files of before that kernel have it
+    older = page._gpu({"cases": [case], "peak_gb_per_s": 400.0, "copy_gb_per_s": 300.0})
+    assert "of a copy of 1 GB: 300." in older
 
 
 @pytest.mark.parametrize(("size", "count"), [(30 * 2**20, 7), (2**30, 2), (1000, 64)])

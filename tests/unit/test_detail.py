@@ -171,7 +171,7 @@ def test_kid_and_fid_warn_of_nothing():
         assert math.isfinite(kid(normal(20, 4), normal(20, 4), seed=0) + fid(normal(20, 4), normal(20, 4)))
 
 
-def test_half_intervals_hold_the_mean_as_often_as_they_say():
+def test_half_intervals_of_a_mean_are_as_wide_as_its_standard_error_says():
     # the standard error of a mean of 100 is 0.1: 1.96 of it to each side
     values = normal(100)
     values = (values - values.mean()) / values.std()

@@ -125,6 +125,10 @@ def test_what_each_mode_holds_by_hand():
     # and one at the window's end, where noise may follow
     assert make_plan(10**9, image_bytes=12).trajectories == 16 * (4 * 4 + 12)
     assert make_plan(10**9, "train.gae_lambda=0", image_bytes=12).trajectories == 16 * (8 * 4 + 5 * 12)
+    # the embeddings of the iteration's 16 samples stay, whatever an optimizer step takes; on two GPUs those of 8 each
+    prompted, modes = replace(made, condition=100), ("plain", "fp32", "replay", 0)
+    assert (prompted.conditions, made.conditions) == (1600, 0) and prompted.need(*modes) == made.need(*modes) + 1600
+    assert replace(prompted, gpus=2).conditions == 800
     # kept are the groups of an optimizer step
     assert make_plan(10**9, "train.groups_per_step=2").kept_samples == 16
     assert make_plan(10**9, "train.groups_per_step=2", gpus=2).kept_samples == 8

@@ -2,12 +2,15 @@
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hrf_fast import devices
 from hrf_fast.assembly.components import build_components
 from hrf_fast.config.load import load_config
 from hrf_fast.devices import choose_device, deterministic_backward, set_precision_flags
@@ -121,6 +124,9 @@ def test_a_backward_takes_what_is_deterministic_or_stops(flags):
     refusal = pytest.raises(ValueError, match="compute.deterministic is true, but put_ .*deterministic=false")
     with refusal, deterministic_backward():
         torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    late = pytest.raises(ValueError, match="matrix product was made on CUDA before.*CUBLAS_WORKSPACE_CONFIG=:4096:8")
+    with late, deterministic_backward():
+        raise RuntimeError("uses CuBLAS and you have CUDA >= 10.2. ... set CUBLAS_WORKSPACE_CONFIG=:4096:8")
     # other errors stay as they are
     with pytest.raises(RuntimeError, match="of a kind of its own"), deterministic_backward():
         raise RuntimeError("of a kind of its own")
@@ -148,6 +154,30 @@ def test_deterministic_sets_every_flag_on_cuda(flags, deterministic):
     # what the user has set stays, and an operation that has no other way is no error
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_what_matrix_products_read_once_is_set_by_the_import():
+    code = "import os, sys, hrf_fast; assert 'torch' not in sys.modules; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout == ":4096:8\n"
+
+
+def test_a_gpu_after_a_cpu_leaves_the_accelerator_to_deepspeed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices, "_ours", set())
+    # put back afterwards
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    choose_device("cpu")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    choose_device("cuda")
+    assert "DS_ACCELERATOR" not in os.environ
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    choose_device("cpu")
+    choose_device("cuda")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_on_a_cpu_no_flag_is_touched_and_the_fast_ones_are_refused(flags, tiny_run):

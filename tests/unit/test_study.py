@@ -145,7 +145,7 @@ def test_a_run_reaches_the_gain_of_its_best_panel():
 def test_two_arms_at_their_common_levels():
     hrf = {1: line((0, 0.0, 10.0), (100, 2.0, 9.0)), 2: line((0, 0.0, 10.0), (100, 1.0, 10.0))}
     ddpo = {1: line((0, 0.0, 10.0), (100, 4.0, 6.0)), 2: line((0, 0.0, 10.0), (50, 2.0, 8.0))}
-    gain, share, evaluations, _, anyhow, area = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
+    gain, share, evaluations, _, anyhow, area, best = (compare(hrf, ddpo, measure) for measure in measures(0.9, None))
     # at .9: 2 and 1 against 1 and 1
     assert gain.arm.mean == pytest.approx(1.5) and gain.reference.mean == pytest.approx(1.0)
     # the common gain is 1: .95 and 1 against .9 and .9
@@ -155,9 +155,15 @@ def test_two_arms_at_their_common_levels():
     # whatever is kept, to the gain of the second measure
     assert anyhow.title == "evaluations to gain 1" and (anyhow.arm.mean, anyhow.reference.mean) == (75, 25)
     assert area.arm.mean == pytest.approx((1.8 + 1) / 2)
-    # a target that one run does not reach leaves its seed out
+    # of panels alone: 2 and 1 against the pretrained ones, since the two of DDPO are under the floor
+    assert (best.arm.mean, best.reference.mean) == (1.5, 0.0)
+    # a target that no pair reaches
     missed = compare(hrf, ddpo, measures(0.9, 1.5)[2])
     assert missed.result is None and missed.shared == 2
+    # to 1.5 whatever is kept HRF's second run does not come: the mean of the others says nothing about the difference
+    some = compare(hrf, ddpo, measures(0.9, 1.5)[4])
+    assert some.title == "evaluations to gain 1.5" and some.result is None
+    assert (some.arm.mean, some.reference.mean, some.arm.seeds, some.shared) == (75, 37.5, 1, 2)
     fell = {1: line((0, 0.0, 10.0), (100, -1.0, 9.0))}
     assert compare(fell, ddpo, measures(0.9, None)[1]).result is None
 
