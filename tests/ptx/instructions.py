@@ -143,10 +143,10 @@ def _extract(a: Array, start: Array, length: Array) -> Array:
     return a << (32 - length - start).astype(a.dtype) >> (32 - length).astype(a.dtype)
 
 
-for _type in ("pred", "b32", "b64"):
+for _type in ("pred", "b16", "b32", "b64"):
     for _name, _compute in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}.items():
         _define(f"{_name}.{_type}", _type, f"{_type} {_type}", _compute)
-for _type in ("pred", "b32", "b64"):
+for _type in ("pred", "b16", "b32", "b64"):
     _define(f"not.{_type}", _type, _type, np.bitwise_not)
 # numpy clamps counts past the width as PTX does: zeros or the sign are left
 for _type in ("b32", "b64"):

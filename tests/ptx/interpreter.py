@@ -3,8 +3,8 @@
 Each statement is decoded once, to a function of the batch. Threads that branch apart get a program counter each, and
 those at the lowest one run until they meet the next ones. Batches follow one another, so that CTAs cannot talk to
 each other; atomics are not there. Lock step also hides races: a missing barrier goes unseen where the order of the
-statements happens to be right. LLVM may read a register that nobody wrote where its bits do not matter; that raises
-like any other.
+statements happens to be right. LLVM reads registers in threads that have not written them where the bits do not matter:
+what is made of them is unwritten too, and raises where it is stored, is an address or decides a branch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Program:
         counters, waiting = np.zeros(batch.count, np.int64), np.zeros(batch.count, bool)
         pc, limit = 0, end  # the active threads run from pc; others start at limit
         while pc < end:
-            step = self.steps[pc]
+            step, batch.unwritten = self.steps[pc], None
             try:
                 if step.run is not None:
                     step.run(batch)
@@ -86,6 +86,7 @@ class Program:
                     counters[batch.here] = pc
                 else:
                     taken = step.guard(batch) if step.guard else np.ones(1, bool)
+                    batch.require_written()
                     if batch.active is None and (taken.all() or not taken.any()):
                         pc = step.target if taken[0] else pc + 1  # all threads go the same way
                         continue
@@ -158,14 +159,28 @@ class Program:
         _expect(len(operands) == 2, "the number of operands")
         target, source = operands
         if isinstance(source, tuple):
-            return self._compute(f"{opcode} pack", (target, *source))
+            return self._pack(opcode, target, source)
         _expect(len(target) == 2, "the vector")
         parts = zip(("low", "high"), target, strict=True)
-        runs = [self._compute(f"{opcode} {part}", (text, source)) for part, text in parts if text != "_"]
+        runs = {part: self._compute(f"{opcode} {part}", (text, source)) for part, text in parts if text != "_"}
+        index = self.operands.index.get(source)
 
         def run(batch: Batch) -> None:
-            for run in runs:
-                run(batch)
+            for part, run in runs.items():
+                with batch.half(index, part):
+                    run(batch)
+
+        return run
+
+    def _pack(self, opcode: str, target: Operand, source: tuple[str, ...]) -> Run:
+        """A scalar of two halves, of which one may be unwritten."""
+        pack, half = self._compute(f"{opcode} pack", (target, *source)), TYPES["b16" if opcode == "mov.b32" else "b32"]
+        index, sources = self.operands.index[target], [self.operands.source(text, half) for text in source]
+
+        def run(batch: Batch) -> None:
+            missing = [batch.missing_of(each) for each in sources]
+            pack(batch)
+            batch.keep_halves(index, *missing)
 
         return run
 
@@ -187,6 +202,7 @@ class Program:
 
         def locate(batch: Batch, write: bool) -> tuple[Array, Array]:
             found = _of_active(base(batch), batch).astype(np.uint64) + offset
+            batch.require_written()
             return rows(batch.memory[space], found, batch.everyone[batch.here], dtype, count, write)
 
         if root == "ld":
@@ -205,8 +221,10 @@ class Program:
 
         def store(batch: Batch) -> None:
             table, index = locate(batch, True)
+            values = np.stack([_of_active(source(batch), batch) for source in sources], axis=1)
+            batch.require_written()
             # of equal addresses the last lane's value stays
-            table[index] = np.stack([_of_active(source(batch), batch) for source in sources], axis=1)
+            table[index] = values
 
         return store
 
@@ -225,6 +243,7 @@ class Program:
         def run(batch: Batch) -> None:
             batch.require_whole_warps()
             starts = np.broadcast_to(base(batch), batch.count).astype(np.uint64) + np.uint64(address.offset)
+            batch.require_written()
             here = batch.everyone[batch.here]
             first, lane = here // WARP * WARP, here % WARP
             for matrix in range(count):
@@ -238,7 +257,9 @@ class Program:
                     column[batch.here] = table[index][:, 0]
                     sinks[matrix](batch, column)
                 else:
-                    table[index, 0] = _of_active(sources[matrix](batch), batch)
+                    values = _of_active(sources[matrix](batch), batch)
+                    batch.require_written()
+                    table[index, 0] = values
 
         return run
 
@@ -251,8 +272,13 @@ class Program:
         def run(batch: Batch) -> None:
             batch.require_whole_warps()
             number, here = lane(batch) % WARP, batch.everyone
+            batch.require_written()
             source = here ^ number if butterfly else here // WARP * WARP + number
-            sink(batch, np.broadcast_to(value(batch), batch.count)[source])
+            values = np.broadcast_to(value(batch), batch.count)[source]
+            if batch.unwritten is not None:
+                # it is the other lane that has not written
+                batch.unwritten = batch.unwritten[source]
+            sink(batch, values)
 
         return run
 
@@ -272,6 +298,7 @@ def _guarded(run: Run, guard: Source) -> Run:
 
     def guarded(batch: Batch) -> None:
         outer, taken = batch.active, guard(batch)
+        batch.require_written()
         if outer is not None:
             taken = taken & outer
         if taken.all():

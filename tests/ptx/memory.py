@@ -7,7 +7,8 @@ tensor.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,10 +125,15 @@ class Batch:
     ) -> None:
         self.threads, self.count = kernel.threads, len(ctas) * kernel.threads
         self.registers: list[Array | None] = [None] * len(kernel.registers)
+        self.types = list(kernel.registers.values())
         self.partial: dict[int, Array] = {}
         """Which threads have written a register that not all have."""
+        self.halves: dict[int, dict[str, Array]] = {}
+        """Of such a register that was packed of two halves, which threads have not written each."""
         self.active: Array | None = None
         """[count] bool; None when every thread is."""
+        self.unwritten: Array | None = None
+        """[count] bool: threads of which the running statement has read a register that they have not written."""
         self.everyone = np.arange(self.count)
         cta, (x, y, z) = np.repeat(ctas, self.threads), grid
         values = (self.everyone % self.threads, cta % x, cta // x % y, cta // (x * y), x, y, z)
@@ -141,26 +147,63 @@ class Batch:
         return slice(None) if self.active is None else self.active
 
     def read(self, index: int) -> Array:
-        raw = self.registers[index]
+        raw, written = self.registers[index], self.partial.get(index)
         if raw is None:
-            raise PtxError("a source was never written")
-        if index in self.partial:
-            missing = ~self.partial[index] if self.active is None else self.active & ~self.partial[index]
+            raw, written = np.zeros(1, self.types[index]), np.zeros(self.count, bool)
+        if written is not None:
+            missing = ~written if self.active is None else self.active & ~written
             if missing.any():
-                raise PtxError(f"a source was not written by thread {missing.argmax() % self.threads}")
+                self.unwritten = missing if self.unwritten is None else self.unwritten | missing
         return raw
 
     def write(self, index: int, raw: Array) -> None:
+        """What is computed from a register that a thread has not written is not written either."""
         old = self.registers[index]
-        if self.active is None:
+        self.halves.pop(index, None)
+        if self.active is None and self.unwritten is None:
             self.partial.pop(index, None)
-        elif old is None:
-            self.partial[index] = self.active
         else:
-            if index in self.partial:
-                self.partial[index] = self.partial[index] | self.active
-            raw = np.where(self.active, raw, old)
+            active = np.ones(self.count, bool) if self.active is None else self.active
+            before = np.full(self.count, old is not None) if index not in self.partial else self.partial[index]
+            written = active if self.unwritten is None else active & ~self.unwritten
+            self.partial[index] = before & ~active | written
+            if self.partial[index].all():
+                del self.partial[index]
+            raw = raw if old is None else np.where(active, raw, old)
         self.registers[index] = raw
+
+    def missing_of(self, source: Callable[[Batch], Array]) -> Array:
+        """The active threads that have not written an operand, [count] bool; the statement has not read it by that."""
+        before, self.unwritten = self.unwritten, None
+        source(self)
+        missing, self.unwritten = self.unwritten, before
+        return np.zeros(self.count, bool) if missing is None else missing
+
+    def keep_halves(self, index: int, low: Array, high: Array) -> None:
+        """Remember which half of a register that was just packed its threads have not written."""
+        if index in self.partial:
+            others = np.zeros(self.count, bool) if self.active is None else ~self.active & ~self.partial[index]
+            self.halves[index] = {"low": low | others, "high": high | others}
+
+    @contextmanager
+    def half(self, index: int | None, part: str) -> Iterator[None]:
+        """A block that takes one half of a register: only that must be written."""
+        halves = self.halves.get(index, {}).get(part) if index is not None else None
+        if halves is None or index is None:
+            yield
+            return
+        whole = self.partial[index]
+        self.partial[index], self.unwritten = ~halves, None
+        try:
+            yield
+        finally:
+            self.partial[index] = whole
+            self.unwritten = None
+
+    def require_written(self) -> None:
+        """Where a value decides something that others see: an address, a branch, what is stored."""
+        if self.unwritten is not None:
+            raise PtxError(f"a source was not written by thread {self.unwritten.argmax() % self.threads}")
 
     def require_whole_warps(self) -> None:
         """Real hardware waits for the missing lanes, or leaves the result undefined."""

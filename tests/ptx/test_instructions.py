@@ -81,7 +81,7 @@ def test_shifts_clamp_their_count_to_the_width(bits):
     np.testing.assert_array_equal(evaluate(f"shr.s{bits} %o, %a, %b;", signed, value, count), arithmetic)
 
 
-@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("bits", [16, 32, 64])
 def test_logic(bits):
     a, b = edge_integers(np.dtype(f"u{bits // 8}"))
     for name, function in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}.items():

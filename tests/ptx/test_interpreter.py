@@ -336,13 +336,36 @@ def test_what_is_not_known_raises_with_its_line(text):
 
 
 def test_a_register_is_read_only_by_threads_that_wrote_it():
-    with pytest.raises(PtxError, match=r"line \d+: add.s32 %r3, %r2, 1: a source was never written"):
-        run_ptx("add.s32 %r3, %r2, 1;")
+    # a sum may be made of it, but neither stored, nor an address, nor decide anything
+    store = "mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1; st.global.b32 [%d1], %r3;"
+    result = np.zeros(32, np.int32)
+    with pytest.raises(PtxError, match=r"line \d+: st.global.b32 \[%d1\], %r3: a source was not written by thread 0"):
+        run_ptx(f"add.s32 %r3, %r2, 1; {store}", result)
     partly = "setp.lt.u32 %p1, %r0, 7; @%p1 mov.b32 %r2, 1;"
+    for use in (
+        f"add.s32 %r3, %r2, 1; {store}",
+        "mul.wide.u32 %d1, %r2, 4; add.s64 %d1, %d0, %d1; ld.global.b32 %r3, [%d1];",
+        "setp.lt.u32 %p2, %r2, 7; @%p2 bra END; END:",
+        "setp.lt.u32 %p2, %r2, 7; @%p2 mov.b32 %r3, 1;",
+        f"mov.b32 %r3, 5; add.s32 %r3, %r2, 1; {store}",
+    ):
+        with pytest.raises(PtxError, match="not written by thread 7"):
+            run_ptx(f"{partly} {use}", result)
+    # a lane that takes it of another has not written either
+    with pytest.raises(PtxError, match="not written by thread 6"):
+        run_ptx(f"{partly} shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; {store}", result)
+    run_ptx(f"{partly} shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; mov.b32 %r3, 2; {store}", result)
+    assert (result == 2).all()
+    # of a register that was packed of halves each half is by itself
+    halves = "setp.lt.u32 %p1, %r0, 7; @%p1 mov.b16 %h2, 1; mov.b16 %h3, 9; mov.b32 %r2, {%h2, %h3};"
+    run_ptx(f"{halves} mov.b32 {{_, %h4}}, %r2; mov.b32 %r3, {{%h4, %h4}}; {store}", result)
+    assert (result == 9 + (9 << 16)).all()
     with pytest.raises(PtxError, match="not written by thread 7"):
-        run_ptx(f"{partly} add.s32 %r3, %r2, 1;")
-    run_ptx(f"{partly} mov.b32 %r2, 3; add.s32 %r3, %r2, 1;")
-    run_ptx(f"{partly} @%p1 add.s32 %r3, %r2, 1; @!%p1 mov.b32 %r2, 2; add.s32 %r3, %r2, 1;")
+        run_ptx(f"{halves} mov.b32 {{%h4, _}}, %r2; mov.b32 %r3, {{%h4, %h4}}; {store}", result)
+    run_ptx(f"{partly} mov.b32 %r2, 3; add.s32 %r3, %r2, 1; {store}", result)
+    assert (result == 4).all()
+    run_ptx(f"{partly} @%p1 add.s32 %r3, %r2, 1; @!%p1 mov.b32 %r2, 2; add.s32 %r3, %r2, 1; {store}", result)
+    assert result.tolist() == [2] * 7 + [3] * 25
 
 
 def test_a_launch_of_another_number_of_threads_and_a_missing_entry_are_refused():
