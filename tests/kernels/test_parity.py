@@ -68,7 +68,7 @@ def test_a_run_on_triton_is_the_run_on_eager(tiny_run, tiny_model, tmp_path, cap
         monkeypatch.setenv("HRF_KERNELS", kernels)
         assert main([*tiny_run, f"run.folder={folder}", "evaluation.every=0"]) == 0
         notes = [json.loads(line).get("note", "") for line in capsys.readouterr().out.splitlines()]
-        assert any(f"kernels {kernels} " in note and "|ratio - 1| 0," in note for note in notes)
+        assert any(f"{kernels} kernels: " in note and "|ratio - 1| 0," in note for note in notes)
         logs[kernels] = metrics(folder)
         changes[kernels] = flat(folder) - flat(tiny_model)
     assert len(logs["eager"]) == len(logs["triton"]) == 2

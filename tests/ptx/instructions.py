@@ -179,7 +179,7 @@ for _type, _half, _bits in (("b32", "b16", 16), ("b64", "b32", 32)):
         f"mov.{_type} pack", _type, f"{_half} {_half}",
         lambda low, high, wide=TYPES[_type], bits=_bits: high.astype(wide) << bits | low,
     )  # fmt: skip
-for _opcode in ("cvt.s64.s32", "cvt.u64.u32", "cvt.u32.u64", "cvt.rn.f32.s32", "cvt.rn.f32.u32"):
+for _opcode in ("cvt.s64.s32", "cvt.u64.u32", "cvt.u32.u64", "cvt.u16.u32", "cvt.rn.f32.s32", "cvt.rn.f32.u32"):
     _result, _type = _opcode.split(".")[-2:]
     _define(_opcode, _result, _type, lambda a: a)
 

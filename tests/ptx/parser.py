@@ -76,7 +76,8 @@ def parse(text: str, name: str) -> Kernel:
     kernel = Kernel(name, params, int(entry[2]), shared[1] if shared else "")
     for number, line in enumerate(entry[3].split("\n"), 1 + text.count("\n", 0, entry.start(3))):
         line = line.split("//")[0].strip()
-        if re.match(r"\.loc\s", line):
+        # of debuggers, and hints that change nothing
+        if re.match(r"\.(loc|pragma)\s", line):
             continue
         for part in filter(None, (part.strip() for part in line.split(";"))):
             _parse_statement(kernel, part, number)

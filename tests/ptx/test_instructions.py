@@ -236,3 +236,5 @@ def test_integer_to_integer_extends_by_the_source_type():
     np.testing.assert_array_equal(evaluate("cvt.u64.u32 %o, %a;", np.int64, a), a.view(np.uint32))
     b = a * np.int64(2**33 + 5)
     np.testing.assert_array_equal(evaluate("cvt.u32.u64 %o, %a;", np.uint32, b), b.astype(np.uint32))
+    c = np.uint32([0, 2**16 - 1, 2**16 + 3, 2**32 - 1])
+    np.testing.assert_array_equal(evaluate("cvt.u16.u32 %o, %a;", np.uint16, c), c.astype(np.uint16))
