@@ -152,9 +152,9 @@ def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("option", "function"), [("reward.name", "failing"), ("train.advantages", "failing_advantages")]
+    ("option", "function", "quote"), [("reward.name", "failing", "'"), ("train.advantages", "failing_advantages", "")]
 )
-def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path, option, function):
+def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path, option, function, quote):
     words = [
         *tiny_run,
         "train.groups_per_step=2",
@@ -164,7 +164,7 @@ def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run,
     ]
     (first, errors), (second, _) = finish(start(tmp_path, words))
     assert first == second == 1
-    assert all(part in errors for part in ("rank 1", f"tests.distributed.cases:{function}", "KeyError"))
+    assert all(part in errors for part in ("rank 1", f"{quote}tests.distributed.cases:{function}{quote}", "KeyError"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
 
 
