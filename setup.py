@@ -58,7 +58,7 @@ setup(
         "numpy",
         # Student's t of studies
         "scipy",
-        "diffusers>=0.30",
+        "diffusers>=0.34",
         # text encoders, and networks that look at images; 5.4 has image processors that need no torchvision
         "transformers>=5.4",
         "peft>=0.17",

@@ -2,7 +2,7 @@
 
     hrf bench signal --starts ddpo 0 5 10 14 --groups 24 train.group_size=8
     hrf bench signal --starts ddpo 5 --groups 12 --config configs/peeps.yaml
-    hrf bench signal --starts ddpo 10 model.name=fashion window.shared_noise=true train.gae_lambda=0
+    hrf bench signal --starts ddpo 10 --groups 24 model.name=fashion window.shared_noise=true train.gae_lambda=0
 
 The words after the options are a configuration, of which what makes advantages and weighs steps has no part here: every
 group is standardised by itself without a floor, and there are no clips, no remedies and no schedule. At the pretrained

@@ -193,7 +193,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands but `train`, whose words config/load.py reads."""
+    """The parser of all commands; the words of `train` are config/load.py's, and go there before it."""
     return make_parsers(COMMANDS)[0]
 
 

@@ -74,6 +74,29 @@ def note_of(what: str, changes: list[str]) -> str:
     return f"{what} changes {' and '.join(changes)}, which the run puts back: nothing else may depend on it"
 
 
+def memory_of(thing: Any) -> dict[str, str]:
+    """An object's attributes as text, for `forgets`; empty where it has a state."""
+    attributes = {} if hasattr(thing, "state") else getattr(thing, "__dict__", {})
+    return {name: _text(value) for name, value in attributes.items()}
+
+
+def _text(value: Any) -> str:
+    """An object's repr, which may be a user's own and fail; then nothing, as if it never changed."""
+    try:
+        return repr(value)
+    except Exception:
+        return ""
+
+
+def forgets(thing: Any, before: dict[str, str]) -> bool:
+    """Whether a call has changed what `memory_of` gave before it, so that a resumed run would go on otherwise.
+
+    What a call has added is a cache, as of functools.cached_property.
+    """
+    after = memory_of(thing)
+    return any(after.get(name) != value for name, value in before.items())
+
+
 def source_of(thing: Any) -> dict[str, str] | None:
     """The file that holds a function, or the class of an object, and its SHA-256; None for ours and what has no source.
 

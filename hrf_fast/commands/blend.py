@@ -22,7 +22,6 @@ from hrf_fast.devices import choose_device, set_up
 from hrf_fast.evaluation import blend as blends
 from hrf_fast.evaluation.panel import Panel
 from hrf_fast.policies.base import Policy
-from hrf_fast.policies.lora import adapted_layers
 from hrf_fast.report.plots import blend_front
 from hrf_fast.rewards import CombinedReward
 from hrf_fast.run.card import save_model
@@ -31,6 +30,7 @@ from hrf_fast.run.finished import finished_run
 from hrf_fast.run.layout import RunFiles
 from hrf_fast.run.lock import blending
 from hrf_fast.run.sources import BASE, edited, read_sources
+from hrf_fast.timing.tuning import set_threads
 
 # in settings.json: of all options of its sections
 _DIGEST = "option"
@@ -95,6 +95,7 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
     device = choose_device(config.run.device)
     # before networks of the reward and the panel run for the first time
     set_up(device, deterministic=config.compute.deterministic)
+    set_threads(config)
     panel = build_panel(config, device, build_prompts(config)[0])
     if panel.network is None:
         raise ValueError(
@@ -107,11 +108,10 @@ def blend(run: Path, words: Sequence[str], *, keep: float, quality: float = 0.0,
             f"{config.evaluation.network} gives none, or evaluation.panel_size {config.evaluation.panel_size} is too "
             "few images; leave it at 0"
         )
+    # first, and then on the CPU: a GPU that trained one model need not hold two
+    pretrained = None if config.lora.rank else run_policy(run, config).network.cpu()
     policy = run_policy(run, config, str(files.model))
-    adapters = bool(adapted_layers(policy.network.unet))
-    pretrained = None if adapters else run_policy(run, replace(config, lora=LoraConfig())).network
     line = blends.WeightLine(policy.network, pretrained)
-    # a GPU that trained one model need not hold two
     del pretrained
     folder.mkdir(exist_ok=True)
     with blending(folder):

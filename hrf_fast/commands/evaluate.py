@@ -27,6 +27,7 @@ from hrf_fast.run.files import write_atomically
 from hrf_fast.run.finished import finished_run
 from hrf_fast.run.layout import RunFiles
 from hrf_fast.run.sources import edited_notes
+from hrf_fast.timing.tuning import set_threads
 
 
 def evaluate(model: Path, words: list[str], *, out: Path | None = None, everything: bool = False) -> Path:
@@ -57,6 +58,7 @@ def evaluate(model: Path, words: list[str], *, out: Path | None = None, everythi
     device = choose_device(config.run.device)
     # before networks of the reward and the panel run for the first time
     set_up(device, deterministic=config.compute.deterministic)
+    set_threads(config)
     (prompts, source), reward = build_prompts(config), build_config_reward(config, device)
     panel = build_panel(config, device, prompts)
     sources = reward.sources | prompt_sources(config, source, panel) | panel.held_out_sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from hrf_fast.commands.runs import checkpoint_policy, model_of_run, run_of, run_policy, with_sampler
@@ -31,6 +32,8 @@ def export(model: Path, out: Path, *, merge: bool = False) -> None:
         raise ValueError(f"--out is {out}, which is there already; name a new folder")
     config = files.read_config()
     on_cpu = with_sampler(config, "cpu", {})
+    # text encoders as the run has had them: in fp32 a merged pipeline would be twice as large
+    on_cpu = replace(on_cpu, compute=replace(on_cpu.compute, encoder_precision=config.compute.encoder_precision))
     if tuned:
         policy, iterations = run_policy(run, on_cpu, str(tuned)), files.model_iteration()
     else:

@@ -26,7 +26,11 @@ from hrf_fast.run.sources import check_base, check_policy_kind
 # options that say what a run's tuned model is
 BASE_MODEL = ("model.name", "model.revision", "model.variant")
 ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
-# sections that it does not depend on any more
+# options and sections that it does not depend on any more
+_IDLE = (
+    *("evaluation.every", "reward.mix", "prompts.distinct", "engine.deepspeed"),
+    *("compute.compile", "compute.activations", "compute.memory_budget", "compute.auto_tune"),
+)
 _TRAINING = ("train", "window", "optimizer", "remedies", "stop")
 
 
@@ -42,7 +46,8 @@ def run_of(checkpoint: Path) -> Path | None:
         raise ValueError(f"{checkpoint} holds the checkpoints of a run; name one of them, such as {checkpoints[0]}")
     if not (path / WEIGHTS).is_file():
         return None
-    run = path.parents[1]
+    # the root has no parents
+    run = path.parent.parent
     if not RunFiles(run).config_file.is_file():
         raise ValueError(
             f"{checkpoint} is a checkpoint, but {run} has no config.yaml, which says what model it is of; put it back "
@@ -112,8 +117,7 @@ def _check_effect(before: Config, config: Config, changed: Collection[str]) -> N
 def _is_idle(option: str) -> bool:
     """Whether a tuned model and its panels do not depend on an option any more."""
     section = option.partition(".")[0]
-    alone = option in ("evaluation.every", "reward.mix", "prompts.distinct")
-    return section in _TRAINING or alone or (section == "run" and option != "run.device")
+    return section in _TRAINING or option in _IDLE or (section == "run" and option != "run.device")
 
 
 def run_policy(run: Path, config: Config, name: str | None = None) -> Policy:

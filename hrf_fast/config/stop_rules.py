@@ -16,6 +16,11 @@ def check_stop(config: Config) -> None:
         ValueError: names the option, its value and the way out.
     """
     stop, train = config.stop, config.train
+    if stop.target_reward is not None and not config.evaluation.every:
+        raise ValueError(
+            f"stop.target_reward is {stop.target_reward:g} but evaluation.every is 0, so no panel comes before "
+            "the end; set evaluation.every, or stop.target_reward=null"
+        )
     if stop.patience and not config.evaluation.every:
         raise ValueError(
             f"stop.patience is {stop.patience} panels but evaluation.every is 0, so the only one to compare comes at "

@@ -100,6 +100,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
             shared = key.startswith("qmap")
             tensor = torch.as_tensor(value)
             tensors[f"{index}.{key}"] = tensor.clone() if shared else contiguous_copy(tensor)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(weights if any(name.endswith(".exp_avg") for name in tensors) else []):
+        # one that no call has used yet, in the state that its first step would begin with
+        if index not in state["state"]:
+            zeros = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            tensors |= {f"{index}.{moment}": zeros.clone() for moment in ("exp_avg", "exp_avg_sq")}
+            tensors[f"{index}.step"] = torch.zeros(())
     return tensors, state["param_groups"]
 
 

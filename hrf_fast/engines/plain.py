@@ -57,8 +57,7 @@ class PlainEngine:
         Raises:
             FloatingPointError: a gradient is not finite; the weights are as they were.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        comm.average(gradients)
+        gradients = self._averaged()
         if self.loss_scale.value != 1:
             torch._foreach_div_(gradients, self.loss_scale.value)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
@@ -66,6 +65,23 @@ class PlainEngine:
         self.optimizer.step()
         self.ema.update(self.parameters)
         return norm
+
+    def _averaged(self) -> list[Tensor]:
+        """The gradients, averaged over ranks; a weight that one rank has not used counts as 0 there.
+
+        A weight that no rank has used keeps none, so that the optimizer leaves it alone.
+        """
+        unused = [parameter for parameter in self.parameters if parameter.grad is None]
+        used = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])
+        used = used.to(self.parameters[0].device, non_blocking=True)
+        for parameter in unused:
+            parameter.grad = torch.zeros_like(parameter)
+        # one collective for all: ranks whose windows differ may have used other weights
+        comm.average([*(p.grad for p in self.parameters if p.grad is not None), used])
+        if unused:
+            for parameter, share in zip(self.parameters, used.tolist(), strict=True):
+                parameter.grad = parameter.grad if share else None
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

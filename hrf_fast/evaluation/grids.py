@@ -134,3 +134,18 @@ def save_grid(images: Tensor, path: Path, *, captions: Sequence[str] = (), image
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
+
+
+def read_grid(path: Path) -> Image.Image:
+    """A grid that `save_grid` wrote, of any size: Pillow refuses large pictures, since a stranger's may be a trap.
+
+    Raises:
+        OSError: no such file, or a damaged one.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -198,14 +198,14 @@ def _signal(log: RunLog) -> Series | None:
 def _grid(log: RunLog, panel: int, name: str, kind: str) -> Figure:
     record: dict[str, Any] = log.panels[panel]
     limit = SMALL_GRID_PIXELS if kind == "small" else GRID_PIXELS
-    with open_grid(log, panel) as picture:
-        if max(picture.size) > limit:
-            picture.thumbnail((limit, limit))
-            buffer = io.BytesIO()
-            picture.save(buffer, format="png")
-            data = buffer.getvalue()
-        else:
-            data = RunFiles(log.folder).grid(record["iteration"]).read_bytes()
+    picture = open_grid(log, panel)
+    if max(picture.size) > limit:
+        picture.thumbnail((limit, limit))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="png")
+        data = buffer.getvalue()
+    else:
+        data = RunFiles(log.folder).grid(record["iteration"]).read_bytes()
     vendi = f", Vendi Score {record['vendi'][0]:.4g}" if "vendi" in record else ""
     caption = f"{name}, iteration {record['iteration']}: reward {record['reward'][0]:.4g}{vendi}"
     return Figure(data, caption, kind)

@@ -6,14 +6,13 @@ Images of a column start from equal noise. They are cut from the grids in sample
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from hrf_fast.evaluation.grids import SHOWN, Grid, captions_of
+from hrf_fast.evaluation.grids import SHOWN, Grid, captions_of, read_grid
 from hrf_fast.report.comparison import RunLog, read_runs
 from hrf_fast.report.tables import run_title
 from hrf_fast.run.files import write_atomically
@@ -76,17 +75,15 @@ def draw_strip(rows: Sequence[Row]) -> Image.Image:
     return strip
 
 
-@contextmanager
-def open_grid(log: RunLog, panel: int) -> Iterator[Image.Image]:
-    """A panel's grid, open.
+def open_grid(log: RunLog, panel: int) -> Image.Image:
+    """A panel's grid.
 
     Raises:
         ValueError: the grid is not there, or damaged.
     """
     path = RunFiles(log.folder).grid(log.panels[panel]["iteration"])
     try:
-        with Image.open(path) as picture:
-            yield picture
+        return read_grid(path)
     except OSError as error:
         raise ValueError(f"{log.folder} lacks a grid, {path}: {error}; copy the whole run folder") from error
 
@@ -100,8 +97,7 @@ def grid_images(log: RunLog, panel: int) -> list[Image.Image]:
     layout = Grid(
         min(SHOWN, log.config.evaluation.panel_size), captions_of(log.panels[panel]).get("images_per_prompt", 0)
     )
-    with open_grid(log, panel) as picture:
-        return layout.cut(picture.convert("RGB"))
+    return layout.cut(open_grid(log, panel).convert("RGB"))
 
 
 def _row(log: RunLog, panel: int, name: str) -> Row:

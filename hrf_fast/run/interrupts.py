@@ -6,6 +6,7 @@ of them come by: a launcher ends its ranks by SIGTERM, half a minute before SIGK
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -29,12 +30,15 @@ class Interrupts:
         self._first = 0
         self._held = 0
         self._handlers: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Interrupts:
         # other threads get no signals
         if threading.current_thread() is threading.main_thread():
             # under nohup the hang-up is ignored, so that the run outlives its terminal
-            heeded = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            ignored = {n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) is signal.SIG_IGN}
+            # None: set by a program that embeds Python, and not for Python to set
+            heeded = [n for n in SIGNALS if n not in ignored and signal.getsignal(n) is not None]
             self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
@@ -72,6 +76,11 @@ class Interrupts:
             raise Interrupted(min(number for number in numbers if number))
 
     def _handle(self, number: int, _: object) -> None:
+        if os.getpid() != self._process:
+            # a process that user code has forked does as it would without a run: a Pool ends its workers by SIGTERM
+            signal.signal(number, self._handlers[number])
+            os.kill(os.getpid(), number)
+            return
         again, self._asked, self._first = self._asked, True, self._first or number
         name = signal.Signals(number).name
         if comm.world_size() > 1:

@@ -45,7 +45,10 @@ def _lock(folder: Path, named: str, no_two: str) -> BaseFileLock:
         lock.acquire()
     except Timeout:
         owner = (folder / OWNER).read_text().strip() if (folder / OWNER).is_file() else "another process"
-        raise ValueError(f"{named} is in use by {owner}, and two {no_two}") from None
+        # where the file system has no flock, a process of another machine leaves its lock behind when it is killed
+        elsewhere = not owner.endswith(socket.gethostname())
+        gone = f"; if that process is gone, delete {folder / NAME}" if elsewhere else ""
+        raise ValueError(f"{named} is in use by {owner}, and two {no_two}{gone}") from None
     try:
         write_atomically(folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError:

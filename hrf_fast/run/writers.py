@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hrf_fast.config.credentials import without_credentials
 from hrf_fast.errors import writing
-from hrf_fast.evaluation.grids import captions_of, image_grid
+from hrf_fast.evaluation.grids import captions_of, image_grid, read_grid
 from hrf_fast.run.files import intervals_of, write_atomically
 from hrf_fast.run.folder import WANDB_ID, WANDB_SENT, RunFolder
 from hrf_fast.run.listeners import Listener
@@ -45,8 +46,11 @@ class Writer(Listener):
             if not panel:
                 self.iteration(record)
                 continue
-            grid = folder.grid(record["iteration"])
-            self._panel(record, Image.open(grid) if grid.is_file() else None)
+            picture = None
+            # one that is missing or damaged is no reason to hold a run up
+            with suppress(OSError):
+                picture = read_grid(folder.grid(record["iteration"]))
+            self._panel(record, picture)
 
     def iteration(self, record: dict[str, Any]) -> None:
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}

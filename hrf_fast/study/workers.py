@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hrf_fast.config.credentials import without_credentials
+from hrf_fast.cpu import usable_cpus
 from hrf_fast.run.files import write_atomically
 from hrf_fast.run.finished import finished_run
 from hrf_fast.run.layout import RunFiles
@@ -120,11 +122,11 @@ class Workers:
                     pass
             begun["run_commit"] = _begun(self.out / f"{job.training.name}.json")["commit"]
             words = ["blend", str(run), "--keep", str(job.blend.keep), "--most", str(most), "--step", str(step)]
-        threads = max(1, (os.cpu_count() or 1) // self.slots)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cpus() // self.slots))
         with open(self.out / f"{job.name}.log", "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "hrf_fast.cli", *words],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": threads},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -150,7 +152,7 @@ class Workers:
         """Read what a finished process has left, or its error."""
         path = self.out / f"{job.name}.log"
         if code:
-            return {"error": _error(code, path)}
+            return {"error": without_credentials(_error(code, path))}
         try:
             if job.blend is None:
                 outcome = trained(self.out / job.name)
@@ -158,7 +160,7 @@ class Workers:
                 outcome = blended(self.out / job.training.name, job.blend)
             check_panels(outcome)
         except (ValueError, TypeError, LookupError) as error:
-            return {"error": f"{type(error).__name__}: {error}; see {path}"}
+            return {"error": without_credentials(f"{type(error).__name__}: {error}; see {path}")}
         return outcome
 
     def _stop(self) -> None:

@@ -140,7 +140,7 @@ class Peers:
         return dict(zip(rewards, advantages.split(sizes), strict=True))
 
     def scales(self, rewards: Mapping[int, Tensor]) -> dict[int, float]:
-        """The divisor of each group's advantages, in units of the reward; infinite where it would be a std of 0.
+        """The divisor of each group's advantages, in units of the reward: 1 without one, infinite for a std of 0.
 
         What steps changed on the way to equal rewards was undone: a floor would blow it up to full size.
         """

@@ -24,7 +24,7 @@ from hrf_fast.training.prefix import prefixes
 from hrf_fast.training.probe import StartProbe
 from hrf_fast.training.rewarding import GroupRewards
 from hrf_fast.training.rollout import Rollout, rollout
-from hrf_fast.user_code import note_of, user_code
+from hrf_fast.user_code import forgets, memory_of, note_of, user_code
 from hrf_fast.windows.base import Window, with_noise
 
 
@@ -60,26 +60,30 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
         noises = {number: group_noise(components, iteration, "search", number) for number in numbers}
         probe = StartProbe(components, anchors, noises, prompts)
         what = f"window.schedule {qualified_name(schedule)}"
+        failure: Exception | None = None
+        changes: list[str] = []
+        before = memory_of(schedule)
         try:
             with user_code(what) as changes:
-                before = _memory(schedule)
                 windows = schedule(iteration, groups.per_iteration, generator=generator, probe=probe)
-                after = _memory(schedule)
-        except ValueError as error:
+        except Exception as error:
             # those of the probe name the schedule, and are every rank's
-            if comm.said_by_main(error) or str(error).startswith(what):
+            if comm.said_by_main(error):
                 raise
-            raise ValueError(f"{what}: {error}") from error
+            named = not isinstance(error, ValueError) or str(error).startswith(what)
+            failure = error if named else ValueError(f"{what}: {error}")
         if changes:
             run.note_once(note_of(what, changes), key=what)
-        # what a call has added is a cache, as of functools.cached_property
-        if any(after.get(name) != value for name, value in before.items()):
+        if forgets(schedule, before):
             run.note_once(
                 f"{what} remembers something and has no state(): a resumed run begins it anew, and may choose other "
                 "windows than an unbroken one; give it state() and load_state(state) (docs/windows.md)",
                 key=f"{what}.state",
             )
+        # a probe, which is collective, begins with such a block: a rank that fails is heard by those that go on to one
         with comm.agreed():
+            if failure is not None:
+                raise failure
             _check_windows(
                 windows, groups.per_iteration, policy.sampler.stochastic_steps, what, anchored=schedule.needs_anchors
             )
@@ -147,12 +151,6 @@ def group_noise(components: Components, iteration: int, purpose: str, group: int
     """The noise of a group's samples, which are numbered over the whole iteration."""
     ids = torch.tensor(components.groups.sample_ids(group), device=components.policy.device)
     return NoiseKey(noise_key(components.algorithm.seed, iteration, purpose), ids)
-
-
-def _memory(schedule: Any) -> dict[str, str]:
-    """A schedule's attributes as text, to see whether a call changes them; empty where it has a state."""
-    attributes = {} if hasattr(schedule, "state") else getattr(schedule, "__dict__", {})
-    return {name: repr(value) for name, value in attributes.items()}
 
 
 def _check_windows(windows: Any, groups: int, stop: int, what: str, *, anchored: bool) -> None:

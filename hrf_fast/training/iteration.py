@@ -15,6 +15,7 @@ from torch import Tensor
 from hrf_fast.devices import peak_memory_bytes
 from hrf_fast.distributed import comm
 from hrf_fast.noise import seed_everything
+from hrf_fast.registry import qualified_name
 from hrf_fast.rewards import RewardError
 from hrf_fast.run.session import Run
 from hrf_fast.training.collect import begin, collect
@@ -24,6 +25,7 @@ from hrf_fast.training.drift import check_drift, policy_drift
 from hrf_fast.training.metrics import StepStats, iteration_record
 from hrf_fast.training.rewarding import GroupRewards, gather_rewards
 from hrf_fast.training.update import update
+from hrf_fast.user_code import forgets, memory_of
 from hrf_fast.windows.base import Window
 
 
@@ -130,6 +132,7 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=algorithm.skip_not_finite)
             # advantages may be the user's
+            before = memory_of(components.advantages)
             with comm.agreed():
                 advantages = standardise(
                     rewards,
@@ -140,6 +143,13 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
                     term_weights=components.term_weights,
                 )
                 weak = spread_notes(rewards, components.advantages, components.term_weights)
+            if forgets(components.advantages, before):
+                what = f"train.advantages {qualified_name(components.advantages)}"
+                run.note_once(
+                    f"{what} remembers something and has no state(): a resumed run begins it anew, and may learn "
+                    "otherwise than an unbroken one; give it state() and load_state(state) (docs/remedies.md)",
+                    key=f"{what}.state",
+                )
             for kind, sentence in weak.items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards

@@ -1,4 +1,4 @@
-"""Advantages: rewards standardised against their peers. Pure functions, no state."""
+"""Standardising: rewards made advantages against their peers. Pure functions, no state."""
 
 import torch
 from torch import Tensor

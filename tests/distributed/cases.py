@@ -73,6 +73,20 @@ def failing(images, prompts=None):
     return images.mean((1, 2, 3))
 
 
+class FailingSchedule:
+    """A schedule that both ranks can ask in one iteration only."""
+
+    needs_anchors = False
+
+    def __init__(self, *, num_inference_steps, stop):
+        self.stop = stop
+
+    def __call__(self, iteration, num_groups, *, generator, probe):
+        from hrf_fast.windows.base import Window
+
+        return [Window(0, self.stop)] * {0: num_groups}[iteration]
+
+
 def failing_advantages():
     """Advantages that the second rank can compute in one iteration only."""
     asked = []
@@ -210,6 +224,24 @@ def not_finite(words: Sequence[str]) -> list:
     except FloatingPointError as error:
         message = str(error)
     return [len(made), skipped, unchanged, len(again), finite, notes, message]
+
+
+def experts() -> list:
+    """Weights of two experts after a step in which each rank has used one, and of one that none has used."""
+    from hrf_fast.config.options import OptimizerConfig
+    from hrf_fast.distributed import comm
+    from hrf_fast.engines.plain import PlainEngine
+
+    model = torch.nn.ParameterList([torch.tensor([1.0, 1.0]) for _ in range(3)])
+    options = OptimizerConfig(weight_decay=0.0, kwargs={"eps": 1.0}, max_grad_norm=0.0)
+    engine = PlainEngine(model, options)
+    engine.set_learning_rate(1.0)
+    with engine.accumulating():
+        # gradients (2, 4) of the first and (6, 8) of the second: (1, 2) and (3, 4) on average
+        factors = torch.tensor([[2.0, 4.0], [6.0, 8.0]])[comm.rank()]
+        engine.backward((model[comm.rank()] * factors).sum())
+    engine.step()
+    return comm.gather([weight.tolist() for weight in model])
 
 
 def collectives() -> list:

@@ -137,6 +137,7 @@ def results(tiny_model, tmp_path_factory, request):
     four = ["train.groups_per_iteration=4", "train.groups_per_step=4", "evaluation.every=0", "train.iterations=3"]
     two["restored one rank"] = ("wrecked_on_one_rank", run("restored-one-rank", *best[1:3], *four)[1])
     two["collectives"] = ("collectives",)
+    two["experts"] = ("experts",)
     two |= {f"not finite {name}": ("not_finite", step(*ENGINES[name])[1]) for name in list(engines)[:5]}
     # half of a run, then the rest of it, on the same engine
     for name in ("plain", "zero2", "zero3"):
@@ -156,7 +157,7 @@ def results(tiny_model, tmp_path_factory, request):
     if not every:
         names = {f"{kind} {name}" for kind in ("gradient", "weights") for name in QUICK}
         names |= {"gradient zero2 micro", "not finite zero2", "collectives", "restored zero2", "restored wrecked"}
-        names |= {"restored one rank"}
+        names |= {"restored one rank", "experts"}
         kinds = ("resume zero2", "resume zero3 lora")
         two = {name: case for name, case in two.items() if name in names or name.startswith(kinds)}
         one = {name: one[name] for name in ("gradient", "gradient micro", "weights", "weights lora")}
@@ -347,6 +348,14 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_nam
     assert (made, skipped, kept, steps, finite) == (0, 1, True, 1, True)
     (note,) = notes
     assert all("iteration 7, groups 0 to 3: " in text and "gradient norm is" in text for text in (note, error))
+
+
+def test_a_weight_that_one_rank_has_not_used_counts_as_no_gradient_there(results):
+    found, _ = results
+    # AdamW's first step is g/(|g| + 1)
+    both, untouched = [[1 - 1 / 2, 1 - 2 / 3], [1 - 3 / 4, 1 - 4 / 5]], [1.0, 1.0]
+    for rank in found["experts"]:
+        assert rank == [*(pytest.approx(each, rel=1e-6) for each in both), untouched]
 
 
 def test_collectives(results):

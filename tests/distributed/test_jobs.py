@@ -152,9 +152,16 @@ def test_what_two_ranks_can_not_share_is_refused_once(tiny_run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("option", "function", "quote"), [("reward.name", "failing", "'"), ("train.advantages", "failing_advantages", "")]
+    ("option", "function", "quote", "where"),
+    [
+        ("reward.name", "failing", "'", "rank 1"),
+        ("train.advantages", "failing_advantages", "", "rank 1"),
+        ("window.schedule", "FailingSchedule", "", "window.schedule"),
+    ],
 )
-def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run, tmp_path, option, function, quote):
+def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(
+    tiny_run, tmp_path, option, function, quote, where
+):
     words = [
         *tiny_run,
         "train.groups_per_step=2",
@@ -164,7 +171,7 @@ def test_user_code_that_fails_on_one_rank_stops_all_after_a_checkpoint(tiny_run,
     ]
     (first, errors), (second, _) = finish(start(tmp_path, words))
     assert first == second == 1
-    assert all(part in errors for part in ("rank 1", f"{quote}tests.distributed.cases:{function}{quote}", "KeyError"))
+    assert all(part in errors for part in (where, f"{quote}tests.distributed.cases:{function}{quote}", "KeyError"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["iteration-000001"]
 
 

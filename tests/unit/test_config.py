@@ -332,6 +332,7 @@ def test_what_the_ranks_of_a_job_can_not_share_is_refused(words, ranks, message)
             ["train.advantages=prompt", "prompts.source=animals", "train.prompt_buffer=4"],
             "train.prompt_min_count is 16.*train.prompt_buffer 4",
         ),
+        (["stop.target_reward=3", "evaluation.every=0"], "stop.target_reward is 3 but evaluation.every is 0"),
         (["stop.patience=3", "evaluation.every=0"], "stop.patience is 3 panels but evaluation.every is 0"),
         # the ratio of a rollout's only step is 1
         (["stop.max_kl=0.1", "train.order=on_policy"], "stop.max_kl is 0.1, but every rollout serves one.*max_drift"),

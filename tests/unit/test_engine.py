@@ -8,7 +8,7 @@ from torch import nn
 
 from hrf_fast.config.options import OptimizerConfig
 from hrf_fast.engines.base import Ema, LossScale, LossScaleOverflow
-from hrf_fast.engines.optimizers import learning_rate_at
+from hrf_fast.engines.optimizers import judge_state, learning_rate_at
 from hrf_fast.engines.plain import PlainEngine
 
 # --- engine -----------------------------------------------------------------------------------------------------------
@@ -40,6 +40,25 @@ def test_a_gradient_over_the_maximum_norm_is_scaled_to_it():
     assert float(norm) == pytest.approx(5.0)
     assert model.weight.grad[0].tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
     assert model.weight[0].tolist() == pytest.approx([0.9125, 1.8555556], rel=1e-6)
+
+
+def test_a_weight_that_no_rank_has_used_is_left_alone():
+    # weight decay alone would take it to 0.95
+    model = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.fill_(1.0)
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=0.5))
+    engine.set_learning_rate(0.1)
+    with engine.accumulating():
+        engine.backward(model[0].weight.sum())
+    assert float(engine.step()) == 1
+    first, second = (layer.weight.detach() for layer in model)
+    assert float(first) < 1 and float(second) == 1 and model[1].weight.grad is None
+    # a checkpoint has it, as its first step would find it
+    tensors, _ = engine.optimizer_state()
+    shapes = [tuple(shape) for shape in engine.shapes().values()]
+    assert judge_state(tensors, shapes) == "" and float(tensors["1.step"]) == 0 and float(tensors["1.exp_avg"]) == 0
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 5.1])

@@ -1,6 +1,7 @@
 """A run's session: its logs and times, what signals and listeners do to it."""
 
 import io
+import multiprocessing
 import signal
 import time
 import types
@@ -172,6 +173,30 @@ def test_a_signal_in_the_middle_of_a_print_waits_like_any_other():
         print("progress", file=screen, flush=True)
         reached.append("update")
     assert reached == ["update"]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_process_that_user_code_forks_can_be_ended_in_an_update():
+    noted: list[str] = []
+    interrupts = Interrupts(noted.append)
+    with interrupts, interrupts.held():
+        # as a Pool's workers, which its `terminate` ends
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        process.start()
+        process.terminate()
+        process.join(20)
+        code = process.exitcode
+        process.kill()
+    assert code == -signal.SIGTERM and noted == []
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    put = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: put.append(arguments))
+    with Interrupts(print):
+        pass
+    assert put == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

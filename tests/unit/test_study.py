@@ -309,6 +309,7 @@ KeyError: 'here'"""
         (-signal.SIGKILL, "error: an old one\nself-check passed: fp32", "killed by SIGKILL (out of memory?)"),
         (-signal.SIGTERM, "", "killed by SIGTERM"),
         (-40, "", "killed by signal 40"),
+        (1, "error: no answer of https://me:pw@host/?token=T", "no answer of https://host/?token="),
         (1, "error: no disk\nHRF_TRACEBACK=1 in the environment shows the whole traceback", "no disk"),
         (1, f"error: an old one\n{TRACEBACK}", "KeyError: 'here'"),
         (3, "self-check passed: fp32", "exit code 3; see {log}"),

@@ -159,8 +159,20 @@ def test_the_environment_names_wandbs_project_and_what_wandb_reads_itself_is_no_
 
 def test_the_names_that_secrets_have_are_credentials():
     secret = ("token", "X-Api-Key", "accessToken", "Authorization", "pwd", "api-key", "sig", "HF_TOKEN")
+    secret += ("api_keys", "Cookie")
     shown = ("max_tokens", "keypoints", "author", "monkey", "design")
     assert without_credentials({"headers": dict.fromkeys((*secret, *shown), "x")})["headers"].keys() == {*shown}
+
+
+def test_a_damaged_grid_holds_no_run_up(words, wandb, tmp_path):
+    live(words, 0, 2)
+    (grid, *_) = sorted((tmp_path / "run" / "samples").iterdir())
+    grid.write_bytes(grid.read_bytes()[:100])
+    # all that W&B has had is gone
+    wandb.rows.clear()
+    live(words, 2, 3)
+    assert [i for i, _ in wandb.series("panel/reward")] == [0, 1, 2, 3]
+    assert [i for i, _ in wandb.series("panel")] == [1, 2, 3]
 
 
 def test_a_password_in_an_address_is_a_credential():
