@@ -304,7 +304,8 @@ def test_another_model_than_the_runs_is_refused_before_anything_is_loaded(finish
 
 @pytest.mark.parametrize("command", ["evaluate", "blend"])
 @pytest.mark.parametrize(
-    "word", ["train.iterations=7", "evaluation.every=3", "run.folder=elsewhere", "stop.patience=2"]
+    "word",
+    ["train.iterations=7", "evaluation.every=3", "run.folder=elsewhere", "stop.patience=2", "compute.compile=unet"],
 )
 def test_an_option_of_training_alone_is_refused_where_nothing_trains(finished, capsys, monkeypatch, command, word):
     monkeypatch.setattr("hrf_fast.commands.runs.build_policy", lambda *_: pytest.fail("loaded"))

@@ -90,6 +90,13 @@ def test_what_is_written_beside_a_row(tmp_path, monkeypatch):
     assert [len(row.images) for row in drawn] == [6, 6]
 
 
+def test_a_grid_of_any_size_is_read(tmp_path, monkeypatch):
+    # Pillow refuses pictures of twice as many pixels, which all of the grid has
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    run = write_run(tmp_path / "run", "clusters", size=6, first=50)
+    assert write_strip([run], tmp_path / "strip.png").is_file() and Image.MAX_IMAGE_PIXELS == 5000
+
+
 def test_names_stand_beside_the_rows(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("hrf_fast.report.strip.draw_strip", lambda rows: drawn.extend(rows) or draw_strip(rows))

@@ -204,6 +204,35 @@ def test_a_schedule_that_remembers_without_a_state_is_said_once(words, capsys, s
     assert len(notes(capsys, "remembers something and has no state()")) == said
 
 
+class Advising:
+    """A user's advantages with a running mean, and an attribute whose text can't be made."""
+
+    class Silent:
+        def __repr__(self):
+            raise RuntimeError("no text")
+
+    def __init__(self):
+        self.mean, self.silent = 0.0, self.Silent()
+
+    def __call__(self, rewards, prompts):
+        self.mean += 0.1
+        return {group: values - self.mean for group, values in rewards.items()}
+
+
+class RememberingAdvantages(Advising):
+    def state(self):
+        return {"mean": self.mean}
+
+    def load_state(self, state):
+        self.mean = state["mean"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("Advising", 1), ("RememberingAdvantages", 0)])
+def test_advantages_that_remember_without_a_state_are_said_once(words, capsys, name, said):
+    train([*words, f"train.advantages={__name__}:{name}"], reward=bright)
+    assert len(notes(capsys, "remembers something and has no state()")) == said
+
+
 def test_what_user_code_prints_is_not_taken_for_a_line_of_json(words, capsys):
     class Chatty(hrf_fast.Listener):
         def panel(self, record, images):
