@@ -16,8 +16,6 @@ from hrf_kernels import StepCoefficients, gaussian_mean, gaussian_step, philox_n
 
 # counter value for a sample's starting noise: no denoising step has it
 _START = 0xFFFFFFFF
-# samples whose prompts are encoded at once where images are drawn
-_ENCODED_TOGETHER = 64
 
 
 def starting_noise(policy: Policy, noise: NoiseKey) -> Tensor:
@@ -141,14 +139,10 @@ def _denoise(
 ) -> Tensor:
     """Clean latents [N, *latent_shape], made by `run` of the starting noise of `images_per_call` samples at a time."""
     chunks: list[Tensor] = []
-    calls = max(1, _ENCODED_TOGETHER // images_per_call)
-    for number, part in enumerate(noise.split(images_per_call)):
-        if number % calls == 0:
-            # of several calls at once: text encoders that are offloaded come to the device for it
-            first = number * images_per_call
-            conditions = policy.condition(prompts[first : first + calls * images_per_call], guided=guided)
-        first = number % calls * images_per_call
-        chunks.append(run(starting_noise(policy, part), part, conditions[first : first + len(part)]))
+    for part in noise.split(images_per_call):
+        first = len(chunks) * images_per_call
+        condition = policy.condition(prompts[first : first + len(part)], guided=guided)
+        chunks.append(run(starting_noise(policy, part), part, condition))
     return torch.cat(chunks)
 
 

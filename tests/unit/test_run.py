@@ -1,8 +1,9 @@
 """A run's session: its logs and times, what signals and listeners do to it."""
 
 import io
-import multiprocessing
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -175,19 +176,23 @@ def test_a_signal_in_the_middle_of_a_print_waits_like_any_other():
     assert reached == ["update"]
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_process_that_user_code_forks_can_be_ended_in_an_update():
-    noted: list[str] = []
-    interrupts = Interrupts(noted.append)
-    with interrupts, interrupts.held():
-        # as a Pool's workers, which its `terminate` ends
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
-        process.start()
-        process.terminate()
-        process.join(20)
-        code = process.exitcode
-        process.kill()
-    assert code == -signal.SIGTERM and noted == []
+    # as a Pool's workers, which its `terminate` ends; in a process without the threads of other tests
+    code = """
+import multiprocessing, time
+from hrf_fast.run.interrupts import Interrupts
+interrupts = Interrupts(print)
+with interrupts, interrupts.held():
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    process.terminate()
+    process.join(30)
+    code = process.exitcode
+    process.kill()
+print(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == [str(-signal.SIGTERM)]
 
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch):

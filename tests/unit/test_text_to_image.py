@@ -15,7 +15,7 @@ from hrf_fast.assembly.inputs import guidance_note
 from hrf_fast.config.load import load_config
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies import compilation, text_to_image
-from hrf_fast.policies.sample import sample, starting_noise
+from hrf_fast.policies.sample import starting_noise
 from hrf_fast.prompts import Prompt
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import begin
@@ -339,19 +339,3 @@ def test_offload_is_refused_where_there_is_nowhere_to_go():
 def test_guidance_below_one_is_refused():
     with pytest.raises(ValueError, match="sample.guidance_scale is 0.5.*at least 1"):
         train(["sample.guidance_scale=0.5"])
-
-
-def test_text_encoders_that_are_offloaded_come_to_the_device_once_for_many_images(monkeypatch):
-    policy = load_text_policy("sd1")
-    asked, encode = [], policy._encoder._encode
-    monkeypatch.setattr(policy._encoder, "_encode", lambda texts: asked.append(len(texts)) or encode(texts))
-    prompts = [Prompt(str(number)) for number in range(70)]
-    noise = NoiseKey(1, torch.arange(70))
-    latents = sample(policy, noise, prompts, images_per_call=3, guided=False)
-    # 63 samples are 21 whole calls
-    assert asked == [63, 7]
-    # and are what calls of their own make of them
-    for first in (0, 63):
-        part = slice(first, first + 3)
-        alone = sample(policy, noise[part], prompts[part], images_per_call=3, guided=False)
-        assert torch.equal(latents[part], alone)
