@@ -181,10 +181,16 @@ def test_a_process_that_user_code_forks_can_be_ended_in_an_update():
     code = """
 import multiprocessing, time
 from hrf_fast.run.interrupts import Interrupts
-interrupts = Interrupts(print)
+context, interrupts = multiprocessing.get_context("fork"), Interrupts(print)
+ready = context.Event()
+def wait():
+    # a signal in the middle of a fork is lost, whoever handles it
+    ready.set()
+    time.sleep(60)
 with interrupts, interrupts.held():
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    process = context.Process(target=wait, daemon=True)
     process.start()
+    ready.wait(60)
     process.terminate()
     process.join(30)
     code = process.exitcode
