@@ -84,5 +84,6 @@ $(VENV)/.test: $(VENV)/.base constraints-cpu.txt
 install-gpu: $(VENV)/.base
 	$(PIP_INSTALL) -e ".[gpu]"
 
+# not runs/, where trainings are
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

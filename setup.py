@@ -58,10 +58,12 @@ setup(
         "numpy",
         # Student's t of studies
         "scipy",
-        "diffusers>=0.34",
+        # pipelines of older ones don't import beside transformers 5; parts.py has the floor too
+        "diffusers>=0.36",
         # text encoders, and networks that look at images; 5.4 has image processors that need no torchvision
         "transformers>=5.4",
-        "peft>=0.17",
+        # older ones don't import beside transformers 5
+        "peft>=0.18",
         "safetensors",
         "huggingface_hub",
         "omegaconf>=2.3",

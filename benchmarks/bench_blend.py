@@ -7,7 +7,8 @@ Reads RUN/blend; nothing is sampled. Runs whose folders differ in the number at 
 method (a learning rate behind it, as folders of a study have, is left out), and the others are compared with the first
 method, paired by that number. Three tables: means over seeds along
 α, on the panel that each α was chosen on; the chosen α and the tuned model on each run's second panel; and the methods
-along the line, as `hrf study report` compares them along training. Writes blend.json, blend.md and blend.png.
+along the line, as `hrf study report` compares them along training. All runs must have been blended with one --keep,
+--quality and --most, and lines are cut to the α that all share. Writes blend.json, blend.md and blend.png.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ Blends = dict[str, dict[int, dict[str, Any]]]
 
 
 def read_blends(runs: Sequence[Path]) -> Blends:
-    """The blends of run folders, by method and seed.
+    """The blends of run folders, by method and seed; every front is cut to the α that all of them share.
 
     Raises:
-        ValueError: a run without a whole blend, blends of several settings, a folder without a number at its end, or
-            two of one method and seed.
+        ValueError: a run without a whole blend, blends of several settings, floors or lengths, a folder without a
+            number at its end, or two of one method and seed.
     """
     blends: Blends = {}
     settings: dict[str, Any] = {}
+    choice: dict[str, Any] = {}
     for run in runs:
         name = _NAME.fullmatch(run.resolve().name)
         if name is None:
@@ -50,19 +52,35 @@ def read_blends(runs: Sequence[Path]) -> Blends:
         result, belongs = (run / "blend" / file for file in ("blend.json", "settings.json"))
         if not result.exists():
             raise ValueError(f"{run} has no whole blend, {result}; make it with `hrf blend {run}`")
-        here = {key: value for key, value in json.loads(belongs.read_text()).items() if key != "weights"}
-        # how often a training made panels says nothing about those of a blend
+        here = json.loads(belongs.read_text())
+        # how often a training made panels says nothing about those of a blend, and "option" is a digest of that too
+        here = {key: value for key, value in here.items() if key not in ("weights", "option")}
         here.get("evaluation", {}).pop("every", None)
         differing = [key for key in {**settings, **here} if settings and here.get(key) != settings.get(key)]
         if differing:
             raise ValueError(f"{run} is a blend of another {differing[0]} than {runs[0]}; compare blends of one kind")
         settings = here
         chosen = json.loads(result.read_text())
+        asked = {f"--{name}": chosen.get(name) for name in ("keep", "quality", "most")}
+        choice = choice or asked
+        if asked != choice:
+            this, first = (
+                ", ".join(f"{option} {value}" for option, value in one.items() if value != other[option])
+                for one, other in ((asked, choice), (choice, asked))
+            )
+            raise ValueError(
+                f"{run} was blended with {this} and {runs[0]} with {first}; blend again with equal --keep, --quality "
+                "and --most"
+            )
         records = read_front(run / "blend" / "front.jsonl")
         panel = [record for record in records if record["seed"] == records[0]["seed"]]
         base = next(record for record in panel if record["alpha"] == 0)
         front = {record["alpha"]: summary(record, base) for record in sorted(panel, key=lambda one: one["alpha"])}
         blends.setdefault(name[1], {})[int(name[2])] = {"front": front, "result": chosen}
+    every = [blend for by_seed in blends.values() for blend in by_seed.values()]
+    alphas = set.intersection(*(set(blend["front"]) for blend in every))
+    for blend in every:
+        blend["front"] = {alpha: point for alpha, point in blend["front"].items() if alpha in alphas}
     return blends
 
 
@@ -70,8 +88,7 @@ def along(blends: Blends) -> str:
     """Mean gain and shares by α over the seeds of each method."""
     rows = []
     for method, by_seed in blends.items():
-        common = set.intersection(*(set(blend["front"]) for blend in by_seed.values()))
-        for alpha in sorted(common):
+        for alpha in next(iter(by_seed.values()))["front"]:
             points = [blend["front"][alpha] for blend in by_seed.values()]
             rows.append([method, f"{alpha:g}", *_cells(points)])
     return markdown_table(["method", "alpha", "gain", "Vendi Score kept", "Inception Score kept"], rows)
@@ -111,8 +128,7 @@ def picture(blends: Blends, keep: float) -> bytes:
     for method, by_seed in blends.items():
         lines = [list(blend["front"].values()) for blend in by_seed.values()]
         runs = [Series(method, [p["gain"][0] for p in line], [p["share"] for p in line]) for line in lines]
-        common = set.intersection(*(set(blend["front"]) for blend in by_seed.values()))
-        columns = [[blend["front"][alpha] for blend in by_seed.values()] for alpha in sorted(common)]
+        columns = list(zip(*lines, strict=True))
         gains, shares = ([estimate([get(p) for p in column]).mean for column in columns] for get in (_gain, _share))
         arms.append((method, runs, Series(method, gains, shares)))
     return paths([("blends", arms)], x_label="gain in reward", y_label="Vendi Score kept", level=keep)

@@ -69,14 +69,14 @@ def gradients(components: Components, start: int | None, number: int) -> tuple[T
         anchor = sample(policy, key, prompts, images_per_call=1, guided=components.algorithm.guided)[0]
     (window,) = with_noise([Window(start or 0, policy.sampler.stochastic_steps)], components.algorithm.shared_noise)
     noise = group_noise(components, number, "rollout", 0)
-    condition = policy.condition(prompts * groups.size, guided=components.algorithm.guided)
+    condition = policy.condition(prompts, guided=components.algorithm.guided).expand(groups.size)
     group = Group(0, window, noise, condition, anchor, prompts[0])
     gae_lambda = components.algorithm.gae_lambda
     plan = CallPlan(groups.size, 0, "on_policy")
     rolled_out = rollout(policy, [group], plan, keep_from=window.start, estimate=gae_lambda is not None)
     trajectory = rolled_out.trajectories[0]
     states = {"estimates": rolled_out.estimates, "after": rolled_out.after}
-    pending = components.rewarder.submit({0: trajectory.images}, {0: prompts[0]}, **states)
+    pending = components.rewarder.submit(rolled_out.images, {0: prompts[0]}, **states)
     rewarded = gather_rewards([pending], iteration=number, skip_not_finite=False)
     advantages = standardise(rewarded, peers(advantage_floor=1e-9), policy.device, gae_lambda=gae_lambda)
     clips = Clips(clip_range=1e9, advantage_clip=math.inf, scale_by_window=False)

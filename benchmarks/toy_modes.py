@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,35 +32,24 @@ from benchmarks.toys.arms import ARMS, COMMON, LEARNING_RATES
 from benchmarks.toys.experiment import arm_config, run
 from benchmarks.toys.mixtures import TOYS
 from benchmarks.toys.policy import pretrain
-from benchmarks.toys.results import KEEP, Line, path_of, write_report
+from benchmarks.toys.results import Line, chosen_rates, write_report
 from hrf_fast.run.files import append_line
-from hrf_fast.study.statistics import gain_at_diversity
 
 TUNING_SEEDS = (1000,)
 TUNED_ON = "equal"
 
 
-def chosen_rates(lines: Sequence[Line]) -> dict[str, float]:
-    """The learning rate of each arm by its tuning runs; the smaller one at a tie."""
-    gains: dict[str, dict[float, list[float]]] = {}
-    for line in lines:
-        if line["tuning"]:
-            by_rate = gains.setdefault(line["arm"], {})
-            by_rate.setdefault(line["learning_rate"], []).append(gain_at_diversity(path_of(line), KEEP))
-    return {
-        arm: max(sorted(by_rate), key=lambda rate: statistics.fmean(by_rate[rate])) for arm, by_rate in gains.items()
-    }
-
-
 def read_lines(path: Path) -> list[Line]:
-    """The lines of finished runs, the last one of each; a half-written one is left out."""
+    """The lines of finished runs, the last one of each; half-written ones and those of other options are left out."""
     lines = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        lines[_key(line)] = line
+        # lines of before have no options
+        if line.get("options", _options(line["arm"])) == _options(line["arm"]):
+            lines[_key(line)] = line
     return list(lines.values())
 
 
@@ -72,8 +60,7 @@ def compare(out: Path, *, seeds: int, arms: Sequence[str], toys: Sequence[str]) 
     facts = machine(torch.device("cpu"), torch.get_num_threads())
     where = {name: facts[name] for name in ("cpu", "commit")}
     lines = read_lines(path)
-    # lines of before have no options
-    done = {_key(line) for line in lines if line.get("options", _options(line["arm"])) == _options(line["arm"])}
+    done = {_key(line) for line in lines}
     mlps = {name: pretrain(TOYS[name]) for name in toys}
     configs = {arm: arm_config(arm) for arm in arms}
 

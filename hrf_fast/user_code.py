@@ -88,13 +88,18 @@ def _text(value: Any) -> str:
         return ""
 
 
-def forgets(thing: Any, before: dict[str, str]) -> bool:
-    """Whether a call has changed what `memory_of` gave before it, so that a resumed run would go on otherwise.
+def forgets(what: str, thing: Any, before: dict[str, str], page: str) -> str | None:
+    """The line that tells a user that a call has changed what `memory_of` gave before it; None where it hasn't.
 
     What a call has added is a cache, as of functools.cached_property.
     """
     after = memory_of(thing)
-    return any(after.get(name) != value for name, value in before.items())
+    if all(after.get(name) == value for name, value in before.items()):
+        return None
+    return (
+        f"{what} remembers something and has no state(): a resumed run begins it anew, and may differ from an unbroken "
+        f"one; give it state() and load_state(state) ({page})"
+    )
 
 
 def source_of(thing: Any) -> dict[str, str] | None:

@@ -35,6 +35,18 @@ def path_of(line: Line) -> list[Point]:
     ]
 
 
+def chosen_rates(lines: Sequence[Line]) -> dict[str, float]:
+    """The learning rate of each arm by its tuning runs; the smaller one at a tie."""
+    gains: dict[str, dict[float, list[float]]] = {}
+    for line in lines:
+        if line["tuning"]:
+            by_rate = gains.setdefault(line["arm"], {})
+            by_rate.setdefault(line["learning_rate"], []).append(gain_at_diversity(path_of(line), KEEP))
+    return {
+        arm: max(sorted(by_rate), key=lambda rate: statistics.fmean(by_rate[rate])) for arm, by_rate in gains.items()
+    }
+
+
 def table(lines: Sequence[Line], toy: str) -> str:
     """The Markdown table of one toy."""
     by_arm = _by_arm(lines, toy)
@@ -94,12 +106,12 @@ def picture(lines: Sequence[Line], toys: Sequence[str]) -> bytes:
 
 
 def write_report(lines: Sequence[Line], out: Path) -> str:
-    """Write toy_modes.md and toy_modes.png into `out`; returns the page.
+    """Write toy_modes.md and toy_modes.png into `out`, of runs at their arm's chosen rate; returns the page.
 
     Raises:
         ValueError: there are no lines to report.
     """
-    toys = list(dict.fromkeys(line["toy"] for line in lines if not line["tuning"]))
+    toys = [toy for toy in dict.fromkeys(line["toy"] for line in lines) if _by_arm(lines, toy)]
     if not toys:
         raise ValueError(f"{out / 'toy_modes.jsonl'} has no finished runs; run without --report first")
     page = "\n".join(f"## {toy}\n\n{table(lines, toy)}\n" for toy in toys)
@@ -109,12 +121,13 @@ def write_report(lines: Sequence[Line], out: Path) -> str:
 
 
 def _by_arm(lines: Sequence[Line], toy: str) -> dict[str, dict[int, Line]]:
-    """The compared runs of a toy by arm and seed."""
-    runs: dict[str, dict[int, Line]] = {}
+    """The compared runs of a toy by arm and seed, at the arm's chosen rate."""
+    rates = chosen_rates(lines)
+    runs: dict[str, dict[int, Line]] = {arm: {} for arm in rates}
     for line in lines:
-        if line["toy"] == toy and not line["tuning"]:
-            runs.setdefault(line["arm"], {})[line["seed"]] = line
-    return runs
+        if line["toy"] == toy and not line["tuning"] and line["learning_rate"] == rates.get(line["arm"]):
+            runs[line["arm"]][line["seed"]] = line
+    return {arm: by_seed for arm, by_seed in runs.items() if by_seed}
 
 
 def _effective(line: Line, panel: Mapping[str, Any]) -> float:

@@ -12,9 +12,11 @@ from hrf_fast.assembly.inputs import (
     check_held_out,
     check_reward,
     guidance_note,
+    negatives_note,
     prompt_sources,
 )
 from hrf_fast.assembly.model import build_engine, build_policy, check_policy
+from hrf_fast.config.advantage_rules import matching_note
 from hrf_fast.config.load import checked
 from hrf_fast.config.named import Named, with_names
 from hrf_fast.config.options import Config
@@ -143,7 +145,9 @@ def build_components(
     emulation = emulation_note(config.compute.precision, device.type)
     no_network = "" if panel.network else no_network_note(config.evaluation.network, config.model.name)
     guidance = guidance_note(config.model.name, policy)
-    notes = (tuning, activations.reason, emulation, no_network, guidance, panel.note, spans_note(config))
+    negatives = negatives_note(config.model.name, policy, prompts, panel)
+    named = (guidance, negatives, panel.note, spans_note(config), matching_note(config))
+    notes = (tuning, activations.reason, emulation, no_network, *named)
     return config, Components(
         policy=policy,
         engine=build_engine(policy, config),

@@ -13,7 +13,7 @@ from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.evaluation.panel import Panel, choose_network
 from hrf_fast.policies.base import Policy
-from hrf_fast.prompts.draw import Prompts
+from hrf_fast.prompts.draw import PromptList, Prompts
 from hrf_fast.prompts.sources import load_prompts
 from hrf_fast.rewards import CombinedReward, build_reward, check_names
 from hrf_fast.vision.base import FeatureNetwork
@@ -118,6 +118,23 @@ def guidance_note(model: str, policy: Policy) -> str:
         "others follow prompts loosely so, and are published at 4.5 to 7.5: set sample.guidance_scale=5, for two rows "
         "of the network an image"
     )
+
+
+def negatives_note(model: str, policy: Policy, prompts: Prompts | None, panel: Panel) -> str:
+    """A line where a prompt has a negative prompt of its own that nothing acts on; else empty.
+
+    Args:
+        model: model.name; prompts: the training's.
+    """
+    if policy.has_unconditional_branch and policy.guidance_scale != 1:
+        return ""
+    listed = [*(prompts.prompts if isinstance(prompts, PromptList) else ()), *panel.prompts]
+    if (first := next((prompt for prompt in listed if prompt.negative), None)) is None:
+        return ""
+    start, way_out = f"model.name {model} has no negative prompts", "leave them out"
+    if policy.has_unconditional_branch:
+        start, way_out = "sample.guidance_scale is 1", "use a scale above 1, or leave them out"
+    return f"{start}: those of single prompts, such as {first.negative!r} of {first.text!r}, have no effect; {way_out}"
 
 
 def prompt_sources(config: Config, source: dict[str, str] | None, panel: Panel) -> dict[str, dict[str, str] | None]:

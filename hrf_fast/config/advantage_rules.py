@@ -91,6 +91,21 @@ def check_advantages(config: Config) -> None:
     )
 
 
+def matching_note(config: Config) -> str:
+    """A line where clips cut the advantages of matching, which go up to the group's size; else empty."""
+    train = config.train
+    scaled = train.scale_clips_by_window and config.window.schedule != "full"
+    if not config.remedies.matching or (train.advantage_clip >= train.group_size and not scaled):
+        return ""
+    lower = ", which train.scale_clips_by_window lowers further," if scaled else ""
+    switch = " train.scale_clips_by_window=false" if scaled else ""
+    return (
+        f"remedies.matching has advantages of up to {train.group_size}, the group's size, and train.advantage_clip "
+        f"{train.advantage_clip:g}{lower} cuts them: the update is not that of matching then; set "
+        f"train.advantage_clip={max(train.advantage_clip, train.group_size):g}{switch}"
+    )
+
+
 def _check_mix(config: Config) -> None:
     """Check that each term can be standardised on its own."""
     train = config.train

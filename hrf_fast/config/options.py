@@ -42,8 +42,9 @@ class ModelConfig:
     variant: str | None = option(None, panel=True)
     """Variant of the weight files, such as fp16 for *.fp16.safetensors; null for the plain ones."""
     decoder: str | None = option(None, panel=True)
-    """An AutoencoderTiny, a folder or a hub id such as madebyollin/taesd, that decodes latents of a text-to-image model
-    faster than its VAE; null for the VAE. RUN/model has the VAE."""
+    """An AutoencoderTiny, a folder or a hub id, that decodes latents of a text-to-image model faster than its VAE:
+    madebyollin/taesd (SD), madebyollin/taesdxl (SDXL), madebyollin/taesd3 (SD3), madebyollin/taef1 (FLUX); null for the
+    VAE. RUN/model has the VAE."""
     image_size: int | None = option(None, at_least=1, panel=True)
     """Height and width in pixels of a text-to-image model's images; null for the model's own, 1024 for SD3 and FLUX."""
     max_sequence_length: int | None = option(None, at_least=1, at_most=512, panel=True)

@@ -109,7 +109,25 @@ def read_settings(file: str) -> dict[str, Any]:
                 f"{where} zero_optimization.{key} needs stage {' or '.join(map(str, stages))}, but stage is {stage}; "
                 f"raise the stage, or remove {key}"
             )
+    _check_optimizers(zero, where)
     return settings
+
+
+def _check_optimizers(zero: dict[str, Any], where: str) -> None:
+    """Refuse what would have DeepSpeed train a part of the weights by another optimizer than ours."""
+    offload = zero.get("offload_optimizer") or {}
+    section = f"{where} zero_optimization"
+    if (ratio := offload.get("ratio", 1)) != 1:
+        raise ValueError(
+            f"{section}.offload_optimizer.ratio is {ratio}: the part that stays on the GPU has a second optimizer of "
+            "DeepSpeed's, which no learning rate would reach; remove it"
+        )
+    for name, value in (
+        ("offload_optimizer.super_offload", offload.get("super_offload")),
+        ("zenflow", zero.get("zenflow")),
+    ):
+        if value:
+            raise ValueError(f"{section}.{name} is set: it brings an optimizer of DeepSpeed's; remove it")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

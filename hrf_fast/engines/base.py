@@ -120,8 +120,9 @@ class LossScale:
                 raise comm.on_all_ranks(LossScaleOverflow(message))
             raise comm.on_all_ranks(
                 FloatingPointError(
-                    f"the gradient norm is {float(norm)}: this optimizer step was not made; lower "
-                    "optimizer.learning_rate or use compute.precision=fp32, and go on from the last checkpoint"
+                    f"the gradient norm is {float(norm)}: this optimizer step was not made; use a lower "
+                    "optimizer.learning_rate or compute.precision=fp32 in a new run.folder, from the same model or "
+                    "from one that `hrf export` makes of the last checkpoint (docs/run_folder.md)"
                 )
             )
         self.good_steps += 1
@@ -140,8 +141,8 @@ class LossScale:
 class Ema:
     """Exponential moving average of the part of each weight that this rank holds; decay 0 is off.
 
-    The decay of the n-th optimizer step is min(decay, (1 + n)/(10 + n)), so that a run of any length averages its own
-    weights: after the first step the pretrained model's share is 2/11, after ten it is 6e-5.
+    The decay of the n-th optimizer step that moves weights is min(decay, (1 + n)/(10 + n)), so that a run of any length
+    averages its own weights: after the first step the pretrained model's share is 2/11, after ten it is 6e-5.
     """
 
     def __init__(self, parts: Sequence[Tensor], decay: float) -> None:
@@ -149,7 +150,10 @@ class Ema:
         self.parts = [part.detach().clone() for part in parts] if decay else []
 
     @torch.no_grad()
-    def update(self, parts: Sequence[Tensor]) -> None:
+    def update(self, parts: Sequence[Tensor], learning_rate: float) -> None:
+        """Take in the weights after an optimizer step, which a burn-in's rate of 0 has not moved."""
+        if learning_rate == 0:
+            return
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for average, part in zip(self.parts, parts if self.decay else [], strict=True):

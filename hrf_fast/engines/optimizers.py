@@ -127,6 +127,9 @@ def judge_state(tensors: Mapping[str, Tensor], shapes: Sequence[Sequence[int]]) 
     moments = quantised or ["exp_avg", "exp_avg_sq"]
     needed: dict[str, Sequence[int]] = {}
     for index, shape in enumerate(shapes):
+        if quantised and not any(name.startswith(f"{index}.") for name in tensors):
+            # no call has used this weight yet, and its first step begins its state
+            continue
         needed |= {f"{index}.{moment}": shape for moment in moments} | {f"{index}.step": ()}
     # which keeps maps and maxima of blocks besides
     present = {name: tensor.shape for name, tensor in tensors.items() if name in needed or not quantised}

@@ -63,7 +63,7 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         self.loss_scale.check(norm)
         self.optimizer.step()
-        self.ema.update(self.parameters)
+        self.ema.update(self.parameters, self.optimizer.param_groups[0]["lr"])
         return norm
 
     def _averaged(self) -> list[Tensor]:
@@ -71,16 +71,17 @@ class PlainEngine:
 
         A weight that no rank has used keeps none, so that the optimizer leaves it alone.
         """
-        unused = [parameter for parameter in self.parameters if parameter.grad is None]
-        used = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])
-        used = used.to(self.parameters[0].device, non_blocking=True)
-        for parameter in unused:
-            parameter.grad = torch.zeros_like(parameter)
-        # one collective for all: ranks whose windows differ may have used other weights
-        comm.average([*(p.grad for p in self.parameters if p.grad is not None), used])
-        if unused:
-            for parameter, share in zip(self.parameters, used.tolist(), strict=True):
-                parameter.grad = parameter.grad if share else None
+        if comm.world_size() > 1:
+            unused = [parameter for parameter in self.parameters if parameter.grad is None]
+            used = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])
+            used = used.to(self.parameters[0].device, non_blocking=True)
+            for parameter in unused:
+                parameter.grad = torch.zeros_like(parameter)
+            # one collective for all: ranks whose windows differ may have used other weights
+            comm.average([*(p.grad for p in self.parameters if p.grad is not None), used])
+            if unused:
+                for parameter, share in zip(self.parameters, used.tolist(), strict=True):
+                    parameter.grad = parameter.grad if share else None
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         self.module.step()
         norm = torch.as_tensor(self.zero._global_grad_norm) if self.zero else self._norm
         self.loss_scale.check(norm)
-        self.ema.update(self._held())
+        self.ema.update(self._held(), self.module.optimizer.param_groups[0]["lr"])
         return norm.float()
 
     def _before_step(self, *_: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.from_trl.fields import COUNTS, DEFAULTS, HEAD, KNOWN, MOVED, PRECISIONS, SAME
+from hrf_fast.from_trl.fields import COUNTS, DEFAULTS, HEAD, KNOWN, MOVED, PRECISIONS, SAME, SWITCHED_ON
 from hrf_fast.from_trl.notes import NETWORK, UNNAMED, Numbers, write_notes
 from hrf_fast.from_trl.source import TrlRun, read_source, read_words
 from hrf_fast.registry import check_count, nearest
@@ -34,7 +34,8 @@ def convert(source: Path, words: Sequence[str] = (), *, processes: int | None = 
     if processes is not None:
         check_count("--processes", processes)
     run = read_source(source)
-    for name, value in read_words(words).items():
+    switched_on = SWITCHED_ON | {name for name, value in run.fields.items() if value is True}
+    for name, value in read_words(words, switched_on).items():
         run.set(name, value)
     options, notes = translate(run, processes=processes)
     lines = [f"# {source.name} of TRL's DDPOTrainer as a configuration of hrf_fast; docs/from_trl.md explains it"]
@@ -77,6 +78,9 @@ def translate(run: TrlRun, *, processes: int | None = None) -> tuple[dict[str, A
         if name not in KNOWN and name not in run.declared:
             raise ValueError(f"{name} is no field of DDPOConfig{nearest(name, KNOWN)}; correct or remove it")
     values = DEFAULTS | {name: value for name, value in run.fields.items() if name in DEFAULTS}
+    if values["negative_prompts"] is None:
+        # TRL's field is an Optional[str]
+        values["negative_prompts"] = ""
     for name, value in values.items():
         _check_type(name, value)
     if values["mixed_precision"] not in PRECISIONS:

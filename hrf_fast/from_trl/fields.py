@@ -43,6 +43,8 @@ DEFAULTS: dict[str, Any] = {
     "pretrained_revision": "main",
     "use_lora": True,
 }
+SWITCHED_ON = {name for name, default in DEFAULTS.items() if default is True}
+"""Fields that are true by default."""
 HEAD = {
     "hf_hub_aesthetic_model_id": "trl-lib/ddpo-aesthetic-predictor",
     "hf_hub_aesthetic_model_filename": "aesthetic-model.pth",

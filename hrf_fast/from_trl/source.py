@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hrf_fast.from_trl.fields import DEFAULTS, HEAD
+from hrf_fast.from_trl.fields import DEFAULTS, HEAD, SWITCHED_ON
 
 TRAINER = ("config", "reward_function", "prompt_function", "sd_pipeline", "image_samples_hook")
 """Parameters of DDPOTrainer, in their order."""
@@ -73,8 +73,11 @@ def read_source(source: Path) -> TrlRun:
     return _read_script(source, tree)
 
 
-def read_words(words: Sequence[str]) -> dict[str, Any]:
-    """Fields of a command line: --field=value or --field value; a bare --field is true.
+def read_words(words: Sequence[str], switched_on: Collection[str] = SWITCHED_ON) -> dict[str, Any]:
+    """Fields of a command line: --field=value or --field value; a bare --field is true, and --no_field false.
+
+    Args:
+        switched_on: fields that are true by default, which alone have a --no_field, as in HfArgumentParser.
 
     Raises:
         ValueError: a word that belongs to no field.
@@ -85,6 +88,9 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            if not equals and (off := name.removeprefix("no_")) != name and off in switched_on:
+                fields[off], name = False, None
+                continue
             fields[name] = _of_word(name, value) if equals else True
             name = None if equals else name
         elif name is None:
@@ -113,7 +119,7 @@ def _read_script(source: Path, tree: ast.Module) -> TrlRun:
     calls: dict[str, ast.Call] = {}
     mentioned = False
     for node in ast.walk(tree):
-        mentioned |= isinstance(node, ast.Name) and node.id == "DDPOConfig"
+        mentioned |= isinstance(node, ast.expr) and _name(node) == "DDPOConfig"
         if isinstance(node, ast.Call) and (name := _name(node.func)):
             calls[name] = node
         if isinstance(node, ast.ClassDef) and any(map(_is_dataclass, node.decorator_list)):

@@ -28,8 +28,8 @@ from hrf_fast.policies.files import ModelFiles
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.untrained import untrained_condition, untrained_decoder, untrained_network, untrained_shape
 
-Conditions = Callable[[int], tuple[Condition, Condition]]
-"""Images -> their conditions where nothing is trained, and in an update."""
+Conditions = tuple[Condition, Condition]
+"""One prompt's where nothing is trained, and in an update."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,6 @@ def measure_model(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     footprints: dict[tuple[str, bool], Footprint] = {}
-
-    def conditions(images: int) -> tuple[Condition, Condition]:
-        return untrained_condition(files, images, guided[0]), untrained_condition(files, images, guided[1])
-
     image = untrained_shape(files, image_size).image
     decoding = decoding_bytes(files, image_size, decoder, offload=offload)
     # what exists by now is not looked through again by the many collections below
@@ -119,6 +115,7 @@ def measure_model(
                 # fake tensors are allocated as the kernels do it, and nothing is launched
                 options: dict[str, Any] = {"channels_last": channels_last, "device": device}
                 options["kernels"] = "triton" if find_spec("triton") else "eager"
+                conditions = untrained_condition(files, 1, guided[0]), untrained_condition(files, 1, guided[1])
                 counted = Network(network.unet, precision, call=network.call, **options)
                 for checkpointing in (False, True):
                     counted.checkpoint_activations(checkpointing)
@@ -149,10 +146,7 @@ def measure_running(policy: Policy, *, checkpointing: bool, guided: bool = True)
     Args:
         guided: whether updates are under the policy's guidance.
     """
-
-    def conditions(images: int) -> tuple[Condition, Condition]:
-        return policy.condition([None] * images), policy.condition([None] * images, guided=guided)
-
+    conditions = policy.condition([None]), policy.condition([None], guided=guided)
     policy.network.checkpoint_activations(checkpointing)
     try:
         image, decoding = measure_decoding(policy)
@@ -198,7 +192,7 @@ def _footprint(
     network: nn.Module, shape: tuple[int, ...], conditions: Conditions, image: tuple[int, ...], decoding: int
 ) -> Footprint:
     # not of 1: some layers copy what they can view when there is one image
-    two, three = (_peaks(network, shape, images, *conditions(images)) for images in (2, 3))
+    two, three = (_peaks(network, shape, images, *conditions) for images in (2, 3))
     sampling, graph, update = (Linear(3 * a - 2 * b, b - a) for a, b in zip(two, three, strict=True))
     frozen = [p for p in network.parameters() if not p.requires_grad]
     return Footprint(
@@ -223,17 +217,18 @@ def _peaks(
     learnt = [parameter for parameter in parameters if parameter.requires_grad]
     latents = torch.zeros(2 * images, *shape, device=parameters[0].device)
     rows, trained_rows = latents[: images * sampled.branches], latents[: images * trained.branches]
-    inputs, trained_inputs = sampled.inputs, trained.inputs
     gradients = [torch.zeros_like(parameter) for parameter in learnt]
     for parameter, gradient in zip(learnt, gradients, strict=True):
         parameter.grad = gradient
 
-    prepared = [latents, *inputs.values(), *trained_inputs.values()]
+    # as in a rollout, whose calls copy the embeddings of a group's prompt for each of its samples
+    sampled, trained = sampled.expand(images), trained.expand(images)
+    prepared = [latents, *sampled.tensors, *trained.tensors]
     with _Live([*parameters, *gradients, *network.buffers(), *prepared]) as live:
         with torch.no_grad():
-            network(rows, 0, **inputs).float()
+            network(rows, 0, **Condition.join([sampled]).inputs).float()
         sampling = live.restart()
-        output = network(trained_rows, 0, **trained_inputs).float()
+        output = network(trained_rows, 0, **Condition.join([trained]).inputs).float()
         gc.collect()
         graph = live.now
         with deterministic_backward():

@@ -56,7 +56,7 @@ class Plan:
     encoder: int = 0
     """Bytes of the largest text encoder, where one at a time comes to the GPU for its work."""
     condition: int = 0
-    """Bytes of a sample's embeddings of its prompt, in all branches."""
+    """Bytes of the embeddings of one prompt, in all branches."""
     copies: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the pretrained network's frozen copy by precision, whole on every GPU; empty where there is none."""
 
@@ -92,23 +92,26 @@ class Plan:
 
     @property
     def conditions(self) -> int:
-        """The embeddings of all samples of an iteration, a row for each."""
-        train = self.config.train
-        return math.ceil(train.groups_per_iteration / self.gpus) * train.group_size * self.condition
+        """The embeddings of an iteration's prompts, a row for all samples of a group."""
+        return math.ceil(self.config.train.groups_per_iteration / self.gpus) * self.condition
 
     @property
     def trajectories(self) -> int:
-        """The latents of their windows, the pretrained model's outputs there and the final images, in fp32.
-
-        With train.gae_lambda the clean images too that are predicted at each step, and at the window's end where noise
-        follows, as latents and decoded.
-        """
+        """The latents of their windows, the pretrained model's outputs there and the predicted latents, in fp32."""
         longest = self.counts.longest_window
         referred = min(longest, self.config.remedies.referred_steps(self.config.sample.num_inference_steps))
-        predicted = 0 if self.config.train.gae_lambda is None else longest + 1
-        latents, images = longest + 1 + referred + predicted, 1 + predicted
-        footprint = self.any_footprint
-        return self.rolled_out * (latents * footprint.latent_bytes + images * footprint.image_bytes)
+        return self.rolled_out * (longest + 1 + referred + self.predicted) * self.any_footprint.latent_bytes
+
+    @property
+    def predicted(self) -> int:
+        """Clean images that are predicted for each sample: with train.gae_lambda at each step, and at the window's end
+        where noise follows."""
+        return 0 if self.config.train.gae_lambda is None else self.counts.longest_window + 1
+
+    @property
+    def images(self) -> int:
+        """The final and the predicted images, in fp32, which wait for their rewards and are gone in an update."""
+        return self.rolled_out * (1 + self.predicted) * self.any_footprint.image_bytes
 
     @property
     def kept_samples(self) -> int:
@@ -143,23 +146,35 @@ class Plan:
         calls = math.ceil(self.kept_samples / images)
         graphs = footprint.kept.fixed * calls + footprint.kept.per_image * self.kept_samples
         # a rollout decodes while its graphs are there
-        beside = max(footprint.update(images) - footprint.kept(images), footprint.decoding)
+        beside = max(footprint.update(images) - footprint.kept(images), footprint.decoding + self.images)
         return graphs * self.counts.longest_window + beside
 
     def need(self, engine: str, precision: str, mode: str, images_per_call: int) -> float:
         """Peak bytes of an iteration."""
         states = self.states(engine, precision)
-        sampled = max(self.call_plan(images_per_call).sampled, self.rollout_images(images_per_call))
-        sampling = self.footprints[precision, False].sampling(sampled)
-        if self.config.optimizer.ema_decay > 0 and not engine.startswith("zero3"):
-            # a panel draws with the averages in the place of the weights, which wait beside it
-            sampling += FP32 * sum(self.any_footprint.tensors)
+        sampling = self.footprints[precision, False].sampling
+        together = self.rollout_images(images_per_call)
+        drawn = sampling(max(self.call_plan(images_per_call).sampled, together))
         # train.gradient_noise copies the gradients of the first half of the groups, and then those of all
         copied = FP32 * sum(self.any_footprint.tensors) if self.config.train.gradient_noise else 0
         update = self.activations(mode, precision, images_per_call) + copied
-        most = max(update, sampling, states.step + 2 * copied, self.any_footprint.decoding, self.encoder)
+        rollout = max(sampling(together), self.any_footprint.decoding) + self.images
+        most = max(update, rollout, self.panel(drawn, engine), states.step + 2 * copied, self.encoder)
         most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
         return states.together + self.trajectories + self.conditions + most
+
+    def panel(self, sampling: float, engine: str) -> float:
+        """Peak of a panel on the main rank, which holds all of its latents and images.
+
+        Where weights are averaged it draws with the averages in their place, and they wait beside it.
+        """
+        size, footprint = self.config.evaluation.panel_size, self.any_footprint
+        waiting = self.config.optimizer.ema_decay > 0 and not engine.startswith("zero3")
+        return (
+            size * footprint.latent_bytes
+            + max(sampling, footprint.decoding + size * footprint.image_bytes)
+            + (FP32 * sum(footprint.tensors) if waiting else 0)
+        )
 
     def choose(self, engine: str, precision: str, mode: str) -> Choice | None:
         """The configuration's calls, or the largest smaller ones, if any fit."""

@@ -18,6 +18,7 @@ _TITLES = {
     "zero2": "ZeRO-2",
     "zero2_offload": "ZeRO-2, offload",
     "zero3": "ZeRO-3",
+    "zero3_optimizer_offload": "ZeRO-3, optimizer offloaded",
     "zero3_offload": "ZeRO-3, offload",
 }
 
@@ -60,6 +61,7 @@ def _activations(plan: Plan) -> list[list[str]]:
     if decoding := plan.any_footprint.decoding:
         rows.append(["decoding", *[show_bytes(decoding)] * len(PRECISIONS)])
     rows.append(["trajectories", *[show_bytes(plan.trajectories)] * len(PRECISIONS)])
+    rows.append(["images, until rewarded", *[show_bytes(plan.images)] * len(PRECISIONS)])
     if plan.conditions:
         rows.append(["embeddings of prompts", *[show_bytes(plan.conditions)] * len(PRECISIONS)])
     return rows

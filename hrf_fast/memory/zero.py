@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from hrf_fast.config.options import Config
 from hrf_fast.config.zero_settings import offload_device, read_settings
 
-ENGINES = ("plain", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
+ENGINES = (
+    "plain",
+    "zero1",
+    "zero1_offload",
+    "zero2",
+    "zero2_offload",
+    "zero3",
+    "zero3_optimizer_offload",
+    "zero3_offload",
+)
 # DeepSpeed's default reduce_bucket_size, in elements
 BUCKET = 500_000_000
 FP32 = 4
@@ -63,7 +72,7 @@ def model_states(
         # each rank averages the part of the weights that it holds; offloaded ones on the host
         if engine == "zero3_offload":
             return replace(plain, host=plain.host + total / gpus)
-        return replace(plain, parameters=plain.parameters + (total / gpus if engine == "zero3" else total))
+        return replace(plain, parameters=plain.parameters + (total / gpus if engine.startswith("zero3") else total))
     moments = _moments(tensors, optimizer)
     if engine == "plain":
         # several ranks send their gradients as one flat copy; the optimizers of one need no other room
@@ -71,9 +80,10 @@ def model_states(
     part, buffers = total / gpus, float(FP32 * bucket)
     gradients = buffers + (total if engine.startswith("zero1") else 0.0)
     if engine.endswith("offload"):
-        # the shards of gradients and optimizer live on the host, those of ZeRO-3's weights too
-        shards = 3 * part if engine.startswith("zero3") else 2 * part
-        return States(total, gradients, 0.0, 0.0, host=shards + moments / gpus)
+        # the shards of gradients and optimizer live on the host, and those of ZeRO-3's weights if these are offloaded
+        shards = 3 * part if engine == "zero3_offload" else 2 * part
+        parameters = total + part if engine == "zero3_optimizer_offload" else total
+        return States(parameters, gradients, 0.0, 0.0, host=shards + moments / gpus)
     parameters = total + part if engine == "zero3" else total
     return States(parameters, gradients + part, part + moments / gpus, part)
 
@@ -92,8 +102,10 @@ def engine_of(config: Config) -> tuple[str, int]:
         return "plain", BUCKET
     zero = read_settings(path)["zero_optimization"]
     stage = zero.get("stage", 0)
-    offload = "_offload" if offload_device(zero, "offload_optimizer") != "none" else ""
-    engine = f"zero{stage}{offload}" if stage else "plain"
+    engine = f"zero{stage}" if stage else "plain"
+    if offload_device(zero, "offload_optimizer") != "none":
+        # stage 3 leaves its part of the weights on the GPU unless they are offloaded by themselves
+        engine += "_optimizer_offload" if stage == 3 and offload_device(zero, "offload_param") == "none" else "_offload"
     # stage 2 fills one while the other is on its way
     buckets = 2 if stage == 2 and zero.get("overlap_comm") else 1
     return engine, buckets * int(zero.get("reduce_bucket_size", BUCKET))

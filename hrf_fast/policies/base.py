@@ -45,8 +45,17 @@ class Condition:
             return self.conditional
         return {name: torch.cat([self.unconditional[name], tensor]) for name, tensor in self.conditional.items()}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The inputs of both branches."""
+        return [*self.conditional.values(), *self.unconditional.values()]
+
     def __getitem__(self, rows: slice) -> Condition:
         return self._map(lambda tensor: tensor[rows])
+
+    def expand(self, samples: int) -> Condition:
+        """One row for so many samples, without a copy; `join` makes one for a network call."""
+        return self._map(lambda tensor: tensor.expand(samples, *tensor.shape[1:]))
 
     def repeat(self, times: int) -> Condition:
         """All rows so many times: of steps time-major, all samples of the first step, then all of the next."""
@@ -55,12 +64,15 @@ class Condition:
     @property
     def bytes(self) -> int:
         """Size of all rows, in both branches."""
-        return sum(tensor.nbytes for each in (self.conditional, self.unconditional) for tensor in each.values())
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @staticmethod
     def join(parts: Sequence[Condition]) -> Condition:
-        """One condition of several, in their order; all have equal names."""
-        if len(parts) == 1:
+        """One condition of several, in their order; all have equal names.
+
+        Rows of one storage are copied, so that a network sees the same strides in a rollout and in its replay.
+        """
+        if len(parts) == 1 and all(tensor.is_contiguous() for tensor in parts[0].tensors):
             return parts[0]
         return Condition(
             {name: torch.cat([part.conditional[name] for part in parts]) for name in parts[0].conditional},

@@ -17,6 +17,7 @@ from hrf_fast.policies.compilation import compile_network
 from hrf_fast.policies.flow_sampler import choose_deterministic_sampler
 from hrf_fast.policies.lora import adapted_layers, store_frozen, switched_off
 from hrf_fast.policies.network import Network, NetworkCalls
+from hrf_fast.policies.parts import import_pipeline
 from hrf_fast.policies.sampler import Sampler
 from hrf_fast.policies.schedulers import FLOW_SCHEDULER, not_defaults
 from hrf_fast.stopwatch import Stopwatch
@@ -84,6 +85,11 @@ class DenoiserPolicy:
         self.calls = NetworkCalls()
         self.stopwatch = Stopwatch(self.device)
         self.shape, self.latent_shape = shape, shape.latents
+
+    @staticmethod
+    def saved_as(pipeline: str, scheduler: Any) -> Any:
+        """The class of diffusers that `save` writes for a model whose pipeline and scheduler are these."""
+        return import_pipeline(pipeline)
 
     @property
     def unet(self) -> Any:
@@ -186,6 +192,23 @@ def _blocks(unet: Any) -> list[nn.Module]:
     return [*unet.down_blocks, *filter(None, [unet.mid_block]), *unet.up_blocks]
 
 
+@torch.no_grad()
+def decode_in_parts(decoder: Any, latents: Tensor, at_once: int) -> Tensor:
+    """Images [B, C, H, W] in [0, 1] of latents in the decoder's own units, `at_once` in a call, without autocast.
+
+    They are written into one tensor: those of a large panel are gigabytes, and would be there twice.
+    """
+    images: Tensor | None = None
+    with torch.autocast(latents.device.type, enabled=False):
+        for first in range(0, len(latents), at_once):
+            part = decoder.decode(latents[first : first + at_once]).sample
+            if images is None:
+                images = part.new_empty(len(latents), *part.shape[1:])
+            images[first : first + at_once] = part.div_(2).add_(0.5).clamp_(0, 1)
+    assert images is not None, "no latents"
+    return images
+
+
 def check_finite(latents: Tensor) -> None:
     """Refuse latents that no image is made of.
 
@@ -194,8 +217,9 @@ def check_finite(latents: Tensor) -> None:
     """
     if not torch.isfinite(latents).all():
         raise FloatingPointError(
-            "the images are not finite: the model's weights have diverged or were NaN when loaded; lower "
-            "optimizer.learning_rate and resume from the last checkpoint, or check model.name"
+            "the images are not finite: the model's weights have diverged or were NaN when loaded; use a lower "
+            "optimizer.learning_rate in a new run.folder, from the same model or from one that `hrf export` makes of "
+            "the last checkpoint (docs/run_folder.md), or check model.name"
         )
 
 

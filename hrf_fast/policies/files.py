@@ -20,8 +20,13 @@ from hrf_fast.policies.families.table import FAMILIES
 from hrf_fast.policies.lora import LORA_WEIGHTS
 from hrf_fast.policies.schedulers import check_scheduler
 
-# what model_index.json may say that a pipeline lacks, as [null, null]
+# an encoder that model_index.json may say that a pipeline lacks, as [null, null], and its tokenizer
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
+TINY_DECODERS = (
+    "an AutoencoderTiny such as madebyollin/taesd (SD), madebyollin/taesdxl (SDXL), madebyollin/taesd3 (SD3) or "
+    "madebyollin/taef1 (FLUX), or null for the model's own VAE"
+)
+"""Values of model.decoder that there are, for errors."""
 # files that hold a whole model of other programs
 _CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # of every model; those of text-to-image parts follow where model_index.json has them
@@ -120,10 +125,7 @@ def read_decoder(name: str, *, weights: bool = True) -> Component:
             raise ValueError(f"{option} is {name!r}, which holds no config.json; give an AutoencoderTiny of diffusers")
         part = Component(folder, read_json(folder / "config.json", option), "AutoencoderTiny")
         if part.config.get("_class_name") != part.kind:
-            raise ValueError(
-                f"{option} is {name!r}, which is a {part.config.get('_class_name')}; give an AutoencoderTiny such as "
-                "madebyollin/taesd (SD) or madebyollin/taesdxl (SDXL), or null for the model's own VAE"
-            )
+            raise ValueError(f"{option} is {name!r}, which is a {part.config.get('_class_name')}; give {TINY_DECODERS}")
         if not weights:
             return part
         if not (chosen := weight_files(part, folder, names, None)):
@@ -156,10 +158,11 @@ def _read(name: str, folder: Path) -> ModelFiles:
     index = folder / "model_index.json"
     settings = read_json(index) if index.is_file() else {}
     pipeline = _pipeline(folder, name)
+    absent = _absent(name, settings)
     parts = {
         part: _component(name, folder, pipeline, part, kind)
         for part, kind in FAMILIES[pipeline].parts.items()
-        if part not in _OPTIONAL or settings.get(part) != [None, None]
+        if part not in absent
     }
     files = ModelFiles(name, pipeline, parts, settings)
     configs = {part: component.config for part, component in parts.items()}
@@ -173,6 +176,22 @@ def _read(name: str, folder: Path) -> ModelFiles:
             "model was saved with"
         ) from error
     return files
+
+
+def _absent(name: str, settings: dict[str, Any]) -> tuple[str, ...]:
+    """The parts that a pipeline does without; a tokenizer goes with its encoder, as in diffusers.
+
+    Raises:
+        ValueError: an encoder without a tokenizer.
+    """
+    encoder, tokenizer = _OPTIONAL
+    without = [part for part in _OPTIONAL if settings.get(part) == [None, None]]
+    if without == [tokenizer]:
+        raise ValueError(
+            f"model.name is {name!r}, whose model_index.json has a {encoder} but no {tokenizer} for it; save the model "
+            f"with both, or with {encoder}=None"
+        )
+    return _OPTIONAL if without else ()
 
 
 def _configs(folder: Path, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrf_fast.policies.denoiser import check_finite, contiguous
+from hrf_fast.policies.denoiser import check_finite, contiguous, decode_in_parts
 from hrf_fast.policies.lora import merged
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
 
@@ -36,18 +36,14 @@ class LatentPolicy(UnconditionalPolicy):
         """
         check_finite(latents)
         latents = latents.float() / self.decoder.config.scaling_factor
-        with torch.autocast(latents.device.type, enabled=False):
-            images = torch.cat([self.decoder.decode(part).sample for part in latents.split(DECODED_AT_ONCE)])
-        images = (images / 2 + 0.5).clamp(0, 1)
+        images = decode_in_parts(self.decoder, latents, DECODED_AT_ONCE)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
     def save(self, folder: Path) -> None:
         """Write a diffusers folder (safetensors) that `LDMPipeline.from_pretrained` loads and runs."""
-        from diffusers import LDMPipeline
-
-        unet = merged(self.unet)
+        kind, unet = self.saved_as("LDMPipeline", self.scheduler), merged(self.unet)
         with contiguous(unet):
-            pipeline: Any = LDMPipeline(vqvae=self.decoder, unet=unet, scheduler=self.scheduler)
+            pipeline = kind(vqvae=self.decoder, unet=unet, scheduler=self.scheduler)
             pipeline.save_pretrained(folder, safe_serialization=True)
 
     def example(

@@ -50,6 +50,7 @@ def load_policy(
         ValueError: no such model, no denoiser in it, one that this trainer cannot drive, or weights that are not those
             of its config or not finite; an option that this model has no use for; or an HRF_KERNELS that can't run
             here.
+        ImportError: diffusers can't import the pipeline that the tuned model is saved as.
     """
     sample, compute = sample or SampleConfig(), compute or ComputeConfig()
     files = read_model(model.name, model.revision, model.variant, max_sequence_length=model.max_sequence_length)
@@ -59,6 +60,8 @@ def load_policy(
         raise ValueError("compute.offload is true but the model runs on the CPU, where all of it stays; leave it out")
     with quiet():
         of_model = _scheduler(files, sample.shift)
+        # refused before weights are read, and not when a run has ended
+        files.family.policy.saved_as(files.pipeline, of_model)
         if not noisy:
             sample = replace(sample, scheduler="cps" if is_flow(of_model) else "ddim")
         unet = load_module(_model(files), files.parts[files.denoiser])

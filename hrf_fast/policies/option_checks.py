@@ -5,7 +5,7 @@ from __future__ import annotations
 from hrf_fast.config.load import differences
 from hrf_fast.config.options import FACTS, Config, ModelConfig, SampleConfig
 from hrf_fast.config.run_options import ComputeConfig
-from hrf_fast.policies.files import ModelFiles
+from hrf_fast.policies.files import TINY_DECODERS, ModelFiles, read_decoder
 
 FOR_PROMPTS = (
     *("sample.guidance_scale", "model.decoder", "model.image_size"),
@@ -17,7 +17,7 @@ FOR_UNETS = ("compute.attention", "compute.channels_last")
 
 
 def check_options(files: ModelFiles, model: ModelConfig, sample: SampleConfig, compute: ComputeConfig) -> None:
-    """Refuse guidance below 1, options of text-to-image models for another, and those of UNets for a transformer."""
+    """Refuse guidance below 1, options of other kinds of models, and a model.decoder of other latents."""
     FACTS["sample.guidance_scale"].check("sample.guidance_scale", sample.guidance_scale)
     asked = differences(Config(), Config(model=model, sample=sample, compute=compute))
     for option, (neutral, value) in asked.items():
@@ -37,3 +37,21 @@ def check_options(files: ModelFiles, model: ModelConfig, sample: SampleConfig, c
             "T5; leave it out"
         )
     files.family.check_guidance(files.name, files.parts[files.denoiser].config, sample.guidance_scale)
+    if model.decoder:
+        _check_decoder(files, model.decoder)
+
+
+def _check_decoder(files: ModelFiles, name: str) -> None:
+    """Refuse a tiny decoder whose latents are not the VAE's; without a key, a config has its class's default."""
+    tiny, vae = read_decoder(name, weights=False).config, files.parts["vae"].config
+    halvings = len(tiny.get("decoder_block_out_channels", [64] * 4)) - 1, len(vae.get("block_out_channels", [64])) - 1
+    rules = {
+        "channels": (tiny.get("latent_channels", 4), vae.get("latent_channels", 4)),
+        "pixels a side": (tiny.get("upsampling_scaling_factor", 2) ** halvings[0], 2 ** halvings[1]),
+    }
+    for unit, (of_tiny, of_vae) in rules.items():
+        if of_tiny != of_vae:
+            raise ValueError(
+                f"model.decoder is {name!r}, which makes images of latents of {of_tiny} {unit}, but those of "
+                f"model.name {files.name!r} have {of_vae}; use {TINY_DECODERS}"
+            )

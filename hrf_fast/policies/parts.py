@@ -15,6 +15,9 @@ from hrf_fast.hub import first_line
 from hrf_fast.policies.component import Component, shards_of
 from hrf_fast.weights import in_words, not_finite
 
+# the floor of setup.py
+DIFFUSERS = "diffusers>=0.36"
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -37,6 +40,27 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bar:
                 library.enable_progress_bar()
+
+
+def import_pipeline(kind: str) -> Any:
+    """The class of a pipeline in diffusers, which imports more of transformers than networks do.
+
+    Raises:
+        ImportError: this diffusers can't import the class; names its version and the one to install.
+    """
+    import diffusers
+
+    try:
+        return getattr(diffusers, kind)
+    # diffusers wraps whatever has failed inside
+    except Exception as error:
+        reason = error
+        while isinstance(reason.__cause__, Exception):
+            reason = reason.__cause__
+        raise ImportError(
+            f"diffusers {diffusers.__version__} can't import its {kind}, which saves the tuned model "
+            f'({first_line(reason)}); install one that works with this transformers: pip install "{DIFFUSERS}"'
+        ) from error
 
 
 def load_module(model: str, part: Component) -> Any:

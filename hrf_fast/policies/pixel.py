@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hrf_fast.policies.denoiser import check_finite, contiguous
 from hrf_fast.policies.lora import merged
+from hrf_fast.policies.parts import import_pipeline
 from hrf_fast.policies.unconditional import UnconditionalPolicy, pipeline_example
 
 
@@ -25,12 +26,16 @@ class PixelPolicy(UnconditionalPolicy):
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
+    @staticmethod
+    def saved_as(pipeline: str, scheduler: Any) -> Any:
+        """A DDIMPipeline for a DDIMScheduler, else a DDPMPipeline."""
+        from diffusers import DDIMScheduler
+
+        return import_pipeline("DDIMPipeline" if isinstance(scheduler, DDIMScheduler) else "DDPMPipeline")
+
     def save(self, folder: Path) -> None:
         """Write a diffusers folder (safetensors) that `DiffusionPipeline.from_pretrained` loads and runs."""
-        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
-
-        pipeline: Any = DDIMPipeline if isinstance(self.scheduler, DDIMScheduler) else DDPMPipeline
-        unet = merged(self.unet)
+        pipeline, unet = self.saved_as("DDPMPipeline", self.scheduler), merged(self.unet)
         with contiguous(unet):
             pipeline(unet=unet, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hrf_fast.policies.base import Condition
-from hrf_fast.policies.denoiser import DenoiserPolicy, check_finite, contiguous, scheduler_of
+from hrf_fast.policies.denoiser import DenoiserPolicy, check_finite, contiguous, decode_in_parts, scheduler_of
 from hrf_fast.policies.encoders import PromptEncoder, resident
 from hrf_fast.policies.lora import adapted_layers, save_adapters
 from hrf_fast.policies.parts import quiet
@@ -94,10 +94,8 @@ class TextToImagePolicy(DenoiserPolicy):
         """
         check_finite(latents)
         latents = self._unscaled(latents.float())
-        with resident(self.decoder, self.device, self.offload), torch.autocast(latents.device.type, enabled=False):
-            parts = [self.decoder.decode(part).sample for part in latents.split(self.decoded_at_once)]
-            # in place: the images of a large panel are gigabytes
-            return torch.cat([part.div_(2).add_(0.5).clamp_(0, 1) for part in parts])
+        with resident(self.decoder, self.device, self.offload):
+            return decode_in_parts(self.decoder, latents, self.decoded_at_once)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] in the decoder's own units."""
@@ -109,11 +107,9 @@ class TextToImagePolicy(DenoiserPolicy):
 
         Of a denoiser with adapters only these are written, for `load_lora_weights`.
         """
-        import diffusers
-
         # advice and bars, among the JSON lines of a run
         with quiet():
-            kind = getattr(diffusers, self._pipeline)
+            kind = self.saved_as(self._pipeline, self.scheduler)
             if adapted_layers(self.unet):
                 save_adapters(self.unet, folder, kind)
                 return

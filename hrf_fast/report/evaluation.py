@@ -53,7 +53,9 @@ def _metrics(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     looks = {
         f"looks of {name}": [effective_number(shares.values())] for name, shares in model.get("attributes", {}).items()
     }
-    return {**intervals_of(model), **terms, **looks, **model.get("detail", {}), **model["peer"]}
+    detail = model.get("detail", {})
+    # both have duplicates, detail's with an interval
+    return {**intervals_of(model), **terms, **looks, **detail, **model["peer"], **detail}
 
 
 def _cells(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from hrf_fast.report.comparison import RunLog, lowest_end, shared_held_out
+from hrf_fast.report.comparison import RunLog, crossing, lowest_end, shared_held_out
 from hrf_fast.report.plots import Series, diagnostics, frontier, interval_curves, window_bars
 from hrf_fast.report.strip import open_grid
 from hrf_fast.report.tables import equal_reward_table, run_title
@@ -130,7 +130,7 @@ def _windows_of(record: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def grids(logs: Sequence[RunLog]) -> list[Figure]:
-    """The pretrained panel and each run's panel nearest to the level that all have reached; alone, its end."""
+    """The pretrained panel and each run's panel next to its first crossing of the shared level; alone, its end."""
     chosen = [(log, _at_level(logs, log)) for log in logs if len(log.panels) > 1]
     return [
         _grid(logs[0], 0, "pretrained", "grid"),
@@ -156,11 +156,16 @@ def grids_on_the_way(log: RunLog) -> list[Figure]:
 
 
 def _at_level(logs: Sequence[RunLog], log: RunLog) -> int:
-    """The panel whose reward is nearest to the level of equal reward, the later one at a tie; without one, the end."""
-    if len(logs) < 2 or equal_reward_table(logs) is None:
-        return log.model % len(log.panels)
+    """The tuned panel nearest to the level of equal reward, of the two around its first crossing; without one, the end.
+
+    The later panel at a tie.
+    """
     rewards, level = log.rewards(), lowest_end(logs)
-    return min(range(1, len(rewards)), key=lambda i: (abs(rewards[i] - level), -i))
+    crossed = crossing(rewards, level)
+    if len(logs) < 2 or equal_reward_table(logs) is None or crossed is None:
+        return log.model % len(log.panels)
+    after, _ = crossed
+    return min(range(max(1, after - 1), after + 1), key=lambda i: (abs(rewards[i] - level), -i))
 
 
 def _have_vendi(logs: Sequence[RunLog]) -> bool:

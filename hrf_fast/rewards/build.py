@@ -99,9 +99,10 @@ def build_reward(
             function = build_user(term.name, kwargs, name_option)
         else:
             function = build_registered(term.name, kwargs, device, prefix)
+        reads = ":" not in term.name and reads_prompts(term.name)
         count = sum(other.name == term.name for other in built)
         key = f"{term.name}_{count + 1}" if count else term.name
-        built.append(_BuiltTerm(term.name, key, term.weight, function))
+        built.append(_BuiltTerm(term.name, key, term.weight, function, reads))
     return CombinedReward(built)
 
 
@@ -111,6 +112,7 @@ class _BuiltTerm:
     key: str
     weight: float
     reward: Reward
+    reads_prompts: bool = False
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt | None]) -> Any:
         """Call the reward with the images and the prompts' texts, and their metadata where it takes that."""
@@ -142,11 +144,18 @@ class CombinedReward:
             prompts: B of them, or texts; None, or None for each, where the images have no prompts.
 
         Raises:
-            ValueError: images or prompts are not as above.
+            ValueError: images or prompts are not as above, or a term that reads prompts got none for an image.
             RewardError: a term raised, or returned something else than B finite numbers.
         """
         check_images(images, prompts)
         asked = [Prompt(item) if isinstance(item, str) else item for item in prompts or [None] * len(images)]
+        if without := asked.count(None):
+            for term in self._terms:
+                if term.reads_prompts:
+                    raise ValueError(
+                        f"reward {term.key!r} compares images with their prompts and got none for {without} of "
+                        f"{len(images)} images; give a prompt for each, or use a reward of images alone (`hrf rewards`)"
+                    )
         total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         by_term = {}
         # a reward must not depend on the precision that the run trains in

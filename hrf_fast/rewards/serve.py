@@ -133,6 +133,9 @@ def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes:
         ValueError: no such reward or argument, a limit below 1, or no port.
         OSError: the address is in use.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if max_bytes < 1:
         raise ValueError(f"--max-bytes is {max_bytes}; use at least 1")
     if not 0 <= port <= 65535:
@@ -143,9 +146,15 @@ def serve(reward: str, words: Sequence[str], *, host: str, port: int, max_bytes:
         if not equals:
             raise ValueError(f"{word!r} is no argument of a reward; write name=value")
         try:
-            kwargs[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{word!r} is no YAML: {' '.join(str(error).split())}") from error
+            # as configurations are read: 1e-4 is a number
+            read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            # what follows OmegaConf's blank names its classes
+            reason = " ".join(str(error).partition("\n    full_key:")[0].split())
+            raise ValueError(
+                f"{word!r} is no YAML of an option: {reason}; write name=value as in reward.kwargs"
+            ) from error
+        kwargs[name] = read["value"]
     chosen = choose_device(device)
     server = RewardServer(
         # arguments are words after the reward's name

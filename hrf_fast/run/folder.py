@@ -142,6 +142,8 @@ class RunFolder(RunFiles):
             # the panel of a configuration that never trained, and the W&B run that shows it
             for name in (EVALUATIONS, EVENTS, PRETRAINED, WANDB_ID, WANDB_SENT):
                 (self.path / name).unlink(missing_ok=True)
+            # a checkpoint of its pretrained weights
+            remove_folder(self.checkpoints)
         sweep(self.checkpoints)
         self.rewind(done)
         write_atomically(self.config_file, to_yaml(self.config).encode())
@@ -153,7 +155,8 @@ class RunFolder(RunFiles):
         return [*changed, *self._gaps(done)] if done else []
 
     def _ended_at_start(self) -> bool:
-        return not self.metrics() and any(end["iteration"] == 0 for end in self.ends())
+        """Whether the tuned model is the pretrained one: a run that has no other checkpoint has nothing to lose."""
+        return any(end["iteration"] == 0 or end.get("figures", {}).get("model") == 0 for end in self.ends()[-1:])
 
     def _gaps(self, done: int) -> list[str]:
         """A line where metrics.jsonl lacks iterations that a checkpoint has."""

@@ -93,6 +93,7 @@ class Interrupts:
             self._say(f"{name}: stopping as soon as this is done (send it again to stop at once, and lose it)")
 
     def _say(self, line: str) -> None:
-        # Python's files refuse a print in the middle of another, which the signal may have come into
-        with suppress(RuntimeError):
+        # Python's files refuse a print in the middle of another, which the signal may have come into; a terminal that
+        # was closed, or a `tee` that the same Ctrl-C has ended, can't be told
+        with suppress(RuntimeError, OSError):
             self.note(line)

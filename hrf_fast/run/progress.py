@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from torch import Tensor
@@ -13,6 +16,16 @@ from tqdm import tqdm
 
 from hrf_fast.run.files import intervals_of
 from hrf_fast.run.listeners import Listener
+
+
+@contextmanager
+def outliving_terminal() -> Iterator[None]:
+    """A block that prints: a run that was left in the background goes on when its terminal is closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 class Progress(Listener):
@@ -37,7 +50,8 @@ class Progress(Listener):
 
     def note(self, text: str) -> None:
         """A line that a user must see."""
-        print(text, file=sys.stderr, flush=True)
+        with outliving_terminal():
+            print(text, file=sys.stderr, flush=True)
 
 
 class Silence(Progress):
@@ -75,7 +89,8 @@ class JsonProgress(Progress):
         self._line({"note": text})
 
     def _line(self, record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=self._out, flush=True)
+        with outliving_terminal():
+            print(json.dumps(record), file=self._out, flush=True)
 
     def _times(self, record: dict[str, Any]) -> dict[str, float]:
         """Seconds since the start of this process's share, and seconds left at its mean speed, panels included."""
@@ -95,8 +110,9 @@ class _AboveBar(io.TextIOBase):
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            tqdm.write(line, file=self._stream)
+        with outliving_terminal():
+            for line in lines:
+                tqdm.write(line, file=self._stream)
         return len(text)
 
     def fileno(self) -> int:
@@ -147,7 +163,8 @@ class BarProgress(Progress):
         self.note(f"panel after {record['iteration']} iterations: " + "   ".join(parts))
 
     def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        with outliving_terminal():
+            tqdm.write(text, file=sys.stderr)
 
     def finished(self, reason: str) -> None:
         self._above.finish()

@@ -16,6 +16,7 @@ import torch
 from hrf_fast.config.options import Config
 from hrf_fast.distributed import comm
 from hrf_fast.engines.base import Engine
+from hrf_fast.errors import NotWritten
 from hrf_fast.evaluation.grids import SHOWN
 from hrf_fast.evaluation.panel import PanelMetrics
 from hrf_fast.policies.base import Policy
@@ -168,17 +169,12 @@ class Run:
 
     @contextmanager
     def saving_on_error(self, engine: Engine) -> Iterator[None]:
-        """Save what was learnt before an error ends the run.
-
-        Nothing is saved where the disk is full, the weights have diverged, or other ranks can't save with this one. An
-        output that nobody reads any more is no disk.
-        """
+        """Save before an error ends the run, unless files can't be written, weights diverged or other ranks can't."""
         try:
             yield
         except BaseException as error:
             together = comm.world_size() == 1 or comm.said_by_main(error)
-            hopeless = isinstance(error, (OSError, FloatingPointError)) and not isinstance(error, BrokenPipeError)
-            if together and not hopeless:
+            if together and not isinstance(error, (NotWritten, FloatingPointError)):
                 self.save(engine)
             if together and self._claimed and isinstance(error, Exception) and not isinstance(error, OSError):
                 text = str(error) or type(error).__name__
@@ -286,6 +282,8 @@ class Run:
                 )
             model = state["iteration"]
             text = f"the tuned model is that after {model} iterations, the best above the floors"
+            if better := ", ".join(map(str, ranked[: ranked.index(model)])):
+                text += f" that has a checkpoint (those after {better} were better)"
             self.note(text if model else f"{text}: nothing is learnt; train more gently, or lower the floors of stop")
         with engine.gathered(ema=True):
             comm.main_says(lambda: self.folder.save_model(policy, model))

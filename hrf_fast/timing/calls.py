@@ -67,7 +67,7 @@ def candidate_threads() -> list[int]:
 
 
 def fastest(policy: Policy, *, sampled: int, trained: int, threads: Sequence[int]) -> tuple[int, bool, str]:
-    """Time the calls of a run under numbers of threads and both memory formats, in turns.
+    """Time the calls of a run under numbers of threads and, for a UNet, both memory formats, in turns.
 
     Threads and memory format of the process and the policy are as before afterwards.
 
@@ -83,7 +83,9 @@ def fastest(policy: Policy, *, sampled: int, trained: int, threads: Sequence[int
         sampling_call(network, policy.latent_shape, conditions[0], sampled),
         update_call(network, policy.latent_shape, conditions[1], trained),
     )
-    times: dict[tuple[int, bool], list[float]] = {(n, last): [] for n in threads for last in (False, True)}
+    # compute.channels_last is an option of UNets: latents of a transformer may be tokens
+    formats = (False, True) if hasattr(network.unet, "down_blocks") else (False,)
+    times: dict[tuple[int, bool], list[float]] = {(n, last): [] for n in threads for last in formats}
     try:
         for _ in range(_ROUNDS + 1):
             for number, last in times:

@@ -19,6 +19,7 @@ from hrf_fast.policies.lora import add_adapters
 from hrf_fast.policies.network import Network
 from hrf_fast.policies.untrained import untrained_condition, untrained_network
 from hrf_fast.timing.calls import sampling_call, seconds, update_call
+from hrf_fast.timing.tuning import set_threads
 
 NO_RATE = (
     "seconds: no rate is known. --measure times a few calls of this model on this machine; --rate N states evaluations "
@@ -54,6 +55,7 @@ def measured(plan: Plan) -> Rate:
         # which a clock waits for
         torch.cuda.set_device(device)
     set_precision_flags(device, deterministic=config.compute.deterministic)
+    set_threads(config)
     model, compute = config.model, config.compute
     files = read_model(model.name, model.revision, weights=False, max_sequence_length=model.max_sequence_length)
     bare, shape = untrained_network(files, model.image_size)

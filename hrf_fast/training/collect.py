@@ -74,12 +74,8 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
             failure = error if named else ValueError(f"{what}: {error}")
         if changes:
             run.note_once(note_of(what, changes), key=what)
-        if forgets(schedule, before):
-            run.note_once(
-                f"{what} remembers something and has no state(): a resumed run begins it anew, and may choose other "
-                "windows than an unbroken one; give it state() and load_state(state) (docs/windows.md)",
-                key=f"{what}.state",
-            )
+        if line := forgets(what, schedule, before, "docs/windows.md"):
+            run.note_once(line, key=f"{what}.state")
         # a probe, which is collective, begins with such a block: a rank that fails is heard by those that go on to one
         with comm.agreed():
             if failure is not None:
@@ -100,7 +96,7 @@ def begin(components: Components, run: Run, iteration: int) -> tuple[list[Window
             number,
             windows[number],
             group_noise(components, iteration, "rollout", number),
-            conditions[index : index + 1].repeat(groups.size),
+            conditions[index : index + 1].expand(groups.size),
             anchors.get(number),
             prompt=prompts[number],
         )
@@ -138,12 +134,11 @@ def collect(
                 estimate=components.algorithm.gae_lambda is not None,
             )
         rolled_out.join(part)
-        images = {number: trajectory.images for number, trajectory in part.trajectories.items()}
         prompts = {number: by_number[number].prompt for number in pack}
         log_probs = None
         if components.algorithm.sharpness:
             log_probs = {number: trajectory.old_log_prob.sum(0) for number, trajectory in part.trajectories.items()}
-        rewards.append(components.rewarder.submit(images, prompts, log_probs, part.estimates, part.after))
+        rewards.append(components.rewarder.submit(part.images, prompts, log_probs, part.estimates, part.after))
     return rolled_out, rewards
 
 

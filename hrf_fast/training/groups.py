@@ -68,7 +68,7 @@ class Group:
     noise: NoiseKey
     """One counter per sample."""
     condition: Condition
-    """One row per sample."""
+    """One row per sample, of one storage where they have one prompt."""
     anchor: Tensor | None = None
     """[*latent_shape], clean; None where the group starts from pure noise."""
     prompt: Prompt | None = None

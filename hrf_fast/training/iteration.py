@@ -132,6 +132,7 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
         with run.phase("reward"):
             rewards = gather_rewards(pending, iteration=iteration, skip_not_finite=algorithm.skip_not_finite)
             # advantages may be the user's
+            what = f"train.advantages {qualified_name(components.advantages)}"
             before = memory_of(components.advantages)
             with comm.agreed():
                 advantages = standardise(
@@ -143,13 +144,8 @@ def learn(components: Components, run: Run, iteration: int) -> Outcome:
                     term_weights=components.term_weights,
                 )
                 weak = spread_notes(rewards, components.advantages, components.term_weights)
-            if forgets(components.advantages, before):
-                what = f"train.advantages {qualified_name(components.advantages)}"
-                run.note_once(
-                    f"{what} remembers something and has no state(): a resumed run begins it anew, and may learn "
-                    "otherwise than an unbroken one; give it state() and load_state(state) (docs/remedies.md)",
-                    key=f"{what}.state",
-                )
+            if line := forgets(what, components.advantages, before, "docs/remedies.md"):
+                run.note_once(line, key=f"{what}.state")
             for kind, sentence in weak.items():
                 run.note_once(f"iteration {iteration}: {sentence}", key=kind)
         outcome.rewards |= rewards

@@ -31,13 +31,15 @@ class Rollout:
     """By group."""
     calls: list[Call] = field(default_factory=list)
     """The calls inside the windows in the order in which they were made, with the predictions that were kept."""
+    images: dict[int, Tensor] = field(default_factory=dict)
+    """[B, 3, H, W] fp32 in [0, 1] by group: the clean images that the trajectories led to."""
     estimates: dict[int, Tensor] = field(default_factory=dict)
     """[S, B, 3, H, W] in [0, 1] by group: the clean images that were predicted at each window step, where asked for."""
     after: dict[int, Tensor] = field(default_factory=dict)
     """[B, 3, H, W] by group: those at the window's end, of the groups whose windows noise follows."""
 
     def join(self, other: Rollout) -> None:
-        """Add another pack's, less its estimates: what is learnt from these are their rewards."""
+        """Add another pack's, less its images and estimates: what is learnt from these are their rewards."""
         self.trajectories |= other.trajectories
         self.calls += other.calls
 
@@ -113,20 +115,21 @@ def rollout(
             write(log_probs, call, log_prob)
             call.prediction = prediction if keep else None
             trained.append(call)
-    images = {piece: policy.decode(latents) for piece, latents in sorted(current.items())}
-    trajectories = {}
+    drawn = {piece: policy.decode(latents) for piece, latents in sorted(current.items())}
+    trajectories, images = {}, {}
     for group in pack:
         number = group.number
-        parts = [part for piece, part in images.items() if piece.group == number]
+        images[number] = cat([part for piece, part in drawn.items() if piece.group == number])
         reference = references[number] if len(references[number]) else None
-        trajectories[number] = Trajectory(group, paths[number], log_probs[number], cat(parts), reference)
+        trajectories[number] = Trajectory(group, paths[number], log_probs[number], reference)
     decoded = {number: _decoded(policy, clean) for number, clean in estimates.items() if estimate}
     lengths = {number: len(groups[number].window) for number in decoded}
     return Rollout(
         trajectories,
         trained,
-        {number: images[: lengths[number]] for number, images in decoded.items()},
-        {number: images[-1] for number, images in decoded.items() if len(images) > lengths[number]},
+        images,
+        {number: clean[: lengths[number]] for number, clean in decoded.items()},
+        {number: clean[-1] for number, clean in decoded.items() if len(clean) > lengths[number]},
     )
 
 

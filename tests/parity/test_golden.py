@@ -41,7 +41,6 @@ def load_case(golden, name):
         Group(0, window, NoiseKey(0, torch.arange(size)), Condition()),
         latents=case["trajectory"][: len(window) + 1],
         old_log_prob=case["log_probs_old"][: len(window)],
-        images=torch.zeros(size, 3, 16, 16),
     )
     return numbers, case, PixelPolicy(unet, scheduler, sampler), trajectory
 

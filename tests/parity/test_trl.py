@@ -54,7 +54,7 @@ def recorded(tensors, condition):
     """The golden rollout as a trajectory of all steps."""
     steps, size = tensors["log_probs"].shape
     group = Group(0, Window(0, steps), NoiseKey(0, torch.arange(size)), condition)
-    return Trajectory(group, tensors["latents"], tensors["log_probs"], tensors["images"])
+    return Trajectory(group, tensors["latents"], tensors["log_probs"])
 
 
 @pytest.mark.parametrize("key", FEWER)

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from benchmarks.bench_blend import main
+from hrf_fast.commands.blend import _claim_blend
+from hrf_fast.config.load import load_config
 
 # gain and share by alpha of two seeds of each method
 FRONTS = {
@@ -34,7 +36,8 @@ def runs(tmp_path):
             {"alpha": alpha, "gain": [front[alpha][0] - 0.1] * 3, "share": front[alpha][1], "inception_share": 0.5}
             for alpha in (0, 1, 2)
         ]
-        (folder / "blend.json").write_text(json.dumps({"alpha": 2, "keep": 0.4, "quality": 0, "panels": points}))
+        result = {"alpha": 2, "most": 2, "keep": 0.4, "quality": 0, "panels": points}
+        (folder / "blend.json").write_text(json.dumps(result))
     return [tmp_path / name for name in FRONTS]
 
 
@@ -58,14 +61,35 @@ def test_means_over_seeds_by_hand(runs, tmp_path, capsys):
 
 def test_a_learning_rate_behind_the_seed_is_no_seed_and_how_often_panels_were_made_no_setting(runs, tmp_path, capsys):
     for every, run in enumerate(runs):
-        settings = {"reward": {"name": "r"}, "evaluation": {"every": every, "seed": 1}}
-        (run / "blend" / "settings.json").write_text(json.dumps(settings))
+        (run / "blend" / "settings.json").unlink()
+        _claim_blend(run / "blend", run, load_config([f"evaluation.every={every}"]), {})
     main([*map(str, runs), "--out", str(tmp_path / "out")])
     expected = capsys.readouterr().out
     for rate, run in zip(("2.5e-05", "1e-05", "0.000225", "2.5e-05"), runs, strict=True):
         run.rename(run.with_name(f"{run.name}-{rate}"))
     main([*(str(run) for run in sorted(tmp_path.glob("*-*-*"))), "--out", str(tmp_path / "out")])
     assert capsys.readouterr().out == expected
+
+
+def test_lines_are_compared_at_the_alphas_of_all_runs(runs, tmp_path, capsys):
+    words = [*map(str, runs), "--keep", "0.9", "--out", str(tmp_path / "out")]
+    main(words)
+    expected, picture = capsys.readouterr().out, (tmp_path / "out" / "blend.png").read_bytes()
+    # HRF's seeds have a step of .5, at which the gain with 90 % kept would be another
+    for run in runs[2:]:
+        with (run / "blend" / "front.jsonl").open("a") as file:
+            file.write(json.dumps(panel(0.5, 0.9, 0.95, seed=7)) + "\n")
+    main(words)
+    assert capsys.readouterr().out == expected and (tmp_path / "out" / "blend.png").read_bytes() == picture
+
+
+@pytest.mark.parametrize(("option", "value", "first"), [("keep", 0.9, 0.4), ("quality", 0.5, 0), ("most", 1.5, 2)])
+def test_blends_of_other_floors_or_lengths_are_refused(runs, option, value, first):
+    path = runs[2] / "blend" / "blend.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
+    message = f"hrf-1 was blended with --{option} {value} and .*ddpo-1 with --{option} {first}; blend again with equal"
+    with pytest.raises(ValueError, match=f"{message} --keep, --quality and --most"):
+        main([*map(str, runs)])
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):

@@ -71,6 +71,15 @@ def roll_out(policy, groups, images_per_call=0):
     return rollout(policy, groups, CallPlan(SIZE, images_per_call, "on_policy")).trajectories
 
 
+def everything(policy, groups, images_per_call=0):
+    """Latents, log-probs and images by group."""
+    rolled_out = rollout(policy, groups, CallPlan(SIZE, images_per_call, "on_policy"))
+    return {
+        number: {"latents": each.latents, "old_log_prob": each.old_log_prob, "images": rolled_out.images[number]}
+        for number, each in rolled_out.trajectories.items()
+    }
+
+
 def step(policy, trajectories, plan, **options):
     """(stats, gradient) of one optimizer step over all trajectories."""
     engine = make_engine(policy)
@@ -98,6 +107,19 @@ def test_rows_are_cut_joined_and_repeated_time_major():
     assert Condition.join([part]) is part and part.repeat(1) is part
 
 
+def test_the_samples_of_a_group_share_the_rows_of_their_prompt_until_a_call_joins_them():
+    row = Condition({"text": torch.tensor([[1.0, 2.0]])}, {"text": torch.tensor([[3.0, 4.0]])})
+    group = row.expand(5)
+    assert group[1:4].conditional["text"].tolist() == [[1, 2]] * 3
+    for name in ("conditional", "unconditional"):
+        shared, first = getattr(group, name)["text"], getattr(row, name)["text"]
+        assert shared.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and len(shared) == 5
+        # a network sees the strides that a replay of several steps has
+        joined = getattr(Condition.join([group[0:2]]), name)["text"]
+        assert joined.is_contiguous() and joined.tolist() == first.tolist() * 2
+    assert group.repeat(2).inputs["text"].tolist() == [[3, 4]] * 10 + [[1, 2]] * 10
+
+
 def test_the_empty_condition_stays_empty():
     empty = Condition()
     for condition in (empty[0:2], empty.repeat(3), Condition.join([empty, empty])):
@@ -111,11 +133,11 @@ def test_the_empty_condition_stays_empty():
 def test_groups_that_share_calls_or_are_split_are_rolled_out_as_one_by_one(images_per_call):
     policy = make_policy()
     groups = make_groups(policy)
-    apart = {number: roll_out(policy, [group])[number] for number, group in zip(PROMPTS, groups, strict=True)}
-    together = roll_out(policy, groups, images_per_call)
+    apart = {number: everything(policy, [group])[number] for number, group in zip(PROMPTS, groups, strict=True)}
+    together = everything(policy, groups, images_per_call)
     for number in PROMPTS:
         for name in ("latents", "old_log_prob", "images"):
-            assert torch.equal(getattr(together[number], name), getattr(apart[number], name)), (number, name)
+            assert torch.equal(together[number][name], apart[number][name]), (number, name)
 
 
 def test_the_rows_of_a_joined_call_are_its_pieces_in_their_order():
@@ -131,7 +153,8 @@ def test_the_rows_of_a_joined_call_are_its_pieces_in_their_order():
 def test_another_condition_gives_another_image():
     policy = make_policy()
     first, second = (
-        roll_out(policy, make_groups(policy, {0: words}))[0].images for words in (PROMPTS[0], ["0.1", "0.2", "0.9"])
+        rollout(policy, make_groups(policy, {0: words}), CallPlan(SIZE)).images[0]
+        for words in (PROMPTS[0], ["0.1", "0.2", "0.9"])
     )
     assert torch.equal(first[:2], second[:2]) and not torch.allclose(first[2], second[2])
 
@@ -188,14 +211,15 @@ def test_guidance_is_the_shift_that_it_comes_to():
     # w·x + u + 3·(c − u) with u = 0.5: the unguided policy of the shift 3·c − 1
     policy, by_hand = make_policy(Guided), make_policy()
     words = {number: [str(3 * float(word) - 1) for word in words] for number, words in PROMPTS.items()}
-    guided, unguided = roll_out(policy, make_groups(policy), 9), roll_out(by_hand, make_groups(by_hand, words), 9)
+    guided = everything(policy, make_groups(policy), 9)
+    unguided = everything(by_hand, make_groups(by_hand, words), 9)
     for number in PROMPTS:
         for name in ("latents", "old_log_prob", "images"):
-            ours, theirs = getattr(guided[number], name), getattr(unguided[number], name)
+            ours, theirs = guided[number][name], unguided[number][name]
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for plan in (CallPlan(SIZE, 6), CallPlan(SIZE, 9, "on_policy")):
-        stats, gradient = step(policy, guided, plan)
-        _, expected = step(by_hand, unguided, plan)
+        stats, gradient = step(policy, roll_out(policy, make_groups(policy), 9), plan)
+        _, expected = step(by_hand, roll_out(by_hand, make_groups(by_hand, words), 9), plan)
         assert float(stats.ratio_max) == 1.0
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=0)
 

@@ -63,7 +63,7 @@ def test_noise_behind_the_window_is_credited_to_no_step():
         torch.testing.assert_close(rolled_out.after[group.number], expected, rtol=0, atol=1e-4)
     # and the rewarder hands both on
     pending = Rewarder(lambda images, _: Rewards(bright(images), {}), CPU).submit(
-        {n: t.images for n, t in rolled_out.trajectories.items()}, None, None, rolled_out.estimates, rolled_out.after
+        rolled_out.images, None, None, rolled_out.estimates, rolled_out.after
     )
     for number, result in pending.result().items():
         torch.testing.assert_close(result.values, rolled_out.estimates[number].mean((2, 3, 4)))

@@ -1,6 +1,8 @@
 """What a run shows: displays, and images as one picture."""
 
 import contextlib
+import errno
+import io
 import json
 import sys
 
@@ -68,6 +70,25 @@ def test_prints_of_others_stay_out_of_the_display(capsys, kind, out, err):
     # above a bar lines are whole
     display.finished("train.iterations is 4")
     assert capsys.readouterr() == (out, err)
+
+
+class Closed(io.TextIOBase):
+    """A terminal that was closed, or a pipe whose reader is gone."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def write(self, text):
+        raise OSError(self.number, "gone")
+
+
+@pytest.mark.parametrize("kind", ["json", "bar", "quiet"])
+def test_a_run_outlives_its_terminal_but_not_the_reader_of_its_pipe(monkeypatch, kind):
+    for number, ends in ((errno.EIO, contextlib.nullcontext()), (errno.EPIPE, pytest.raises(OSError, match="gone"))):
+        monkeypatch.setattr(sys, "stdout", Closed(number))
+        monkeypatch.setattr(sys, "stderr", Closed(number))
+        with ends:
+            build_progress(kind).note("a panel")
 
 
 def test_the_bar_shows_reward_rate_and_panels(capsys):

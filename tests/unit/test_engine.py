@@ -61,6 +61,13 @@ def test_a_weight_that_no_rank_has_used_is_left_alone():
     assert judge_state(tensors, shapes) == "" and float(tensors["1.step"]) == 0 and float(tensors["1.exp_avg"]) == 0
 
 
+def test_an_8_bit_checkpoint_may_lack_the_state_of_a_weight_that_no_call_has_used():
+    # bitsandbytes' names
+    state = {"0.state1": torch.zeros(2), "0.state2": torch.zeros(2), "0.step": torch.zeros(())}
+    assert judge_state(state, [(2,), (3,)]) == ""
+    assert "1.state2" in judge_state({**state, "1.state1": torch.zeros(3), "1.step": torch.zeros(())}, [(2,), (3,)])
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 5.1])
 def test_a_maximum_norm_of_zero_is_off_and_a_smaller_gradient_is_untouched(max_grad_norm):
     # 0.95 − 0.1·3/4, 1.9 − 0.1·4/5
@@ -149,10 +156,10 @@ def test_averaged_weights_follow_by_their_decay_and_stand_in_for_the_weights_whi
 def test_the_average_of_a_short_run_is_of_its_own_weights():
     # the start is 0 and every weight after it 1: the average is 1 less the start's share, 2/11 · 3/12 · 4/13 …
     ema, one = Ema([torch.zeros(1)], decay=0.9999), [torch.ones(1)]
-    ema.update(one)
+    ema.update(one, 1.0)
     assert float(ema.parts[0]) == pytest.approx(1 - 2 / 11)
     for _ in range(9):
-        ema.update(one)
+        ema.update(one, 1.0)
     assert float(ema.parts[0]) == pytest.approx(1 - 5.9538e-5, abs=1e-7)
 
 
@@ -248,6 +255,18 @@ def test_burn_in_leaves_weights_alone_and_makes_the_first_step_small_where_gradi
         engine.set_learning_rate(rate(iteration))
         one_step(model, engine, (gradient,))
     assert model.weight.item() == pytest.approx(-0.1 * 0.091 / 0.271, rel=1e-5)
+
+
+def test_burn_in_leaves_the_warm_up_of_an_average_for_the_steps_that_move_weights():
+    # the first of these has decay 2/11, whatever came before it
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    engine = PlainEngine(model, OptimizerConfig(ema_decay=0.999))
+    for rate in (0.0, 0.0, 0.0, 0.5):
+        engine.set_learning_rate(rate)
+        one_step(model, engine, (1.0,))
+    assert engine.ema.steps == 1
+    assert engine.ema.parts[0].item() == pytest.approx(2 / 11 + 9 / 11 * model.weight.item(), rel=1e-6)
 
 
 def test_cosine_falls_over_what_burn_in_and_warm_up_leave():

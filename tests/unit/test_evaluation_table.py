@@ -87,6 +87,14 @@ def test_all_metrics_are_there_on_request_and_each_once():
     assert table["fid"] == ["3.000", "5.000", "+2.000"] and "skin: light" in table
 
 
+def test_duplicates_keep_the_interval_that_the_detail_has():
+    figures = record()
+    figures["tuned"]["detail"]["duplicates"] = [0.25, 0.125, 0.5]
+    figures["tuned"]["peer"]["duplicates"] = [0.25]
+    table = rows(evaluation_lines(figures, everything=True))
+    assert table["duplicates"] == ["0.000", "0.2500 [0.1250, 0.5000]", "+0.2500"]
+
+
 def test_without_a_network_the_table_has_the_reward_alone():
     bare = {"reward": [1.0, 0.5, 1.5], "rewards": [0.5, 1.5], "peer": {"jpeg_bpp": [2.0, 1.5, 2.5]}}
     lines = evaluation_lines({"evaluation": {"seed": 0}, "pretrained": bare, "tuned": bare})

@@ -100,22 +100,23 @@ def test_deterministic_steps_lead_to_the_window_and_on_from_it(policy, shared):
     group = make_group(policy, group.window, size=3)
     object.__setattr__(group, "origin", origin)
     before = policy.calls.forwards
-    trajectory = rollout(policy, [group], CallPlan(3)).trajectories[0]
+    rolled_out = rollout(policy, [group], CallPlan(3))
+    trajectory = rolled_out.trajectories[0]
     # steps 2 to 5 of 6
     assert policy.calls.forwards - before == 3 * 4
     assert torch.equal(trajectory.latents[0], origin) and trajectory.old_log_prob.shape == (2, 3)
     # the noise of the window parts the samples
     assert not torch.equal(trajectory.latents[1][0], trajectory.latents[1][1])
     clean = ode(policy, trajectory.latents[-1], 4, T)
-    torch.testing.assert_close(trajectory.images, policy.decode(clean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rolled_out.images[0], policy.decode(clean), rtol=0, atol=1e-5)
 
 
 def test_steps_after_an_anchors_window_may_be_deterministic_too():
     policy = make_policy()
     group = make_group(policy, Window(1, 3, deterministic=True), size=2, anchor=torch.zeros(3, 16, 16))
-    trajectory = rollout(policy, [group], CallPlan(2)).trajectories[0]
-    clean = ode(policy, trajectory.latents[-1], 3, T)
-    torch.testing.assert_close(trajectory.images, policy.decode(clean), rtol=0, atol=1e-5)
+    rolled_out = rollout(policy, [group], CallPlan(2))
+    clean = ode(policy, rolled_out.trajectories[0].latents[-1], 3, T)
+    torch.testing.assert_close(rolled_out.images[0], policy.decode(clean), rtol=0, atol=1e-5)
 
 
 def mixed(num_groups, probe):

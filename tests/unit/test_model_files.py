@@ -1,18 +1,23 @@
 """Files of a model: every layout that diffusers reads loads, and weights that are not whole are refused by name."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from hrf_fast.cli import main
+from hrf_fast.policies.parts import DIFFUSERS
 from hrf_fast.weights import digest
 from tests.conftest import tiny_words
 from tests.hub import ID, Hub
 from tests.loading import load_policy
+from tests.text_models import text_model
 
 pytestmark = pytest.mark.long
 
@@ -53,6 +58,32 @@ def equal(policy, folder):
 @pytest.fixture
 def copy(tiny_model, tmp_path):
     return shutil.copytree(tiny_model, tmp_path / "copy")
+
+
+# --- diffusers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_diffusers_and_peft_are_those_that_work_beside_transformers_5():
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert {"diffusers>=0.36", "peft>=0.18", "transformers>=5.4"} <= set(re.findall(r'"(\w+>=[\d.]+)"', setup))
+    assert DIFFUSERS == "diffusers>=0.36"
+
+
+@pytest.mark.parametrize("kind", ["DDPMPipeline", "StableDiffusionPipeline"])
+def test_a_diffusers_that_can_not_import_what_is_saved_is_refused_before_weights_are_read(
+    kind, tiny_model, monkeypatch
+):
+    def broken(*_):
+        raise RuntimeError("Failed to import diffusers.pipelines") from ImportError("no FLAX_WEIGHTS_NAME")
+
+    # it remembers what it has imported
+    monkeypatch.delattr(diffusers, kind)
+    monkeypatch.setattr(type(diffusers), "_get_module", broken)
+    monkeypatch.setattr("hrf_fast.policies.load.load_module", None)
+    version = re.escape(diffusers.__version__)
+    message = rf'diffusers {version} can\'t import its {kind}.*\(ImportError: no FLAX_W.*pip install "diffusers>=0\.36"'
+    with pytest.raises(ImportError, match=message):
+        load(tiny_model if kind == "DDPMPipeline" else text_model("sd1"))
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ def test_states_by_hand():
     assert states("zero3") == (40360 + 10090, 10090 + 400, 30270, 0)
     assert states("zero2_offload") == (40360, 400, 0, 2 * 10090 + 20180)
     assert states("zero3_offload") == (40360, 400, 0, 3 * 10090 + 20180)
+    # and only its optimizer offloaded: its part of the weights stays, and 7 frozen bytes on four GPUs with 7/4 more
+    assert states("zero3_optimizer_offload") == (40360 + 10090, 400, 0, 2 * 10090 + 20180)
+    assert states("zero3_optimizer_offload", frozen=8, ema=True)[0] == 40360 + 2 * 10090 + 8 + 2
     # 8 bits: 2 bytes and 8/256 of scales for the one tensor of 4096 elements or more, 8 bytes for the rest
     assert states("plain", optimizer="adamw_8bit")[2] == 6000 * 2.03125 + 4090 * 8
 
@@ -107,7 +110,7 @@ def make_plan(memory, *words, gpus=1, image_bytes=4):
     footprints = {(precision, saves): saving if saves else plain for precision in ("fp32", "bf16") for saves in (0, 1)}
     config = load_config(
         ["train.groups_per_iteration=2", "train.group_size=8", "sample.num_inference_steps=4"]
-        + ["window.schedule=full", *words]
+        + ["window.schedule=full", "evaluation.panel_size=2", *words]
     )
     return Plan(config, gpus, memory, "plain", 0, count_calls(config, 3, branches=1), footprints)
 
@@ -121,14 +124,21 @@ def test_what_each_mode_holds_by_hand():
     assert made.activations("replay", "fp32", 0) == 1 + 8 * 120
     assert made.activations("replay", "fp32", 16) == 1 + 16 * 120
     assert made.activations("checkpoint", "fp32", 16) == 1 + 16 * 40
-    # 16 samples x (3 + 1 latents of 4 bytes and an image of 12); with credit of single steps 3 predictions more of each
+    # 16 samples x 3 + 1 latents of 4 bytes, and images of 12; with credit of single steps 3 predictions more of each
     # and one at the window's end, where noise may follow
-    assert make_plan(10**9, image_bytes=12).trajectories == 16 * (4 * 4 + 12)
-    assert make_plan(10**9, "train.gae_lambda=0", image_bytes=12).trajectories == 16 * (8 * 4 + 5 * 12)
-    # the embeddings of the iteration's 16 samples stay, whatever an optimizer step takes; on two GPUs those of 8 each
-    prompted, modes = replace(made, condition=100), ("plain", "fp32", "replay", 0)
-    assert (prompted.conditions, made.conditions) == (1600, 0) and prompted.need(*modes) == made.need(*modes) + 1600
-    assert replace(prompted, gpus=2).conditions == 800
+    pictured, credited = (make_plan(10**9, *more, image_bytes=12) for more in ((), ("train.gae_lambda=0",)))
+    assert (pictured.trajectories, pictured.images) == (16 * 4 * 4, 16 * 12)
+    assert (credited.trajectories, credited.images) == (16 * 8 * 4, 16 * 5 * 12)
+    # images wait for their rewards beside a rollout, 8 of which a call samples, and beside graphs that are kept, but
+    # not beside a replay
+    large, modes = make_plan(10**9, image_bytes=1000), ("plain", "fp32", "replay", 0)
+    assert large.need(*modes) == 16000 + 16 * 4 * 4 + (5 + 8 * 10) + 16 * 1000
+    assert large.activations("keep", "fp32", 0) == 8 * 3 * 100 + 3 + 16 * 1000
+    assert large.activations("replay", "fp32", 0) == made.activations("replay", "fp32", 0)
+    # the embeddings of the iteration's 2 prompts stay, whatever an optimizer step takes; on two GPUs that of one each
+    prompted = replace(made, condition=100)
+    assert (prompted.conditions, made.conditions) == (200, 0) and prompted.need(*modes) == made.need(*modes) + 200
+    assert replace(prompted, gpus=2).conditions == 100
     # kept are the groups of an optimizer step
     assert make_plan(10**9, "train.groups_per_step=2").kept_samples == 16
     assert make_plan(10**9, "train.groups_per_step=2", gpus=2).kept_samples == 8
@@ -149,16 +159,16 @@ def test_a_plan_of_channels_last_counts_what_the_kernels_of_a_gpu_keep(tiny_mode
 
 
 def test_the_fastest_mode_that_fits_and_its_largest_calls_are_chosen():
-    # 16 000 bytes of states, 320 of trajectories, and 961 of a call of 8 images
+    # 16 000 bytes of states, 256 of trajectories, and 961 of a call of 8 images
     def chosen(memory):
-        choice = make_plan(memory / 0.9).best("plain", "fp32")
+        choice = make_plan(memory / 0.9, image_bytes=0).best("plain", "fp32")
         return choice and (choice.mode, choice.images_per_call)
 
     assert chosen(17300) == ("replay", 0)
     # calls of one image need 121, and 41 where their blocks run again
-    assert chosen(16340) is None
-    # on-policy: 16 000 of states, 16 x 5 x 4 of one group's trajectory, and the graphs of 16 images x 3 steps
-    made = make_plan((16000 + 320 + 16 * 300 + 3 + 320) / 0.9 + 1, "train.order=on_policy", "train.group_size=16")
+    assert chosen(16280) is None
+    # on-policy: 16 000 of states, 16 x 4 x 4 of one group's trajectory, and the graphs of 16 images x 3 steps
+    made = make_plan((16000 + 256 + 16 * 300 + 3 + 320) / 0.9 + 1, "train.order=on_policy", "train.group_size=16")
     choice = made.choose("plain", "fp32", "keep")
     assert choice and (choice.mode, choice.images_per_call) == ("keep", 0)
     assert made.modes("plain")[0] == "keep" and make_plan(10**9).modes("plain")[0] == "replay"
@@ -166,7 +176,7 @@ def test_the_fastest_mode_that_fits_and_its_largest_calls_are_chosen():
 
 def test_the_gradients_of_both_halves_count_where_their_noise_is_measured():
     words = "train.groups_per_step=2", "train.order=on_policy"
-    plain, noise = (make_plan(10**9, *words, *more) for more in ((), ("train.gradient_noise=true",)))
+    plain, noise = (make_plan(10**9, *words, *more, image_bytes=0) for more in ((), ("train.gradient_noise=true",)))
     # a copy of 1000 weights' gradients beside the graphs of 16 images x 3 steps, which are less than two copies
     graphs = plain.activations("keep", "fp32", 0)
     assert (
@@ -180,11 +190,20 @@ def test_the_gradients_of_both_halves_count_where_their_noise_is_measured():
 
 def test_weights_wait_beside_their_averages_while_a_panel_draws():
     # 3 calls of 3000 latents outweigh an update; 1000 weights of 4 bytes are averaged, and wait beside while that draws
-    plain, averaged = (make_plan(10**9, *more) for more in ((), ("optimizer.ema_decay=0.9",)))
+    plain, averaged = (make_plan(10**9, *more, image_bytes=0) for more in ((), ("optimizer.ema_decay=0.9",)))
     for each in (plain, averaged):
         each.footprints["fp32", False] = replace(each.footprints["fp32", False], sampling=Linear(5, 3000))
     needs = [each.need("plain", "fp32", "replay", 0) for each in (plain, averaged)]
     assert needs[1] - needs[0] == 4000 + 4000
+
+
+def test_the_main_rank_holds_a_whole_panel():
+    # 50 latents of 4 bytes, and their images of 1000 beside a call of the decoder
+    made = make_plan(10**9, "evaluation.panel_size=50", image_bytes=1000)
+    for each in list(made.footprints):
+        made.footprints[each] = replace(made.footprints[each], decoding=300)
+    states_and_trajectories = 16000 + 16 * 4 * 4
+    assert made.need("plain", "fp32", "replay", 0) == states_and_trajectories + 50 * 4 + 300 + 50 * 1000
 
 
 def test_a_mode_that_an_engine_lacks_is_not_said_to_fit():
@@ -196,11 +215,11 @@ def test_a_mode_that_an_engine_lacks_is_not_said_to_fit():
 
 
 def test_smaller_calls_are_found_where_those_of_the_configuration_do_not_fit():
-    # states 16 000; trajectories 2 x 64 x 5 x 4 = 2560; 64 images x 3 steps x 120 = 23 040 is too much, and so are two
+    # states 16 000; trajectories 2 x 64 x 4 x 4 = 2048; 64 images x 3 steps x 120 = 23 040 is too much, and so are two
     # steps with 15 360, but one takes 1 + 7680
-    made = make_plan((18560 + 7681) / 0.9 + 1, "compute.images_per_call=512", "train.group_size=64")
+    made = make_plan((18048 + 7681) / 0.9 + 1, "compute.images_per_call=512", "train.group_size=64")
     choice = made.choose("plain", "fp32", "replay")
-    assert choice and choice.images_per_call == 64 and choice.bytes == 18560 + 7681
+    assert choice and choice.images_per_call == 64 and choice.bytes == 18048 + 7681
     assert made.choose("plain", "fp32", "keep") is None
 
 

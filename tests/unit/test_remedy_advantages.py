@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from hrf_fast.config.advantage_rules import matching_note
 from hrf_fast.config.load import load_config
 from hrf_fast.training.advantages import apply_advantages, build_advantages
 from hrf_fast.training.calls import CallPlan
@@ -206,6 +207,26 @@ def test_matching_stands_alone(word):
     load_config(words)
     with pytest.raises(ValueError, match=f"{option} is .* but remedies.matching is 1"):
         load_config([*words, word])
+
+
+def test_clips_that_cut_the_advantages_of_matching_are_said():
+    words = ["remedies.matching=1", "train.groups_per_step=4", "train.group_size=8"]
+    (narrow, scaled, wide), full = (
+        [
+            matching_note(load_config([*words, f"window.schedule={schedule}", *more]))
+            for more in (
+                ["train.advantage_clip=4"],
+                ["train.advantage_clip=9"],
+                ["train.advantage_clip=9", "train.scale_clips_by_window=false"],
+            )
+        ]
+        for schedule in ("clusters", "full")
+    )
+    assert "train.advantage_clip 4, which train.scale_clips_by_window lowers further, cuts them" in narrow
+    assert narrow.endswith("set train.advantage_clip=8 train.scale_clips_by_window=false")
+    assert scaled.endswith("set train.advantage_clip=9 train.scale_clips_by_window=false") and wide == ""
+    assert full[0].endswith("cuts them: the update is not that of matching then; set train.advantage_clip=8")
+    assert full[1:] == ["", ""] and matching_note(load_config([])) == ""
 
 
 def test_options_that_a_way_to_make_advantages_does_not_take_are_refused():

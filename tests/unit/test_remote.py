@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save
 
 from hrf_fast.cli import main
+from hrf_fast.config.load import load_config
 from hrf_fast.prompts import Prompt
 from hrf_fast.rewards import NotFiniteError, RewardError, build_reward
 from hrf_fast.rewards import remote as remote_module
 from hrf_fast.rewards.remote import pack, unpack
-from hrf_fast.rewards.serve import RewardServer
+from hrf_fast.rewards.serve import RewardServer, serve
 from tests.runs import assert_equal_runs, train, with_folder
 
 IMAGES = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -302,12 +303,27 @@ def test_a_run_by_the_command_learns_what_it_learns_without_a_server(tiny_run, t
     assert_equal_runs(tmp_path / "run", tmp_path / "remote")
 
 
+def test_arguments_of_a_server_are_read_as_those_of_a_configuration(monkeypatch):
+    words = ["a=1e-4", "b=[1, 5E3]", "c={d: 2}", "e=text", "f=null", "g=", "h=a=b", "i=${oc.env:HRF_TEST_WORD}"]
+    monkeypatch.setenv("HRF_TEST_WORD", "6")
+
+    def build(name, device, kwargs, option_prefix):
+        assert kwargs == load_config([f"reward.kwargs.{word}" for word in words]).reward.kwargs
+        assert kwargs["a"] == 1e-4 and kwargs["b"] == [1, 5000.0]
+        raise ValueError("built")
+
+    monkeypatch.setattr("hrf_fast.rewards.serve.build_reward", build)
+    with pytest.raises(ValueError, match="built"):
+        serve("jpeg_compressibility", words, host="127.0.0.1", port=0, max_bytes=1, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--port=99999"], "--port is 99999; use 1 to 65535"),
         (["--port=-1"], "--port is -1"),
         (["quality=["], "'quality=\\[' is no YAML"),
+        (["quality=${nowhere}"], r"'quality=\$\{nowhere\}' is no YAML of an option: Interpolation key 'nowhere'"),
     ],
 )
 def test_a_server_that_can_not_be_started_says_why(words, message, capsys):

@@ -145,6 +145,23 @@ def test_grids_are_of_the_panels_nearest_to_the_level_and_the_ends_follow(tmp_pa
     assert text[1].startswith("DDPO, iteration 3")
 
 
+def test_grids_are_beside_the_first_crossing_that_the_table_reads(tmp_path, no_plots):
+    # the level is 2.5: rewards of 1.5, 2.4 and 3.5 cross it after the first panel, and a collapsed one is at 2.5 again
+    later = [(0.9, 3.9), (2.0, 3.0), (3.0, 2.0), (1.0, 1.0)]
+    fast = write_run(tmp_path / "fast", "full", later, train=TrainConfig(iterations=9))
+    write_log(fast / "events.jsonl", [{"iteration": 4, "event": "end", "text": "why", "figures": {"model": 3}}])
+    slow = write_run(tmp_path / "slow", "clusters", [(0.5, 3.9), (1.0, 3.9)])
+    # the pretrained panel, .1 below the level, is none of a tuned model
+    far = write_run(tmp_path / "far", "dynamic", [(5.0, 3.9)])
+    text = Page(write_report([fast, slow, far]).read_text()).text
+    captions = [data.split(":")[0] for data in text if ", iteration" in data]
+    assert captions[:4] == [
+        *("pretrained, iteration 0", "DDPO, iteration 1"),
+        *("HRF, iteration 2", "HRF-D, iteration 1"),
+    ]
+    assert any("first reaches 2.5, the smallest panel reward of the tuned models" in data for data in text)
+
+
 def test_windows_and_signal_are_drawn_where_they_are_logged(tmp_path, monkeypatch, no_plots):
     drawn = {}
     monkeypatch.setattr(figures, "window_bars", lambda counts, **_: drawn.setdefault("starts", counts) and b"")

@@ -214,6 +214,25 @@ def test_image_reward_asks_its_package_for_each_picture(packages, tmp_path, imag
     assert values.tolist() == expected
 
 
+@pytest.mark.parametrize("name", ["clip_score", "pickscore", "hps", "image_reward"])
+def test_images_without_prompts_are_refused_with_the_way_out(packages, folder, tmp_path, images, name):
+    weights = {"checkpoint": checkpoint(tmp_path, {"scale": torch.tensor(2.0)})}
+    (tmp_path / "med.json").write_text("{}")
+    kwargs = {
+        **dict.fromkeys(("clip_score", "pickscore"), {"model": str(folder)}),
+        **{"hps": weights, "image_reward": {**weights, "text_config": str(tmp_path / "med.json")}},
+    }[name]
+    if name == "pickscore":
+        kwargs = {**kwargs, "processor": str(folder)}
+    reward = build_reward(name, kwargs=kwargs)
+    message = f"^reward '{name}' compares images with their prompts and got none for 4 of 4 images; give a prompt for"
+    for prompts in (None, [None] * 4):
+        with pytest.raises(ValueError, match=f"{message} each, or use a reward of images alone"):
+            reward(images, prompts)
+    with pytest.raises(ValueError, match="got none for 1 of 4 images"):
+        reward(images, [*PROMPTS[:3], None])
+
+
 def test_weights_of_another_network_and_code_in_a_file_are_refused(packages, tmp_path):
     path = checkpoint(tmp_path, {"other": torch.zeros(())})
     with pytest.raises(ValueError, match="reward.kwargs.checkpoint is .*weights.pt.*lacks scale"):

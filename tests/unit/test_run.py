@@ -1,5 +1,6 @@
 """A run's session: its logs and times, what signals and listeners do to it."""
 
+import errno
 import io
 import signal
 import subprocess
@@ -172,6 +173,19 @@ def test_a_signal_in_the_middle_of_a_print_waits_like_any_other():
     with interrupts, pytest.raises(Interrupted), interrupts.held():
         # Python refuses the note: "reentrant call inside <_io.BufferedWriter>"
         print("progress", file=screen, flush=True)
+        reached.append("update")
+    assert reached == ["update"]
+
+
+@pytest.mark.parametrize("problem", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error")])
+def test_a_signal_waits_where_nobody_reads_the_output_any_more(problem):
+    # `tee` got the same Ctrl-C, or the terminal was closed
+    def note(line):
+        raise problem
+
+    reached = []
+    with Interrupts(note) as interrupts, pytest.raises(Interrupted), interrupts.held():
+        signal.raise_signal(signal.SIGINT)
         reached.append("update")
     assert reached == ["update"]
 

@@ -1,6 +1,7 @@
 """The rules of `stop`: what each finds in lines by hand, and what a run does then."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import hrf_fast
 from hrf_fast.config.load import load_config
 from hrf_fast.config.run_options import StopConfig
+from hrf_fast.errors import NotWritten
 from hrf_fast.evaluation.diversity import Interval
 from hrf_fast.evaluation.kept import DRAWS, halves, kept_interval, panel_halves
 from hrf_fast.evaluation.panel import Panel
@@ -387,6 +389,18 @@ def test_the_best_checkpoint_is_restored_bit_for_bit(tiny_run, tmp_path, monkeyp
     assert equal(weights(result.folder), checkpoint_weights(best, file))
 
 
+def test_a_better_panel_whose_checkpoint_is_gone_is_named(tiny_run, tmp_path, monkeypatch, capsys):
+    judged(monkeypatch)
+    words = ["stop.on_collapse=restore_best", "run.save_every=1", "run.keep_checkpoints=3"]
+    words = watched(tiny_run, tmp_path / "run", *words)
+    result = train(words, reward=peaked())
+    assert result.panel["iteration"] == 1 and "has a checkpoint" not in capsys.readouterr().out
+    shutil.rmtree(result.folder / "checkpoints" / "iteration-000001")
+    again = train(words, reward=peaked())
+    assert again.panel["iteration"] != 1 and again.best_panel["iteration"] == 1
+    assert "above the floors that has a checkpoint (those after 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("last", "model"), [(0.595, 3), (0.605, 4)])
 def test_a_run_that_ends_with_a_share_under_the_floor_restores_the_best_too(
     tiny_run, tmp_path, monkeypatch, last, model
@@ -421,6 +435,24 @@ def test_a_wrecked_step_is_an_event_and_restores_the_best(tiny_run, tmp_path, mo
     assert "stop.max_drift" in result.reason and events(result.folder) == [(1, "error"), (0, "end")]
 
 
+def test_a_run_that_gave_back_the_pretrained_model_before_its_first_checkpoint_goes_on(tiny_run, tmp_path, monkeypatch):
+    judged(monkeypatch, [0.9])
+    reached = []
+
+    def drifts(drift, limit, iteration):
+        reached.append(iteration)
+        if iteration == 1 and len(reached) == 2:
+            raise FloatingPointError("stop.max_drift")
+
+    monkeypatch.setattr("hrf_fast.training.iteration.check_drift", drifts)
+    words = ["train.iterations=2", "run.save_every=0", "stop.on_collapse=restore_best", "evaluation.every=0"]
+    words = watched(tiny_run, tmp_path / "run", *words)
+    first = train(words, reward=peaked())
+    assert "stop.max_drift" in first.reason and read_log(first.folder / "events.jsonl")[-1]["figures"] == {"model": 0}
+    second = train(words, reward=peaked())
+    assert second.reason == "train.iterations is 2" and reached == [0, 1, 0, 1]
+
+
 def test_a_first_panel_that_fails_is_an_error_for_there_is_nothing_to_restore(tiny_run, tmp_path, monkeypatch):
     def fails(*arguments):
         raise FloatingPointError("the images are not finite")
@@ -445,7 +477,7 @@ def test_a_kill_between_an_event_and_its_line_neither_loses_nor_repeats_it(tiny_
             append(folder, record, images)
         if record["iteration"] == 3:
             # as SIGKILL does, without a checkpoint after it
-            raise OSError("killed")
+            raise NotWritten("killed")
         if moment == "before the line":
             append(folder, record, images)
 

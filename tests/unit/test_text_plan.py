@@ -66,7 +66,7 @@ def test_what_comes_to_the_device_counts_once_where_a_running_model_is_measured(
 
 
 def test_an_offloaded_encoder_and_the_decoder_count_where_they_take_the_most():
-    words = [f"model.name={text_model('sdxl')}", "prompts.source=builtin", "evaluation.every=0"]
+    words = [f"model.name={text_model('sdxl')}", "prompts.source=builtin", "evaluation.panel_size=2"]
     made = {
         offload: plan(load_config([*words, f"compute.offload={offload}"]), gpus=1, memory=10**10)
         for offload in (False, True)

@@ -1,5 +1,6 @@
 """StableDiffusionPolicy: images as the pipelines make them, whole folders, and the one loop under guidance."""
 
+import json
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,12 +12,15 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from hrf_fast.assembly.components import build_components
-from hrf_fast.assembly.inputs import guidance_note
+from hrf_fast.assembly.inputs import guidance_note, negatives_note
 from hrf_fast.config.load import load_config
+from hrf_fast.evaluation.panel import Panel
+from hrf_fast.memory.planner import plan
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies import compilation, text_to_image
 from hrf_fast.policies.sample import starting_noise
 from hrf_fast.prompts import Prompt
+from hrf_fast.prompts.draw import PromptList
 from hrf_fast.training.calls import CallPlan
 from hrf_fast.training.collect import begin
 from hrf_fast.training.groups import Group
@@ -94,6 +98,30 @@ def test_another_decoder_is_refused_by_name(value):
     folder = str(text_model("sd1") / value)
     with pytest.raises(ValueError, match=f"model.decoder is '{folder}'.*AutoencoderTiny"):
         load_text_policy("sd1", decoder=folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"latent_channels": 16}, "of 16 channels, but those of model.name .* have 4; .*taesd3 .SD3.*taef1 .FLUX"),
+        ({"decoder_block_out_channels": [4, 4, 4]}, "of 4 pixels a side, but those of model.name .* have 2; .*taef1"),
+        ({"upsampling_scaling_factor": 3}, "of 3 pixels a side, but those of model.name .* have 2; .*taef1"),
+    ],
+)
+def test_a_tiny_decoder_of_other_latents_is_refused_before_weights_are_read(
+    values, match, tiny_decoder, tmp_path, monkeypatch
+):
+    file = shutil.copytree(tiny_decoder, tmp_path / "copy") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    decoder = str(file.parent)
+    monkeypatch.setattr("hrf_fast.policies.load.load_module", None)
+    words = [f"model.name={text_model('sd1')}", "prompts.source=animals", f"model.decoder={decoder}"]
+    for ask in (
+        lambda: load_text_policy("sd1", decoder=decoder),
+        lambda: plan(load_config(words), gpus=1, memory=10**10),
+    ):
+        with pytest.raises(ValueError, match=f"model.decoder is '{decoder}', which makes images of latents {match}"):
+            ask()
 
 
 def test_a_tiny_decoder_without_some_weight_is_refused(tiny_decoder, tmp_path):
@@ -180,6 +208,26 @@ def test_a_shipped_model_and_one_without_an_unconditional_branch_need_no_guidanc
         (str(tiny_model), load_policy(str(tiny_model))),
     ):
         assert guidance_note(name, policy) == ""
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("option", ["prompts.source", "evaluation.prompts"])
+def test_negative_prompts_of_a_list_are_noted_where_nothing_guides(option, scale, tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "dog", "negative": "red"}\n')
+    words = text_words(tmp_path / "run", f"{option}={tmp_path / 'list.jsonl'}", "evaluation.images_per_prompt=1")
+    # the last word of an option decides
+    words = [word for word in words if option == "evaluation.prompts" or word != "prompts.source=animals"]
+    _, components = build_components(load_config([*words, f"sample.guidance_scale={scale}"]))
+    notes = [note for note in components.notes if "'red' of 'dog'" in note]
+    assert len(notes) == (scale == 1) and all("sample.guidance_scale is 1: " in note for note in notes)
+
+
+def test_negative_prompts_of_a_list_are_noted_for_a_model_that_has_none():
+    panel, policy = Panel(2, 0, 2), load_flow_policy("flux")
+    plain, negated = (PromptList("list", (Prompt("cat", negative),), (1.0,)) for negative in ("", "red"))
+    assert "model.name some/flux has no negative prompts" in negatives_note("some/flux", policy, negated, panel)
+    assert "'red' of 'cat'" in negatives_note("some/flux", policy, plain, panel.with_prompts(negated, 1))
+    assert negatives_note("some/flux", policy, plain, panel) == negatives_note("some/flux", policy, None, panel) == ""
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

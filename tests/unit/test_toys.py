@@ -177,6 +177,23 @@ def test_a_rate_counts_with_the_panels_that_keep_the_modes():
     assert path_of(lines[1])[-1].kept == pytest.approx(0.5)
 
 
+def test_runs_of_other_options_or_another_rate_are_neither_chosen_by_nor_reported(tmp_path):
+    options = toy_modes._options("DDPO")
+    tuning = [line(rate=rate, end=end, tuning=True) for rate, end in ((1e-3, 0.5), (2e-3, 0.4))]
+    compared = [line(seed=seed, end=0.4 + 0.1 * seed, options=options) for seed in (0, 1)]
+    # of options of before, then of a rate that was chosen before; both come last
+    others = [line(rate=2e-3, end=0.9, tuning=True, options="before"), line(seed=1, end=0.9, options="before")]
+    others += [line(seed=seed, rate=2e-3, end=0.9) for seed in (0, 1, 2)]
+    others += [line(seed=seed, rate=2e-3, end=0.9, toy="unequal") for seed in (0, 1)]
+    pages = []
+    for lines in ([*tuning, *compared], [*tuning, *compared, *others]):
+        (tmp_path / "toy_modes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        read = read_lines(tmp_path / "toy_modes.jsonl")
+        assert chosen_rates(read) == {"DDPO": 1e-3}
+        pages.append((write_report(read, tmp_path), (tmp_path / "toy_modes.png").read_bytes()))
+    assert "| DDPO | 0.001 | 0.45 " in pages[0][0] and pages[0] == pages[1]
+
+
 def test_a_comparison_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch):
     calls = []
 

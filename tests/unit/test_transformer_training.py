@@ -192,6 +192,7 @@ def edit(path, **values):
         ("flux", "transformer/config.json", {"in_channels": 12, "out_channels": 12}, "in_channels: 12 .*VAE makes 16"),
         ("flux", "transformer/config.json", {"out_channels": 12}, "takes 16 channels and returns 12"),
         ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "whose scheduler is DDIMSch"),
+        ("sd3", "model_index.json", {"tokenizer_3": [None, None]}, "has a text_encoder_3 but no tokenizer_3 for it"),
         ("flux", "model_index.json", {"_class_name": "FluxFillPipeline"}, "says FluxFillPipeline; .*FluxPipeline"),
     ],
 )

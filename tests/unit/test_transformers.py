@@ -1,7 +1,10 @@
 """SD3 and FLUX: the pipelines' own embeddings, latents and images."""
 
+import json
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from hrf_fast.noise import NoiseKey
 from hrf_fast.policies import compilation
@@ -11,6 +14,7 @@ from hrf_fast.policies.untrained import frozen_bytes, untrained_condition, untra
 from hrf_fast.prompts import Prompt
 from hrf_kernels import gaussian_mean
 from tests.flow_models import KINDS, SIDE, SIZE, flow_model, load_flow_policy, load_pipeline, size_of
+from tests.loading import load_policy
 
 TEXTS, NEGATIVES = ["a red cat", "dog"], ["red", ""]
 
@@ -59,6 +63,18 @@ def test_without_noise_the_policy_draws_what_the_pipeline_draws(kind, guided, to
     images = torch.from_numpy(draw("np")).permute(0, 3, 1, 2)
     assert images.shape == (2, 3, 2 * SIDE, 2 * SIDE)
     torch.testing.assert_close(policy.decode(latents), images, rtol=0, atol=1e-5)
+
+
+def test_sd3_that_was_saved_with_the_tokenizer_of_a_t5_that_it_lacks_draws_what_the_pipeline_draws(tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(flow_model("sd3"), text_encoder_3=None)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder_3"] == [None, None] and index["tokenizer_3"][0] == "transformers"
+    policy = load_policy(str(tmp_path), scheduler="flow_sde", num_inference_steps=4, guidance_scale=3.5)
+    start = starting_noise(policy, NoiseKey(0, torch.arange(2)))
+    options = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": SIZE, "width": SIZE}
+    theirs = pipeline(TEXTS, negative_prompt=NEGATIVES, latents=start.clone(), output_type="latent", **options).images
+    torch.testing.assert_close(ode(policy, policy.condition(prompts()), start), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [None, 9])

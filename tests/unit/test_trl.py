@@ -293,6 +293,38 @@ def test_words_of_a_command_line():
         read_words(["200"])
 
 
+def test_switches_of_the_scripts_parser_turn_off_what_is_on_by_default(tmp_path, capsys):
+    assert read_words(["--no_use_lora", "--no-train-cfg", "--num_epochs", "3"]) == {
+        "use_lora": False,
+        "train_cfg": False,
+        "num_epochs": 3,
+    }
+    path = tmp_path / "mine.py"
+    path.write_text(SCRIPT.replace("    use_lora", "    verbose: bool = True\n    quick: bool = False\n    use_lora"))
+    assert main(["from-trl", str(path), "--no_allow_tf32", "--no-verbose"]) == 0
+    shown = capsys.readouterr().out
+    assert "deterministic: true" in shown and "verbose False: left out" in shown
+    # the parser has no such switch for what is off by default, and none takes a value
+    for word in ("--no_quick", "--no_push_to_hub", "--no_use_lora=1"):
+        with pytest.raises(ValueError, match=f"{word[2:].partition('=')[0]} is no field of DDPOConfig"):
+            convert(path, [word])
+    with pytest.raises(ValueError, match="'1' belongs to no field"):
+        convert(path, ["--no_use_lora", "1"])
+
+
+@pytest.mark.parametrize("config", ["trl.DDPOConfig", "DDPOConfig"])
+def test_a_configuration_is_read_by_its_name_in_the_module_too(config, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import trl\nconfig = {config}(num_epochs=3, negative_prompts=None)")
+    text, _ = convert(path)
+    assert "iterations: 3" in text and 'negative: ""' in text
+
+
+def test_no_negative_prompts_in_json_are_an_empty_one(tmp_path):
+    (tmp_path / "fields.json").write_text(json.dumps({"negative_prompts": None}))
+    assert 'negative: ""' in convert(tmp_path / "fields.json")[0]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [

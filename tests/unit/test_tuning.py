@@ -8,6 +8,7 @@ from hrf_fast.config.load import load_config
 from hrf_fast.memory.planner import plan
 from hrf_fast.timing import calls, tuning
 from hrf_fast.timing.rates import Rate, seconds_line, stated
+from tests.flow_models import load_flow_policy
 from tests.loading import load_policy
 from tests.runs import assert_equal_training, train, with_folder
 
@@ -29,6 +30,12 @@ def test_the_fastest_threads_and_format_are_chosen_and_all_is_put_back(tiny_mode
     assert seen[:8:2] == seen[1:8:2] == [(1, False), (1, True), (2, False), (2, True)]
     assert torch.get_num_threads() == 1 and not policy.network.channels_last
     assert policy.unet.conv_in.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_channels_last_is_not_tried_for_a_transformer(kind):
+    threads, last, line = calls.fastest(load_flow_policy(kind), sampled=2, trained=2, threads=[1])
+    assert (threads, last) == (1, False) and "measured 1 threads" in line and "threads channels_last" not in line
 
 
 def test_a_tuned_run_has_its_choice_in_its_config_and_a_resume_measures_nothing(tiny_run, tmp_path, monkeypatch):
@@ -96,3 +103,10 @@ def test_the_command_invents_no_rate(tiny_run, not_measured, capsys):
     assert main([*words, "--measure"]) == 0
     assert "measured here (CPU, 1 threads) on calls of 3 and 3 images" in capsys.readouterr().out
     assert main([*words, "--rate", "-1"]) == 1 and "--rate is -1.0" in capsys.readouterr().err
+
+
+def test_seconds_are_measured_with_the_threads_of_the_run(tiny_run, not_measured, capsys, monkeypatch):
+    threads = []
+    monkeypatch.setattr(tuning.torch, "set_num_threads", threads.append)
+    assert main(["plan", "--memory", "8GB", *tiny_run, "compute.threads=2", "--measure"]) == 0
+    assert threads == [2] and "measured here" in capsys.readouterr().out

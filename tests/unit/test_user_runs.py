@@ -1,5 +1,6 @@
 """Runs with user code that misbehaves, and what a user is told about rewards, models and edited files."""
 
+import errno
 import json
 import sys
 
@@ -114,6 +115,16 @@ def test_an_output_that_nobody_reads_loses_no_iteration(words, tmp_path, monkeyp
 
     monkeypatch.setattr("hrf_fast.run.progress.JsonProgress.iteration", broken)
     with pytest.raises(BrokenPipeError):
+        train(words)
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_an_os_error_of_our_own_code_loses_no_iteration(words, tmp_path, monkeypatch):
+    def away(self, record):
+        raise OSError(errno.EIO, "the terminal is gone")
+
+    monkeypatch.setattr("hrf_fast.run.progress.JsonProgress.iteration", away)
+    with pytest.raises(OSError, match="the terminal is gone"):
         train(words)
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
 

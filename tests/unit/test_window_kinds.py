@@ -108,9 +108,9 @@ def test_an_interior_window_is_stored_and_trained_and_the_steps_after_it_only_ru
     assert all(call.prediction.model_output.requires_grad for call in rolled.calls)
     # the image is that of a window to the end from the same start, which draws the same noise
     whole = make_group(policy, Window(1, T - 1), size=2, anchor=torch.zeros(3, 16, 16))
-    longer = rollout(policy, [whole], CallPlan(2)).trajectories[0]
-    assert torch.equal(trajectory.images, longer.images) and not trajectory.images.requires_grad
-    assert torch.equal(trajectory.latents, longer.latents[:3])
+    longer = rollout(policy, [whole], CallPlan(2))
+    assert torch.equal(rolled.images[0], longer.images[0]) and not rolled.images[0].requires_grad
+    assert torch.equal(trajectory.latents, longer.trajectories[0].latents[:3])
 
 
 def test_an_interior_window_scales_its_clips_by_its_own_length():

@@ -84,6 +84,18 @@ ROOT = Path(__file__).parents[2]
             "no zero_optimization.offload_param.devise .*'device'",
         ),
         (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "zero_optimization.offload_optimizer.ratio is 0.5: .*no learning rate would reach; remove it",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": true}}}',
+            "zero_optimization.offload_optimizer.super_offload is set: .*remove it",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1, "zenflow": {"topk_ratio": 0.1}}}',
+            "zero_optimization.zenflow is set.*remove",
+        ),
+        (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 2}}}',
             "zero_optimization.offload_optimizer.ratio is 2; it must be at least 0 and at most 1",
         ),
@@ -127,7 +139,7 @@ def test_auto_anywhere_in_a_deepspeed_file_is_deepspeeds_default_in_a_plan_and_i
     for auto, size in (("auto", BUCKET), (5e8, 500_000_000), (7, 7)):
         zero = {"stage": 3, "reduce_bucket_size": auto, "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}}
         file.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": "auto"}))
-        assert engine_of(load_config([f"engine.deepspeed={file}"])) == ("zero3_offload", size)
+        assert engine_of(load_config([f"engine.deepspeed={file}"])) == ("zero3_optimizer_offload", size)
     settings = read_settings(str(file))
     assert settings == {
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "offload_optimizer": {"device": "cpu"}}

@@ -37,7 +37,7 @@ class Family:
     """The parts of the pipeline by name, and the class that a part's config must say it is; "" for any scheduler."""
     layout: Layout
     """How the denoiser is called, and what its latents are."""
-    policy: Callable[..., Any]
+    policy: type[Any]
     """The class that drives it, a DenoiserPolicy. Of an unconditional model it takes the decoders among the parts."""
     check: Callable[[str, PartConfigs], None]
     """Refuse configs that the trainer can't drive exactly, with model.name for errors."""
