@@ -20,10 +20,12 @@ CONFIG_HELP = "--config FILE (may repeat, later ones win) and section.field=valu
 def train(arguments: argparse.Namespace) -> None:
     """Fine-tune; the same command resumes."""
     from hrf_fast.config.load import load_config
+    from hrf_fast.run.progress import outliving_terminal
     from hrf_fast.train import train as run_training
 
     result = run_training(load_config(arguments.words))
-    print(f"done, {result.reason}: {result.folder} (hrf report {result.folder})", file=sys.stderr)
+    with outliving_terminal():
+        print(f"done, {result.reason}: {result.folder} (hrf report {result.folder})", file=sys.stderr)
 
 
 def sample(arguments: argparse.Namespace) -> None:

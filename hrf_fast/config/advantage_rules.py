@@ -95,7 +95,9 @@ def matching_note(config: Config) -> str:
     """A line where clips cut the advantages of matching, which go up to the group's size; else empty."""
     train = config.train
     scaled = train.scale_clips_by_window and config.window.schedule != "full"
-    if not config.remedies.matching or (train.advantage_clip >= train.group_size and not scaled):
+    # a window of one step
+    lowest = train.advantage_clip / (config.sample.num_inference_steps if scaled else 1)
+    if not config.remedies.matching or lowest >= train.group_size:
         return ""
     lower = ", which train.scale_clips_by_window lowers further," if scaled else ""
     switch = " train.scale_clips_by_window=false" if scaled else ""

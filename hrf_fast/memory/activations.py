@@ -81,7 +81,9 @@ def _fitting(plan: Plan, policy: Policy) -> Activations:
     if "keep" in plan.modes(name) and need("keep") <= usable:
         return Activations(math.inf, reason=f"activations: keep, {show_bytes(need('keep'))} {of}")
     if need("replay") <= usable:
-        pairs = _pairs_that_fit(plan, precision, usable - need("replay"))
+        # no panel is drawn beside kept graphs
+        beside = plan.need(name, precision, "replay", compute.images_per_call, panel=False)
+        pairs = _pairs_that_fit(plan, precision, usable - beside)
         if pairs >= plan.kept_samples:
             limit = f"keep for up to {pairs} samples x steps of {plan.kept_samples * plan.counts.longest_window}"
             reason = f"activations: {limit}, replay for the rest, {show_bytes(usable)} {of}"
@@ -96,8 +98,8 @@ def _fitting(plan: Plan, policy: Policy) -> Activations:
     way = (
         f"compute.images_per_call={smaller.images_per_call} would fit"
         if smaller
-        else f"even one image at a time needs {show_bytes(least)}; use a GPU with more, a smaller model, or ZeRO with "
-        "offload (engine.deepspeed=configs/deepspeed/zero3_offload.json)"
+        else f"even one image at a time needs {show_bytes(least)}; use a GPU with more, a smaller model or "
+        "evaluation.panel_size, or ZeRO with offload (engine.deepspeed=configs/deepspeed/zero3_offload.json)"
     )
     raise ValueError(
         "compute.activations is auto and nothing fits: the least, checkpoint, needs "

@@ -149,8 +149,8 @@ class Plan:
         beside = max(footprint.update(images) - footprint.kept(images), footprint.decoding + self.images)
         return graphs * self.counts.longest_window + beside
 
-    def need(self, engine: str, precision: str, mode: str, images_per_call: int) -> float:
-        """Peak bytes of an iteration."""
+    def need(self, engine: str, precision: str, mode: str, images_per_call: int, *, panel: bool = True) -> float:
+        """Peak bytes of an iteration, and by default of the panels between them."""
         states = self.states(engine, precision)
         sampling = self.footprints[precision, False].sampling
         together = self.rollout_images(images_per_call)
@@ -159,7 +159,8 @@ class Plan:
         copied = FP32 * sum(self.any_footprint.tensors) if self.config.train.gradient_noise else 0
         update = self.activations(mode, precision, images_per_call) + copied
         rollout = max(sampling(together), self.any_footprint.decoding) + self.images
-        most = max(update, rollout, self.panel(drawn, engine), states.step + 2 * copied, self.encoder)
+        most = max(update, rollout, drawn, states.step + 2 * copied, self.encoder)
+        most = max(most, self.panel(drawn, engine)) if panel else most
         most += self.frozen + self.any_footprint.buffer_bytes + self.copies.get(precision, 0)
         return states.together + self.trajectories + self.conditions + most
 
@@ -248,7 +249,7 @@ def plan(config: Config, *, gpus: int, memory: int, device: str = "cuda") -> Pla
         raise ValueError(
             f"nothing fits into --memory {memory / 1e9:.3g} GB on {gpus} GPUs: the least is {need / 1e9:.3g} GB a GPU, "
             f"with {', '.join(least)}, compute.images_per_call=1; use more --memory or more "
-            "--gpus, fewer samples an iteration, or a smaller model"
+            "--gpus, fewer samples an iteration, a smaller evaluation.panel_size, or a smaller model"
         )
     return result
 

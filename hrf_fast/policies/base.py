@@ -70,9 +70,10 @@ class Condition:
     def join(parts: Sequence[Condition]) -> Condition:
         """One condition of several, in their order; all have equal names.
 
-        Rows of one storage are copied, so that a network sees the same strides in a rollout and in its replay.
+        Rows of one storage are copied, so that a network sees the same strides in a rollout and in its replay: a stride
+        of 0, in a batch of one too, which counts as contiguous, would have a compiled one compile again.
         """
-        if len(parts) == 1 and all(tensor.is_contiguous() for tensor in parts[0].tensors):
+        if len(parts) == 1 and all(tensor.is_contiguous() and 0 not in tensor.stride() for tensor in parts[0].tensors):
             return parts[0]
         return Condition(
             {name: torch.cat([part.conditional[name] for part in parts]) for name in parts[0].conditional},

@@ -17,7 +17,7 @@ FOR_UNETS = ("compute.attention", "compute.channels_last")
 
 
 def check_options(files: ModelFiles, model: ModelConfig, sample: SampleConfig, compute: ComputeConfig) -> None:
-    """Refuse guidance below 1, options of other kinds of models, and a model.decoder of other latents."""
+    """Refuse guidance below 1, options of other kinds of models, and a model.decoder of other channels or scale."""
     FACTS["sample.guidance_scale"].check("sample.guidance_scale", sample.guidance_scale)
     asked = differences(Config(), Config(model=model, sample=sample, compute=compute))
     for option, (neutral, value) in asked.items():

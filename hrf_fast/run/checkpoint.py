@@ -67,10 +67,15 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], *, keep
             if _iteration(old) != best:
                 shutil.rmtree(old)
 
-    target = folder / f"{_PREFIX}{iteration:06d}"
+    target = checkpoint_path(folder, iteration)
     with engine.gathered():
         comm.main_says(write)
     return target
+
+
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint after so many iterations is."""
+    return folder / f"{_PREFIX}{iteration:06d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from hrf_fast.evaluation.grids import captions_of, save_grid
 from hrf_fast.policies.base import Policy
 from hrf_fast.run import lock
 from hrf_fast.run.card import save_model
-from hrf_fast.run.checkpoint import has_trained, sweep
+from hrf_fast.run.checkpoint import checkpoint_path, has_trained, sweep
 from hrf_fast.run.files import append_line, is_leftover, read_log, remove_folder, write_atomically
 from hrf_fast.run.layout import EVALUATIONS, EVENTS, METRICS, RunFiles
 from hrf_fast.run.sources import BASE, SOURCES, check_base, edited_notes
@@ -143,7 +143,7 @@ class RunFolder(RunFiles):
             for name in (EVALUATIONS, EVENTS, PRETRAINED, WANDB_ID, WANDB_SENT):
                 (self.path / name).unlink(missing_ok=True)
             # a checkpoint of its pretrained weights
-            remove_folder(self.checkpoints)
+            remove_folder(checkpoint_path(self.checkpoints, 0))
         sweep(self.checkpoints)
         self.rewind(done)
         write_atomically(self.config_file, to_yaml(self.config).encode())

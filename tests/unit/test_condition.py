@@ -117,6 +117,8 @@ def test_the_samples_of_a_group_share_the_rows_of_their_prompt_until_a_call_join
         # a network sees the strides that a replay of several steps has
         joined = getattr(Condition.join([group[0:2]]), name)["text"]
         assert joined.is_contiguous() and joined.tolist() == first.tolist() * 2
+        one = getattr(Condition.join([group[0:1]]), name)["text"]
+        assert one.stride() == first.stride() and one.tolist() == first.tolist()
     assert group.repeat(2).inputs["text"].tolist() == [[3, 4]] * 10 + [[1, 2]] * 10
 
 

@@ -227,6 +227,8 @@ def test_clips_that_cut_the_advantages_of_matching_are_said():
     assert scaled.endswith("set train.advantage_clip=9 train.scale_clips_by_window=false") and wide == ""
     assert full[0].endswith("cuts them: the update is not that of matching then; set train.advantage_clip=8")
     assert full[1:] == ["", ""] and matching_note(load_config([])) == ""
+    # T is 10: a window of one step still leaves 8
+    assert matching_note(load_config([*words, "train.advantage_clip=80", "sample.num_inference_steps=10"])) == ""
 
 
 def test_options_that_a_way_to_make_advantages_does_not_take_are_refused():
