@@ -141,8 +141,8 @@ class RunConfig:
     keep_checkpoints: int = option(2, at_least=1, resumable=True)
     """Newest checkpoints to keep."""
     keep_best: bool = option(False, resumable=True)
-    """Keep the checkpoint of the best panel too, the one of highest reward above the floors of `stop`; panels then come
-    with a checkpoint. Implied by stop.on_collapse=restore_best."""
+    """Keep the checkpoint of the best panel too, the one of highest reward above the floors of `stop`; a panel that is
+    the best so far then comes with a checkpoint. Implied by stop.on_collapse=restore_best."""
     lost_after: float = option(600.0, at_least=10, at_most=36_000, resumable=True)
     """Seconds after which a job gives up a machine that answers nothing. A rank that dies ends the job at once."""
     edited_code: str = option("note", choices=("note", "refuse"), resumable=True)

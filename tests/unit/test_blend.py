@@ -176,6 +176,11 @@ def test_the_command_chooses_reports_saves_and_goes_on_after_a_stop(copy, tiny_m
     best = front[2]
     result = json.loads((copy / "blend" / "blend.json").read_text())
     assert result["alpha"] == best["alpha"] and f"alpha {best['alpha']:g}" in said
+    # gains are over the pretrained model on the same panel
+    second = {line["alpha"]: line["reward"][0] for line in front[3:]}
+    gains = [panel["gain"][0] for panel in result["panels"]]
+    assert gains == pytest.approx([second[panel["alpha"]] - second[0] for panel in result["panels"]], abs=1e-5)
+    assert front[0]["reward"][0] != pytest.approx(second[0], abs=1e-4)
     first, last = json.loads((copy / "evaluations.jsonl").read_text().splitlines()[0]), front[0]
     assert last["rewards"] == first["rewards"] and last["vendi"] == first["vendi"]
     assert (copy / "blend" / "front.png").read_bytes().startswith(b"\x89PNG")

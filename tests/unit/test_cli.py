@@ -185,6 +185,11 @@ def test_eight_images_are_too_few_for_neighbours_and_enough_for_shares(finished,
     assert "metrics of neighbours, which need 12 images, are left out" in capsys.readouterr().out
     result = json.loads((finished / "evaluation.json").read_text())
     assert "detail" not in result["tuned"] and len(result["tuned"]["kept"]["vendi"]) == 3
+    (kept, _, _), scores = (
+        result["tuned"]["kept"]["vendi"],
+        [result[one]["vendi"][0] for one in ("tuned", "pretrained")],
+    )
+    assert kept == pytest.approx(scores[0] / scores[1]) != 1
 
 
 def test_a_run_its_model_and_its_last_checkpoint_draw_the_same_grid(finished, tmp_path, capsys):

@@ -13,6 +13,7 @@ from hrf_fast.evaluation.diversity import Interval, vendi_interval
 from hrf_fast.evaluation.fidelity import fid, kid
 from hrf_fast.evaluation.kept import panel_halves
 from hrf_fast.evaluation.neighbours import (
+    Overlap,
     distances,
     duplicates,
     duplicates_of,
@@ -178,6 +179,14 @@ def test_half_intervals_of_a_mean_are_as_wide_as_its_standard_error_says():
     (found,) = half_intervals(lambda index: [float(values[index].mean())], 100, seed=0)
     assert found.value == pytest.approx(0, abs=1e-9)
     assert (found.high - found.low) / 2 == pytest.approx(0.196, rel=0.25)
+
+
+def test_the_pretrained_models_images_are_the_reference_of_every_metric():
+    samples, reference = normal(40, 6), normal(30, 6, seed=1)
+    found = detail(samples, torch.rand(40, 3, 8, 8), reference, seed=0, fidelity=False)
+    assert [found[name][0] for name in Overlap._fields] == pytest.approx(overlap(reference, samples))
+    rbf = vendi_score(samples, kernel="rbf", bandwidth=median_distance(reference))
+    assert found["vendi_rbf"][0] == pytest.approx(rbf)
 
 
 def test_detail_has_every_metric_and_intervals_of_the_biased_ones():

@@ -1,8 +1,18 @@
 """The drift of the ratio after an iteration's last step: what it is, and that a wrecked model ends its run."""
 
-import pytest
+from contextlib import nullcontext
+from types import SimpleNamespace
 
-from hrf_fast.training.drift import check_drift
+import pytest
+import torch
+
+from hrf_fast.training.calls import CallPlan
+from hrf_fast.training.drift import check_drift, policy_drift
+from hrf_fast.training.groups import Groups
+from hrf_fast.training.optimizer_step import replay_ratios
+from hrf_fast.training.rollout import rollout
+from hrf_fast.windows.base import Window
+from tests.conftest import make_group, make_policy
 from tests.runs import metrics, panels, train
 
 pytestmark = pytest.mark.long
@@ -46,6 +56,28 @@ def test_the_drift_is_that_of_one_step_whatever_shares_its_call(tiny_run, tmp_pa
         train([*tiny_run, *words, "window.schedule=full", "train.iterations=1", "evaluation.every=0"])
         drifts.append(metrics(tmp_path / str(images))[0]["drift"])
     assert drifts == pytest.approx([drifts[0]] * 3, rel=1e-2)
+
+
+def test_the_drift_is_the_largest_of_the_samples_of_the_step_in_the_middle():
+    policy = make_policy()
+    group = make_group(policy, Window(1, 5), size=3)
+    plan = CallPlan(3)
+    rolled_out = rollout(policy, [group], plan)
+    with torch.no_grad():
+        for weight in policy.network.parameters():
+            weight.add_(0.01)
+    parts = SimpleNamespace(
+        groups=Groups(1, 3, 1), policy=policy, engine=SimpleNamespace(gathered=nullcontext), call_plan=plan
+    )
+    drift = policy_drift(parts, rolled_out, [group.window], 0)
+    # steps 1 to 4: the third
+    by_step = [
+        replay_ratios(policy, rolled_out.trajectories, plan.replay({0: Window(step, step + 1)})).log().abs()
+        for step in range(1, 5)
+    ]
+    assert drift == pytest.approx(float(by_step[2].max()), rel=1e-5)
+    others = [float(by_step[step].max()) for step in (0, 1, 3)] + [float(by_step[2].mean())]
+    assert all(drift != pytest.approx(other, rel=1e-3) for other in others)
 
 
 @pytest.mark.parametrize(("drift", "limit", "raises"), [(0.2, 0.1, True), (0.1, 0.1, False), (9.0, 0.0, False)])

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hrf_fast.cli import main
+from hrf_fast.config.load import load_config
 from hrf_fast.evaluation.diversity import mean_interval
 from hrf_fast.evaluation.grids import Grid, _shortened, image_grid
 from hrf_fast.evaluation.panel import Panel
@@ -143,10 +144,18 @@ def test_sample_of_an_unconditional_model_refuses_a_prompt(tiny_model, tmp_path,
     assert f"{tiny_model} takes no prompts; leave --prompt, --prompts and" in capsys.readouterr().err
 
 
-def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys):
+def test_evaluate_and_report_show_the_prompts(finished, tmp_path, capsys, monkeypatch):
+    words, drawn, images = ["evaluate", str(finished), "reward.name=jpeg_compressibility"], [], Panel.images
 
-    words = ["evaluate", str(finished), "reward.name=jpeg_compressibility"]
-    assert main([*words, "evaluation.panel_size=12"]) == 0
+    def counted(panel, policy):
+        drawn.append(panel.seed)
+        return images(panel, policy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Panel, "images", counted)
+        assert main([*words, "evaluation.panel_size=12"]) == 0
+    # both models are compared with the pretrained one's images of other noise
+    assert drawn == [load_config(["--config", str(finished / "config.yaml")]).evaluation.seed + 1]
     detail = json.loads((finished / "evaluation.json").read_text())["tuned"]["detail"]
     brief = capsys.readouterr().out
     assert {"precision", "vendi_rbf", "fid", "duplicates"} <= set(detail)

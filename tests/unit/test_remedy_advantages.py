@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from hrf_fast.assembly.algorithm import build_algorithm, build_config_advantages
 from hrf_fast.config.advantage_rules import matching_note
 from hrf_fast.config.load import load_config
 from hrf_fast.training.advantages import apply_advantages, build_advantages
@@ -81,6 +82,22 @@ def test_rewards_are_clipped_to_the_band_of_their_peers():
     expected = torch.tensor([1.6771243, 2, 4.3228757]) - 8 / 3
     torch.testing.assert_close(by_group(reward_band=0.5, advantage_scale="none")[:3], expected)
     assert torch.equal(by_group(reward_band=9.0), by_group())
+
+
+def test_options_reach_the_advantages_and_the_algorithm():
+    def made(*words):
+        return build_config_advantages(load_config([*words]))({0: REWARDS[:3], 1: REWARDS[3:]}, {0: "", 1: ""})[0]
+
+    unscaled = "train.advantage_scale=none"
+    torch.testing.assert_close(made(unscaled, "train.advantage_baseline=leave_one_out"), torch.tensor([-3, -1.5, 4.5]))
+    # as above: 1, 2 and 6 clipped to .5 standard deviations around 3
+    expected = torch.tensor([1.6771243, 2, 4.3228757]) - 8 / 3
+    torch.testing.assert_close(made(unscaled, "remedies.reward_band=0.5"), expected)
+    policy = make_policy()
+    words = ["remedies.matching=0.5", "train.scale_clips_by_window=false", "optimizer.burn_in_iterations=2"]
+    algorithm = build_algorithm(load_config([*words, "train.groups_per_step=4"]), policy.sampler)
+    assert algorithm.sharpness == 0.5 and algorithm.clips.scale_by_window is False
+    assert algorithm.learning_rate(1) == 0 < algorithm.learning_rate(2)
 
 
 # --- novelty ----------------------------------------------------------------------------------------------------------
@@ -162,6 +179,8 @@ def test_a_run_matches_trajectories(tiny_model, tmp_path):
     (record,) = metrics(tmp_path / "run")
     # |3·(q − p)| is under 3, with q of rewards at most 2/sqrt 3 from their mean
     assert 0 < record["advantage_max"] < 3 and record["ratio_max"] == 1 and record["grad_norm"] > 0
+    # and is no standardised reward
+    assert record["advantage_std"] != pytest.approx(math.sqrt(4 / 5), rel=1e-3)
 
 
 # --- what goes with what ----------------------------------------------------------------------------------------------

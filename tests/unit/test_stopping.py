@@ -333,6 +333,9 @@ def test_a_run_is_stopped_where_images_leave_the_pretrained_ones(tiny_run, tmp_p
     # half an image added to 4 and to 0 of 8, over 8 of 8
     kept = [panel["kept"]["precision"][0] for panel in panels(result.folder)[1:]]
     assert kept == pytest.approx([4.5 / 8.5, 0.5 / 8.5])
+    first, *later = panels(result.folder)
+    for panel in later:
+        assert panel["kept"]["vendi"][0] == pytest.approx(panel["vendi"][0] / first["vendi"][0]) != 1
     # at half the interval reaches above the floor
     assert events(result.folder) == [(2, "quality"), (2, "end")]
     assert "precision is 0.0588 [" in result.reason and "under stop.quality_floor 0.4" in result.reason
